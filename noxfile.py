@@ -1,0 +1,51 @@
+"""Sessions: `nox -l` lists them, `nox -s NAME` runs one."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.error_on_external_run = True
+nox.options.reuse_existing_virtualenvs = True
+
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text())
+CONSTRAINED = ("-c", "constraints.txt")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style."""
+    session.install(*PROJECT["dependency-groups"]["lint"])
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types."""
+    session.install(*CONSTRAINED, *PROJECT["dependency-groups"]["types"], "-e", ".")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests; arguments after `--` go to pytest."""
+    session.install(*CONSTRAINED, *PROJECT["dependency-groups"]["test"], "-e", ".[deepcache,examples]")
+    session.run("pytest", *(session.posargs or ["-n", "auto"]))
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """All tests with the oldest supported versions, as pyproject.toml states them."""
+    floors = [re.sub(r">=([\d.]+)$", r"~=\1.0", dependency) for dependency in PROJECT["project"]["dependencies"]]
+    session.install(*floors, *PROJECT["dependency-groups"]["test"], "-e", ".[deepcache,examples]")
+    session.run("pytest", *(session.posargs or ["-n", "auto"]))
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """The main job: pictures with and without T-GATE; arguments after `--` go to examples/quickstart.py."""
+    session.install(*CONSTRAINED, "-e", ".[examples]")
+    session.run("python", "examples/quickstart.py", *session.posargs)

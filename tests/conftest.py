@@ -1,0 +1,18 @@
+import logging
+import os
+
+import pytest
+import torch
+
+from tests.pipelines import CASES, Case
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+logging.getLogger("diffusers").setLevel(logging.ERROR)
+# One thread a worker: the tensors are tiny, and sums are then always made in the same order.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Every supported family in turn."""
+    return request.param

@@ -1,0 +1,288 @@
+"""Tiny real pipelines of every supported family, and how to call them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+GOLDEN = Path(__file__).parent / "golden"
+STEPS = 6
+SIZE = 64
+
+
+def load_golden(name: str, pipeline_class: str) -> Any:
+    """A pipeline of the golden cases; what it was saved without is `None`."""
+    folder = GOLDEN / "pipes" / name
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {key: None for key, value in index.items() if isinstance(value, list) and value[0] is None}
+    return quiet(getattr(diffusers, pipeline_class).from_pretrained(folder, **absent))
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _other(source: str, source_class: str, pipeline_class: str, **kwargs: Any) -> Any:
+    """Another pipeline class around the components of a golden one."""
+    cls = getattr(diffusers, pipeline_class)
+    components = {**load_golden(source, source_class).components, **kwargs}
+    known, _ = cls._get_signature_keys(cls)
+    return quiet(cls(**{key: value for key, value in components.items() if key in known or key in kwargs}))
+
+
+def _with_scheduler(pipe: Any, scheduler: str, **config: Any) -> Any:
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **config)
+    return pipe
+
+
+def _lcm_unet() -> Any:
+    """The golden SD UNet with an embedding of the guidance scale, as distilled models have it."""
+    unet = load_golden("sd", "StableDiffusionPipeline").unet
+    torch.manual_seed(0)
+    distilled = diffusers.UNet2DConditionModel.from_config(unet.config, time_cond_proj_dim=16)
+    distilled.load_state_dict(unet.state_dict(), strict=False)
+    return distilled.eval()
+
+
+def _sigma_transformer() -> Any:
+    """The golden PixArt transformer without the conditions on size."""
+    transformer = load_golden(*_PIXART).transformer
+    plain = diffusers.PixArtTransformer2DModel.from_config(transformer.config, use_additional_conditions=False)
+    plain.load_state_dict(transformer.state_dict(), strict=False)
+    return plain.eval()
+
+
+def _svd() -> Any:
+    torch.manual_seed(0)
+    unet = diffusers.UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=16,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=32,
+        num_attention_heads=8,
+        projection_class_embeddings_input_dim=96,
+        addition_time_embed_dim=32,
+    )
+    vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=[32, 64],
+        in_channels=3,
+        out_channels=3,
+        down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D"],
+        latent_channels=4,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        projection_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=224,
+        intermediate_size=37,
+        patch_size=56,
+    )
+    return quiet(
+        diffusers.StableVideoDiffusionPipeline(
+            unet=unet.eval(),
+            vae=vae.eval(),
+            image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+            feature_extractor=CLIPImageProcessor(),
+            scheduler=diffusers.EulerDiscreteScheduler(
+                prediction_type="v_prediction",
+                sigma_max=700.0,
+                sigma_min=0.002,
+                steps_offset=1,
+                timestep_spacing="leading",
+                timestep_type="continuous",
+                use_karras_sigmas=True,
+            ),
+        )
+    )
+
+
+def _seeded(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _images(prompts: list[int]) -> list[Image.Image]:
+    pixels = [(_seeded((SIZE, SIZE, 3), 700 + p).sigmoid() * 255).byte().numpy() for p in prompts]
+    return [Image.fromarray(p) for p in pixels]
+
+
+def _text(width: int, tokens: int = 7) -> Callable[[list[int], bool], dict[str, Any]]:
+    """Text embeddings by the number of the prompt."""
+
+    def inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
+        embeds = {"prompt_embeds": torch.stack([_seeded((tokens, width), 100 + p) for p in prompts])}
+        if guided:
+            embeds["negative_prompt_embeds"] = torch.stack([_seeded((tokens, width), 200 + p) for p in prompts])
+        return embeds
+
+    return inputs
+
+
+def _pooled_text(width: int, pooled: int) -> Callable[[list[int], bool], dict[str, Any]]:
+    """SDXL's text embeddings."""
+
+    def inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
+        embeds = _text(width)(prompts, guided)
+        embeds["pooled_prompt_embeds"] = torch.stack([_seeded((pooled,), 300 + p) for p in prompts])
+        if guided:
+            embeds["negative_pooled_prompt_embeds"] = torch.stack([_seeded((pooled,), 400 + p) for p in prompts])
+        return embeds
+
+    return inputs
+
+
+def _masked_text(width: int) -> Callable[[list[int], bool], dict[str, Any]]:
+    """PixArt's text embeddings; the masks differ from prompt to prompt."""
+
+    def inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
+        embeds = _text(width, tokens=9)(prompts, guided)
+        masks = torch.stack([(torch.arange(9) < 5 + p % 4).long() for p in prompts])
+        embeds |= {"prompt_attention_mask": masks, "use_resolution_binning": False, "negative_prompt": None}
+        if guided:
+            embeds["negative_prompt_attention_mask"] = torch.ones_like(masks)
+        return embeds
+
+    return inputs
+
+
+def _no_inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pipeline, and what a call of it needs."""
+
+    name: str
+    build: Callable[[], Any]
+    conditioning: Callable[[list[int], bool], dict[str, Any]]
+    denoiser: str = "unet"
+    guidance: float | None = 5.0
+    image: bool = False
+    mask: bool = False
+    video: bool = False
+    strength: float | None = None
+    kept: str = "unconditional"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_callback(self) -> bool:
+        return self.denoiser == "unet"
+
+    @property
+    def num_images(self) -> str:
+        return "num_videos_per_prompt" if self.video else "num_images_per_prompt"
+
+    def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
+        guidance = overrides.pop("guidance_scale", self.guidance)
+        guided = guidance is not None and guidance > 1
+        inputs: dict[str, Any] = {
+            "num_inference_steps": STEPS,
+            "output_type": "latent",
+            "generator": [torch.Generator().manual_seed(500 + p) for p in prompts],
+            **self.conditioning(prompts, guided),
+            **self.extra,
+        }
+        if guidance is not None:
+            inputs["max_guidance_scale" if self.video else "guidance_scale"] = guidance
+        if not self.image:
+            inputs |= {"height": SIZE, "width": SIZE}
+        else:
+            inputs["image"] = _images(prompts)
+        if self.mask:
+            left = Image.new("L", (SIZE, SIZE))
+            left.paste(255, (0, 0, SIZE // 2, SIZE))
+            inputs["mask_image"] = [left] * len(prompts)
+            inputs |= {"height": SIZE, "width": SIZE}
+        if self.strength is not None:
+            inputs["strength"] = self.strength
+        return inputs | overrides
+
+    def run(self, pipe: Any, prompts: list[int] | None = None, **overrides: Any) -> torch.Tensor:
+        """Latents of a call."""
+        output = pipe(**self.inputs([0] if prompts is None else prompts, **overrides))
+        return output.frames if self.video else output.images
+
+
+_SD, _XL = ("sd", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")
+_PIXART = ("pixart_alpha", "PixArtAlphaPipeline")
+_sd_text, _xl_text = _text(32), _pooled_text(32, 32)
+
+CASES = [
+    Case("sd", lambda: load_golden(*_SD), _sd_text),
+    Case(
+        "sd_v_prediction",
+        lambda: _with_scheduler(load_golden(*_SD), "DDIMScheduler", prediction_type="v_prediction"),
+        _sd_text,
+        extra={"guidance_rescale": 0.7},
+    ),
+    Case("sd_img2img", lambda: _other(*_SD, "StableDiffusionImg2ImgPipeline"), _sd_text, image=True, strength=1.0),
+    Case(
+        "sd_inpaint",
+        lambda: _other(*_SD, "StableDiffusionInpaintPipeline"),
+        _sd_text,
+        image=True,
+        mask=True,
+        strength=1.0,
+    ),
+    Case("sdxl", lambda: load_golden(*_XL), _xl_text),
+    Case("sdxl_img2img", lambda: _other(*_XL, "StableDiffusionXLImg2ImgPipeline"), _xl_text, image=True, strength=0.99),
+    Case(
+        "sdxl_inpaint",
+        lambda: _other(*_XL, "StableDiffusionXLInpaintPipeline"),
+        _xl_text,
+        image=True,
+        mask=True,
+        strength=0.99,
+    ),
+    Case("lcm_sdxl", lambda: load_golden("sdxl_lcm", "StableDiffusionXLPipeline"), _xl_text, guidance=1.0),
+    Case(
+        "lcm",
+        lambda: _with_scheduler(
+            _other(*_SD, "LatentConsistencyModelPipeline", unet=_lcm_unet()), "LCMScheduler", clip_sample=False
+        ),
+        lambda prompts, guided: _sd_text(prompts, False),
+        guidance=8.5,
+    ),
+    Case("pixart_alpha", lambda: load_golden(*_PIXART), _masked_text(24), denoiser="transformer", guidance=4.5),
+    Case(
+        "pixart_sigma",
+        lambda: _other(*_PIXART, "PixArtSigmaPipeline", transformer=_sigma_transformer()),
+        _masked_text(24),
+        denoiser="transformer",
+        guidance=4.5,
+    ),
+    Case(
+        "lcm_pixart",
+        lambda: _with_scheduler(load_golden(*_PIXART), "LCMScheduler", clip_sample=False, original_inference_steps=50),
+        _masked_text(24),
+        denoiser="transformer",
+        guidance=0.0,
+    ),
+    Case(
+        "svd",
+        _svd,
+        _no_inputs,
+        guidance=3.0,
+        image=True,
+        video=True,
+        kept="conditional",
+        extra={"num_frames": 3, "height": SIZE, "width": SIZE},
+    ),
+]
+BY_NAME = {case.name: case for case in CASES}
+GUIDED = [case for case in CASES if case.guidance and case.guidance > 1 and case.name != "lcm"]

@@ -1,0 +1,20 @@
+"""T-GATE for diffusers pipelines: cross-attention and guidance stop at a gate step."""
+
+from .callback import TGateCallback
+from .patch import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
+from .processor import TGateAttnProcessor
+from .schedule import TGateSchedule
+from .state import TGateReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TGateAttnProcessor",
+    "TGateCallback",
+    "TGateReport",
+    "TGateSchedule",
+    "apply_tgate",
+    "get_tgate_report",
+    "is_tgate_applied",
+    "remove_tgate",
+]

@@ -1,0 +1,89 @@
+"""Running a `DeepCacheSDHelper` in T-GATE's order; the helper itself stays as the user made it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .schedule import Phase, StepPlan
+
+
+def check_helper(helper: Any, pipe: Any) -> None:
+    """Refuse what is not a parametrised helper of this pipeline."""
+    if not all(callable(getattr(helper, name, None)) for name in ("enable", "disable", "set_params")):
+        raise TypeError(
+            f"deepcache={helper!r} is a {type(helper).__name__}: give a DeepCacheSDHelper(pipe) "
+            "(pip install tgate_processors[deepcache])."
+        )
+    if getattr(helper, "pipe", None) is not pipe:
+        raise ValueError(
+            f"deepcache={helper!r} is the helper of another pipeline: give a DeepCacheSDHelper made with this "
+            f"{type(pipe).__name__}."
+        )
+    if not hasattr(helper, "params"):
+        raise ValueError(
+            f"deepcache={helper!r} has no parameters: call its set_params(cache_interval=3, cache_branch_id=0) first."
+        )
+    if getattr(pipe, "unet", None) is None:
+        raise ValueError(f"{type(pipe).__name__} has no UNet, and DeepCache knows nothing else: leave out `deepcache`.")
+
+
+class DeepCacheOrder:
+    """
+    When a DeepCache helper starts afresh.
+
+    Its cached tensors have the batch of the step that made them, so it starts afresh where guidance ends; at the gate
+    step too, because every layer has to be computed there. A helper that is not enabled is enabled for the call only.
+
+    Args:
+        helper (`DeepCacheSDHelper`): The user's helper.
+    """
+
+    def __init__(self, helper: Any) -> None:
+        self._helper = helper
+        self._improving = False
+
+    def before_step(self, plan: StepPlan, guided: bool) -> None:
+        """Start afresh where the plan asks for a full step."""
+        improving = plan.phase is Phase.FIDELITY_IMPROVING
+        if plan.phase is Phase.GATE or (guided and improving and not self._improving):
+            self._restart()
+        self._improving = improving
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Have the helper enabled during a call, and as it was afterwards."""
+        given_enabled = bool(getattr(self._helper, "function_dict", None))
+        given = dict(vars(self._helper))
+        modules = list(self._helper.pipe.unet.modules())
+        forwards = {module: module.__dict__["forward"] for module in modules if "forward" in module.__dict__}
+        self._improving = False
+        if given_enabled:
+            self._restart()
+        try:
+            if not given_enabled:
+                self._helper.enable()
+            yield
+        finally:
+            if given_enabled:
+                self._restart()
+            else:
+                self._disable(given, modules, forwards)
+
+    def _restart(self) -> None:
+        """Make the next step a full one."""
+        self._helper.start_timestep = None
+        self._helper.cached_output = {}
+
+    def _disable(self, given: dict[str, Any], modules: list[torch.nn.Module], forwards: dict[Any, Any]) -> None:
+        """Disable the helper; `disable()` leaves a `forward` on every module that it has touched."""
+        self._helper.disable()
+        for module in modules:
+            module.__dict__.pop("forward", None)
+            if module in forwards:
+                module.__dict__["forward"] = forwards[module]
+        vars(self._helper).clear()
+        vars(self._helper).update(given)

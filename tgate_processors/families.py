@@ -1,0 +1,137 @@
+"""What differs between pipelines, as data; and whether a pipeline can be gated, with the reason if not."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .schedule import CFGHalf
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of denoiser, by the name of its class (its subclasses count too)."""
+
+    denoiser_class: str
+    attribute: str
+    kept_half: CFGHalf
+
+
+# Guidance is one batch `[unconditional, conditional]` in all of these. `kept_half` is what the published
+# implementation feeds after the gate.
+FAMILIES = (
+    Family("UNet2DConditionModel", "unet", "unconditional"),
+    Family("UNetSpatioTemporalConditionModel", "unet", "conditional"),
+    Family("PixArtTransformer2DModel", "transformer", "unconditional"),
+)
+
+# These have neither `callback_on_step_end` nor `num_timesteps` nor `do_classifier_free_guidance`, but are known to call
+# the denoiser once for each of `scheduler.timesteps` and to guide where `guidance_scale > 1`.
+LEGACY_PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+
+# Arguments of a pipeline's call that give away a batch, or a loop, of another shape.
+REFUSED_ARGUMENTS = {
+    "image_guidance_scale": "its guidance has three parts (text, image, none), so there is no half to drop",
+    "pag_scale": "perturbed-attention guidance adds a third part to the batch and replaces processors during the call",
+    "edit_guidance_scale": "semantic guidance adds a part to the batch for every edit",
+    "view_batch_size": "it denoises several views in every step",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The denoiser of a pipeline, and how it is gated."""
+
+    denoiser: torch.nn.Module
+    attribute: str
+    kept_half: CFGHalf
+    ticks: bool
+
+
+def find_family(pipe: Any) -> Found:
+    """Find out how a pipeline is gated, or raise a `ValueError` with the reason why it cannot be."""
+    subject = type(pipe).__name__
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for argument, reason in REFUSED_ARGUMENTS.items():
+        if argument in parameters:
+            raise ValueError(f"{subject} cannot be gated: {reason}. Use it without T-GATE.")
+    family, denoiser = _find_denoiser(pipe, subject)
+    _check_attention(denoiser, subject)
+    legacy = any(base.__name__ in LEGACY_PIPELINES for base in type(pipe).__mro__)
+    if not legacy:
+        _check_loop(type(pipe), parameters, subject)
+    return Found(denoiser, family.attribute, family.kept_half, ticks=legacy)
+
+
+def attention_modules(denoiser: torch.nn.Module) -> dict[str, Any]:
+    """The attention layers of a denoiser, by the keys of `attn_processors`."""
+    return {
+        f"{name}.processor": module
+        for name, module in denoiser.named_modules()
+        if hasattr(module, "get_processor") and hasattr(module, "processor")
+    }
+
+
+def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
+    """The part of a pipeline that is called in every step."""
+    seen = []
+    for attribute in ("unet", "transformer"):
+        denoiser = getattr(pipe, attribute, None)
+        if denoiser is None:
+            continue
+        # `torch.compile(pipe.unet)` wraps the module.
+        inner = getattr(denoiser, "_orig_mod", denoiser)
+        names = [base.__name__ for base in type(inner).__mro__]
+        for family in FAMILIES:
+            if family.attribute == attribute and family.denoiser_class in names:
+                return family, denoiser
+        _check_attention(inner, subject)
+        seen.append(f"{attribute}={type(inner).__name__}")
+    if not seen:
+        raise ValueError(f"{subject} cannot be gated: it has no `unet` or `transformer` at present. Load one first.")
+    known = ", ".join(family.denoiser_class for family in FAMILIES)
+    raise ValueError(
+        f"{subject} cannot be gated: how {' and '.join(seen)} does guidance is not known here. Known are {known}."
+    )
+
+
+def _check_attention(denoiser: torch.nn.Module, subject: str) -> None:
+    """Refuse a denoiser that has no cross-attention of its own to keep."""
+    modules = list(attention_modules(denoiser).values())
+    name = type(denoiser).__name__
+    if not modules:
+        raise ValueError(f"{subject} cannot be gated: {name} has no attention layers.")
+    if any(_is_joint(module) for module in modules):
+        raise ValueError(
+            f"{subject} cannot be gated: {name} has joint attention (text and image share one softmax), so there is no "
+            "cross-attention output to keep."
+        )
+    if not any(getattr(module, "is_cross_attention", True) for module in modules):
+        raise ValueError(f"{subject} cannot be gated: {name} has no cross-attention layers.")
+
+
+def _is_joint(module: Any) -> bool:
+    """Whether a layer mixes keys of text and image, or its output with the residual."""
+    return getattr(module, "added_kv_proj_dim", None) is not None or "Joint" in type(module.processor).__name__
+
+
+def _check_loop(pipeline_class: type, parameters: Any, subject: str) -> None:
+    """Refuse a pipeline that does not tell its steps or its guidance."""
+    missing = [
+        name
+        for name, there in (
+            ("callback_on_step_end", "callback_on_step_end" in parameters),
+            ("num_timesteps", hasattr(pipeline_class, "num_timesteps")),
+            ("do_classifier_free_guidance", hasattr(pipeline_class, "do_classifier_free_guidance")),
+        )
+        if not there
+    ]
+    if missing:
+        raise ValueError(
+            f"{subject} cannot be gated: it has no {', no '.join(missing)}, so its steps and its guidance are not "
+            "known. Use it without T-GATE."
+        )

@@ -1,0 +1,206 @@
+"""Where a run stands: its step, what the attention layers do in it, and what they keep."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .schedule import Action, Phase, StepPlan, TGateSchedule
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class Slot:
+    """The output that one attention layer keeps, and the layer it belongs to."""
+
+    __slots__ = ("__weakref__", "layer", "tensor")
+
+    def __init__(self) -> None:
+        self.tensor: torch.Tensor | None = None
+        self.layer: Any = None
+
+    def clear(self) -> None:
+        """Let go of the kept output."""
+        self.tensor = None
+        self.layer = None
+
+
+@dataclass(frozen=True)
+class TGateReport:
+    r"""
+    What T-GATE did in the last call of a pipeline.
+
+    Counts are denoiser forwards: one per step, two per step with Heun or KDPM2.
+
+    Args:
+        num_inference_steps (`int`): Steps that really ran or would have run without an interruption.
+        gate_step (`int`): First step of the fidelity-improving phase.
+        cross_attention_computed (`int`): Forwards in which cross-attention was computed.
+        cross_attention_reused (`int`): Forwards in which the stored cross-attention was reused.
+        self_attention_computed (`int`): Forwards in which self-attention was computed.
+        self_attention_reused (`int`): Forwards in which the stored self-attention was reused.
+        full_batch_forwards (`int`): Forwards at the batch that the pipeline asked for.
+        half_batch_forwards (`int`): Forwards at half that batch, guidance being dropped.
+        peak_bytes (`int`): Most bytes held in stored outputs at the end of a step.
+    """
+
+    num_inference_steps: int = 0
+    gate_step: int = 0
+    cross_attention_computed: int = 0
+    cross_attention_reused: int = 0
+    self_attention_computed: int = 0
+    self_attention_reused: int = 0
+    full_batch_forwards: int = 0
+    half_batch_forwards: int = 0
+    peak_bytes: int = 0
+
+
+_LONG_RUN = 1000
+_IDLE = StepPlan(Phase.SEMANTICS_PLANNING, Action.COMPUTE, Action.COMPUTE)
+
+
+class TGateState:
+    """
+    The run of one pipeline, shared by reference by its attention processors.
+
+    Between two runs every action is "compute" and nothing is held, so whoever else uses the same denoiser finds it as
+    if T-GATE were not there. Compiled code reads `cross_attention`, `self_attention` and `averaging` only: none of them
+    changes more often than the phase does.
+
+    Args:
+        schedule (`TGateSchedule`): When attention is computed, stored and reused.
+    """
+
+    def __init__(self, schedule: TGateSchedule) -> None:
+        self.schedule = schedule
+        self.report = TGateReport()
+        self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()
+        self._warned = False
+        self._fresh = True
+        self._plan: tuple[StepPlan, ...] = ()
+        self._rest()
+
+    def __repr__(self) -> str:
+        where = f"step {self.step_index} of {len(self._plan)}" if self._plan else "no run"
+        return f"{type(self).__name__}({self.schedule}, {where}, {self.nbytes} bytes held)"
+
+    @property
+    def running(self) -> bool:
+        """Whether a run has begun."""
+        return bool(self._plan)
+
+    @property
+    def step_index(self) -> int:
+        """Inference step that runs now."""
+        return min(self._step_of(self._iteration), max(0, len(self._plan) - 1))
+
+    @property
+    def phase(self) -> Phase:
+        """Phase that the step that runs now belongs to."""
+        return self._current.phase
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in stored outputs."""
+        return sum(slot.tensor.nbytes for slot in self._slots if slot.tensor is not None)
+
+    def new_slot(self) -> Slot:
+        """Make the place where one attention layer keeps its output."""
+        slot = Slot()
+        self._slots.add(slot)
+        return slot
+
+    def prime(self) -> None:
+        """
+        Wait for a run whose first step nobody opens: only a callback counts its steps.
+
+        The first step then has to be ready beforehand. Which of its outputs are reused is not known before the number
+        of steps is, so it is taken from a long run.
+        """
+        self._current = self.schedule.plan(_LONG_RUN)[0]
+        self.cross_attention = self._current.cross_attention
+        self.self_attention = self._current.self_attention
+
+    def begin(self, iterations: int, order: int, repeats: int) -> None:
+        """
+        The denoising loop starts.
+
+        Args:
+            iterations (`int`): Passes of the pipeline's loop.
+            order (`int`): Passes per step.
+            repeats (`int`): First passes that belong to step 0 beyond its own (PNDM).
+        """
+        self._order, self._repeats, self._iterations = order, repeats, iterations
+        num_inference_steps = self._step_of(iterations - 1) + 1
+        self._plan = self.schedule.plan(num_inference_steps)
+        gate_step = self.schedule.resolve_gate_step(num_inference_steps)
+        if self._fresh:
+            self._fresh = False
+            self.report = TGateReport(num_inference_steps=num_inference_steps, gate_step=gate_step)
+        if gate_step >= num_inference_steps and not self._warned:
+            self._warned = True
+            logger.warning(
+                "gate_step=%s is not before the last of the %s steps that run: cross-attention is always computed and "
+                "guidance stays on. Give a smaller gate_step, or a share of the steps such as gate_step=0.4.",
+                gate_step,
+                num_inference_steps,
+            )
+
+    def enter(self, guided: bool) -> StepPlan:
+        """
+        A denoiser forward starts: set what the attention layers do in it.
+
+        Args:
+            guided (`bool`): Whether the batch holds both halves of classifier-free guidance.
+        """
+        plan = self._plan[self.step_index]
+        halved = guided and plan.phase is Phase.FIDELITY_IMPROVING
+        self._current = plan
+        self.cross_attention = plan.cross_attention
+        self.self_attention = plan.self_attention
+        self.averaging = guided and plan.phase is Phase.GATE
+        self.report = replace(
+            self.report,
+            full_batch_forwards=self.report.full_batch_forwards + (not halved),
+            half_batch_forwards=self.report.half_batch_forwards + halved,
+            cross_attention_computed=self.report.cross_attention_computed + (plan.cross_attention is not Action.REUSE),
+            cross_attention_reused=self.report.cross_attention_reused + (plan.cross_attention is Action.REUSE),
+            self_attention_computed=self.report.self_attention_computed + (plan.self_attention is not Action.REUSE),
+            self_attention_reused=self.report.self_attention_reused + (plan.self_attention is Action.REUSE),
+        )
+        return plan
+
+    def advance(self) -> None:
+        """The clock ticks: one pass of the pipeline's loop has ended."""
+        self.report = replace(self.report, peak_bytes=max(self.report.peak_bytes, self.nbytes))
+        self._iteration += 1
+        if self._iteration >= self._iterations:
+            # Pipelines that run their loop several times in one call start the next one here.
+            self._rest()
+
+    def reset(self) -> None:
+        """The call has ended, however it ended: hold nothing, do nothing."""
+        self._rest()
+        self._fresh = True
+
+    def _rest(self) -> None:
+        """Back to the state between two runs; the report stays."""
+        self._plan = ()
+        self._current = _IDLE
+        self._iteration = 0
+        self._iterations = 0
+        self._order, self._repeats = 1, 0
+        self.cross_attention = Action.COMPUTE
+        self.self_attention = Action.COMPUTE
+        self.averaging = False
+        for slot in self._slots:
+            slot.clear()
+
+    def _step_of(self, iteration: int) -> int:
+        """Inference step of a pass of the loop: the ticks that its progress bar shows by then."""
+        return max(0, iteration - self._repeats) // self._order

@@ -1,5 +1,6 @@
 """The schedule alone: the table of the method, and what is refused."""
 
+import itertools
 import math
 
 import pytest
@@ -44,7 +45,7 @@ def test_what_is_reused_was_stored_and_what_is_stored_is_reused(gate_step, sp_in
             plan = actions(schedule, steps, kind)
             assert "CR" not in plan
             assert not plan.startswith("R")
-            assert all(after == "R" for before, after in zip(plan, plan[1:], strict=False) if before == "S")
+            assert all(after == "R" for before, after in itertools.pairwise(plan) if before == "S")
             assert not plan.endswith("S")
 
 

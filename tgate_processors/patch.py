@@ -8,6 +8,7 @@ import inspect
 from typing import Any, TypeVar
 
 import diffusers
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .callback import TGateCallback
 from .deepcache import DeepCacheOrder, check_helper
@@ -320,7 +321,7 @@ def _chain_callback(pipe: Any, callback: TGateCallback, bound: inspect.BoundArgu
         )
     default = bound.signature.parameters["callback_on_step_end_tensor_inputs"].default
     wanted = list(bound.arguments.get("callback_on_step_end_tensor_inputs", default) or [])
-    if isinstance(users, (diffusers.callbacks.PipelineCallback, diffusers.callbacks.MultiPipelineCallbacks)):
+    if isinstance(users, (PipelineCallback, MultiPipelineCallbacks)):
         wanted = list(users.tensor_inputs)
     added = [name for name in callback.tensor_inputs if name not in wanted and name in pipe._callback_tensor_inputs]
 

@@ -1,13 +1,16 @@
-"""The step-counting `callback_on_step_end`."""
+"""The step-counting `callback_on_step_end`: the clock, which ticks outside the denoiser."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
 
 from .families import find_family
 from .guidance import DenoiserHooks
 from .run import PipelineRun
-from .schedule import CFGHalf, TGateSchedule
+from .schedule import CFGHalf, Phase, StepPlan, TGateSchedule
 from .state import TGateState
 
 
@@ -27,7 +30,7 @@ class TGateCallback:
 
     Attributes:
         state (`TGateState`): The run, for [`TGateAttnProcessor`]. `state.report` tells what the last run did.
-        tensor_inputs (`list[str]`): What the callback asks of the pipeline: `["latents"]`.
+        tensor_inputs (`list[str]`): What the callback asks of the pipeline, for `MultiPipelineCallbacks`: nothing.
 
     Raises:
         TypeError: If `schedule` is not a `TGateSchedule`.
@@ -50,7 +53,7 @@ class TGateCallback:
     Source: T-GATE (https://arxiv.org/abs/2404.02747).
     """
 
-    tensor_inputs = ["latents"]  # noqa: RUF012 - diffusers concatenates lists
+    tensor_inputs: ClassVar[list[str]] = []
 
     def __init__(self, schedule: TGateSchedule, *, cfg_half: CFGHalf | None = None) -> None:
         if not isinstance(schedule, TGateSchedule):
@@ -59,35 +62,83 @@ class TGateCallback:
             raise ValueError(f'cfg_half={cfg_half!r} is no half of guidance: give "unconditional" or "conditional".')
         self.cfg_half = cfg_half
         self.state = TGateState(schedule)
-        self.hooks = DenoiserHooks(self.state)
-        self._visiting = False
+        self.hooks = DenoiserHooks()
+        self.before_step: Callable[[StepPlan, bool], None] | None = None
+        self._run: PipelineRun | None = None
+        self._guided = False
+        self._visiting = True
         self.state.prime()
 
     def __call__(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """One pass of the pipeline's loop has ended."""
-        if self.hooks.run is None:
-            self._take_place(pipeline)
-        self.hooks.check_batch(callback_kwargs.get("latents"))
+        if not self.state.running:
+            self._begin_late(pipeline)
+        self._check_batch(callback_kwargs.get("latents"))
         self.state.advance()
+        self._prepare()
         if self._visiting and not self.state.running:
             self.reset()
         return callback_kwargs
 
+    @property
+    def running(self) -> bool:
+        """Whether a call of the pipeline is under way."""
+        return self._run is not None
+
+    def settle(self) -> None:
+        """Stay on the denoiser between the calls, for a pipeline that announces each of them by `start`."""
+        self._visiting = False
+        self.reset()
+
+    def start(self, run: PipelineRun) -> None:
+        """A call of the pipeline starts; its loop begins with `begin`, or with the denoiser at the latest."""
+        self.reset()
+        self._run = run
+        self.hooks.before_forward = self.begin
+
+    def begin(self) -> None:
+        """The pipeline's loop begins: its steps are known now."""
+        if self._run is None:
+            return
+        if not self.state.running:
+            self.state.begin(*self._run.timeline())
+            self._prepare()
+
+    def finish_step(self) -> None:
+        """A step has ended, in a pipeline that tells its steps and not the passes of its loop."""
+        if self.state.running:
+            self.state.finish_step()
+            self._prepare()
+
     def reset(self) -> None:
         """Let go of all that a run holds, in particular one that an exception or an interrupt has ended."""
-        self.hooks.run = None
+        self._run = None
         self.state.reset()
+        self.hooks.rest()
         if self._visiting:
             self.hooks.remove()
             self.state.prime()
 
-    def _take_place(self, pipeline: Any) -> None:
-        """Begin the run at the end of its first step, the first that a callback sees."""
-        found = find_family(pipeline)
-        run = PipelineRun(pipeline)
-        self._visiting = True
+    def _prepare(self) -> None:
+        """Set what the denoiser does in the pass to come."""
+        if self._run is None or not self.state.running:
+            self.hooks.halving = False
+            return
+        self._guided = self._run.guided()
+        plan = self.state.enter(self._guided)
+        self.hooks.halving = self._guided and plan.phase is Phase.FIDELITY_IMPROVING
+        if self.before_step is not None:
+            self.before_step(plan, self._guided)
+
+    def _begin_late(self, pipeline: Any) -> None:
+        """Begin the run at the end of its first pass, where nothing has announced it."""
+        run = self._run or PipelineRun(pipeline)
+        if self._visiting:
+            found = find_family(pipeline)
+            self.hooks.install(found.denoiser, self.cfg_half or found.kept_half)
+        self._run = run
         self.state.begin(*run.timeline())
         if run.guided() and self.state.report.gate_step == 1:
             self.reset()
@@ -95,6 +146,22 @@ class TGateCallback:
                 "gate_step is the first step, and a callback first runs when that is over: use apply_tgate(pipe, ...), "
                 "or a gate_step of at least 2."
             )
-        self.state.enter(run.guided())
-        self.hooks.run = run
-        self.hooks.install(found.denoiser, self.cfg_half or found.kept_half)
+        self._prepare()
+        if self._visiting:
+            self.hooks.before_forward = self._forget_a_broken_run
+
+    def _forget_a_broken_run(self) -> None:
+        """Start afresh if the denoiser is called by a later call than the one that was begun."""
+        if self._run is not None and self._run.is_over():
+            self.reset()
+
+    def _check_batch(self, latents: Any) -> None:
+        """Compare the batch that the denoiser got with the latents: two halves with guidance, else one."""
+        parts = 2 if self._guided else 1
+        batch = self.hooks.batch
+        if batch and isinstance(latents, torch.Tensor) and batch != parts * latents.shape[0]:
+            raise ValueError(
+                f"the denoiser got a batch of {batch} for {latents.shape[0]} latents with classifier-free guidance "
+                f"{'on' if self._guided else 'off'}, where T-GATE expects {parts * latents.shape[0]}: the guidance of "
+                "this pipeline is not two halves of one batch. Call remove_tgate(pipe) to use it."
+            )

@@ -13,7 +13,9 @@ from .schedule import Phase, StepPlan
 
 def check_helper(helper: Any, pipe: Any) -> None:
     """Refuse what is not a parametrised helper of this pipeline."""
-    if not all(callable(getattr(helper, name, None)) for name in ("enable", "disable", "set_params")):
+    if isinstance(helper, type) or not all(
+        callable(getattr(helper, name, None)) for name in ("enable", "disable", "set_params")
+    ):
         raise TypeError(
             f"deepcache={helper!r} is a {type(helper).__name__}: give a DeepCacheSDHelper(pipe) "
             "(pip install tgate_processors[deepcache])."

@@ -49,7 +49,6 @@ class Found:
     denoiser: torch.nn.Module
     attribute: str
     kept_half: CFGHalf
-    ticks: bool
 
 
 def find_family(pipe: Any) -> Found:
@@ -64,14 +63,15 @@ def find_family(pipe: Any) -> Found:
     legacy = any(base.__name__ in LEGACY_PIPELINES for base in type(pipe).__mro__)
     if not legacy:
         _check_loop(type(pipe), parameters, subject)
-    return Found(denoiser, family.attribute, family.kept_half, ticks=legacy)
+    return Found(denoiser, family.attribute, family.kept_half)
 
 
 def attention_modules(denoiser: torch.nn.Module) -> dict[str, Any]:
     """The attention layers of a denoiser, by the keys of `attn_processors`."""
     return {
         f"{name}.processor": module
-        for name, module in denoiser.named_modules()
+        # `torch.compile(pipe.unet)` wraps the module.
+        for name, module in getattr(denoiser, "_orig_mod", denoiser).named_modules()
         if hasattr(module, "get_processor") and hasattr(module, "processor")
     }
 
@@ -83,7 +83,6 @@ def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
         denoiser = getattr(pipe, attribute, None)
         if denoiser is None:
             continue
-        # `torch.compile(pipe.unet)` wraps the module.
         inner = getattr(denoiser, "_orig_mod", denoiser)
         names = [base.__name__ for base in type(inner).__mro__]
         for family in FAMILIES:

@@ -8,54 +8,34 @@ from typing import Any
 
 import torch
 
-from .run import PipelineRun
-from .schedule import CFGHalf, Phase, StepPlan
-from .state import TGateState
+from .schedule import CFGHalf
 
 
 class DenoiserHooks:
     """
-    The forward hooks of a denoiser: they open each step and, from the gate on, halve the batch.
+    The forward hooks of a denoiser: while `halving`, they halve the batch.
 
     The pipeline's own `uncond + scale * (cond - uncond)` then gives the one output back exactly, for any scale and any
-    rescaling. Without a `run` the hooks do nothing.
-
-    Args:
-        state (`TGateState`): Where the run stands.
+    rescaling. The hooks are no part of a compiled denoiser.
     """
 
-    def __init__(self, state: TGateState) -> None:
-        self.run: PipelineRun | None = None
-        self._state = state
+    def __init__(self) -> None:
+        self.halving = False
+        self.kept: CFGHalf = "unconditional"
+        self.before_forward: Callable[[], None] | None = None
+        self.batch = 0
         self._handles: list[Any] = []
-        self._kept: CFGHalf = "unconditional"
-        self._ticks = False
-        self._before_step: Callable[[StepPlan, bool], None] | None = None
-        self._guided = False
-        self._batch = 0
-        self._halved = False
 
-    def install(
-        self,
-        denoiser: torch.nn.Module,
-        kept: CFGHalf,
-        *,
-        ticks: bool = False,
-        before_step: Callable[[StepPlan, bool], None] | None = None,
-    ) -> None:
+    def install(self, denoiser: torch.nn.Module, kept: CFGHalf) -> None:
         """
         Register the hooks.
 
         Args:
             denoiser (`torch.nn.Module`): The module that the pipeline calls in every step.
-            kept (`str`): The half that stays after the gate, `"unconditional"` (the first) or `"conditional"`.
-            ticks (`bool`, *optional*, defaults to `False`):
-                Whether the end of a forward is the end of a step, for pipelines without `callback_on_step_end`.
-            before_step (`Callable`, *optional*):
-                Called before each forward with the `StepPlan` and whether guidance is on.
+            kept (`str`): The half that stays, `"unconditional"` (the first) or `"conditional"`.
         """
         self.remove()
-        self._kept, self._ticks, self._before_step = kept, ticks, before_step
+        self.kept = kept
         self._handles = [
             denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
             denoiser.register_forward_hook(self._after, with_kwargs=True),
@@ -67,42 +47,26 @@ class DenoiserHooks:
             handle.remove()
         self._handles = []
 
-    def check_batch(self, latents: Any) -> None:
-        """Compare the batch that the denoiser got with the latents: two halves with guidance, else one."""
-        parts = 2 if self._guided else 1
-        if self._batch and isinstance(latents, torch.Tensor) and self._batch != parts * latents.shape[0]:
-            raise ValueError(
-                f"the denoiser got a batch of {self._batch} for {latents.shape[0]} latents with "
-                f"classifier-free guidance {'on' if self._guided else 'off'}, where T-GATE expects "
-                f"{parts * latents.shape[0]}: the guidance of this pipeline is not two halves of one batch. Call "
-                "remove_tgate(pipe) to use it."
-            )
+    def rest(self) -> None:
+        """Do nothing until the next run."""
+        self.halving = False
+        self.before_forward = None
+        self.batch = 0
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Open the step; halve the batch after the gate."""
-        if self.run is None:
+        """Halve the batch after the gate."""
+        if self.before_forward is not None:
+            self.before_forward()
+        self.batch = _batch_size(args, kwargs)
+        if not self.halving:
             return None
-        if self._state.running and self.run.is_over():
-            self._state.reset()
-        if not self._state.running:
-            self._state.begin(*self.run.timeline())
-        self._guided = self.run.guided()
-        plan = self._state.enter(self._guided)
-        if self._before_step is not None:
-            self._before_step(plan, self._guided)
-        self._batch = _batch_size(args, kwargs)
-        self._halved = self._guided and plan.phase is Phase.FIDELITY_IMPROVING
-        if not self._halved:
-            return None
-        return _halve(args, self._batch, self._kept), _halve(kwargs, self._batch, self._kept)
+        return _halve(args, self.batch, self.kept), _halve(kwargs, self.batch, self.kept)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Give the output of the half back as both halves."""
-        if self.run is None:
-            return None
-        if self._ticks:
-            self._state.advance()
-        return _double(output, self._batch // 2) if self._halved else None
+        return _double(output, self.batch // 2) if self.halving else None
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

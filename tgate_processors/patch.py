@@ -83,7 +83,7 @@ def apply_tgate(
     _check_pipeline(pipe)
     schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up)
     callback = TGateCallback(schedule, cfg_half=cfg_half)
-    callback.reset()
+    callback.settle()
     find_family(pipe)
     if deepcache is not None:
         check_helper(deepcache, pipe)
@@ -127,7 +127,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     if not is_tgate_applied(pipe):
         return pipe
     installation: _Installation = vars(pipe)[_ATTRIBUTE]
-    if installation.callback.hooks.run is not None:
+    if installation.callback.running:
         raise RuntimeError(f"{type(pipe).__name__} is running: call apply_tgate and remove_tgate between two calls.")
     installation.remove()
     del vars(pipe)[_ATTRIBUTE]
@@ -205,6 +205,7 @@ class _Installation:
 
     def __init__(self, callback: TGateCallback, deepcache: DeepCacheOrder | None) -> None:
         self.callback = callback
+        self.callback.before_step = deepcache.before_step if deepcache else None
         self.deepcache = deepcache
         self._denoiser: Any = None
 
@@ -214,12 +215,7 @@ class _Installation:
         if found.denoiser is not self._denoiser:
             self.remove()
             self._denoiser = found.denoiser
-            self.callback.hooks.install(
-                found.denoiser,
-                self.callback.cfg_half or found.kept_half,
-                ticks=found.ticks,
-                before_step=self.deepcache.before_step if self.deepcache else None,
-            )
+            self.callback.hooks.install(found.denoiser, self.callback.cfg_half or found.kept_half)
         state = self.callback.state
         _replace_processors(
             found.denoiser,
@@ -277,14 +273,32 @@ def _gated_class(pipeline_class: type) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _gated_call(self, pipeline_class.__call__, args, kwargs)
 
-    functools.update_wrapper(__call__, pipeline_class.__call__)
+    def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _watched_bar(self, pipeline_class.progress_bar(self, *args, **kwargs))  # type: ignore[attr-defined]
+
     body = {
-        "__call__": __call__,
+        "__call__": functools.update_wrapper(__call__, pipeline_class.__call__),
+        "progress_bar": functools.update_wrapper(progress_bar, pipeline_class.progress_bar),  # type: ignore[attr-defined]
         "__module__": pipeline_class.__module__,
         "__qualname__": pipeline_class.__qualname__,
         "__doc__": pipeline_class.__doc__,
     }
     return type(pipeline_class.__name__, (pipeline_class,), body)
+
+
+def _watched_bar(pipe: Any, bar: Any) -> Any:
+    """Take the progress bar as the sign that the loop begins, and, without step callbacks, that a step has ended."""
+    callback: TGateCallback = vars(pipe)[_ATTRIBUTE].callback
+    callback.begin()
+    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+        update = bar.update
+
+        def tick(*args: Any, **kwargs: Any) -> Any:
+            callback.finish_step()
+            return update(*args, **kwargs)
+
+        bar.update = tick
+    return bar
 
 
 def _gated_call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -302,8 +316,7 @@ def _gated_call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, A
     guidance_scale = bound.arguments.get("guidance_scale", bound.signature.parameters.get("guidance_scale"))
     if isinstance(guidance_scale, inspect.Parameter):
         guidance_scale = guidance_scale.default
-    callback.reset()
-    callback.hooks.run = PipelineRun(pipe, guidance_scale)
+    callback.start(PipelineRun(pipe, guidance_scale))
     try:
         with installation.deepcache.running() if installation.deepcache else contextlib.nullcontext():
             return call(*bound.args, **bound.kwargs)
@@ -314,19 +327,21 @@ def _gated_call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, A
 def _chain_callback(pipe: Any, callback: TGateCallback, bound: inspect.BoundArguments) -> None:
     """Put the clock behind the user's callback, which sees what it would see without T-GATE."""
     users = bound.arguments.get("callback_on_step_end")
-    if isinstance(users, TGateCallback):
+    if any(isinstance(part, TGateCallback) for part in getattr(users, "callbacks", [users])):
         raise ValueError(
-            "callback_on_step_end is a TGateCallback, but T-GATE is applied to the pipeline already: leave the "
+            "callback_on_step_end has a TGateCallback, but T-GATE is applied to the pipeline already: leave the "
             "callback out, or call remove_tgate(pipe) first."
         )
-    default = bound.signature.parameters["callback_on_step_end_tensor_inputs"].default
-    wanted = list(bound.arguments.get("callback_on_step_end_tensor_inputs", default) or [])
     if isinstance(users, (PipelineCallback, MultiPipelineCallbacks)):
-        wanted = list(users.tensor_inputs)
-    added = [name for name in callback.tensor_inputs if name not in wanted and name in pipe._callback_tensor_inputs]
+        bound.arguments["callback_on_step_end"] = MultiPipelineCallbacks([users, callback])
+        return
+    default = bound.signature.parameters["callback_on_step_end_tensor_inputs"].default
+    wanted = bound.arguments.get("callback_on_step_end_tensor_inputs", default) or []
+    # The clock compares the batch with the latents; a function that did not ask for them does not get them.
+    added = [name for name in ("latents",) if name not in wanted and name in pipe._callback_tensor_inputs]
 
     def on_step_end(pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
-        ours = {name: callback_kwargs[name] for name in callback.tensor_inputs if name in callback_kwargs}
+        ours = dict(callback_kwargs)
         outputs = {name: value for name, value in callback_kwargs.items() if name not in added}
         if users is not None:
             outputs = users(pipeline, step_index, timestep, outputs)
@@ -334,4 +349,4 @@ def _chain_callback(pipe: Any, callback: TGateCallback, bound: inspect.BoundArgu
         return outputs
 
     bound.arguments["callback_on_step_end"] = on_step_end
-    bound.arguments["callback_on_step_end_tensor_inputs"] = wanted + added
+    bound.arguments["callback_on_step_end_tensor_inputs"] = [*wanted, *added]

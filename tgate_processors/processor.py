@@ -64,11 +64,10 @@ class TGateAttnProcessor:
             raise TypeError(f"state is a {type(state).__name__}: give the `state` of a TGateCallback.")
         base = type(original).tgate_base if isinstance(original, TGateAttnProcessor) else type(original)
         processor: TGateAttnProcessor = object.__new__(_gated_class(base))
-        if hasattr(original, "__dict__"):
-            object.__setattr__(processor, "__dict__", original.__dict__)
-        processor.original = original
-        processor.state = state
-        processor.slot = state.new_slot()
+        # Not by plain assignment: a module among the processors would register `original` as a part of itself.
+        attributes = {"original": original, "state": state, "slot": state.new_slot(), "__dict__": original.__dict__}
+        for name, value in attributes.items():
+            object.__setattr__(processor, name, value)
         return processor
 
     def __init__(self, original: Any, state: TGateState) -> None:
@@ -91,12 +90,12 @@ def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, *
     # The layer's own flag is missing or wrong in several models; what it attends to is not.
     is_self = context is None or context is hidden_states
     action = state.self_attention if is_self else state.cross_attention
+    if slot.layer is not None and slot.layer is not attn:
+        raise ValueError(
+            "one TGateAttnProcessor serves several attention layers: make one for each entry of "
+            "`denoiser.attn_processors`."
+        )
     if action is Action.REUSE and slot.tensor is not None and slot.tensor.shape[:2] == hidden_states.shape[:2]:
-        if slot.layer is not attn:
-            raise ValueError(
-                "one TGateAttnProcessor serves several attention layers: make one for each entry of "
-                "`denoiser.attn_processors`."
-            )
         return slot.tensor
     output = self.original(attn, hidden_states, *args, **kwargs)
     if action is not Action.COMPUTE:

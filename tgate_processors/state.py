@@ -38,7 +38,7 @@ class TGateReport:
     Counts are denoiser forwards: one per step, two per step with Heun or KDPM2.
 
     Args:
-        num_inference_steps (`int`): Steps that really ran or would have run without an interruption.
+        num_inference_steps (`int`): Steps of the run, an interrupted one included.
         gate_step (`int`): First step of the fidelity-improving phase.
         cross_attention_computed (`int`): Forwards in which cross-attention was computed.
         cross_attention_reused (`int`): Forwards in which the stored cross-attention was reused.
@@ -83,11 +83,20 @@ class TGateState:
         self._warned = False
         self._fresh = True
         self._plan: tuple[StepPlan, ...] = ()
+        self._iteration = 0
         self._rest()
 
     def __repr__(self) -> str:
         where = f"step {self.step_index} of {len(self._plan)}" if self._plan else "no run"
         return f"{type(self).__name__}({self.schedule}, {where}, {self.nbytes} bytes held)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Processors that are copied with the state make their slots anew.
+        return {name: value for name, value in vars(self).items() if name != "_slots"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._slots = weakref.WeakSet()
 
     @property
     def running(self) -> bool:
@@ -153,33 +162,44 @@ class TGateState:
 
     def enter(self, guided: bool) -> StepPlan:
         """
-        A denoiser forward starts: set what the attention layers do in it.
+        A pass of the loop is about to start: set what the attention layers do in it.
 
         Args:
             guided (`bool`): Whether the batch holds both halves of classifier-free guidance.
         """
         plan = self._plan[self.step_index]
-        halved = guided and plan.phase is Phase.FIDELITY_IMPROVING
-        self._current = plan
+        self._current, self._guided = plan, guided
         self.cross_attention = plan.cross_attention
         self.self_attention = plan.self_attention
         self.averaging = guided and plan.phase is Phase.GATE
-        self.report = replace(
-            self.report,
-            full_batch_forwards=self.report.full_batch_forwards + (not halved),
-            half_batch_forwards=self.report.half_batch_forwards + halved,
-            cross_attention_computed=self.report.cross_attention_computed + (plan.cross_attention is not Action.REUSE),
-            cross_attention_reused=self.report.cross_attention_reused + (plan.cross_attention is Action.REUSE),
-            self_attention_computed=self.report.self_attention_computed + (plan.self_attention is not Action.REUSE),
-            self_attention_reused=self.report.self_attention_reused + (plan.self_attention is Action.REUSE),
-        )
         return plan
 
     def advance(self) -> None:
         """The clock ticks: one pass of the pipeline's loop has ended."""
-        self.report = replace(self.report, peak_bytes=max(self.report.peak_bytes, self.nbytes))
-        self._iteration += 1
-        if self._iteration >= self._iterations:
+        self._move_to(self._iteration + 1)
+
+    def finish_step(self) -> None:
+        """The clock ticks: all passes of one step have ended."""
+        step = self._step_of(self._iteration)
+        self._move_to(min(self._iterations, self._repeats + (step + 1) * self._order))
+
+    def _move_to(self, iteration: int) -> None:
+        """Write down the passes that have ended, all alike, and go on to the next one."""
+        passes, report, plan = iteration - self._iteration, self.report, self._current
+        halved = self._guided and plan.phase is Phase.FIDELITY_IMPROVING
+        cross, own = plan.cross_attention is Action.REUSE, plan.self_attention is Action.REUSE
+        self.report = replace(
+            report,
+            full_batch_forwards=report.full_batch_forwards + passes * (not halved),
+            half_batch_forwards=report.half_batch_forwards + passes * halved,
+            cross_attention_computed=report.cross_attention_computed + passes * (not cross),
+            cross_attention_reused=report.cross_attention_reused + passes * cross,
+            self_attention_computed=report.self_attention_computed + passes * (not own),
+            self_attention_reused=report.self_attention_reused + passes * own,
+            peak_bytes=max(report.peak_bytes, self.nbytes),
+        )
+        self._iteration = iteration
+        if iteration >= self._iterations:
             # Pipelines that run their loop several times in one call start the next one here.
             self._rest()
 
@@ -195,6 +215,7 @@ class TGateState:
         self._iteration = 0
         self._iterations = 0
         self._order, self._repeats = 1, 0
+        self._guided = False
         self.cross_attention = Action.COMPUTE
         self.self_attention = Action.COMPUTE
         self.averaging = False

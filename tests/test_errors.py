@@ -1,0 +1,224 @@
+"""Bad input: an error that names the value and the remedy, and a pipeline that still works."""
+
+import math
+import re
+
+import diffusers
+import pytest
+import torch
+
+from tests.pipelines import BY_NAME
+from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
+
+CASE = BY_NAME["sd"]
+
+
+def still_works(pipe, baseline):
+    assert not is_tgate_applied(pipe)
+    assert not pipe.unet._forward_pre_hooks
+    assert torch.equal(CASE.run(pipe), baseline)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"gate_step": 0}, ValueError, "gate_step=0 is too small: give"),
+        ({"gate_step": -1}, ValueError, "gate_step=-1 is too small: give"),
+        ({"gate_step": True}, TypeError, "gate_step=True is a bool: give"),
+        ({"gate_step": "10"}, TypeError, "gate_step='10' is a str: give"),
+        ({"gate_step": 1.5}, ValueError, "gate_step=1.5 is not a share of the steps: give"),
+        ({"gate_step": math.nan}, ValueError, "gate_step=nan is not a share of the steps: give"),
+        ({"sp_interval": 0}, ValueError, "sp_interval=0 is too small: give"),
+        ({"fi_interval": 0}, ValueError, "fi_interval=0 is too small: give"),
+        ({"warm_up": -1}, ValueError, "warm_up=-1 is too small: give"),
+        ({"cfg_half": "negative"}, ValueError, "cfg_half='negative' is no half of guidance: give"),
+        ({"gate": 3}, TypeError, "unexpected keyword argument 'gate'"),
+        ({"deepcache": 3}, TypeError, "deepcache=3 is a int: give a DeepCacheSDHelper"),
+    ],
+)
+def test_a_bad_setting(settings, error, message):
+    pipe = CASE.build()
+    baseline = CASE.run(pipe)
+    with pytest.raises(error, match=re.escape(message)):
+        apply_tgate(pipe, **settings)
+    still_works(pipe, baseline)
+    # Nor does it touch what is applied already.
+    expected = CASE.run(apply_tgate(pipe, 3))
+    with pytest.raises(error, match=re.escape(message)):
+        apply_tgate(pipe, **settings)
+    assert torch.equal(CASE.run(pipe), expected)
+
+
+def test_intervals_are_keywords():
+    with pytest.raises(TypeError, match="positional"):
+        apply_tgate(CASE.build(), 10, 5)
+
+
+@pytest.mark.parametrize("function", [apply_tgate, remove_tgate, is_tgate_applied, get_tgate_report])
+@pytest.mark.parametrize("thing", [None, "sd", 3, torch.nn.Linear(2, 2), diffusers.StableDiffusionPipeline])
+def test_not_a_pipeline(function, thing):
+    with pytest.raises(TypeError, match=f"pipe is a {type(thing).__name__}, not a diffusers pipeline: give the"):
+        function(thing)
+
+
+def test_a_denoiser_instead_of_its_pipeline():
+    with pytest.raises(TypeError, match="pipe is a UNet2DConditionModel, not a diffusers pipeline"):
+        apply_tgate(CASE.build().unet)
+
+
+def test_a_report_without_tgate():
+    with pytest.raises(ValueError, match="not applied to this StableDiffusionPipeline: call apply_tgate"):
+        get_tgate_report(CASE.build())
+
+
+def test_removing_what_is_not_there_does_nothing():
+    pipe = CASE.build()
+    baseline = CASE.run(pipe)
+    assert remove_tgate(pipe) is pipe
+    still_works(pipe, baseline)
+
+
+def sd3():
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        out_channels=4,
+    )
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        **dict.fromkeys(
+            ["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"]
+        ),
+    )
+
+
+def flux():
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return diffusers.FluxPipeline(
+        transformer=transformer,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=None,
+        **dict.fromkeys(["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]),
+    )
+
+
+def ddpm(attention):
+    down = "AttnDownBlock2D" if attention else "DownBlock2D"
+    up = "AttnUpBlock2D" if attention else "UpBlock2D"
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", down),
+        up_block_types=(up, "UpBlock2D"),
+        norm_num_groups=8,
+        layers_per_block=1,
+        add_attention=attention,
+    )
+    return diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler())
+
+
+def instruct_pix2pix():
+    components = {**CASE.build().components}
+    return diffusers.StableDiffusionInstructPix2PixPipeline(**components, requires_safety_checker=False)
+
+
+def pag():
+    return diffusers.StableDiffusionPAGPipeline(**CASE.build().components, requires_safety_checker=False)
+
+
+def wan():
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+    )
+    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.WanPipeline(None, None, vae=vae, scheduler=scheduler, transformer=transformer)
+
+
+def without_denoiser():
+    pipe = CASE.build()
+    pipe.unet = None
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (sd3, "SD3Transformer2DModel has joint attention"),
+        (flux, "FluxTransformer2DModel has joint attention"),
+        (lambda: ddpm(attention=True), "UNet2DModel has no cross-attention"),
+        (lambda: ddpm(attention=False), "UNet2DModel has no attention"),
+        (instruct_pix2pix, "guidance has three parts"),
+        (pag, "perturbed-attention guidance"),
+        (wan, "how transformer=WanTransformer3DModel does guidance is not known here"),
+        (without_denoiser, "no `unet` or `transformer`"),
+    ],
+    ids=["sd3", "flux", "no_cross_attention", "no_attention", "three_way", "pag", "wan", "no_denoiser"],
+)
+def test_a_pipeline_that_cannot_be_gated_is_refused_with_the_reason(build, reason):
+    pipe = build()
+    before = dict(vars(pipe))
+    with pytest.raises(ValueError, match=f"^{type(pipe).__name__} cannot be gated: .*{re.escape(reason)}"):
+        apply_tgate(pipe)
+    assert vars(pipe) == before
+    assert not is_tgate_applied(pipe)
+
+
+def test_a_bad_argument_of_the_call_gets_the_pipelines_own_error():
+    case = BY_NAME["svd"]
+    pipe = case.build()
+    expected = case.run(apply_tgate(pipe, 3))
+    with pytest.raises(
+        TypeError, match=r"StableVideoDiffusionPipeline.__call__\(\) got an unexpected keyword argument"
+    ):
+        case.run(pipe, nonsense=1)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        case.run(pipe, height=63)
+    assert torch.equal(case.run(pipe), expected)
+
+
+def test_a_batch_that_is_not_what_guidance_makes_it_is_found_out():
+    pipe = CASE.build()
+    # Somebody else's hooks double the batch of an unguided call.
+    double = pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            (torch.cat([args[0]] * 2), args[1]),
+            {**kwargs, "encoder_hidden_states": torch.cat([kwargs["encoder_hidden_states"]] * 2)},
+        ),
+        with_kwargs=True,
+    )
+    halve = pipe.unet.register_forward_hook(lambda module, args, output: (output[0].chunk(2)[0],))
+    apply_tgate(pipe, 3)
+    with pytest.raises(ValueError, match=r"batch of 2 for 1 latents .*guidance off.*remove_tgate"):
+        CASE.run(pipe, guidance_scale=1.0)
+    double.remove()
+    halve.remove()
+    assert CASE.run(pipe, guidance_scale=1.0).isfinite().all()
+    assert get_tgate_report(pipe).cross_attention_reused == 3

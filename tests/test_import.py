@@ -1,0 +1,30 @@
+"""What importing the package costs."""
+
+import json
+import subprocess
+import sys
+
+
+def test_importing_adds_nothing_heavy_to_diffusers():
+    code = (
+        "import json, sys, diffusers; before = set(sys.modules); import tgate_processors;"
+        "print(json.dumps(sorted({name.split('.')[0] for name in set(sys.modules) - before})))"
+    )
+    added = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert set(json.loads(added.splitlines()[-1])) <= {"tgate_processors", "diffusers"}
+
+
+def test_the_public_names_are_these():
+    import tgate_processors
+
+    assert sorted(tgate_processors.__all__) == [
+        "TGateAttnProcessor",
+        "TGateCallback",
+        "TGateReport",
+        "TGateSchedule",
+        "apply_tgate",
+        "get_tgate_report",
+        "is_tgate_applied",
+        "remove_tgate",
+    ]
+    assert all(getattr(tgate_processors, name).__doc__ for name in tgate_processors.__all__)

@@ -73,11 +73,10 @@ class TGateCallback:
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """One pass of the pipeline's loop has ended."""
-        if not self.state.running:
+        if self._visiting and not self.state.running:
             self._begin_late(pipeline)
         self._check_batch(callback_kwargs.get("latents"))
-        self.state.advance()
-        self._prepare()
+        self._tick()
         if self._visiting and not self.state.running:
             self.reset()
         return callback_kwargs
@@ -92,25 +91,18 @@ class TGateCallback:
         self._visiting = False
         self.reset()
 
-    def start(self, run: PipelineRun) -> None:
-        """A call of the pipeline starts; its loop begins with `begin`, or with the denoiser at the latest."""
+    def start(self, run: PipelineRun, *, by_forward: bool) -> None:
+        """
+        A call of the pipeline starts; its loop begins with the first denoiser forward.
+
+        Args:
+            run (`PipelineRun`): The call.
+            by_forward (`bool`): Whether the end of a forward is the tick, for pipelines without step callbacks.
+        """
         self.reset()
         self._run = run
-        self.hooks.before_forward = self.begin
-
-    def begin(self) -> None:
-        """The pipeline's loop begins: its steps are known now."""
-        if self._run is None:
-            return
-        if not self.state.running:
-            self.state.begin(*self._run.timeline())
-            self._prepare()
-
-    def finish_step(self) -> None:
-        """A step has ended, in a pipeline that tells its steps and not the passes of its loop."""
-        if self.state.running:
-            self.state.finish_step()
-            self._prepare()
+        self.hooks.before_forward = self._begin
+        self.hooks.after_forward = self._tick if by_forward else None
 
     def reset(self) -> None:
         """Let go of all that a run holds, in particular one that an exception or an interrupt has ended."""
@@ -120,6 +112,17 @@ class TGateCallback:
         if self._visiting:
             self.hooks.remove()
             self.state.prime()
+
+    def _begin(self) -> None:
+        """Begin the loop, if it has not begun: its steps are known now."""
+        if self._run is not None and not self.state.running:
+            self.state.begin(*self._run.timeline())
+            self._prepare()
+
+    def _tick(self) -> None:
+        """One pass of the loop has ended; get ready for the next one."""
+        self.state.advance()
+        self._prepare()
 
     def _prepare(self) -> None:
         """Set what the denoiser does in the pass to come."""
@@ -133,12 +136,9 @@ class TGateCallback:
             self.before_step(plan, self._guided)
 
     def _begin_late(self, pipeline: Any) -> None:
-        """Begin the run at the end of its first pass, where nothing has announced it."""
-        run = self._run or PipelineRun(pipeline)
-        if self._visiting:
-            found = find_family(pipeline)
-            self.hooks.install(found.denoiser, self.cfg_half or found.kept_half)
-        self._run = run
+        """Begin the run at the end of its first pass, the first that a callback alone sees."""
+        found = find_family(pipeline)
+        self._run = run = PipelineRun(pipeline)
         self.state.begin(*run.timeline())
         if run.guided() and self.state.report.gate_step == 1:
             self.reset()
@@ -147,8 +147,8 @@ class TGateCallback:
                 "or a gate_step of at least 2."
             )
         self._prepare()
-        if self._visiting:
-            self.hooks.before_forward = self._forget_a_broken_run
+        self.hooks.install(found.denoiser, self.cfg_half or found.kept_half)
+        self.hooks.before_forward = self._forget_a_broken_run
 
     def _forget_a_broken_run(self) -> None:
         """Start afresh if the denoiser is called by a later call than the one that was begun."""

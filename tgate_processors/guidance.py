@@ -23,6 +23,7 @@ class DenoiserHooks:
         self.halving = False
         self.kept: CFGHalf = "unconditional"
         self.before_forward: Callable[[], None] | None = None
+        self.after_forward: Callable[[], None] | None = None
         self.batch = 0
         self._handles: list[Any] = []
 
@@ -51,6 +52,7 @@ class DenoiserHooks:
         """Do nothing until the next run."""
         self.halving = False
         self.before_forward = None
+        self.after_forward = None
         self.batch = 0
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -66,7 +68,10 @@ class DenoiserHooks:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Give the output of the half back as both halves."""
-        return _double(output, self.batch // 2) if self.halving else None
+        halved = self.halving
+        if self.after_forward is not None:
+            self.after_forward()
+        return _double(output, self.batch // 2) if halved else None
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -273,32 +273,13 @@ def _gated_class(pipeline_class: type) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _gated_call(self, pipeline_class.__call__, args, kwargs)
 
-    def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _watched_bar(self, pipeline_class.progress_bar(self, *args, **kwargs))  # type: ignore[attr-defined]
-
     body = {
         "__call__": functools.update_wrapper(__call__, pipeline_class.__call__),
-        "progress_bar": functools.update_wrapper(progress_bar, pipeline_class.progress_bar),  # type: ignore[attr-defined]
         "__module__": pipeline_class.__module__,
         "__qualname__": pipeline_class.__qualname__,
         "__doc__": pipeline_class.__doc__,
     }
     return type(pipeline_class.__name__, (pipeline_class,), body)
-
-
-def _watched_bar(pipe: Any, bar: Any) -> Any:
-    """Take the progress bar as the sign that the loop begins, and, without step callbacks, that a step has ended."""
-    callback: TGateCallback = vars(pipe)[_ATTRIBUTE].callback
-    callback.begin()
-    if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
-        update = bar.update
-
-        def tick(*args: Any, **kwargs: Any) -> Any:
-            callback.finish_step()
-            return update(*args, **kwargs)
-
-        bar.update = tick
-    return bar
 
 
 def _gated_call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -311,12 +292,13 @@ def _gated_call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, A
     installation: _Installation = vars(pipe)[_ATTRIBUTE]
     installation.install(pipe)
     callback = installation.callback
-    if "callback_on_step_end" in inspect.signature(call).parameters:
+    ticks = "callback_on_step_end" in bound.signature.parameters
+    if ticks:
         _chain_callback(pipe, callback, bound)
     guidance_scale = bound.arguments.get("guidance_scale", bound.signature.parameters.get("guidance_scale"))
     if isinstance(guidance_scale, inspect.Parameter):
         guidance_scale = guidance_scale.default
-    callback.start(PipelineRun(pipe, guidance_scale))
+    callback.start(PipelineRun(pipe, guidance_scale), by_forward=not ticks)
     try:
         with installation.deepcache.running() if installation.deepcache else contextlib.nullcontext():
             return call(*bound.args, **bound.kwargs)

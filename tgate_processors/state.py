@@ -176,30 +176,21 @@ class TGateState:
 
     def advance(self) -> None:
         """The clock ticks: one pass of the pipeline's loop has ended."""
-        self._move_to(self._iteration + 1)
-
-    def finish_step(self) -> None:
-        """The clock ticks: all passes of one step have ended."""
-        step = self._step_of(self._iteration)
-        self._move_to(min(self._iterations, self._repeats + (step + 1) * self._order))
-
-    def _move_to(self, iteration: int) -> None:
-        """Write down the passes that have ended, all alike, and go on to the next one."""
-        passes, report, plan = iteration - self._iteration, self.report, self._current
+        report, plan = self.report, self._current
         halved = self._guided and plan.phase is Phase.FIDELITY_IMPROVING
         cross, own = plan.cross_attention is Action.REUSE, plan.self_attention is Action.REUSE
         self.report = replace(
             report,
-            full_batch_forwards=report.full_batch_forwards + passes * (not halved),
-            half_batch_forwards=report.half_batch_forwards + passes * halved,
-            cross_attention_computed=report.cross_attention_computed + passes * (not cross),
-            cross_attention_reused=report.cross_attention_reused + passes * cross,
-            self_attention_computed=report.self_attention_computed + passes * (not own),
-            self_attention_reused=report.self_attention_reused + passes * own,
+            full_batch_forwards=report.full_batch_forwards + (not halved),
+            half_batch_forwards=report.half_batch_forwards + halved,
+            cross_attention_computed=report.cross_attention_computed + (not cross),
+            cross_attention_reused=report.cross_attention_reused + cross,
+            self_attention_computed=report.self_attention_computed + (not own),
+            self_attention_reused=report.self_attention_reused + own,
             peak_bytes=max(report.peak_bytes, self.nbytes),
         )
-        self._iteration = iteration
-        if iteration >= self._iterations:
+        self._iteration += 1
+        if self._iteration >= self._iterations:
             # Pipelines that run their loop several times in one call start the next one here.
             self._rest()
 

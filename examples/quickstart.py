@@ -1,0 +1,149 @@
+"""
+Pictures with and without T-GATE: prompts and seeds side by side, and what each cost.
+
+    python examples/quickstart.py                                   # the small pipeline of this repository
+    python examples/quickstart.py --model stabilityai/stable-diffusion-xl-base-1.0 --device cuda --dtype float16
+"""
+
+import statistics
+import textwrap
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib as mpl
+import torch
+import typer
+from diffusers import DiffusionPipeline
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+
+from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
+
+MODEL = Path(__file__).parent / "models" / "shapes-sd"
+PROMPTS = [
+    "a large red circle at the top left on a white background",
+    "a small yellow triangle in the center on a brown background",
+    "a large blue ring at the bottom right on a pink background",
+    "an orange circle to the left of a green square on a black background",
+]
+METHODS = ("without T-GATE", "with T-GATE")
+
+
+def macs(pipe: Any, call: dict[str, Any]) -> float:
+    """Multiply-accumulates of the denoiser's Linear and Conv layers in one call."""
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    with FlopCounterMode(display=False) as counter:
+        pipe(**call)
+    counts = counter.get_flop_counts()[type(denoiser).__name__]
+    # Attention products are left out: torch counts them on some devices only.
+    return sum(flops for operation, flops in counts.items() if "attention" not in str(operation)) / 2
+
+
+def timed(pipe: Any, call: dict[str, Any]) -> tuple[float, Any]:
+    """Seconds and picture of one call."""
+    wait = torch.cuda.synchronize if pipe.device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    image = pipe(**call).images[0]
+    wait()
+    return time.perf_counter() - start, image
+
+
+def draw(rows: dict[str, list[Any]], output: Path) -> None:
+    """One row a prompt, a column for every seed and method."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = len(next(iter(rows.values())))
+    figure = plt.figure(figsize=(2.2 * columns, 2.6 * len(rows)), layout="constrained")
+    parts = figure.subfigures(len(rows), squeeze=False)[:, 0]
+    for part, (prompt, images) in zip(parts, rows.items(), strict=True):
+        part.suptitle(textwrap.fill(prompt, 35 * columns), fontsize=10)
+        for column, (axis, image) in enumerate(zip(part.subplots(1, columns), images, strict=True)):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_xlabel(f"seed {column // 2}, {METHODS[column % 2]}", fontsize=8)
+    figure.savefig(output, dpi=100)
+    plt.close(figure)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Hub id or folder of a text-to-image pipeline.")] = str(MODEL),
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt; can be given several times.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each prompt.")] = 2,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    guidance_scale: Annotated[float | None, typer.Option(help="The pipeline's own default if not given.")] = None,
+    gate_step: Annotated[float, typer.Option(help="Number of steps, or a share of them below 1.")] = 0.4,
+    sp_interval: int = 1,
+    fi_interval: int = 1,
+    warm_up: int = 0,
+    height: int | None = None,
+    width: int | None = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("quickstart.png"),
+) -> None:
+    """Make pictures with and without T-GATE and show them side by side."""
+    dtype = dtype or ("float32" if device == "cpu" else "float16")
+    # The new name, `dtype`, is unknown to older versions.
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = prompt or PROMPTS
+    settings = {
+        "gate_step": int(gate_step) if gate_step.is_integer() else gate_step,
+        "sp_interval": sp_interval,
+        "fi_interval": fi_interval,
+        "warm_up": warm_up,
+    }
+    options = {"guidance_scale": guidance_scale, "height": height, "width": width}
+    if guidance_scale is None and model == str(MODEL):
+        options["guidance_scale"] = 4.5
+    common = {"num_inference_steps": steps, **{name: value for name, value in options.items() if value is not None}}
+
+    def call(text: str, seed: int) -> dict[str, Any]:
+        return {"prompt": text, "generator": torch.Generator(device).manual_seed(seed), **common}
+
+    try:
+        apply_tgate(pipe, **settings)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    # The first calls warm up and count.
+    gated_macs = macs(pipe, call(prompts[0], 0))
+    report = get_tgate_report(pipe)
+    baseline_macs = macs(remove_tgate(pipe), call(prompts[0], 0))
+
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    rows: dict[str, list[Any]] = {text: [] for text in prompts}
+    for text, seed in track([(text, seed) for text in rows for seed in range(seeds)], description="Pictures"):
+        for method, switch in zip(METHODS, (remove_tgate, lambda p: apply_tgate(p, **settings)), strict=True):
+            duration, image = timed(switch(pipe), call(text, seed))
+            seconds[method].append(duration)
+            rows[text].append(image)
+    draw(rows, output)
+
+    ratios = [plain / gated for plain, gated in zip(seconds[METHODS[0]], seconds[METHODS[1]], strict=True)]
+    table = Table(title=f"{len(ratios)} pictures, gate at step {report.gate_step} of {report.num_inference_steps}")
+    for heading in ("", "seconds", "ratio", "denoiser forwards", "GMACs"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    full, half = report.full_batch_forwards, report.half_batch_forwards
+    for method, ratio, forwards, count in (
+        (METHODS[0], "1", f"{full + half}", baseline_macs),
+        (METHODS[1], f"{statistics.median(ratios):.2f}", f"{full} + {half} half", gated_macs),
+    ):
+        table.add_row(method, f"{statistics.median(seconds[method]):.3f}", ratio, forwards, f"{count / 1e9:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"A picture each, medians; the ratio is the median of pairs. {device}, {dtype}, torch {torch.__version__}."
+    )
+    console.print(f"Pictures: {output.resolve()}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -145,21 +145,21 @@ def pag():
     return diffusers.StableDiffusionPAGPipeline(**CASE.build().components, requires_safety_checker=False)
 
 
-def wan():
-    transformer = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
+def sana():
+    transformer = diffusers.SanaTransformer2DModel(
+        patch_size=1,
         in_channels=4,
         out_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        ffn_dim=32,
         num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=8,
     )
-    vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.WanPipeline(None, None, vae=vae, scheduler=scheduler, transformer=transformer)
+    return diffusers.SanaPipeline(None, None, None, transformer, diffusers.FlowMatchEulerDiscreteScheduler())
 
 
 def without_denoiser():
@@ -177,10 +177,10 @@ def without_denoiser():
         (lambda: ddpm(attention=False), "UNet2DModel has no attention"),
         (instruct_pix2pix, "guidance has three parts"),
         (pag, "perturbed-attention guidance"),
-        (wan, "how transformer=WanTransformer3DModel does guidance is not known here"),
+        (sana, "how transformer=SanaTransformer2DModel does guidance is not known here"),
         (without_denoiser, "no `unet` or `transformer`"),
     ],
-    ids=["sd3", "flux", "no_cross_attention", "no_attention", "three_way", "pag", "wan", "no_denoiser"],
+    ids=["sd3", "flux", "no_cross_attention", "no_attention", "three_way", "pag", "unknown", "no_denoiser"],
 )
 def test_a_pipeline_that_cannot_be_gated_is_refused_with_the_reason(build, reason):
     pipe = build()

@@ -4,19 +4,21 @@ import json
 import subprocess
 import sys
 
+import tgate_processors
+
+HEAVY = {"accelerate", "DeepCache", "matplotlib", "numpy", "pandas", "peft", "PIL", "rich", "scipy", "transformers"}
+
 
 def test_importing_adds_nothing_heavy_to_diffusers():
     code = (
-        "import json, sys, diffusers; before = set(sys.modules); import tgate_processors;"
+        "import json, sys, torch, diffusers; before = set(sys.modules); import tgate_processors;"
         "print(json.dumps(sorted({name.split('.')[0] for name in set(sys.modules) - before})))"
     )
     added = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert set(json.loads(added.splitlines()[-1])) <= {"tgate_processors", "diffusers"}
+    assert not HEAVY & set(json.loads(added.splitlines()[-1]))
 
 
 def test_the_public_names_are_these():
-    import tgate_processors
-
     assert sorted(tgate_processors.__all__) == [
         "TGateAttnProcessor",
         "TGateCallback",

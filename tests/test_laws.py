@@ -229,6 +229,13 @@ def test_half_precision_stays(case: Case, dtype):
         key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for key, value in inputs.items()
     }
+    try:
+        pipe(**inputs)
+    except RuntimeError as error:
+        # diffusers 0.32 runs SVD in float16 only.
+        assert (case.name, dtype, "should be the same" in str(error)) == ("svd", torch.bfloat16, True)
+        return
+    inputs["generator"] = case.inputs([0])["generator"]
     apply_tgate(pipe, GATE)
     kept = set()
     state = vars(pipe)["_tgate"].callback.state

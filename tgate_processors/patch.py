@@ -8,7 +8,6 @@ import inspect
 from typing import Any, TypeVar
 
 import diffusers
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from .callback import TGateCallback
 from .deepcache import DeepCacheOrder, check_helper
@@ -308,6 +307,9 @@ def _gated_call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _chain_callback(pipe: Any, callback: TGateCallback, bound: inspect.BoundArguments) -> None:
     """Put the clock behind the user's callback, which sees what it would see without T-GATE."""
+    # Not at the top: it would make the import of this package load what `import diffusers` leaves for later.
+    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
     users = bound.arguments.get("callback_on_step_end")
     if any(isinstance(part, TGateCallback) for part in getattr(users, "callbacks", [users])):
         raise ValueError(

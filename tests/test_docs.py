@@ -1,0 +1,98 @@
+"""Everything that README, docs and docstrings show is run."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+import tgate_processors
+from tests.pipelines import CASES, GUIDED
+from tgate_processors.families import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROMPT = "a large red circle at the top left on a white background"
+
+
+def snippets(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def pipe():
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "examples/models/shapes-sd", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+def test_the_snippets_of_a_page_run_one_after_the_other(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    namespace = {}
+    for snippet in snippets(page):
+        exec(compile(snippet, page.name, "exec"), namespace)
+
+
+def test_the_diff_of_the_readme_is_the_first_snippet_with_another_model(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (diff,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = [line[2:] for line in diff.splitlines()]
+    added = [line[2:] for line in diff.splitlines() if line.startswith("+ ")]
+    assert len(added) == 3
+    code = "\n".join(lines).replace(
+        '"stable-diffusion-v1-5/stable-diffusion-v1-5"', '"examples/models/shapes-sd", torch_dtype=torch.float32'
+    )
+    exec("import torch\n" + code, {})
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in tgate_processors.__all__ if ">>>" in getattr(tgate_processors, name).__doc__]
+)
+def test_the_example_of_a_docstring_runs(name, pipe):
+    thing = getattr(tgate_processors, name)
+    runner = doctest.DocTestRunner()
+    text = re.sub(r"^ *```.*$", "", thing.__doc__, flags=re.MULTILINE)
+    test = doctest.DocTestParser().get_doctest(text, {"pipe": pipe, "prompt": PROMPT}, name, None, None)
+    assert runner.run(test).failed == 0
+    assert len(test.examples) > 1
+
+
+def test_every_public_function_documents_its_arguments_and_errors():
+    for name in ("apply_tgate", "remove_tgate", "is_tgate_applied", "get_tgate_report"):
+        function = getattr(tgate_processors, name)
+        for argument in (*function.__annotations__,):
+            assert argument == "return" or f"{argument} (`" in function.__doc__, (name, argument)
+        for section in ("Args:", "Returns:", "Raises:", "Example:"):
+            assert section in function.__doc__
+
+
+def test_the_commands_of_the_readme_are_those_of_ci_and_nox():
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^```sh\n(pip install nox.*)\n```", readme, flags=re.MULTILINE)
+    assert commands == ["pip install nox && nox -s quickstart", "pip install nox && nox -s tests"]
+    assert commands[1] in (ROOT / ".ci/run").read_text().splitlines()
+    sessions = re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), flags=re.MULTILINE)
+    assert {"quickstart", "tests"} <= set(sessions)
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), (page.name, link)
+
+
+def test_the_support_matrix_lists_the_pipelines_of_the_tests():
+    page = (ROOT / "docs/pipelines.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+Pipeline)`.*\| (.+) \|$", page, flags=re.MULTILINE))
+    tested = {}
+    for case in CASES:
+        guided = case in GUIDED
+        half = case.kept if guided else "no guidance"
+        name = type(case.build()).__name__
+        tested[name] = half if guided else tested.get(name, half)
+    assert rows == tested
+    for family in FAMILIES:
+        assert f"`{family.denoiser_class}`" in page

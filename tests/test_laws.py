@@ -231,9 +231,10 @@ def test_half_precision_stays(case: Case, dtype):
     }
     try:
         pipe(**inputs)
-    except RuntimeError as error:
+    except RuntimeError:
         # diffusers 0.32 runs SVD in float16 only.
-        assert (case.name, dtype, "should be the same" in str(error)) == ("svd", torch.bfloat16, True)
+        if (case.name, dtype) != ("svd", torch.bfloat16):
+            raise
         return
     inputs["generator"] = case.inputs([0])["generator"]
     apply_tgate(pipe, GATE)

@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 
+import diffusers
 import pytest
 import torch
 from diffusers.models import attention_processor as ap
@@ -111,4 +112,37 @@ def test_an_exchanged_denoiser_is_followed():
     assert not first._forward_pre_hooks
     assert not any(isinstance(p, TGateAttnProcessor) for p in first.attn_processors.values())
     remove_tgate(pipe)
+    assert torch.equal(case.run(pipe), baseline)
+
+
+def test_a_layer_with_its_residual_inside_is_always_computed():
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    torch.manual_seed(0)
+    pipe.unet = diffusers.UNet2DConditionModel.from_config(
+        pipe.unet.config,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+    residual = [m for m in pipe.unet.modules() if getattr(m, "residual_connection", False)]
+    plain = [m for name, m in pipe.unet.named_modules() if name.endswith("attn1")]
+    assert residual
+    runs = {module: [] for module in (*residual, *plain)}
+    for module in runs:
+        module.to_k.register_forward_hook(lambda layer, args, output, module=module: runs[module].append(1))
+    case.run(apply_tgate(pipe, 3, sp_interval=2, fi_interval=2))
+    assert {len(runs[module]) for module in residual} == {6}
+    assert {len(runs[module]) for module in plain} == {3}
+
+
+def test_a_class_on_top_of_the_gated_one_stays():
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    baseline = case.run(pipe)
+    apply_tgate(pipe, 3)
+    top = type("Top", (type(pipe),), {})
+    pipe.__class__ = top
+    assert not torch.equal(case.run(pipe), baseline)
+    remove_tgate(pipe)
+    assert type(pipe) is top
     assert torch.equal(case.run(pipe), baseline)

@@ -21,6 +21,8 @@ Pipeline = TypeVar("Pipeline")
 
 # Lives in the `__dict__` of a pipeline while T-GATE is applied to it.
 _ATTRIBUTE = "_tgate"
+# In the generated class of such a pipeline: its class before.
+_BASE = "_tgate_base"
 
 
 def apply_tgate(
@@ -130,7 +132,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
         raise RuntimeError(f"{type(pipe).__name__} is running: call apply_tgate and remove_tgate between two calls.")
     installation.remove()
     del vars(pipe)[_ATTRIBUTE]
-    pipe.__class__ = type(pipe).__mro__[1]
+    pipe.__class__ = vars(type(pipe)).get(_BASE, type(pipe))
     return pipe
 
 
@@ -206,23 +208,25 @@ class _Installation:
         self.callback = callback
         self.callback.before_step = deepcache.before_step if deepcache else None
         self.deepcache = deepcache
+        self._attribute = ""
         self._denoiser: Any = None
+        self._layers: dict[str, Any] = {}
 
     def install(self, pipe: Any) -> None:
         """Stand in front of every attention processor that is not ours yet; follow an exchanged denoiser."""
-        found = find_family(pipe)
-        if found.denoiser is not self._denoiser:
+        if self._denoiser is None or getattr(pipe, self._attribute) is not self._denoiser:
+            found = find_family(pipe)
             self.remove()
-            self._denoiser = found.denoiser
+            self._attribute, self._denoiser = found.attribute, found.denoiser
+            self._layers = attention_modules(found.denoiser)
             self.callback.hooks.install(found.denoiser, self.callback.cfg_half or found.kept_half)
         state = self.callback.state
-        _replace_processors(
-            found.denoiser,
+        self._replace_processors(
             {
-                name: TGateAttnProcessor(module.processor, state)
-                for name, module in attention_modules(found.denoiser).items()
-                if _gate_of(module.processor, state) is None
-            },
+                name: TGateAttnProcessor(layer.processor, state)
+                for name, layer in self._layers.items()
+                if _gate_of(layer.processor, state) is None
+            }
         )
 
     def remove(self) -> None:
@@ -231,22 +235,21 @@ class _Installation:
         if self._denoiser is None:
             return
         originals = {}
-        for name, module in attention_modules(self._denoiser).items():
-            gate = _gate_of(module.processor, self.callback.state)
-            if gate is module.processor:
+        for name, layer in self._layers.items():
+            gate = _gate_of(layer.processor, self.callback.state)
+            if gate is layer.processor:
                 originals[name] = gate.original
             elif gate is not None:
-                _bypass(module.processor, gate)
-        _replace_processors(self._denoiser, originals)
+                _bypass(layer.processor, gate)
+        self._replace_processors(originals)
         self._denoiser = None
+        self._layers = {}
 
-
-def _replace_processors(denoiser: Any, processors: dict[str, Any]) -> None:
-    """Set the given attention processors and leave the others."""
-    if processors:
-        current = {name: module.processor for name, module in attention_modules(denoiser).items()}
-        # A new dict, because diffusers empties the one that it is given.
-        denoiser.set_attn_processor({**current, **processors})
+    def _replace_processors(self, processors: dict[str, Any]) -> None:
+        """Set the given attention processors and leave the others."""
+        if processors:
+            current = {name: layer.processor for name, layer in self._layers.items()}
+            self._denoiser.set_attn_processor({**current, **processors})
 
 
 def _gate_of(processor: Any, state: TGateState) -> TGateAttnProcessor | None:
@@ -277,18 +280,21 @@ def _gated_class(pipeline_class: type) -> type:
         "__module__": pipeline_class.__module__,
         "__qualname__": pipeline_class.__qualname__,
         "__doc__": pipeline_class.__doc__,
+        _BASE: pipeline_class,
     }
     return type(pipeline_class.__name__, (pipeline_class,), body)
 
 
 def _gated_call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a pipeline with T-GATE, and hold nothing when it ends in whatever way."""
+    installation: _Installation | None = vars(pipe).get(_ATTRIBUTE)
     try:
         bound = inspect.signature(call).bind(pipe, *args, **kwargs)
     except TypeError:
         # The pipeline's own error names itself.
+        installation = None
+    if installation is None:
         return call(pipe, *args, **kwargs)
-    installation: _Installation = vars(pipe)[_ATTRIBUTE]
     installation.install(pipe)
     callback = installation.callback
     ticks = "callback_on_step_end" in bound.signature.parameters

@@ -28,7 +28,7 @@ class TGateAttnProcessor:
             The run that the layer belongs to, `TGateCallback(...).state`.
 
     Raises:
-        TypeError: If `original` is not callable or `state` is not a `TGateState`.
+        TypeError: If `original` is not an attention processor or `state` is not a `TGateState`.
         ValueError: When run, if one processor serves several attention layers.
 
     Example:
@@ -55,10 +55,10 @@ class TGateAttnProcessor:
     tgate_base: ClassVar[type]
 
     def __new__(cls, original: Any, state: TGateState) -> TGateAttnProcessor:
-        if not callable(original):
+        if not callable(original) or inspect.isroutine(original) or inspect.isclass(original):
             raise TypeError(
-                f"original is a {type(original).__name__}, which cannot be called: give the attention processor of a "
-                "layer, as in `denoiser.attn_processors`."
+                f"original is a {type(original).__name__}, not an attention processor: give the one of a layer, as in "
+                "`denoiser.attn_processors`."
             )
         if not isinstance(state, TGateState):
             raise TypeError(f"state is a {type(state).__name__}: give the `state` of a TGateCallback.")
@@ -85,6 +85,9 @@ class TGateAttnProcessor:
 
 def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Compute, compute and store, or reuse, as the state says."""
+    if getattr(attn, "residual_connection", False):
+        # The output holds the residual, which must not stand still.
+        return self.original(attn, hidden_states, *args, **kwargs)
     context = kwargs.get("encoder_hidden_states", args[0] if args else None)
     state, slot = self.state, self.slot
     # The layer's own flag is missing or wrong in several models; what it attends to is not.

@@ -109,11 +109,6 @@ class TGateState:
         return min(self._step_of(self._iteration), max(0, len(self._plan) - 1))
 
     @property
-    def phase(self) -> Phase:
-        """Phase that the step that runs now belongs to."""
-        return self._current.phase
-
-    @property
     def nbytes(self) -> int:
         """Bytes held in stored outputs."""
         return sum(slot.tensor.nbytes for slot in self._slots if slot.tensor is not None)

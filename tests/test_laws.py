@@ -112,13 +112,18 @@ def test_two_images_per_prompt_equal_one_prompt_given_twice(case: Case):
 def test_without_guidance_nothing_is_averaged_or_halved(case: Case, prompts):
     pipe = apply_tgate(case.build(), GATE)
     off = 1.0 if case.name != "lcm" else case.guidance
-    batches = []
-    getattr(pipe, case.denoiser).register_forward_pre_hook(
+    denoiser = getattr(pipe, case.denoiser)
+    batches, runs = [], []
+    denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: batches.append(len(args[0] if args else kwargs["hidden_states"])),
         with_kwargs=True,
     )
+    layers = [module for name, module in denoiser.named_modules() if name.endswith("attn2")]
+    for layer in layers:
+        layer.to_k.register_forward_hook(lambda module, args, output: runs.append(1))
     latents = case.run(pipe, prompts, guidance_scale=off)
     assert set(batches) == {len(prompts)}
+    assert len(runs) == GATE * len(layers)
     assert get_tgate_report(pipe).half_batch_forwards == 0
     singles = torch.cat([case.run(pipe, [prompt], guidance_scale=off) for prompt in prompts])
     assert distance(latents, singles) < 3e-5

@@ -146,3 +146,18 @@ def test_a_class_on_top_of_the_gated_one_stays():
     remove_tgate(pipe)
     assert type(pipe) is top
     assert torch.equal(case.run(pipe), baseline)
+
+
+def test_attending_to_itself_is_self_attention_whatever_the_argument_is_called():
+    callback = TGateCallback(TGateSchedule(2))
+    attn = ap.Attention(query_dim=8, heads=2, dim_head=4)
+    attn.set_processor(TGateAttnProcessor(attn.processor, callback.state))
+    callback.state.begin(iterations=4, order=1, repeats=0)
+    runs = []
+    attn.to_k.register_forward_hook(lambda module, args, output: runs.append(1))
+    hidden_states = torch.randn(1, 3, 8)
+    for _ in range(4):
+        callback.state.enter(guided=False)
+        attn(hidden_states, encoder_hidden_states=hidden_states)
+        callback.state.advance()
+    assert len(runs) == 4

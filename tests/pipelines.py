@@ -111,6 +111,16 @@ def _svd() -> Any:
     )
 
 
+def _controlnet(source: str, source_class: str, seed: int = 0) -> Any:
+    """A ControlNet for a golden UNet, with a say in the picture: as they start, they have none."""
+    controlnet = diffusers.ControlNetModel.from_unet(load_golden(source, source_class).unet)
+    torch.manual_seed(seed)
+    for name, parameter in controlnet.named_parameters():
+        if name.startswith(("controlnet", "cond_embedding", "conv_in")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return controlnet.eval()
+
+
 def _seeded(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -173,9 +183,11 @@ class Case:
     denoiser: str = "unet"
     guidance: float | None = 5.0
     image: bool = False
+    control: str = ""
     mask: bool = False
     video: bool = False
     strength: float | None = None
+    control_nets: int = 1
     kept: str = "unconditional"
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -203,6 +215,10 @@ class Case:
             inputs |= {"height": SIZE, "width": SIZE}
         else:
             inputs["image"] = _images(prompts)
+        if self.control:
+            # Several ControlNets take one image each, the same for all prompts.
+            numbers = [prompt + 50 for prompt in (prompts if self.control_nets == 1 else range(self.control_nets))]
+            inputs[self.control] = _images(numbers)
         if self.mask:
             left = Image.new("L", (SIZE, SIZE))
             left.paste(255, (0, 0, SIZE // 2, SIZE))
@@ -282,6 +298,42 @@ CASES = [
         video=True,
         kept="conditional",
         extra={"num_frames": 3, "height": SIZE, "width": SIZE},
+    ),
+]
+CASES += [
+    Case(
+        "sd_controlnet",
+        lambda: _other(*_SD, "StableDiffusionControlNetPipeline", controlnet=_controlnet(*_SD)),
+        _sd_text,
+        control="image",
+    ),
+    Case(
+        "sd_multi_controlnet_img2img",
+        lambda: _other(
+            *_SD,
+            "StableDiffusionControlNetImg2ImgPipeline",
+            controlnet=diffusers.MultiControlNetModel([_controlnet(*_SD), _controlnet(*_SD, seed=1)]),
+        ),
+        _sd_text,
+        image=True,
+        control="control_image",
+        control_nets=2,
+        strength=1.0,
+    ),
+    Case(
+        "sdxl_controlnet",
+        lambda: _other(*_XL, "StableDiffusionXLControlNetPipeline", controlnet=_controlnet(*_XL)),
+        _xl_text,
+        control="image",
+    ),
+    Case(
+        "sdxl_controlnet_inpaint",
+        lambda: _other(*_XL, "StableDiffusionXLControlNetInpaintPipeline", controlnet=_controlnet(*_XL)),
+        _xl_text,
+        image=True,
+        mask=True,
+        control="control_image",
+        strength=0.99,
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

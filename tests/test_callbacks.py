@@ -64,6 +64,17 @@ def test_callbacks_of_every_kind_are_called_as_without_tgate(case, kind):
     assert not torch.equal(touched, case.run(pipe))
 
 
+def test_what_a_callback_returns_is_taken_even_if_it_is_another_dict():
+    case = BY_NAME["sd"]
+    pipe = case.build()
+
+    def callback(pipe, step_index, timestep, callback_kwargs):
+        return {"latents": callback_kwargs["latents"] * 0.5}
+
+    baseline = case.run(pipe, callback_on_step_end=callback)
+    assert torch.equal(case.run(apply_tgate(pipe, 99), callback_on_step_end=callback), baseline)
+
+
 @pytest.mark.parametrize("inputs", [[], ["prompt_embeds"], ["latents"]], ids=str)
 def test_a_callback_sees_the_tensors_that_it_asks_for_and_no_others(inputs):
     case = BY_NAME["sd"]

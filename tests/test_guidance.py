@@ -30,7 +30,7 @@ class Echo(torch.nn.Module):
 def echo():
     module = Echo()
     module.hooks = DenoiserHooks()
-    module.hooks.install(module, "unconditional")
+    module.hooks.install(module, "unconditional", "conditional")
     module.hooks.halving = True
     return module
 

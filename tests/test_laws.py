@@ -18,7 +18,9 @@ V2 = {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 1}
 def snapshot(pipe, case):
     """Everything that T-GATE could leave behind."""
     seen = {"class": type(pipe), "pipe": dict(vars(pipe))}
-    for name, module in getattr(pipe, case.denoiser).named_modules():
+    parts = {case.denoiser: getattr(pipe, case.denoiser), "controlnet": getattr(pipe, "controlnet", None)}
+    modules = [(f"{key}.{n}", m) for key, part in parts.items() if part is not None for n, m in part.named_modules()]
+    for name, module in modules:
         seen[f"{name}/vars"] = dict(vars(module))
         for key, value in vars(module).items():
             if isinstance(value, dict):
@@ -235,7 +237,7 @@ def test_half_precision_stays(case: Case, dtype):
         for key, value in inputs.items()
     }
     try:
-        pipe(**inputs)
+        baseline = pipe(**inputs)[0]
     except RuntimeError:
         # diffusers 0.32 runs SVD in float16 only.
         if (case.name, dtype) != ("svd", torch.bfloat16):
@@ -250,7 +252,8 @@ def test_half_precision_stays(case: Case, dtype):
     )
     output = pipe(**inputs)
     latents = output.frames if case.video else output.images
-    assert latents.dtype is dtype
+    # SDXL with ControlNet and inpainting ends in float32 by itself.
+    assert latents.dtype is (dtype if "controlnet_inpaint" not in case.name else baseline.dtype)
     assert kept == {dtype}
     assert latents.isfinite().all()
 

@@ -147,7 +147,7 @@ class TGateCallback:
                 "or a gate_step of at least 2."
             )
         self._prepare()
-        self.hooks.install(found.denoiser, self.cfg_half or found.kept_half)
+        self.hooks.install(found.denoiser, self.cfg_half, found.kept_half, found.controlnet)
         self.hooks.before_forward = self._forget_a_broken_run
 
     def _forget_a_broken_run(self) -> None:

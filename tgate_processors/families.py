@@ -44,11 +44,12 @@ REFUSED_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Found:
-    """The denoiser of a pipeline, and how it is gated."""
+    """The denoiser of a pipeline, how it is gated, and what else runs in every step."""
 
     denoiser: torch.nn.Module
     attribute: str
     kept_half: CFGHalf
+    controlnet: torch.nn.Module | None
 
 
 def find_family(pipe: Any) -> Found:
@@ -63,7 +64,7 @@ def find_family(pipe: Any) -> Found:
     legacy = any(base.__name__ in LEGACY_PIPELINES for base in type(pipe).__mro__)
     if not legacy:
         _check_loop(type(pipe), parameters, subject)
-    return Found(denoiser, family.attribute, family.kept_half)
+    return Found(denoiser, family.attribute, family.kept_half, getattr(pipe, "controlnet", None))
 
 
 def attention_modules(denoiser: torch.nn.Module) -> dict[str, Any]:

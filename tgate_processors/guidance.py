@@ -16,31 +16,45 @@ class DenoiserHooks:
     The forward hooks of a denoiser: while `halving`, they halve the batch.
 
     The pipeline's own `uncond + scale * (cond - uncond)` then gives the one output back exactly, for any scale and any
-    rescaling. The hooks are no part of a compiled denoiser.
+    rescaling. A ControlNet is halved on its way in only: what it gives goes to the denoiser, which needs the same half.
+    The hooks are no part of a compiled denoiser.
     """
 
     def __init__(self) -> None:
         self.halving = False
-        self.kept: CFGHalf = "unconditional"
+        self.kept: CFGHalf | None = None
+        self.default: CFGHalf = "unconditional"
         self.before_forward: Callable[[], None] | None = None
         self.after_forward: Callable[[], None] | None = None
         self.batch = 0
+        self._control_batch = 0
         self._handles: list[Any] = []
 
-    def install(self, denoiser: torch.nn.Module, kept: CFGHalf) -> None:
+    def install(
+        self,
+        denoiser: torch.nn.Module,
+        kept: CFGHalf | None,
+        default: CFGHalf,
+        controlnet: torch.nn.Module | None = None,
+    ) -> None:
         """
         Register the hooks.
 
         Args:
             denoiser (`torch.nn.Module`): The module that the pipeline calls in every step.
-            kept (`str`): The half that stays, `"unconditional"` (the first) or `"conditional"`.
+            kept (`str`, *optional*): The half that stays, `"unconditional"` (the first) or `"conditional"`.
+            default (`str`): The half that stays if none is given; with a ControlNet that sees the conditional half
+                only (`guess_mode`) it is that one, because the other has no control.
+            controlnet (`torch.nn.Module`, *optional*): What the pipeline calls before the denoiser in every step.
         """
         self.remove()
-        self.kept = kept
+        self.kept, self.default = kept, default
         self._handles = [
             denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
             denoiser.register_forward_hook(self._after, with_kwargs=True),
         ]
+        if controlnet is not None:
+            self._handles.append(controlnet.register_forward_pre_hook(self._before_controlnet, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks out again."""
@@ -54,6 +68,7 @@ class DenoiserHooks:
         self.before_forward = None
         self.after_forward = None
         self.batch = 0
+        self._control_batch = 0
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -63,7 +78,21 @@ class DenoiserHooks:
         self.batch = _batch_size(args, kwargs)
         if not self.halving:
             return None
-        return _halve(args, self.batch, self.kept), _halve(kwargs, self.batch, self.kept)
+        return self._halved(args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_controlnet(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Halve the batch after the gate, unless it is one half already."""
+        if not self.halving:
+            self._control_batch = _batch_size(args, kwargs)
+            return None
+        return self._halved(args, kwargs) if _batch_size(args, kwargs) == self.batch else None
+
+    def _halved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The half of the arguments that stays."""
+        half_controlled = 2 * self._control_batch == self.batch
+        kept = self.kept or ("conditional" if half_controlled else self.default)
+        return _halve(args, self.batch, kept), _halve(kwargs, self.batch, kept)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -210,16 +210,19 @@ class _Installation:
         self.deepcache = deepcache
         self._attribute = ""
         self._denoiser: Any = None
+        self._controlnet: Any = None
         self._layers: dict[str, Any] = {}
 
     def install(self, pipe: Any) -> None:
         """Stand in front of every attention processor that is not ours yet; follow an exchanged denoiser."""
-        if self._denoiser is None or getattr(pipe, self._attribute) is not self._denoiser:
+        now = getattr(pipe, self._attribute, None), getattr(pipe, "controlnet", None)
+        if self._denoiser is None or now[0] is not self._denoiser or now[1] is not self._controlnet:
             found = find_family(pipe)
             self.remove()
-            self._attribute, self._denoiser = found.attribute, found.denoiser
+            self._attribute, self._denoiser, self._controlnet = found.attribute, found.denoiser, found.controlnet
             self._layers = attention_modules(found.denoiser)
-            self.callback.hooks.install(found.denoiser, self.callback.cfg_half or found.kept_half)
+            hooks, half = self.callback.hooks, self.callback.cfg_half
+            hooks.install(found.denoiser, half, found.kept_half, found.controlnet)
         state = self.callback.state
         self._replace_processors(
             {

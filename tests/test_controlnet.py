@@ -1,0 +1,86 @@
+"""A ControlNet runs at half batch after the gate, and the picture is the same as if it did not."""
+
+import pytest
+import torch
+
+from tests.pipelines import BY_NAME, CASES
+from tests.test_laws import distance
+from tgate_processors import apply_tgate, get_tgate_report
+
+WITH_CONTROLNET = [case for case in CASES if case.control]
+
+
+def watch(pipe):
+    """Batches that the first layers of the ControlNets and of the UNet really see, in order."""
+    seen = []
+    nets = getattr(pipe.controlnet, "nets", [pipe.controlnet])
+    for name, layer in (*(("control", net.conv_in) for net in nets), ("unet", pipe.unet.conv_in)):
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen.append((name, len(args[0]))))
+    return seen
+
+
+@pytest.mark.parametrize("case", WITH_CONTROLNET, ids=lambda case: case.name)
+@pytest.mark.parametrize("prompts", [[0], [0, 1]], ids=["one", "two"])
+def test_the_controlnet_is_halved_with_the_unet(case, prompts):
+    pipe = apply_tgate(case.build(), 2)
+    seen = watch(pipe)
+    case.run(pipe, prompts)
+    steps = get_tgate_report(pipe).num_inference_steps
+    count = len(prompts)
+    order = ["control"] * case.control_nets + ["unet"]
+    assert seen == [(name, count * (2 if step < 2 else 1)) for step in range(steps) for name in order]
+
+
+@pytest.mark.parametrize("case", WITH_CONTROLNET, ids=lambda case: case.name)
+@pytest.mark.parametrize("half", ["unconditional", "conditional"])
+def test_halving_the_controlnet_changes_nothing(case, half):
+    pipe = apply_tgate(case.build(), 2, cfg_half=half)
+    halved = case.run(pipe, [0, 1])
+    handles = vars(pipe)["_tgate"].callback.hooks._handles
+    handles[-1].remove()
+    seen = watch(pipe)
+    assert distance(case.run(pipe, [0, 1]), halved) < 1e-5
+    assert ("control", 4) in seen[-4:]
+
+
+@pytest.mark.parametrize("name", ["sd_controlnet", "sdxl_controlnet"])
+@pytest.mark.parametrize("half", [None, "unconditional", "conditional"])
+def test_in_guess_mode_the_half_with_the_control_stays(name, half):
+    case = BY_NAME[name]
+    pipe = case.build()
+    apply_tgate(pipe, 2, cfg_half=half)
+    seen = watch(pipe)
+    residuals = []
+    pipe.unet.register_forward_pre_hook(
+        lambda module, args, kwargs: residuals.append(kwargs["mid_block_additional_residual"].abs().amax((1, 2, 3))),
+        with_kwargs=True,
+    )
+    case.run(pipe, guess_mode=True)
+    assert seen == [
+        (part, 1 if part == "control" or step > 1 else 2) for step in range(6) for part in ("control", "unet")
+    ]
+    assert [len(residual) for residual in residuals] == [2, 2, 1, 1, 1, 1]
+    assert residuals[0][0] == 0
+    assert all(bool(residual[-1] > 0) is (half != "unconditional") for residual in residuals[2:])
+
+
+def test_an_exchanged_controlnet_is_followed():
+    case = BY_NAME["sd_controlnet"]
+    pipe, other = case.build(), case.build()
+    torch.nn.init.normal_(other.controlnet.conv_in.weight)
+    expected = case.run(apply_tgate(other, 2))
+    apply_tgate(pipe, 2)
+    case.run(pipe)
+    first, pipe.controlnet = pipe.controlnet, other.controlnet
+    assert torch.equal(case.run(pipe), expected)
+    assert not first._forward_pre_hooks
+
+
+def test_control_over_a_part_of_the_steps():
+    case = BY_NAME["sd_controlnet"]
+    pipe = case.build()
+    call = {"control_guidance_start": 0.2, "control_guidance_end": 0.8, "controlnet_conditioning_scale": 0.7}
+    baseline = case.run(pipe, **call)
+    assert torch.equal(case.run(apply_tgate(pipe, 99), **call), baseline)
+    gated = case.run(apply_tgate(pipe, 2), **call)
+    assert not torch.equal(gated, case.run(pipe))

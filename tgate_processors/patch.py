@@ -58,7 +58,8 @@ def apply_tgate(
             The half of classifier-free guidance that is computed after the gate, `"unconditional"` or `"conditional"`.
             It matters for what is not cross-attention: SDXL's pooled embeddings and sizes, PixArt's masks, SVD's
             conditioning. Defaults to what the published implementation does: `"conditional"` for Stable Video
-            Diffusion, `"unconditional"` for the others.
+            Diffusion, `"unconditional"` for the others; in a ControlNet's `guess_mode` to `"conditional"`, the half
+            with the control.
         deepcache (`DeepCacheSDHelper`, *optional*):
             A parametrised DeepCache helper of this pipeline, enabled or not, to run together with T-GATE.
 

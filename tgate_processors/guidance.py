@@ -86,7 +86,8 @@ class DenoiserHooks:
         if not self.halving:
             self._control_batch = _batch_size(args, kwargs)
             return None
-        return self._halved(args, kwargs) if _batch_size(args, kwargs) == self.batch else None
+        # What is one half already has too few rows to be halved.
+        return self._halved(args, kwargs)
 
     def _halved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The half of the arguments that stays."""

@@ -6,7 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
+
+from tgate_processors import apply_tgate
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "quickstart.py"
@@ -55,3 +61,24 @@ def test_a_wrong_argument_is_an_error_message_and_no_traceback():
         re.sub(r"[│\s]+", " ", done.stderr).split()
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_trained_pipeline_draws_what_the_prompt_says(gated):
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "examples/models/shapes-sd", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if gated:
+        apply_tgate(pipe, 0.4)
+    call = {"num_inference_steps": 25, "guidance_scale": 4.5, "generator": torch.Generator().manual_seed(0)}
+    circle, triangle = pipe(
+        [
+            "a large red circle at the top left on a white background",
+            "a small yellow triangle in the center on a brown background",
+        ],
+        output_type="np",
+        **call,
+    ).images
+    assert np.abs(circle[8, 8] - [0.87, 0.1, 0.1]).max() < 0.2
+    assert circle[26, 26].min() > 0.9
+    assert np.abs(triangle[17, 16] - [1.0, 0.9, 0.1]).max() < 0.2
+    assert np.abs(triangle[4, 4] - [0.47, 0.28, 0.12]).max() < 0.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -50,11 +51,12 @@ class DenoiserHooks:
         self.remove()
         self.kept, self.default = kept, default
         self._handles = [
-            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
-            denoiser.register_forward_hook(self._after, with_kwargs=True),
+            denoiser.register_forward_pre_hook(self._eager(DenoiserHooks._before), with_kwargs=True),
+            denoiser.register_forward_hook(self._eager(DenoiserHooks._after), with_kwargs=True),
         ]
         if controlnet is not None:
-            self._handles.append(controlnet.register_forward_pre_hook(self._before_controlnet, with_kwargs=True))
+            hook = self._eager(DenoiserHooks._before_controlnet)
+            self._handles.append(controlnet.register_forward_pre_hook(hook, with_kwargs=True))
 
     def remove(self) -> None:
         """Take the hooks out again."""
@@ -70,7 +72,12 @@ class DenoiserHooks:
         self.batch = 0
         self._control_batch = 0
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _eager(self, hook: Callable[..., Any]) -> Any:
+        """Bind a hook that is no part of a compiled denoiser."""
+        # Here and not as a decorator, which would load the compiler with this package. A bound method is copied with
+        # the object that it is bound to.
+        return types.MethodType(torch.compiler.disable(hook), self)  # type: ignore[no-untyped-call]
+
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Halve the batch after the gate."""
         if self.before_forward is not None:
@@ -80,7 +87,6 @@ class DenoiserHooks:
             return None
         return self._halved(args, kwargs)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before_controlnet(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Halve the batch after the gate, unless it is one half already."""
         if not self.halving:
@@ -95,7 +101,6 @@ class DenoiserHooks:
         kept = self.kept or ("conditional" if half_controlled else self.default)
         return _halve(args, self.batch, kept), _halve(kwargs, self.batch, kept)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Give the output of the half back as both halves."""
         halved = self.halving

@@ -18,7 +18,7 @@ def check_helper(helper: Any, pipe: Any) -> None:
     ):
         raise TypeError(
             f"deepcache={helper!r} is a {type(helper).__name__}: give a DeepCacheSDHelper(pipe) "
-            "(pip install tgate_processors[deepcache])."
+            "(pip install DeepCache)."
         )
     if getattr(helper, "pipe", None) is not pipe:
         raise ValueError(

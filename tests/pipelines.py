@@ -31,7 +31,7 @@ def quiet(pipe: Any) -> Any:
     return pipe
 
 
-def _other(source: str, source_class: str, pipeline_class: str, **kwargs: Any) -> Any:
+def other(source: str, source_class: str, pipeline_class: str, **kwargs: Any) -> Any:
     """Another pipeline class around the components of a golden one."""
     cls = getattr(diffusers, pipeline_class)
     components = {**load_golden(source, source_class).components, **kwargs}
@@ -39,12 +39,12 @@ def _other(source: str, source_class: str, pipeline_class: str, **kwargs: Any) -
     return quiet(cls(**{key: value for key, value in components.items() if key in known or key in kwargs}))
 
 
-def _with_scheduler(pipe: Any, scheduler: str, **config: Any) -> Any:
+def with_scheduler(pipe: Any, scheduler: str, **config: Any) -> Any:
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **config)
     return pipe
 
 
-def _lcm_unet() -> Any:
+def lcm_unet() -> Any:
     """The golden SD UNet with an embedding of the guidance scale, as distilled models have it."""
     unet = load_golden("sd", "StableDiffusionPipeline").unet
     torch.manual_seed(0)
@@ -53,9 +53,9 @@ def _lcm_unet() -> Any:
     return distilled.eval()
 
 
-def _sigma_transformer() -> Any:
+def sigma_transformer() -> Any:
     """The golden PixArt transformer without the conditions on size."""
-    transformer = load_golden(*_PIXART).transformer
+    transformer = load_golden(*GOLDEN_PIXART).transformer
     plain = diffusers.PixArtTransformer2DModel.from_config(transformer.config, use_additional_conditions=False)
     plain.load_state_dict(transformer.state_dict(), strict=False)
     return plain.eval()
@@ -111,7 +111,7 @@ def _svd() -> Any:
     )
 
 
-def _controlnet(source: str, source_class: str, seed: int = 0) -> Any:
+def controlnet(source: str, source_class: str, seed: int = 0) -> Any:
     """A ControlNet for a golden UNet, with a say in the picture: as they start, they have none."""
     controlnet = diffusers.ControlNetModel.from_unet(load_golden(source, source_class).unet)
     torch.manual_seed(seed)
@@ -121,45 +121,45 @@ def _controlnet(source: str, source_class: str, seed: int = 0) -> Any:
     return controlnet.eval()
 
 
-def _seeded(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+def seeded(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _images(prompts: list[int]) -> list[Image.Image]:
-    pixels = [(_seeded((SIZE, SIZE, 3), 700 + p).sigmoid() * 255).byte().numpy() for p in prompts]
+def images(prompts: list[int]) -> list[Image.Image]:
+    pixels = [(seeded((SIZE, SIZE, 3), 700 + p).sigmoid() * 255).byte().numpy() for p in prompts]
     return [Image.fromarray(p) for p in pixels]
 
 
-def _text(width: int, tokens: int = 7) -> Callable[[list[int], bool], dict[str, Any]]:
+def text(width: int, tokens: int = 7) -> Callable[[list[int], bool], dict[str, Any]]:
     """Text embeddings by the number of the prompt."""
 
     def inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
-        embeds = {"prompt_embeds": torch.stack([_seeded((tokens, width), 100 + p) for p in prompts])}
+        embeds = {"prompt_embeds": torch.stack([seeded((tokens, width), 100 + p) for p in prompts])}
         if guided:
-            embeds["negative_prompt_embeds"] = torch.stack([_seeded((tokens, width), 200 + p) for p in prompts])
+            embeds["negative_prompt_embeds"] = torch.stack([seeded((tokens, width), 200 + p) for p in prompts])
         return embeds
 
     return inputs
 
 
-def _pooled_text(width: int, pooled: int) -> Callable[[list[int], bool], dict[str, Any]]:
+def pooled_text(width: int, pooled: int) -> Callable[[list[int], bool], dict[str, Any]]:
     """SDXL's text embeddings."""
 
     def inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
-        embeds = _text(width)(prompts, guided)
-        embeds["pooled_prompt_embeds"] = torch.stack([_seeded((pooled,), 300 + p) for p in prompts])
+        embeds = text(width)(prompts, guided)
+        embeds["pooled_prompt_embeds"] = torch.stack([seeded((pooled,), 300 + p) for p in prompts])
         if guided:
-            embeds["negative_pooled_prompt_embeds"] = torch.stack([_seeded((pooled,), 400 + p) for p in prompts])
+            embeds["negative_pooled_prompt_embeds"] = torch.stack([seeded((pooled,), 400 + p) for p in prompts])
         return embeds
 
     return inputs
 
 
-def _masked_text(width: int) -> Callable[[list[int], bool], dict[str, Any]]:
+def masked_text(width: int) -> Callable[[list[int], bool], dict[str, Any]]:
     """PixArt's text embeddings; the masks differ from prompt to prompt."""
 
     def inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
-        embeds = _text(width, tokens=9)(prompts, guided)
+        embeds = text(width, tokens=9)(prompts, guided)
         masks = torch.stack([(torch.arange(9) < 5 + p % 4).long() for p in prompts])
         embeds |= {"prompt_attention_mask": masks, "use_resolution_binning": False, "negative_prompt": None}
         if guided:
@@ -169,7 +169,7 @@ def _masked_text(width: int) -> Callable[[list[int], bool], dict[str, Any]]:
     return inputs
 
 
-def _no_inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
+def no_inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
     return {}
 
 
@@ -214,11 +214,11 @@ class Case:
         if not self.image:
             inputs |= {"height": SIZE, "width": SIZE}
         else:
-            inputs["image"] = _images(prompts)
+            inputs["image"] = images(prompts)
         if self.control:
             # Several ControlNets take one image each, the same for all prompts.
             numbers = [prompt + 50 for prompt in (prompts if self.control_nets == 1 else range(self.control_nets))]
-            inputs[self.control] = _images(numbers)
+            inputs[self.control] = images(numbers)
         if self.mask:
             left = Image.new("L", (SIZE, SIZE))
             left.paste(255, (0, 0, SIZE // 2, SIZE))
@@ -234,32 +234,38 @@ class Case:
         return output.frames if self.video else output.images
 
 
-_SD, _XL = ("sd", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")
-_PIXART = ("pixart_alpha", "PixArtAlphaPipeline")
-_sd_text, _xl_text = _text(32), _pooled_text(32, 32)
+GOLDEN_SD, GOLDEN_XL = ("sd", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")
+GOLDEN_PIXART = ("pixart_alpha", "PixArtAlphaPipeline")
+_sd_text, _xl_text = text(32), pooled_text(32, 32)
 
 CASES = [
-    Case("sd", lambda: load_golden(*_SD), _sd_text),
+    Case("sd", lambda: load_golden(*GOLDEN_SD), _sd_text),
     Case(
         "sd_v_prediction",
-        lambda: _with_scheduler(load_golden(*_SD), "DDIMScheduler", prediction_type="v_prediction"),
+        lambda: with_scheduler(load_golden(*GOLDEN_SD), "DDIMScheduler", prediction_type="v_prediction"),
         _sd_text,
         extra={"guidance_rescale": 0.7},
     ),
-    Case("sd_img2img", lambda: _other(*_SD, "StableDiffusionImg2ImgPipeline"), _sd_text, image=True, strength=1.0),
+    Case("sd_img2img", lambda: other(*GOLDEN_SD, "StableDiffusionImg2ImgPipeline"), _sd_text, image=True, strength=1.0),
     Case(
         "sd_inpaint",
-        lambda: _other(*_SD, "StableDiffusionInpaintPipeline"),
+        lambda: other(*GOLDEN_SD, "StableDiffusionInpaintPipeline"),
         _sd_text,
         image=True,
         mask=True,
         strength=1.0,
     ),
-    Case("sdxl", lambda: load_golden(*_XL), _xl_text),
-    Case("sdxl_img2img", lambda: _other(*_XL, "StableDiffusionXLImg2ImgPipeline"), _xl_text, image=True, strength=0.99),
+    Case("sdxl", lambda: load_golden(*GOLDEN_XL), _xl_text),
+    Case(
+        "sdxl_img2img",
+        lambda: other(*GOLDEN_XL, "StableDiffusionXLImg2ImgPipeline"),
+        _xl_text,
+        image=True,
+        strength=0.99,
+    ),
     Case(
         "sdxl_inpaint",
-        lambda: _other(*_XL, "StableDiffusionXLInpaintPipeline"),
+        lambda: other(*GOLDEN_XL, "StableDiffusionXLInpaintPipeline"),
         _xl_text,
         image=True,
         mask=True,
@@ -268,31 +274,33 @@ CASES = [
     Case("lcm_sdxl", lambda: load_golden("sdxl_lcm", "StableDiffusionXLPipeline"), _xl_text, guidance=1.0),
     Case(
         "lcm",
-        lambda: _with_scheduler(
-            _other(*_SD, "LatentConsistencyModelPipeline", unet=_lcm_unet()), "LCMScheduler", clip_sample=False
+        lambda: with_scheduler(
+            other(*GOLDEN_SD, "LatentConsistencyModelPipeline", unet=lcm_unet()), "LCMScheduler", clip_sample=False
         ),
         lambda prompts, guided: _sd_text(prompts, False),
         guidance=8.5,
     ),
-    Case("pixart_alpha", lambda: load_golden(*_PIXART), _masked_text(24), denoiser="transformer", guidance=4.5),
+    Case("pixart_alpha", lambda: load_golden(*GOLDEN_PIXART), masked_text(24), denoiser="transformer", guidance=4.5),
     Case(
         "pixart_sigma",
-        lambda: _other(*_PIXART, "PixArtSigmaPipeline", transformer=_sigma_transformer()),
-        _masked_text(24),
+        lambda: other(*GOLDEN_PIXART, "PixArtSigmaPipeline", transformer=sigma_transformer()),
+        masked_text(24),
         denoiser="transformer",
         guidance=4.5,
     ),
     Case(
         "lcm_pixart",
-        lambda: _with_scheduler(load_golden(*_PIXART), "LCMScheduler", clip_sample=False, original_inference_steps=50),
-        _masked_text(24),
+        lambda: with_scheduler(
+            load_golden(*GOLDEN_PIXART), "LCMScheduler", clip_sample=False, original_inference_steps=50
+        ),
+        masked_text(24),
         denoiser="transformer",
         guidance=0.0,
     ),
     Case(
         "svd",
         _svd,
-        _no_inputs,
+        no_inputs,
         guidance=3.0,
         image=True,
         video=True,
@@ -303,16 +311,16 @@ CASES = [
 CASES += [
     Case(
         "sd_controlnet",
-        lambda: _other(*_SD, "StableDiffusionControlNetPipeline", controlnet=_controlnet(*_SD)),
+        lambda: other(*GOLDEN_SD, "StableDiffusionControlNetPipeline", controlnet=controlnet(*GOLDEN_SD)),
         _sd_text,
         control="image",
     ),
     Case(
         "sd_multi_controlnet_img2img",
-        lambda: _other(
-            *_SD,
+        lambda: other(
+            *GOLDEN_SD,
             "StableDiffusionControlNetImg2ImgPipeline",
-            controlnet=diffusers.MultiControlNetModel([_controlnet(*_SD), _controlnet(*_SD, seed=1)]),
+            controlnet=diffusers.MultiControlNetModel([controlnet(*GOLDEN_SD), controlnet(*GOLDEN_SD, seed=1)]),
         ),
         _sd_text,
         image=True,
@@ -322,13 +330,13 @@ CASES += [
     ),
     Case(
         "sdxl_controlnet",
-        lambda: _other(*_XL, "StableDiffusionXLControlNetPipeline", controlnet=_controlnet(*_XL)),
+        lambda: other(*GOLDEN_XL, "StableDiffusionXLControlNetPipeline", controlnet=controlnet(*GOLDEN_XL)),
         _xl_text,
         control="image",
     ),
     Case(
         "sdxl_controlnet_inpaint",
-        lambda: _other(*_XL, "StableDiffusionXLControlNetInpaintPipeline", controlnet=_controlnet(*_XL)),
+        lambda: other(*GOLDEN_XL, "StableDiffusionXLControlNetInpaintPipeline", controlnet=controlnet(*GOLDEN_XL)),
         _xl_text,
         image=True,
         mask=True,

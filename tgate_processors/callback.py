@@ -62,8 +62,9 @@ class TGateCallback:
             raise ValueError(f'cfg_half={cfg_half!r} is no half of guidance: give "unconditional" or "conditional".')
         self.cfg_half = cfg_half
         self.state = TGateState(schedule)
-        self.hooks = DenoiserHooks()
+        self.hooks = DenoiserHooks(self.state)
         self.before_step: Callable[[StepPlan, bool], None] | None = None
+        self.check_layers: Callable[[], None] | None = None
         self._run: PipelineRun | None = None
         self._guided = False
         self._visiting = True
@@ -101,6 +102,7 @@ class TGateCallback:
         """
         self.reset()
         self._run = run
+        self.state.claim()
         self.hooks.before_forward = self._begin
         self.hooks.after_forward = self._tick if by_forward else None
 
@@ -129,7 +131,9 @@ class TGateCallback:
         if self._run is None or not self.state.running:
             self.hooks.halving = False
             return
-        self._guided = self._run.guided()
+        if self.check_layers is not None:
+            self.check_layers()
+        self._guided = self.hooks.droppable and self._run.guided()
         plan = self.state.enter(self._guided)
         self.hooks.halving = self._guided and plan.phase is Phase.FIDELITY_IMPROVING
         if self.before_step is not None:
@@ -146,8 +150,8 @@ class TGateCallback:
                 "gate_step is the first step, and a callback first runs when that is over: use apply_tgate(pipe, ...), "
                 "or a gate_step of at least 2."
             )
-        self._prepare()
         self.hooks.install(found.denoiser, self.cfg_half, found.kept_half, found.controlnet)
+        self._prepare()
         self.hooks.before_forward = self._forget_a_broken_run
 
     def _forget_a_broken_run(self) -> None:
@@ -158,7 +162,7 @@ class TGateCallback:
     def _check_batch(self, latents: Any) -> None:
         """Compare the batch that the denoiser got with the latents: two halves with guidance, else one."""
         parts = 2 if self._guided else 1
-        batch = self.hooks.batch
+        batch = self.hooks.batch if self.hooks.droppable else 0
         if batch and isinstance(latents, torch.Tensor) and batch != parts * latents.shape[0]:
             raise ValueError(
                 f"the denoiser got a batch of {batch} for {latents.shape[0]} latents with classifier-free guidance "

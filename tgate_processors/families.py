@@ -21,22 +21,38 @@ class Family:
     kept_half: CFGHalf
 
 
-# Guidance is one batch `[unconditional, conditional]` in all of these. `kept_half` is what the published
+# Guidance of two parts is one batch `[unconditional, conditional]` in all of these. `kept_half` is what the published
 # implementation feeds after the gate.
 FAMILIES = (
     Family("UNet2DConditionModel", "unet", "unconditional"),
+    Family("UNetMotionModel", "unet", "unconditional"),
     Family("UNetSpatioTemporalConditionModel", "unet", "conditional"),
     Family("PixArtTransformer2DModel", "transformer", "unconditional"),
 )
 
-# These have neither `callback_on_step_end` nor `num_timesteps` nor `do_classifier_free_guidance`, but are known to call
-# the denoiser once for each of `scheduler.timesteps` and to guide where `guidance_scale > 1`.
-LEGACY_PIPELINES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+# These lack `callback_on_step_end`, `num_timesteps` or `do_classifier_free_guidance`, but are known to call the
+# denoiser once for each of `scheduler.timesteps` and to guide where `guidance_scale > 1`. The value is the half that
+# stays, where it is another one than the denoiser's.
+LEGACY_PIPELINES: dict[str, CFGHalf | None] = {
+    "PixArtAlphaPipeline": None,
+    "PixArtSigmaPipeline": None,
+    "PixArtSigmaPAGPipeline": None,
+    "StableDiffusionAdapterPipeline": None,
+    # Its unconditional half has no boxes.
+    "StableDiffusionGLIGENPipeline": "conditional",
+    "StableDiffusionImageVariationPipeline": None,
+    "StableDiffusionLatentUpscalePipeline": None,
+    "StableDiffusionUpscalePipeline": None,
+    "StableDiffusionXLAdapterPipeline": None,
+    "StableDiffusionXLInstructPix2PixPipeline": None,
+}
 
-# Arguments of a pipeline's call that give away a batch, or a loop, of another shape.
+# Arguments of a pipeline's call that give away guidance of more or other parts than two halves. It stays on after the
+# gate, every part keeps a cross-attention of its own, and the batch is not touched.
+WHOLE_GUIDANCE_ARGUMENTS = ("image_guidance_scale", "pag_scale")
+
+# Arguments of a pipeline's call that give away a loop, or a batch, of a shape that changes from step to step.
 REFUSED_ARGUMENTS = {
-    "image_guidance_scale": "its guidance has three parts (text, image, none), so there is no half to drop",
-    "pag_scale": "perturbed-attention guidance adds a third part to the batch and replaces processors during the call",
     "edit_guidance_scale": "semantic guidance adds a part to the batch for every edit",
     "view_batch_size": "it denoises several views in every step",
 }
@@ -44,11 +60,11 @@ REFUSED_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Found:
-    """The denoiser of a pipeline, how it is gated, and what else runs in every step."""
+    """The denoiser of a pipeline, the half of guidance that stays (`None`: all of it), and what else runs in a step."""
 
     denoiser: torch.nn.Module
     attribute: str
-    kept_half: CFGHalf
+    kept_half: CFGHalf | None
     controlnet: torch.nn.Module | None
 
 
@@ -61,10 +77,18 @@ def find_family(pipe: Any) -> Found:
             raise ValueError(f"{subject} cannot be gated: {reason}. Use it without T-GATE.")
     family, denoiser = _find_denoiser(pipe, subject)
     _check_attention(denoiser, subject)
-    legacy = any(base.__name__ in LEGACY_PIPELINES for base in type(pipe).__mro__)
+    if getattr(pipe, "free_noise_enabled", False):
+        raise ValueError(
+            f"{subject} cannot be gated with FreeNoise: its attention layers run once for every window of frames, so "
+            "there is no one output to keep. Call pipe.disable_free_noise(), or use it without T-GATE."
+        )
+    legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in LEGACY_PIPELINES]
     if not legacy:
         _check_loop(type(pipe), parameters, subject)
-    return Found(denoiser, family.attribute, family.kept_half, getattr(pipe, "controlnet", None))
+    kept_half: CFGHalf | None = (LEGACY_PIPELINES[legacy[0]] if legacy else None) or family.kept_half
+    if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
+        kept_half = None
+    return Found(denoiser, family.attribute, kept_half, getattr(pipe, "controlnet", None))
 
 
 def attention_modules(denoiser: torch.nn.Module) -> dict[str, Any]:

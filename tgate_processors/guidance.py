@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 
-from .schedule import CFGHalf
+from .schedule import Action, CFGHalf
+from .state import TGateState
+
+logger = logging.getLogger(__name__)
 
 
 class DenoiserHooks:
@@ -19,23 +24,34 @@ class DenoiserHooks:
     The pipeline's own `uncond + scale * (cond - uncond)` then gives the one output back exactly, for any scale and any
     rescaling. A ControlNet is halved on its way in only: what it gives goes to the denoiser, which needs the same half.
     The hooks are no part of a compiled denoiser.
+
+    Args:
+        state (`TGateState`): The run, whose forwards these hooks serve.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state: TGateState) -> None:
+        self._state = state
         self.halving = False
         self.kept: CFGHalf | None = None
-        self.default: CFGHalf = "unconditional"
+        self.default: CFGHalf | None = None
         self.before_forward: Callable[[], None] | None = None
         self.after_forward: Callable[[], None] | None = None
         self.batch = 0
         self._control_batch = 0
+        self._prompt: Any = None
+        self._warned = False
         self._handles: list[Any] = []
+
+    @property
+    def droppable(self) -> bool:
+        """Whether guidance is two halves, of which one can be left out."""
+        return self.default is not None
 
     def install(
         self,
         denoiser: torch.nn.Module,
         kept: CFGHalf | None,
-        default: CFGHalf,
+        default: CFGHalf | None,
         controlnet: torch.nn.Module | None = None,
     ) -> None:
         """
@@ -44,8 +60,9 @@ class DenoiserHooks:
         Args:
             denoiser (`torch.nn.Module`): The module that the pipeline calls in every step.
             kept (`str`, *optional*): The half that stays, `"unconditional"` (the first) or `"conditional"`.
-            default (`str`): The half that stays if none is given; with a ControlNet that sees the conditional half
-                only (`guess_mode`) it is that one, because the other has no control.
+            default (`str`, *optional*): The half that stays if none is given; with a ControlNet that sees the
+                conditional half only (`guess_mode`) it is that one, because the other has no control. `None`: guidance
+                is not two halves and stays as it is.
             controlnet (`torch.nn.Module`, *optional*): What the pipeline calls before the denoiser in every step.
         """
         self.remove()
@@ -71,6 +88,7 @@ class DenoiserHooks:
         self.after_forward = None
         self.batch = 0
         self._control_batch = 0
+        self._prompt = None
 
     def _eager(self, hook: Callable[..., Any]) -> Any:
         """Bind a hook that is no part of a compiled denoiser."""
@@ -80,29 +98,53 @@ class DenoiserHooks:
 
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Halve the batch after the gate."""
+        if not self._state.is_mine():
+            return None
         if self.before_forward is not None:
             self.before_forward()
         self.batch = _batch_size(args, kwargs)
-        if not self.halving:
-            return None
-        return self._halved(args, kwargs)
+        self._watch_prompt(kwargs.get("encoder_hidden_states"))
+        return self._halved(args, kwargs) if self.halving else None
 
     def _before_controlnet(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Halve the batch after the gate, unless it is one half already."""
+        if not self._state.is_mine():
+            return None
         if not self.halving:
             self._control_batch = _batch_size(args, kwargs)
             return None
         # What is one half already has too few rows to be halved.
         return self._halved(args, kwargs)
 
+    def _watch_prompt(self, prompt: Any) -> None:
+        """Warn once of a prompt that is exchanged when nobody reads it any more."""
+        if not isinstance(prompt, torch.Tensor):
+            return
+        before = self._prompt() if self._prompt is not None else None
+        reused = self._state.running and self._state.cross_attention is Action.REUSE
+        # With another batch it is guidance that was switched off, and not the prompt.
+        exchanged = before is not None and before is not prompt and before.shape == prompt.shape
+        if reused and exchanged and not self._warned:
+            self._warned = True
+            logger.warning(
+                "the text embeddings were exchanged in step %s, after the gate: cross-attention goes on with the "
+                "outputs of the former ones. Exchange them before gate_step=%s, or give a later gate_step.",
+                self._state.step_index,
+                self._state.report.gate_step,
+            )
+        self._prompt = weakref.ref(prompt)
+
     def _halved(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The half of the arguments that stays."""
         half_controlled = 2 * self._control_batch == self.batch
         kept = self.kept or ("conditional" if half_controlled else self.default)
+        assert kept is not None
         return _halve(args, self.batch, kept), _halve(kwargs, self.batch, kept)
 
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Give the output of the half back as both halves."""
+        if not self._state.is_mine():
+            return None
         halved = self.halving
         if self.after_forward is not None:
             self.after_forward()

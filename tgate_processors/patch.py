@@ -9,7 +9,7 @@ import diffusers
 from .callback import TGateCallback
 from .deepcache import DeepCacheOrder, check_helper
 from .families import find_family
-from .installation import install, installed, uninstall
+from .pipeline import install, installed, uninstall
 from .schedule import CFGHalf, TGateSchedule
 from .state import TGateReport
 

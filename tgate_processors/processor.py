@@ -88,8 +88,11 @@ def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, *
     if getattr(attn, "residual_connection", False):
         # The output holds the residual, which must not stand still.
         return self.original(attn, hidden_states, *args, **kwargs)
-    context = kwargs.get("encoder_hidden_states", args[0] if args else None)
     state, slot = self.state, self.slot
+    # A compiled forward cannot ask for its thread.
+    if not torch.compiler.is_compiling() and not state.is_mine():
+        return self.original(attn, hidden_states, *args, **kwargs)
+    context = kwargs.get("encoder_hidden_states", args[0] if args else None)
     # The layer's own flag is missing or wrong in several models; what it attends to is not.
     is_self = context is None or context is hidden_states
     action = state.self_attention if is_self else state.cross_attention

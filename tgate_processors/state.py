@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +41,8 @@ class TGateReport:
     Counts are denoiser forwards: one per step, two per step with Heun or KDPM2.
 
     Args:
-        num_inference_steps (`int`): Steps of the run, an interrupted one included.
+        num_inference_steps (`int`):
+            Steps of the run, also of an interrupted one; where a call runs several loops (FreeInit), of all together.
         gate_step (`int`): First step of the fidelity-improving phase.
         cross_attention_computed (`int`): Forwards in which cross-attention was computed.
         cross_attention_reused (`int`): Forwards in which the stored cross-attention was reused.
@@ -61,6 +65,7 @@ class TGateReport:
 
 
 _LONG_RUN = 1000
+_NOBODY = -1
 _IDLE = StepPlan(Phase.SEMANTICS_PLANNING, Action.COMPUTE, Action.COMPUTE)
 
 
@@ -82,6 +87,7 @@ class TGateState:
         self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()
         self._warned = False
         self._fresh = True
+        self._thread: int | None = None
         self._plan: tuple[StepPlan, ...] = ()
         self._iteration = 0
         self._rest()
@@ -112,6 +118,23 @@ class TGateState:
     def nbytes(self) -> int:
         """Bytes held in stored outputs."""
         return sum(slot.tensor.nbytes for slot in self._slots if slot.tensor is not None)
+
+    def is_mine(self) -> bool:
+        """Whether the run is the caller's: not that of another thread, or of a call that a callback makes."""
+        return self._thread is None or self._thread == threading.get_ident()
+
+    def claim(self) -> None:
+        """A call starts in this thread: whoever else uses the denoiser meanwhile finds it as without T-GATE."""
+        self._thread = threading.get_ident()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Be out of the way, of a pipeline on the same denoiser that a callback calls."""
+        thread, self._thread = self._thread, _NOBODY
+        try:
+            yield
+        finally:
+            self._thread = thread
 
     def new_slot(self) -> Slot:
         """Make the place where one attention layer keeps its output."""
@@ -145,7 +168,9 @@ class TGateState:
         gate_step = self.schedule.resolve_gate_step(num_inference_steps)
         if self._fresh:
             self._fresh = False
-            self.report = TGateReport(num_inference_steps=num_inference_steps, gate_step=gate_step)
+            self.report = TGateReport()
+        total = self.report.num_inference_steps + num_inference_steps
+        self.report = replace(self.report, num_inference_steps=total, gate_step=gate_step)
         if gate_step >= num_inference_steps and not self._warned:
             self._warned = True
             logger.warning(
@@ -193,6 +218,7 @@ class TGateState:
         """The call has ended, however it ended: hold nothing, do nothing."""
         self._rest()
         self._fresh = True
+        self._thread = None
 
     def _rest(self) -> None:
         """Back to the state between two runs; the report stays."""

@@ -1,0 +1,182 @@
+"""The laws of the core for everything that people build around Stable Diffusion and PixArt."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+
+from tests.ecosystem import HOSTS, HOSTS_BY_NAME, Host
+from tests.test_counts import computed
+from tests.test_laws import assert_same, distance, snapshot
+from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
+from tgate_processors.families import attention_modules
+
+GATE = 2
+SETTINGS = {"v1": {"gate_step": GATE}, "v2": {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 1}}
+# FreeInit denoises twice, the first time with fewer steps.
+LOOPS = {"animatediff_free_init": [3, 6]}
+
+
+@pytest.fixture(params=HOSTS, ids=lambda host: host.name)
+def host(request) -> Host:
+    return request.param
+
+
+def test_apply_and_remove_change_nothing_else(host: Host):
+    pipe = host.build()
+    baseline = host.run(pipe)
+    parameters = {name: id(parameter) for name, parameter in getattr(pipe, host.denoiser).named_parameters()}
+    before = snapshot(pipe, host)
+    keys = list(getattr(pipe, host.denoiser).state_dict())
+    apply_tgate(pipe, 99)
+    assert list(getattr(pipe, host.denoiser).state_dict()) == keys
+    assert {n: id(p) for n, p in getattr(pipe, host.denoiser).named_parameters()} == parameters
+    assert_same(before, snapshot(remove_tgate(pipe), host))
+    assert torch.equal(host.run(apply_tgate(pipe, 99)), baseline)
+    apply_tgate(pipe, GATE)
+    gated = host.run(pipe)
+    assert not torch.equal(gated, baseline)
+    assert torch.equal(host.run(pipe), gated)
+    remove_tgate(pipe)
+    assert not is_tgate_applied(pipe)
+    after = snapshot(pipe, host)
+    # A call of some pipelines sets attributes of their own anew.
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        if key.endswith(
+            ("_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters", ".processor/vars", "class")
+        ):
+            assert_same({key: value}, {key: after[key]})
+    assert torch.equal(host.run(pipe), baseline)
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if host.batches], ids=lambda host: host.name)
+def test_a_batch_of_two_prompts_equals_two_singles(host: Host):
+    pipe = host.build()
+
+    def deviation():
+        return distance(host.run(pipe, [0, 1]), torch.cat([host.run(pipe, [0]), host.run(pipe, [1])]))
+
+    rounding = deviation()
+    apply_tgate(pipe, GATE)
+    assert deviation() < 1e-5 + 2 * rounding
+
+
+def count(denoiser):
+    """Batch sizes that `to_k` of every attention layer was given, and the denoiser's first layer; what is cross."""
+    seen, kinds = defaultdict(list), {}
+
+    def watch_kind(name):
+        def hook(module, args, kwargs):
+            context = kwargs.get("encoder_hidden_states", args[1] if len(args) > 1 else None)
+            kinds[name] = context is not None and context is not args[0]
+
+        return hook
+
+    for name, module in denoiser.named_modules():
+        if hasattr(module, "to_k"):
+            module.register_forward_pre_hook(watch_kind(name), with_kwargs=True)
+            module.to_k.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(len(args[0])))
+    first = denoiser.conv_in if hasattr(denoiser, "conv_in") else denoiser.pos_embed.proj
+    first.register_forward_pre_hook(lambda module, args: seen["denoiser"].append(len(args[0])))
+    return seen, kinds
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_to_k_runs_exactly_as_the_schedule_says(host: Host, settings):
+    pipe = apply_tgate(host.build(), **settings)
+    seen, kinds = count(getattr(pipe, host.denoiser))
+    host.run(pipe)
+    report = get_tgate_report(pipe)
+    loops = LOOPS.get(host.name, [report.num_inference_steps])
+    assert sum(loops) == report.num_inference_steps >= 5
+    plan = [computed(step, steps, **settings) for steps in loops for step in range(steps)]
+    dropped = host.guidance > 1 and host.guided and not host.guidance_parts
+    halves = [2 if dropped and not cross else 1 for cross, _ in plan]
+    full = seen.pop("denoiser")
+    assert full == [full[0] // part for part in halves]
+    assert report.half_batch_forwards == halves.count(2)
+    assert report.cross_attention_computed == sum(cross for cross, _ in plan)
+    layers = {name: batches for name, batches in seen.items() if "fuser" not in name}
+    assert {kinds[name] for name in layers} == {True, False}
+    for name, batches in layers.items():
+        kind = 0 if kinds[name] else 1
+        expected = [batches[0] // part for part, ran in zip(halves, plan, strict=True) if ran[kind]]
+        if host.name.startswith("pag") and kind == 1:
+            # Layers with a perturbed part are diffusers' own during the call; they are computed in every step.
+            assert batches in (expected, [batches[0]] * len(plan)), name
+        else:
+            assert batches == expected, name
+
+
+@pytest.mark.parametrize("host", [host for host in HOSTS if host.guidance_parts], ids=lambda host: host.name)
+def test_guidance_of_other_parts_stays_on_and_every_part_keeps_its_own_cross_attention(host: Host):
+    pipe = host.build()
+    denoiser = getattr(pipe, host.denoiser)
+    calls, kept, outputs = [], {}, []
+    layers = {name: module for name, module in denoiser.named_modules() if name.endswith("attn2")}
+    layers = {name: module for name, module in layers.items() if "motion_modules" not in name}
+    denoiser.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+
+    def keep(name):
+        def hook(module, args, output):
+            if len(calls) == GATE:
+                kept[name] = output
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    apply_tgate(pipe, GATE)
+    inside = []
+
+    def replay(module, args, output):
+        if inside:
+            return
+        outputs.append(output[0])
+        if len(outputs) == GATE + 1:
+            # Here and not after the run: perturbed-attention guidance takes its processors out at its end.
+            state = vars(pipe)["_tgate"].callback.state
+            for name, layer in layers.items():
+                inside.append(layer.register_forward_hook(lambda module, args, output, name=name: kept[name]))
+            with state.suspended():
+                outputs[-1] = (output[0], module(*calls[GATE][0], **calls[GATE][1])[0])
+            for handle in inside:
+                handle.remove()
+
+    handle = denoiser.register_forward_hook(replay)
+    host.run(pipe)
+    handle.remove()
+    for each in handles:
+        each.remove()
+    ours, plain = outputs[GATE]
+    parts = host.guidance_parts * (3 if "animatediff" in host.name else 1)
+    assert all(len(output) == parts for output in kept.values())
+    assert len(kept) == len(layers) > 0
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    assert get_tgate_report(pipe).half_batch_forwards == 0
+
+
+def test_a_half_cannot_be_chosen_where_guidance_has_none():
+    host = HOSTS_BY_NAME["pix2pix"]
+    pipe = host.build()
+    with pytest.raises(ValueError, match=r"cfg_half='conditional' has no effect: the guidance of .*Pix2PixPipeline is"):
+        apply_tgate(pipe, GATE, cfg_half="conditional")
+    assert not is_tgate_applied(pipe)
+
+
+def test_a_failure_leaves_no_perturbed_attention_behind():
+    host = HOSTS_BY_NAME["pag"]
+    pipe = host.build()
+    baseline = host.run(pipe)
+    expected = host.run(apply_tgate(pipe, GATE))
+    gates = {name: layer.processor for name, layer in attention_modules(pipe.unet).items()}
+
+    def stop(pipe, step, timestep, kwargs):
+        raise KeyboardInterrupt
+
+    for error, call in ((KeyboardInterrupt, {"callback_on_step_end": stop}), (ValueError, {"height": 7})):
+        with pytest.raises(error):
+            host.run(pipe, **call)
+        assert {name: layer.processor for name, layer in attention_modules(pipe.unet).items()} == gates
+    assert torch.equal(host.run(pipe), expected)
+    assert torch.equal(host.run(remove_tgate(pipe)), baseline)

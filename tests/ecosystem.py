@@ -323,12 +323,12 @@ def tokenizer() -> Any:
     return CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
 
 
-def text_encoder() -> Any:
+def text_encoder(kind: Any = CLIPTextModel, width: int = 32) -> Any:
     """A text encoder for the golden UNets."""
     torch.manual_seed(0)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer()),
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=37,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -337,7 +337,7 @@ def text_encoder() -> Any:
         eos_token_id=tokenizer().eos_token_id,
         projection_dim=32,
     )
-    return CLIPTextModel(config).eval()
+    return kind(config).eval()
 
 
 def _boxes(prompts: list[int], guided: bool) -> list[list[float]]:

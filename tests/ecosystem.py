@@ -214,21 +214,20 @@ def _adapter(seed: int = 0, xl: bool = False) -> Any:
     return diffusers.T2IAdapter(in_channels=3, channels=[16, 32, 32], num_res_blocks=2, **kind).eval()
 
 
-def motion_unet(source: tuple[str, str], **config: Any) -> Any:
-    """A golden UNet with motion modules between its blocks."""
+def motion_adapter(source: tuple[str, str]) -> Any:
+    """Motion modules for a golden UNet, with a say in the picture: as they start, they have none."""
     torch.manual_seed(0)
     unet = load_golden(*source).unet
-    motion = diffusers.MotionAdapter(
+    adapter = diffusers.MotionAdapter(
         block_out_channels=unet.config.block_out_channels,
         motion_layers_per_block=unet.config.layers_per_block,
         motion_norm_num_groups=2,
         motion_num_attention_heads=4,
-        **config,
     )
-    for parameter in motion.parameters():
-        if parameter.dim() == 2 and not parameter.any():
+    for name, parameter in adapter.named_parameters():
+        if "proj_out" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    return diffusers.UNetMotionModel.from_unet2d(unet, motion).eval()
+    return adapter.eval()
 
 
 def sparse_controlnet() -> Any:
@@ -254,9 +253,8 @@ def sparse_controlnet() -> Any:
 
 def animate(pipeline_class: str, **components: Any) -> Any:
     scheduler = diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False, steps_offset=1)
-    return other(
-        *GOLDEN_SD, pipeline_class, unet=motion_unet(GOLDEN_SD), motion_adapter=None, scheduler=scheduler, **components
-    )
+    components |= {"motion_adapter": motion_adapter(GOLDEN_SD), "scheduler": scheduler}
+    return other(*GOLDEN_SD, pipeline_class, **components)
 
 
 def free_init(pipe: Any) -> Any:
@@ -616,7 +614,7 @@ HOSTS += [
     ),
     Host(
         "animatediff_sdxl",
-        lambda: other(*GOLDEN_XL, "AnimateDiffSDXLPipeline", unet=motion_unet(GOLDEN_XL), motion_adapter=None),
+        lambda: other(*GOLDEN_XL, "AnimateDiffSDXLPipeline", motion_adapter=motion_adapter(GOLDEN_XL)),
         with_inputs(xl_text, **_ANIMATED),
         row="AnimateDiff SDXL",
     ),

@@ -136,10 +136,10 @@ def test_bad_arguments(build, error, message):
 
 
 def test_a_pipeline_that_cannot_be_gated_is_refused_by_the_callback_too():
-    from tests.test_errors import instruct_pix2pix
+    from tests.test_errors import panorama
 
-    pipe = instruct_pix2pix()
-    with pytest.raises(ValueError, match="guidance has three parts"):
+    pipe = panorama()
+    with pytest.raises(ValueError, match="several views in every step"):
         TGateCallback(TGateSchedule())(pipe, 0, torch.tensor(1), {})
     assert not pipe.unet._forward_pre_hooks
 

@@ -77,11 +77,7 @@ def find_family(pipe: Any) -> Found:
             raise ValueError(f"{subject} cannot be gated: {reason}. Use it without T-GATE.")
     family, denoiser = _find_denoiser(pipe, subject)
     _check_attention(denoiser, subject)
-    if getattr(pipe, "free_noise_enabled", False):
-        raise ValueError(
-            f"{subject} cannot be gated with FreeNoise: its attention layers run once for every window of frames, so "
-            "there is no one output to keep. Call pipe.disable_free_noise(), or use it without T-GATE."
-        )
+    check_mode(pipe)
     legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in LEGACY_PIPELINES]
     if not legacy:
         _check_loop(type(pipe), parameters, subject)
@@ -89,6 +85,15 @@ def find_family(pipe: Any) -> Found:
     if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
         kept_half = None
     return Found(denoiser, family.attribute, kept_half, getattr(pipe, "controlnet", None))
+
+
+def check_mode(pipe: Any) -> None:
+    """Refuse a mode that a pipeline can be switched to at any time."""
+    if getattr(pipe, "free_noise_enabled", False):
+        raise ValueError(
+            f"{type(pipe).__name__} cannot be gated with FreeNoise: its attention layers run once for every window of "
+            "frames, so there is no one output to keep. Call pipe.disable_free_noise() or remove_tgate(pipe)."
+        )
 
 
 def attention_modules(denoiser: torch.nn.Module) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from .callback import TGateCallback
 from .deepcache import DeepCacheOrder
-from .families import attention_modules, find_family
+from .families import attention_modules, check_mode, find_family
 from .processor import TGateAttnProcessor
 from .state import TGateState
 
@@ -34,6 +34,7 @@ class Installation:
 
     def follow(self, pipe: Any) -> None:
         """Stand in front of every attention processor that is not ours yet; follow an exchanged denoiser."""
+        check_mode(pipe)
         now = getattr(pipe, self._attribute, None), getattr(pipe, "controlnet", None)
         if self._denoiser is None or now[0] is not self._denoiser or now[1] is not self._controlnet:
             found = find_family(pipe)

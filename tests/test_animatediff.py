@@ -1,0 +1,52 @@
+"""AnimateDiff's switches: FreeInit runs the loop several times, FreeNoise is refused."""
+
+import pytest
+import torch
+
+from tests.ecosystem import FRAMES, HOSTS_BY_NAME, text_encoder, tokenizer
+from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
+
+GATE = 2
+HOST = HOSTS_BY_NAME["animatediff"]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_every_loop_of_free_init_has_a_gate_of_its_own(fast):
+    pipe = apply_tgate(HOST.build(), 0.5)
+    pipe.enable_free_init(num_iters=3, use_fast_sampling=fast)
+    batches = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: batches.append(len(args[0]) // FRAMES))
+    HOST.run(pipe)
+    steps = [2, 4, 6] if fast else [6, 6, 6]
+    assert batches == [2 if step < loop / 2 else 1 for loop in steps for step in range(loop)]
+    assert get_tgate_report(pipe).num_inference_steps == sum(steps)
+
+
+def test_free_init_switched_on_and_off_after_apply():
+    pipe = apply_tgate(HOST.build(), GATE)
+    plain = HOST.run(pipe)
+    pipe.enable_free_init(num_iters=2)
+    assert not torch.equal(HOST.run(pipe), plain)
+    pipe.disable_free_init()
+    assert torch.equal(HOST.run(pipe), plain)
+
+
+def test_free_noise_switched_on_after_apply_is_refused_until_it_is_off():
+    pipe = HOST.build()
+    baseline = HOST.run(pipe)
+    expected = HOST.run(apply_tgate(pipe, GATE))
+    pipe.enable_free_noise(context_length=2, context_stride=1)
+    with pytest.raises(ValueError, match=r"AnimateDiffPipeline cannot be gated with FreeNoise.*disable_free_noise\(\)"):
+        HOST.run(pipe)
+    assert is_tgate_applied(pipe)
+    pipe.disable_free_noise()
+    assert torch.equal(HOST.run(pipe), expected)
+    pipe.enable_free_noise(context_length=2, context_stride=1)
+    # With FreeNoise, diffusers takes no embeddings.
+    pipe.register_modules(text_encoder=text_encoder(), tokenizer=tokenizer())
+    embeds = {"prompt_embeds": None, "negative_prompt_embeds": None}
+    noisy = HOST.run(remove_tgate(pipe), prompt="a red circle", generator=torch.Generator(), **embeds)
+    assert noisy.isfinite().all()
+    assert not any("TGate" in type(processor).__name__ for processor in pipe.unet.attn_processors.values())
+    pipe.disable_free_noise()
+    assert torch.equal(HOST.run(pipe), baseline)

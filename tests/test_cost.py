@@ -28,7 +28,7 @@ FAMILY_CASES = ["sd", "sd_img2img", "sdxl", "lcm", "lcm_sdxl", "pixart_alpha", "
 
 
 class Products(TorchFunctionMode):
-    """Counts attention's two products in a module by the shapes of queries, keys and values."""
+    """Counts attention's two products in a module, by the shapes of queries, keys and values."""
 
     def __init__(self, module):
         self.macs, self.inside = 0, False
@@ -156,6 +156,8 @@ def test_the_denoiser_alone_without_weights_too_costs_what_it_costs_in_its_pipel
     for denoiser in (pipe.unet, bare, torch.compile(pipe.unet)):
         given = {**sizes(case), "vae_scale_factor": pipe.vae_scale_factor}
         assert estimate_cost(denoiser, schedule, STEPS, **given) == expected
+    pipe.unet = torch.compile(pipe.unet)
+    assert estimate_cost(pipe, schedule, STEPS, **sizes(case)) == expected
 
 
 def test_the_pipeline_stays_as_it_is_and_may_have_tgate():
@@ -192,6 +194,8 @@ def test_bytes_are_counted_in_the_given_type():
         for dtype in (None, torch.float32, torch.float16)
     ]
     assert held[0] == held[1] == 2 * held[2]
+    pipe.unet.half()
+    assert estimate_cost(pipe, TGateSchedule(2), STEPS, **sizes(case)).report.peak_bytes == held[2]
 
 
 def test_the_inputs_of_every_family_are_known():

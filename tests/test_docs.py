@@ -61,7 +61,7 @@ def test_the_example_of_a_docstring_runs(name, pipe):
 
 
 def test_every_public_function_documents_its_arguments_and_errors():
-    for name in ("apply_tgate", "remove_tgate", "is_tgate_applied", "get_tgate_report"):
+    for name in ("apply_tgate", "remove_tgate", "is_tgate_applied", "get_tgate_report", "estimate_cost"):
         function = getattr(tgate_processors, name)
         for argument in (*function.__annotations__,):
             assert argument == "return" or f"{argument} (`" in function.__doc__, (name, argument)

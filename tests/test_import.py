@@ -20,11 +20,14 @@ def test_importing_adds_nothing_heavy_to_diffusers():
 
 def test_the_public_names_are_these():
     assert sorted(tgate_processors.__all__) == [
+        "MACs",
         "TGateAttnProcessor",
         "TGateCallback",
+        "TGateCost",
         "TGateReport",
         "TGateSchedule",
         "apply_tgate",
+        "estimate_cost",
         "get_tgate_report",
         "is_tgate_applied",
         "remove_tgate",

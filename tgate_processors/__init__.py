@@ -1,6 +1,8 @@
 """T-GATE for diffusers pipelines: cross-attention and guidance stop at a gate step."""
 
 from .callback import TGateCallback
+from .cost import TGateCost, estimate_cost
+from .counting import MACs
 from .patch import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from .processor import TGateAttnProcessor
 from .schedule import TGateSchedule
@@ -9,11 +11,14 @@ from .state import TGateReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "MACs",
     "TGateAttnProcessor",
     "TGateCallback",
+    "TGateCost",
     "TGateReport",
     "TGateSchedule",
     "apply_tgate",
+    "estimate_cost",
     "get_tgate_report",
     "is_tgate_applied",
     "remove_tgate",

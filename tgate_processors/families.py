@@ -76,7 +76,7 @@ def find_family(pipe: Any) -> Found:
         if argument in parameters:
             raise ValueError(f"{subject} cannot be gated: {reason}. Use it without T-GATE.")
     family, denoiser = _find_denoiser(pipe, subject)
-    _check_attention(denoiser, subject)
+    check_attention(denoiser, subject)
     check_mode(pipe)
     legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in LEGACY_PIPELINES]
     if not legacy:
@@ -96,6 +96,13 @@ def check_mode(pipe: Any) -> None:
         )
 
 
+def family_of(denoiser: torch.nn.Module) -> Family | None:
+    """The family of a denoiser, if it is known."""
+    # `torch.compile(pipe.unet)` wraps the module.
+    names = [base.__name__ for base in type(getattr(denoiser, "_orig_mod", denoiser)).__mro__]
+    return next((family for family in FAMILIES if family.denoiser_class in names), None)
+
+
 def attention_modules(denoiser: torch.nn.Module) -> dict[str, Any]:
     """The attention layers of a denoiser, by the keys of `attn_processors`."""
     return {
@@ -113,12 +120,11 @@ def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
         denoiser = getattr(pipe, attribute, None)
         if denoiser is None:
             continue
+        family = family_of(denoiser)
+        if family is not None and family.attribute == attribute:
+            return family, denoiser
         inner = getattr(denoiser, "_orig_mod", denoiser)
-        names = [base.__name__ for base in type(inner).__mro__]
-        for family in FAMILIES:
-            if family.attribute == attribute and family.denoiser_class in names:
-                return family, denoiser
-        _check_attention(inner, subject)
+        check_attention(inner, subject)
         seen.append(f"{attribute}={type(inner).__name__}")
     if not seen:
         raise ValueError(f"{subject} cannot be gated: it has no `unet` or `transformer` at present. Load one first.")
@@ -128,7 +134,7 @@ def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
     )
 
 
-def _check_attention(denoiser: torch.nn.Module, subject: str) -> None:
+def check_attention(denoiser: torch.nn.Module, subject: str) -> None:
     """Refuse a denoiser that has no cross-attention of its own to keep."""
     modules = list(attention_modules(denoiser).values())
     name = type(denoiser).__name__

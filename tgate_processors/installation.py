@@ -48,7 +48,8 @@ class Installation:
                 )
             hooks.install(found.denoiser, half, found.kept_half, found.controlnet)
         # Anew in every call: an IP-Adapter may bring layers of its own.
-        self._layers = attention_modules(self._denoiser)
+        denoiser: Any = self._denoiser
+        self._layers = attention_modules(denoiser)
         state = self.callback.state
         self._replace_processors(
             {

@@ -84,7 +84,7 @@ class TGateSchedule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "gate_step", _checked_gate_step(self.gate_step))
         for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
-            object.__setattr__(self, name, _checked_int(name, getattr(self, name), least))
+            object.__setattr__(self, name, checked_int(name, getattr(self, name), least))
 
     def resolve_gate_step(self, num_inference_steps: int) -> int:
         """
@@ -162,10 +162,10 @@ def _checked_gate_step(value: object) -> int | float:
         if not 0.0 < value < 1.0:
             raise ValueError(f"gate_step={value!r} is not a share of the steps: {remedy}.")
         return value
-    return _checked_int("gate_step", value, 1, remedy)
+    return checked_int("gate_step", value, 1, remedy)
 
 
-def _checked_int(name: str, value: object, least: int, remedy: str | None = None) -> int:
+def checked_int(name: str, value: object, least: int, remedy: str | None = None) -> int:
     """Validate an integer setting."""
     remedy = remedy or f"give an int of at least {least}"
     if isinstance(value, bool):

@@ -1,0 +1,210 @@
+"""What a schedule costs, without weights: forwards on the meta device, counted by torch."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+
+from .counting import MACs, Profile, measure, run_schedule
+from .families import FAMILIES, check_attention, family_of, find_family
+from .run import PipelineRun
+from .schedule import TGateSchedule, checked_int
+from .state import TGateReport
+from .twin import InputSize, check_conditions, check_parameters, input_size, make_twin
+
+
+@dataclass(frozen=True)
+class TGateCost:
+    r"""
+    What a schedule costs, in multiply-accumulates of the denoiser.
+
+    Args:
+        full (`MACs`): One forward of one picture without guidance, all attention computed.
+        without_cross_attention (`MACs`): The same with cross-attention reused.
+        without_self_attention (`MACs`): The same with self-attention reused.
+        without_attention (`MACs`): The same with both reused.
+        without_tgate (`MACs`): The whole run without T-GATE.
+        with_tgate (`MACs`): The whole run with T-GATE.
+        parameters (`int`): Parameters of the denoiser.
+        parameters_after_gate (`int`): Those of the modules that still run when cross-attention is reused.
+        report (`TGateReport`):
+            What [`get_tgate_report`] says after the run: forwards of each kind, most bytes held in stored outputs.
+    """
+
+    full: MACs
+    without_cross_attention: MACs
+    without_self_attention: MACs
+    without_attention: MACs
+    without_tgate: MACs
+    with_tgate: MACs
+    parameters: int
+    parameters_after_gate: int
+    report: TGateReport
+
+    @property
+    def speedup_bound(self) -> float:
+        """The speed-up of the denoiser if its time were in proportion to its MACs, attention's products included."""
+        return self.without_tgate.total / self.with_tgate.total
+
+
+def estimate_cost(
+    pipe_or_denoiser: Any,
+    schedule: TGateSchedule,
+    num_inference_steps: int,
+    *,
+    guidance: bool | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 1,
+    max_sequence_length: int | None = None,
+    num_frames: int | None = None,
+    vae_scale_factor: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> TGateCost:
+    r"""
+    Tell what a schedule costs, without running the model: it is run on the meta device, which has neither memory nor
+    arithmetic, with T-GATE's own attention processors, and torch counts.
+
+    The denoiser alone is counted: no text encoder, no VAE, no ControlNet, no DeepCache. Nothing of the given pipeline
+    changes, whatever device it is on.
+
+    Args:
+        pipe_or_denoiser (`DiffusionPipeline` or `torch.nn.Module`):
+            The pipeline, or its denoiser, which may be without weights (made under `torch.device("meta")`).
+        schedule (`TGateSchedule`): When attention is computed, stored and reused.
+        num_inference_steps (`int`):
+            Number of steps that really run. The scheduler of a pipeline says how many forwards these are; a denoiser
+            alone has one forward a step.
+        guidance (`bool`, *optional*):
+            Whether classifier-free guidance is on. Defaults to `True`, but for a denoiser that embeds the guidance
+            scale (`time_cond_proj_dim`), for which it is always off.
+        height (`int`, *optional*):
+            Height of the picture in pixels. Defaults to that of the pipeline or of the denoiser's configuration.
+        width (`int`, *optional*): Width of the picture in pixels, likewise.
+        batch_size (`int`, *optional*, defaults to `1`): Number of pictures: prompts times `num_images_per_prompt`.
+        max_sequence_length (`int`, *optional*):
+            Number of text tokens. Defaults to that of the pipeline; for a denoiser alone to 77, for PixArt to 120.
+        num_frames (`int`, *optional*): Number of frames of a video. Defaults to that of the denoiser's configuration
+            or of the pipeline.
+        vae_scale_factor (`int`, *optional*):
+            Pixels of the picture for one of the latent. Defaults to that of the pipeline; for a denoiser alone to 8.
+        dtype (`torch.dtype`, *optional*):
+            The type that the bytes held are counted in. Defaults to that of the denoiser.
+
+    Returns:
+        `TGateCost`: MACs of a forward and of the run, parameters, and the report of the run.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError:
+            If an argument is out of range or means nothing for this denoiser, or if the denoiser cannot be gated or is
+            not what its configuration describes (LoRA, IP-Adapter).
+
+    Example:
+
+    ```py
+    >>> from tgate_processors import TGateSchedule, estimate_cost
+
+    >>> cost = estimate_cost(pipe, TGateSchedule(gate_step=10), num_inference_steps=25)
+    >>> cost.report.half_batch_forwards
+    15
+    >>> cost.with_tgate.layers == 2 * 10 * cost.full.layers + 15 * cost.without_cross_attention.layers
+    True
+    ```
+
+    Source: T-GATE (https://arxiv.org/abs/2404.02747), whose tables count `layers`.
+    """
+    pipe, denoiser = _pipe_and_denoiser(pipe_or_denoiser)
+    if not isinstance(schedule, TGateSchedule):
+        raise TypeError(f"schedule is a {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
+    num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 1)
+    batch_size = checked_int("batch_size", batch_size, 1)
+    guided = _guided(denoiser, guidance)
+    size = input_size(pipe, denoiser, height, width, max_sequence_length, num_frames, vae_scale_factor)
+    dtype = _dtype(denoiser, dtype)
+    check_conditions(denoiser)
+    denoiser_class: Any = type(denoiser)
+    profile, names = _profile(denoiser_class, denoiser.to_json_string(), size)
+    check_parameters(denoiser, names)
+
+    timeline = _timeline(pipe, num_inference_steps)
+    with_tgate, report = run_schedule(profile, schedule, timeline, batch_size=batch_size, guided=guided, dtype=dtype)
+    full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
+    return TGateCost(
+        full=full.macs,
+        without_cross_attention=without_cross.macs,
+        without_self_attention=profile.forwards[False, True].macs,
+        without_attention=profile.forwards[True, True].macs,
+        without_tgate=full.macs * (timeline[0] * batch_size * (2 if guided else 1)),
+        with_tgate=with_tgate,
+        parameters=full.parameters,
+        parameters_after_gate=without_cross.parameters,
+        report=report,
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _profile(denoiser_class: Any, config: str, size: InputSize) -> tuple[Profile, frozenset[str]]:
+    """What a denoiser takes, and the names of its parameters; kept, because most calls differ in the schedule only."""
+    twin = make_twin(denoiser_class, json.loads(config))
+    return measure(twin, size), frozenset(name for name, _ in twin.named_parameters())
+
+
+def _pipe_and_denoiser(given: Any) -> tuple[Any, Any]:
+    """A pipeline, if one is given, and its denoiser."""
+    if isinstance(given, diffusers.DiffusionPipeline):
+        found = find_family(given)
+        if found.kept_half is None:
+            raise ValueError(
+                f"the guidance of {type(given).__name__} is not two halves; how many parts it has is up to the call: "
+                "give its denoiser, guidance=False, and the pictures times the parts as batch_size."
+            )
+        denoiser = found.denoiser
+        return given, getattr(denoiser, "_orig_mod", denoiser)
+    name = type(given).__name__
+    if not isinstance(given, torch.nn.Module):
+        raise TypeError(f"pipe_or_denoiser is a {name}: give a diffusers pipeline, or its denoiser.")
+    if family_of(given) is None:
+        known = ", ".join(family.denoiser_class for family in FAMILIES)
+        raise ValueError(f"{name} cannot be gated: how it does guidance is not known here. Known are {known}.")
+    check_attention(given, name)
+    return None, getattr(given, "_orig_mod", given)
+
+
+def _guided(denoiser: Any, guidance: bool | None) -> bool:
+    """Whether guidance is on; pipelines never double the batch of a denoiser that embeds the guidance scale."""
+    if guidance is not None and not isinstance(guidance, bool):
+        raise TypeError(f"guidance={guidance!r} is a {type(guidance).__name__}: give True or False.")
+    embedded = getattr(denoiser.config, "time_cond_proj_dim", None) is not None
+    if guidance and embedded:
+        raise ValueError(
+            f"guidance=True, but this {type(denoiser).__name__} embeds the guidance scale (config.time_cond_proj_dim), "
+            "so its batch is never two halves: leave out `guidance`."
+        )
+    return not embedded if guidance is None else guidance
+
+
+def _dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
+    """The type of what is stored."""
+    dtype = denoiser.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype={dtype!r} is a {type(dtype).__name__}: give a torch.dtype, such as torch.float16.")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not a floating-point type: give the one that the denoiser computes in.")
+    return dtype
+
+
+def _timeline(pipe: Any, num_inference_steps: int) -> tuple[int, int, int]:
+    """Passes of the loop, passes per step, first passes that repeat step 0; as in the pipeline's own run."""
+    if pipe is None:
+        return num_inference_steps, 1, 0
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(num_inference_steps)
+    return PipelineRun(SimpleNamespace(scheduler=scheduler)).timeline()

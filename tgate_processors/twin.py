@@ -1,0 +1,212 @@
+"""A denoiser without weights: its twin on the meta device, and the inputs that it takes there."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .families import family_of
+from .schedule import checked_int
+
+Shapes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InputSize:
+    """What a denoiser's inputs are as large as, for one picture: pixels of the latent, tokens, frames."""
+
+    height: int
+    width: int
+    tokens: int
+    frames: int
+
+
+def _unet_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
+    shapes: Shapes = {
+        "sample": (batch, config.in_channels, size.height, size.width),
+        "timestep": (),
+        "encoder_hidden_states": (batch, size.tokens, config.encoder_hid_dim or _first(config.cross_attention_dim)),
+    }
+    if config.time_cond_proj_dim is not None:
+        shapes["timestep_cond"] = (batch, config.time_cond_proj_dim)
+    if config.addition_embed_type == "text_time":
+        # Of the embedding only the width counts, not which part of it is text and which the sizes of the picture.
+        text = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        shapes["added_cond_kwargs"] = {"text_embeds": (batch, text), "time_ids": (batch, 6)}
+    return shapes
+
+
+def _video_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
+    ids = config.projection_class_embeddings_input_dim // config.addition_time_embed_dim
+    return {
+        "sample": (batch, size.frames, config.in_channels, size.height, size.width),
+        "timestep": (),
+        "encoder_hidden_states": (batch, size.tokens, _first(config.cross_attention_dim)),
+        "added_time_ids": (batch, ids),
+    }
+
+
+def _motion_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
+    shapes = _unet_shapes(config, batch, size)
+    _, *text = shapes["encoder_hidden_states"]
+    # Every frame has the text for itself.
+    return shapes | {
+        "sample": (batch, config.in_channels, size.frames, size.height, size.width),
+        "encoder_hidden_states": (batch * size.frames, *text),
+    }
+
+
+def _pixart_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
+    return {
+        "hidden_states": (batch, config.in_channels, size.height, size.width),
+        "timestep": (batch,),
+        "encoder_hidden_states": (batch, size.tokens, config.caption_channels),
+        "encoder_attention_mask": (batch, size.tokens),
+        # Unused by those that have no condition on size.
+        "added_cond_kwargs": {"resolution": (batch, 2), "aspect_ratio": (batch, 1)},
+    }
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The shapes that the denoisers of a family take, and the tokens and frames if nothing says how many."""
+
+    shapes: Callable[[Any, int, InputSize], Shapes]
+    tokens: int
+    frames: int | None = None
+    text: bool = True
+
+
+# By `Family.denoiser_class`.
+INPUTS = {
+    "UNet2DConditionModel": Inputs(_unet_shapes, tokens=77),
+    "UNetMotionModel": Inputs(_motion_shapes, tokens=77, frames=16),
+    "UNetSpatioTemporalConditionModel": Inputs(_video_shapes, tokens=1, frames=25, text=False),
+    "PixArtTransformer2DModel": Inputs(_pixart_shapes, tokens=120),
+}
+
+# Settings that ask for an input which is not among these shapes, with the values that do not.
+_KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "addition_embed_type": (None, "text_time"),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "attention_type": (None, "default"),
+}
+
+
+def family_inputs(denoiser: torch.nn.Module) -> Inputs:
+    """The inputs of a denoiser of a known family."""
+    family = family_of(denoiser)
+    assert family is not None
+    return INPUTS[family.denoiser_class]
+
+
+def input_size(
+    pipe: Any,
+    denoiser: Any,
+    height: int | None,
+    width: int | None,
+    max_sequence_length: int | None,
+    num_frames: int | None,
+    vae_scale_factor: int | None,
+) -> InputSize:
+    """What the inputs are as large as: as told, else as the pipeline or the configuration has it."""
+    name, inputs = type(denoiser).__name__, family_inputs(denoiser)
+    for argument, value, senseless in (
+        ("num_frames", num_frames, inputs.frames is None),
+        ("max_sequence_length", max_sequence_length, not inputs.text),
+    ):
+        if value is not None and senseless:
+            raise ValueError(f"{argument}={value!r} means nothing for a {name}: leave it out.")
+    factor = getattr(pipe, "vae_scale_factor", 8) if vae_scale_factor is None else vae_scale_factor
+    factor = checked_int("vae_scale_factor", factor, 1)
+    sides = []
+    for axis, (argument, value) in enumerate((("height", height), ("width", width))):
+        if value is None:
+            value = _call_default(pipe, argument) or _sample_size(denoiser, axis, argument) * factor
+        value = checked_int(argument, value, factor)
+        if value % factor:
+            raise ValueError(f"{argument}={value!r} is no multiple of {factor}: give one.")
+        sides.append(value // factor)
+    tokens = max_sequence_length
+    if tokens is None:
+        padded = getattr(getattr(pipe, "tokenizer", None), "model_max_length", None)
+        tokens = _call_default(pipe, "max_sequence_length") or padded or inputs.tokens
+    frames = num_frames
+    if frames is None and inputs.frames is not None:
+        frames = getattr(denoiser.config, "num_frames", None) or _call_default(pipe, "num_frames") or inputs.frames
+    return InputSize(
+        height=sides[0],
+        width=sides[1],
+        tokens=checked_int("max_sequence_length", tokens, 1),
+        frames=checked_int("num_frames", 1 if frames is None else frames, 1),
+    )
+
+
+def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
+    """A side of the latent as the configuration has it."""
+    size = denoiser.config.sample_size
+    if size is None:
+        raise ValueError(f"{type(denoiser).__name__} has no config.sample_size: give `{argument}`.")
+    return int(size if isinstance(size, int) else size[axis])
+
+
+def _call_default(pipe: Any, argument: str) -> int | None:
+    """The number that a pipeline takes if the call does not say."""
+    parameter = None if pipe is None else inspect.signature(type(pipe).__call__).parameters.get(argument)
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+
+
+def check_conditions(denoiser: Any) -> None:
+    """Refuse a denoiser that takes an input which is not known here."""
+    for setting, known in _KNOWN_CONDITIONS.items():
+        value = getattr(denoiser.config, setting, None)
+        if value not in known:
+            raise ValueError(
+                f"{type(denoiser).__name__} has config.{setting}={value!r}, and the input which that takes is not "
+                "known here. If it comes from an IP-Adapter, call pipe.unload_ip_adapter() first."
+            )
+
+
+def make_twin(denoiser_class: Any, config: dict[str, Any]) -> Any:
+    """Make a denoiser without weights."""
+    # From the configuration and not a copy: a copy would bring hooks, offloaded weights and patched forwards along.
+    with torch.device("meta"):
+        twin = denoiser_class.from_config(config)
+    # Buffers that are made from numpy are not on meta yet.
+    return twin.eval().requires_grad_(False).to("meta")
+
+
+def check_parameters(denoiser: torch.nn.Module, names: Set[str]) -> None:
+    """Refuse a denoiser with other parameters than its configuration describes."""
+    other = names ^ {name for name, _ in denoiser.named_parameters()}
+    if other:
+        name = type(denoiser).__name__
+        raise ValueError(
+            f"{name} is not what its configuration describes: {len(other)} parameters differ, such as {min(other)}. "
+            "Fuse and unload LoRA (pipe.fuse_lora(), pipe.unload_lora_weights()), or give the denoiser without it, "
+            f"{name}.from_config(denoiser.config)."
+        )
+
+
+def make_inputs(twin: Any, batch: int, size: InputSize) -> dict[str, Any]:
+    """Make the arguments of a twin's forward."""
+    return _filled(family_inputs(twin).shapes(twin.config, batch, size), twin.dtype)
+
+
+def _filled(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors on meta in the place of shapes."""
+    return {
+        name: _filled(shape, dtype) if isinstance(shape, dict) else torch.empty(shape, dtype=dtype, device="meta")
+        for name, shape in shapes.items()
+    }
+
+
+def _first(width: Any) -> int:
+    """A width that a configuration may give for every block."""
+    return int(width[0] if isinstance(width, (list, tuple)) else width)

@@ -58,6 +58,13 @@ class Host(Case):
     sized: bool = True
     batches: bool = True
 
+    @property
+    def stays(self) -> str:
+        """What of guidance stays, in the words of the support matrix."""
+        if self.guidance_parts:
+            return "all parts"
+        return self.kept if self.guided and self.guidance and self.guidance > 1 else "no guidance"
+
     def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
         inputs = super().inputs(prompts, **overrides)
         if not self.sized:
@@ -409,7 +416,7 @@ HOSTS = [
         "sdxl_adapter",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLAdapterPipeline", adapter=_adapter(xl=True)),
         with_inputs(xl_text, image=lambda p, g: images([50 + n for n in p]), adapter_conditioning_factor=0.5),
-        row="T2I-Adapter",
+        row="T2I-Adapter, in the first half of the steps",
     ),
     Host(
         "gligen",

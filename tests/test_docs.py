@@ -86,6 +86,7 @@ def test_links_between_pages_lead_somewhere():
 
 def test_the_support_matrix_lists_the_pipelines_of_the_tests():
     page = (ROOT / "docs/pipelines.md").read_text()
+    page = page[: page.index("## What is built around them")]
     rows = dict(re.findall(r"^\| `(\w+Pipeline)`.*\| (.+) \|$", page, flags=re.MULTILINE))
     tested = {}
     for case in CASES:

@@ -1,6 +1,8 @@
 """The laws of the core for everything that people build around Stable Diffusion and PixArt."""
 
+import re
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +24,19 @@ def host(request) -> Host:
     return request.param
 
 
+def matrix():
+    """Rows of the support matrix."""
+    page = (Path(__file__).parent.parent / "docs/pipelines.md").read_text()
+    return re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", page, flags=re.MULTILINE)
+
+
+def test_the_support_matrix_has_a_row_for_every_host_and_no_other():
+    assert sorted(what for _, what, _ in matrix()) == sorted(host.row for host in HOSTS)
+
+
 def test_apply_and_remove_change_nothing_else(host: Host):
     pipe = host.build()
+    assert (type(pipe).__name__, host.row, host.stays) in matrix()
     baseline = host.run(pipe)
     parameters = {name: id(parameter) for name, parameter in getattr(pipe, host.denoiser).named_parameters()}
     before = snapshot(pipe, host)
@@ -154,6 +167,15 @@ def test_guidance_of_other_parts_stays_on_and_every_part_keeps_its_own_cross_att
     assert len(kept) == len(layers) > 0
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
     assert get_tgate_report(pipe).half_batch_forwards == 0
+
+
+def test_guidance_that_stays_on_is_told(caplog):
+    pipe = apply_tgate(HOSTS_BY_NAME["pix2pix"].build(), GATE)
+    (record,) = caplog.records
+    assert record.message.startswith(f"the guidance of {type(pipe).__name__} is not two halves, so all of it stays on")
+    caplog.clear()
+    apply_tgate(HOSTS_BY_NAME["ip_adapter"].build(), GATE)
+    assert not [record for record in caplog.records if "tgate" in record.name]
 
 
 def test_a_half_cannot_be_chosen_where_guidance_has_none():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, TypeVar
 
 import diffusers
@@ -12,6 +13,8 @@ from .families import find_family
 from .pipeline import install, installed, uninstall
 from .schedule import CFGHalf, TGateSchedule
 from .state import TGateReport
+
+logger = logging.getLogger(__name__)
 
 Pipeline = TypeVar("Pipeline")
 
@@ -49,8 +52,9 @@ def apply_tgate(
             The half of classifier-free guidance that is computed after the gate, `"unconditional"` or `"conditional"`.
             It matters for what is not cross-attention: SDXL's pooled embeddings and sizes, PixArt's masks, SVD's
             conditioning. Defaults to what the published implementation does: `"conditional"` for Stable Video
-            Diffusion, `"unconditional"` for the others; in a ControlNet's `guess_mode` to `"conditional"`, the half
-            with the control.
+            Diffusion, `"unconditional"` for the others; in a ControlNet's `guess_mode` and in GLIGEN to
+            `"conditional"`, the half with the control. Guidance of more or other parts (InstructPix2Pix,
+            perturbed-attention guidance) stays on whole, and then there is nothing to choose.
         deepcache (`DeepCacheSDHelper`, *optional*):
             A parametrised DeepCache helper of this pipeline, enabled or not, to run together with T-GATE.
 
@@ -77,11 +81,16 @@ def apply_tgate(
     schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up)
     callback = TGateCallback(schedule, cfg_half=cfg_half)
     callback.settle()
-    find_family(pipe)
+    found = find_family(pipe)
     if deepcache is not None:
         check_helper(deepcache, pipe)
     remove_tgate(pipe)
     install(pipe, callback, None if deepcache is None else DeepCacheOrder(deepcache))
+    if found.kept_half is None:
+        logger.warning(
+            "the guidance of %s is not two halves, so all of it stays on after the gate: cross-attention alone stops.",
+            type(pipe).__name__,
+        )
     return pipe
 
 

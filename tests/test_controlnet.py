@@ -1,11 +1,20 @@
 """A ControlNet runs at half batch after the gate, and the picture is the same as if it did not."""
 
+import json
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
 
 from tests.pipelines import BY_NAME, CASES
 from tests.test_laws import distance
-from tgate_processors import apply_tgate, get_tgate_report
+from tgate_processors import TGateAttnProcessor, TGateSchedule, apply_tgate, get_tgate_report
+from tgate_processors.counting import count_forward
+from tgate_processors.families import attention_modules
+from tgate_processors.schedule import Action
+from tgate_processors.state import TGateState
+from tgate_processors.twin import InputSize, make_inputs
 
 WITH_CONTROLNET = [case for case in CASES if case.control]
 
@@ -84,3 +93,31 @@ def test_control_over_a_part_of_the_steps():
     assert torch.equal(case.run(apply_tgate(pipe, 99), **call), baseline)
     gated = case.run(apply_tgate(pipe, 2), **call)
     assert not torch.equal(gated, case.run(pipe))
+
+
+@pytest.mark.parametrize(("name", "latent", "halved", "gated"), [("sd15", 64, 0.10, 0.005), ("sdxl", 128, 0.12, 0.012)])
+def test_what_the_controlnet_could_save(name, latent, halved, gated):
+    """What docs/pipelines.md says of real architectures, counted without weights."""
+    config = json.loads((Path(__file__).parent.parent / f"examples/configs/{name}.json").read_text())
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(config)
+        controlnet = diffusers.ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    macs = {}
+    for part in (unet, controlnet):
+        inputs = make_inputs(unet.to("meta"), 1, InputSize(latent, latent, 77, 1)) | {"return_dict": False}
+        if part is controlnet:
+            inputs["controlnet_cond"] = torch.empty(1, 3, 8 * latent, 8 * latent, device="meta")
+        state = TGateState(TGateSchedule())
+        layers = attention_modules(part.eval().to("meta"))
+        part.set_attn_processor({key: TGateAttnProcessor(layer.processor, state) for key, layer in layers.items()})
+        for action in (Action.STORE, Action.REUSE):
+            state.cross_attention = action
+            macs[part is controlnet, action] = count_forward(part, inputs).macs.total
+    before = 2 * 10 * (macs[False, Action.STORE] + macs[True, Action.STORE])
+    run = {
+        "whole": before + 15 * (macs[False, Action.REUSE] + 2 * macs[True, Action.STORE]),
+        "half": before + 15 * (macs[False, Action.REUSE] + macs[True, Action.STORE]),
+        "gated": before + 15 * (macs[False, Action.REUSE] + macs[True, Action.REUSE]),
+    }
+    assert 1 - run["half"] / run["whole"] == pytest.approx(halved, abs=0.005)
+    assert 1 - run["gated"] / run["half"] == pytest.approx(gated, abs=0.0005)

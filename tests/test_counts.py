@@ -38,8 +38,12 @@ def count(pipe, case):
     return seen
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("prompts", [[0], [0, 1]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("settings", "prompts"),
+    # Two prompts are dearer, and the schedule does not see them.
+    [(settings, [0, 1] if name == "v2" else [0]) for name, settings in SETTINGS.items()],
+    ids=SETTINGS,
+)
 def test_to_k_runs_exactly_as_the_schedule_says(case: Case, settings, prompts):
     pipe = apply_tgate(case.build(), **settings)
     seen = count(pipe, case)
@@ -67,8 +71,9 @@ def test_to_k_runs_exactly_as_the_schedule_says(case: Case, settings, prompts):
 
 
 @pytest.mark.parametrize("case", GUIDED, ids=lambda case: case.name)
-@pytest.mark.parametrize("half", [None, "unconditional", "conditional"])
-@pytest.mark.parametrize("prompts", [[0], [0, 1]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("half", "prompts"), [(None, [0]), ("unconditional", [0, 1]), ("conditional", [0, 1])], ids=lambda value: str(value)
+)
 def test_after_the_gate_the_denoiser_gives_what_it_gives_with_the_mean_in_the_place_of_cross_attention(
     case: Case, half, prompts
 ):

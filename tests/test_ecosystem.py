@@ -122,6 +122,31 @@ def test_to_k_runs_exactly_as_the_schedule_says(host: Host, settings):
             assert batches == expected, name
 
 
+@pytest.mark.parametrize(
+    "host", [host for host in HOSTS if "control" in host.name or "union" in host.name], ids=lambda host: host.name
+)
+def test_a_controlnet_of_any_kind_is_halved_with_the_denoiser(host: Host):
+    pipe = apply_tgate(host.build(), GATE)
+    batches = []
+    pipe.controlnet.conv_in.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    host.run(pipe)
+    steps = get_tgate_report(pipe).num_inference_steps
+    part = 1 if host.guidance_parts else 2
+    full = batches[0]
+    assert batches == [full if step < GATE else full // part for step in range(steps)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["lcm_lora", "tcd", "turbo"])
+def test_few_steps_without_guidance(name, steps):
+    host = HOSTS_BY_NAME[name]
+    pipe = apply_tgate(host.build(), 1)
+    seen, kinds = count(pipe.unet)
+    host.run(pipe, [0, 1], num_inference_steps=steps)
+    assert seen.pop("denoiser") == [2] * steps
+    assert all(batches == [2] * (1 if kinds[name] else steps) for name, batches in seen.items())
+
+
 @pytest.mark.parametrize("host", [host for host in HOSTS if host.guidance_parts], ids=lambda host: host.name)
 def test_guidance_of_other_parts_stays_on_and_every_part_keeps_its_own_cross_attention(host: Host):
     pipe = host.build()

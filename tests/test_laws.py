@@ -58,8 +58,9 @@ def test_remove_restores_every_object_and_the_picture(case: Case):
     assert torch.equal(case.run(pipe), baseline)
 
 
-@pytest.mark.parametrize("gate_step", [STEPS, 99])
-def test_a_gate_beyond_the_last_step_changes_no_bit_and_warns_once(case: Case, gate_step, caplog):
+@pytest.mark.parametrize(("name", "gate_step"), [(name, STEPS) for name in BY_NAME] + [("sd", 99)])
+def test_a_gate_beyond_the_last_step_changes_no_bit_and_warns_once(name, gate_step, caplog):
+    case = BY_NAME[name]
     pipe = case.build()
     baseline = case.run(pipe)
     apply_tgate(pipe, gate_step)
@@ -70,9 +71,8 @@ def test_a_gate_beyond_the_last_step_changes_no_bit_and_warns_once(case: Case, g
     assert message.startswith(f"gate_step={gate_step} is not before the last of the {steps} steps that run: ")
 
 
-@pytest.mark.parametrize("settings", [{"gate_step": GATE}, V2], ids=["v1", "v2"])
-def test_two_calls_agree(case: Case, settings):
-    pipe = apply_tgate(case.build(), **settings)
+def test_two_calls_agree(case: Case):
+    pipe = apply_tgate(case.build(), **V2)
     assert torch.equal(case.run(pipe), case.run(pipe))
 
 
@@ -165,9 +165,18 @@ class Stop(RuntimeError):
     """Not an error of diffusers'."""
 
 
-@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt, torch.OutOfMemoryError])
-@pytest.mark.parametrize("forward", [1, GATE, GATE + 1])
-def test_a_run_that_breaks_leaves_nothing(case: Case, error, forward):
+BREAKS = [(name, torch.OutOfMemoryError, GATE + 1) for name in BY_NAME]
+BREAKS += [
+    (name, error, forward)
+    for name in ("sd", "pixart_alpha")
+    for error in (Stop, KeyboardInterrupt)
+    for forward in (1, GATE, GATE + 1)
+]
+
+
+@pytest.mark.parametrize(("name", "error", "forward"), BREAKS)
+def test_a_run_that_breaks_leaves_nothing(name, error, forward):
+    case = BY_NAME[name]
     pipe = case.build()
     baseline = case.run(pipe)
     expected = case.run(apply_tgate(pipe, GATE))
@@ -195,9 +204,8 @@ def test_a_run_that_breaks_leaves_nothing(case: Case, error, forward):
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
 
 
-@pytest.mark.parametrize("settings", [{"gate_step": GATE}, V2], ids=["v1", "v2"])
-def test_no_output_of_an_attention_layer_outlives_the_call(case: Case, settings):
-    pipe = apply_tgate(case.build(), **settings)
+def test_no_output_of_an_attention_layer_outlives_the_call(case: Case):
+    pipe = apply_tgate(case.build(), **V2)
     outputs = []
     for module in attention_modules(getattr(pipe, case.denoiser)).values():
         module.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
@@ -228,8 +236,11 @@ def test_nothing_is_held_before_the_gate_and_one_half_afterwards(case: Case):
     assert get_tgate_report(pipe).peak_bytes == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays(case: Case, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, torch.float16) for name in BY_NAME] + [("sd", torch.bfloat16), ("svd", torch.bfloat16)]
+)
+def test_half_precision_stays(name, dtype):
+    case = BY_NAME[name]
     pipe = case.build().to(dtype)
     inputs = case.inputs([0])
     inputs = {

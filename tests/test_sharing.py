@@ -68,6 +68,29 @@ def test_a_callback_of_diffusers_kind_may_call_pipelines_too():
     assert all(torch.equal(latents, baseline) for latents in seen)
 
 
+def test_a_callback_may_apply_and_remove_tgate_on_another_pipeline():
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    sibling = sibling_of(pipe)
+    at_four = case.run(apply_tgate(sibling, 4))
+    remove_tgate(sibling)
+    expected = case.run(apply_tgate(pipe, GATE))
+    inner = []
+
+    def on_step_end(pipe, step, timestep, kwargs):
+        if step in (1, 4):
+            inner.append(case.run(apply_tgate(sibling, 4)))
+        if step in (2, 5):
+            remove_tgate(sibling)
+        return kwargs
+
+    assert torch.equal(case.run(pipe, callback_on_step_end=on_step_end), expected)
+    assert len(inner) == 2
+    assert all(torch.equal(latents, at_four) for latents in inner)
+    remove_tgate(pipe)
+    assert not any("TGate" in type(processor).__name__ for processor in pipe.unet.attn_processors.values())
+
+
 def test_a_pipeline_cannot_be_called_by_its_own_callback():
     case = BY_NAME["sd"]
     pipe = case.build()

@@ -98,13 +98,23 @@ class Installation:
         now = self._processors()
         if not self._in_loop:
             self._in_loop = now
-        exchanged = [name for name, old, new in zip(self._layers, self._in_loop, now, strict=True) if old is not new]
+        exchanged = [
+            name
+            for name, old, new in zip(self._layers, self._in_loop, now, strict=True)
+            if old is not new and not self._keeps_gate(old, new)
+        ]
         if exchanged:
             raise RuntimeError(
                 f"{len(exchanged)} attention processors were replaced while the pipeline runs, {exchanged[0]} with a "
                 f"{type(self._layers[exchanged[0]].processor).__name__}: what they kept is gone. Load adapters and set "
                 "processors between two calls, or call remove_tgate(pipe) before."
             )
+
+    def _keeps_gate(self, old: Any, new: Any) -> bool:
+        """Whether our processor stays, and another pipeline's came before it or went."""
+        state = self.callback.state
+        gate = _gate_of(old, state)
+        return gate is not None and gate is _gate_of(new, state)
 
     def _processors(self) -> list[Any]:
         """What stands in the attention layers at present."""

@@ -305,7 +305,7 @@ CASES = [
         image=True,
         video=True,
         kept="conditional",
-        extra={"num_frames": 3, "height": SIZE, "width": SIZE},
+        extra={"num_frames": 3, "height": SIZE // 2, "width": SIZE // 2},
     ),
 ]
 CASES += [

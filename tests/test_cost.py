@@ -56,7 +56,7 @@ def taken(pipe, case, prompts, **call):
 def sizes(case):
     """The arguments of `estimate_cost` that a case's inputs are as large as."""
     if case.video:
-        return {"height": SIZE, "width": SIZE, "num_frames": case.extra["num_frames"]}
+        return dict(case.extra)
     tokens = case.conditioning([0], False)["prompt_embeds"].shape[1]
     return {"height": SIZE, "width": SIZE, "max_sequence_length": tokens}
 

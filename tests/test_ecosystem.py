@@ -136,6 +136,17 @@ def test_a_controlnet_of_any_kind_is_halved_with_the_denoiser(host: Host):
     assert batches == [full if step < GATE else full // part for step in range(steps)]
 
 
+def test_after_the_gate_the_half_with_the_boxes_stays_in_gligen():
+    host = HOSTS_BY_NAME["gligen"]
+    pipe = apply_tgate(host.build(), 1)
+    masks = []
+    pipe.unet.position_net.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["masks"].sum(1).tolist()), with_kwargs=True
+    )
+    host.run(pipe)
+    assert masks == [[0, 1]] + [[1]] * 5
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["lcm_lora", "tcd", "turbo"])
 def test_few_steps_without_guidance(name, steps):

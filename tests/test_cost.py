@@ -262,6 +262,7 @@ def _with_another_layer():
             ValueError,
             "guidance=True, but this UNet2D",
         ),
+        (lambda: _other_conditions(attention_type="gated"), {}, ValueError, "config.attention_type='gated', and the"),
         (lambda: _other_conditions(sample_size=None), {}, ValueError, "no config.sample_size: give `height`"),
         (
             lambda: _other_conditions(encoder_hid_dim_type="ip_image_proj"),

@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -176,13 +177,19 @@ def pipeline(vae: AutoencoderKL, conditioned: Conditioned, tokenizer: Any) -> Di
 
 
 def save(pipe: DiffusionPipeline, folder: Path, tokenizer_folder: Path) -> None:
-    """Write a pipeline in half precision, so that older versions of transformers load it too."""
+    """Write a pipeline in half precision, so that transformers 4 and 5 both load it."""
     pipe.to(torch.float16).save_pretrained(folder)
+    # Version 4 does not find CLIP's weights without this prefix; version 5 takes them either way.
+    file = folder / "text_encoder" / "model.safetensors"
+    prefix = "text_model." if isinstance(pipe.text_encoder, CLIPTextModel) else ""
+    weights = {f"{prefix}{name.removeprefix(prefix)}": weight for name, weight in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    # The files that version 4 reads.
     for file in tokenizer_folder.iterdir():
         (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
     index = folder / "model_index.json"
     parts = json.loads(index.read_text())
-    # The name that means the fast tokenizer in every version.
+    # The name that means the fast tokenizer in both.
     if parts["tokenizer"][1].startswith("T5"):
         parts["tokenizer"][1] = "T5TokenizerFast"
     index.write_text(json.dumps(parts, indent=2, sort_keys=True) + "\n")

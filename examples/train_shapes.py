@@ -98,7 +98,7 @@ def checker(build: Callable[[], Any], count: int, console: Console) -> Callable[
 def main(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the pipeline.")],
     model: Annotated[Model, typer.Option(help="Stable Diffusion (UNet) or PixArt (transformer).")] = Model.sd,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the denoiser.")] = 12000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the denoiser.")] = 2500,
     autoencoder_steps: Annotated[int, typer.Option(min=1)] = 1000,
     reader_steps: Annotated[int, typer.Option(min=1, help="Steps of the text encoder alone.")] = 1500,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step and process.")] = 64,

@@ -25,10 +25,10 @@ from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 MODEL = Path(__file__).parent / "models" / "shapes-sd"
 PROMPTS = [
-    "a large red circle at the top left on a white background",
-    "a small yellow triangle in the center on a brown background",
-    "a large blue ring at the bottom right on a pink background",
-    "an orange circle to the left of a green square on a black background",
+    "a large red circle at the top left, on a white background",
+    "a small yellow triangle in the centre, on a black background",
+    "a large blue square at the bottom right, on a grey background",
+    "a small red circle to the left of a large green square, on a black background",
 ]
 METHODS = ("without T-GATE", "with T-GATE")
 
@@ -103,7 +103,7 @@ def main(
     }
     options = {"guidance_scale": guidance_scale, "height": height, "width": width}
     if guidance_scale is None and model == str(MODEL):
-        options["guidance_scale"] = 4.5
+        options["guidance_scale"] = 3.0
     common = {"num_inference_steps": steps, **{name: value for name, value in options.items() if value is not None}}
 
     def call(text: str, seed: int) -> dict[str, Any]:

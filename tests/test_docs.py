@@ -14,7 +14,7 @@ from tgate_processors.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROMPT = "a large red circle at the top left on a white background"
+PROMPT = "a large red circle at the top left, on a white background"
 
 
 def snippets(page):

@@ -44,7 +44,7 @@ def test_the_quickstart_draws_both_pictures_and_prints_what_they_cost(tmp_path):
 def test_prompts_and_a_folder_of_your_own(tmp_path):
     output = tmp_path / "pictures.png"
     model = str(ROOT / "examples" / "models" / "shapes-sd")
-    prompt = "a red ring in the center on a cyan background"
+    prompt = "a small red circle in the centre, on a grey background"
     done = run(
         *("--model", model, "--prompt", prompt, "--steps", "3", "--gate-step", "0.4", "--seeds", "2"),
         *("--guidance-scale", "3", "--sp-interval", "2", "--dtype", "float32", "--output", str(output)),
@@ -69,11 +69,11 @@ def test_the_trained_pipeline_draws_what_the_prompt_says(gated):
     pipe.set_progress_bar_config(disable=True)
     if gated:
         apply_tgate(pipe, 0.4)
-    call = {"num_inference_steps": 25, "guidance_scale": 4.5, "generator": torch.Generator().manual_seed(0)}
+    call = {"num_inference_steps": 25, "guidance_scale": 3.0, "generator": torch.Generator().manual_seed(0)}
     circle, triangle = pipe(
         [
-            "a large red circle at the top left on a white background",
-            "a small yellow triangle in the center on a brown background",
+            "a large red circle at the top left, on a white background",
+            "a small yellow triangle in the centre, on a black background",
         ],
         output_type="np",
         **call,
@@ -81,4 +81,4 @@ def test_the_trained_pipeline_draws_what_the_prompt_says(gated):
     assert np.abs(circle[8, 8] - [0.87, 0.1, 0.1]).max() < 0.2
     assert circle[26, 26].min() > 0.9
     assert np.abs(triangle[17, 16] - [1.0, 0.9, 0.1]).max() < 0.2
-    assert np.abs(triangle[4, 4] - [0.47, 0.28, 0.12]).max() < 0.2
+    assert triangle[4, 4].max() < 0.2

@@ -5,6 +5,7 @@ Pictures with and without T-GATE: prompts and seeds side by side, and what each 
     python examples/quickstart.py --model stabilityai/stable-diffusion-xl-base-1.0 --device cuda --dtype float16
 """
 
+import inspect
 import statistics
 import textwrap
 import time
@@ -102,8 +103,11 @@ def main(
         "warm_up": warm_up,
     }
     options = {"guidance_scale": guidance_scale, "height": height, "width": width}
-    if guidance_scale is None and model == str(MODEL):
+    if guidance_scale is None and Path(model).resolve().parent == MODEL.resolve().parent:
         options["guidance_scale"] = 3.0
+    if "use_resolution_binning" in inspect.signature(pipe.__call__).parameters:
+        # The size that a model was trained with is one of its bins, or has none.
+        options["use_resolution_binning"] = not (height is None and width is None)
     common = {"num_inference_steps": steps, **{name: value for name, value in options.items() if value is not None}}
 
     def call(text: str, seed: int) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def test_a_batch_of_two_prompts_equals_two_singles(host: Host):
 
     rounding = deviation()
     apply_tgate(pipe, GATE)
-    assert deviation() < 1e-5 + 2 * rounding
+    # Prompts that mix are off by a tenth and more.
+    assert deviation() < 5e-5 + 2 * rounding
 
 
 def count(denoiser):

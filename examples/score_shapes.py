@@ -1,0 +1,107 @@
+"""
+How often a pipeline trained by train_shapes.py draws what the prompt says, on prompts never seen in training.
+
+    python examples/score_shapes.py
+    python examples/score_shapes.py --model examples/models/shapes-pixart --scheduler EulerDiscreteScheduler --steps 50
+"""
+
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import numpy as np
+import torch
+import typer
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Table
+from shapes.evaluation import COLUMNS, held_out_scenes, pictures_of, shares
+from shapes.scenes import Scene
+from shapes.scorer import Score, score
+
+MODELS = Path(__file__).parent / "models"
+TILE, TEXT, BORDER = 96, 40, 3
+
+
+def load(model: str, scheduler: str | None, device: str) -> Any:
+    """The pipeline, in float32, with another scheduler if one is named."""
+    # The new name, `dtype`, is unknown to older versions.
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        kind = getattr(diffusers, scheduler, None)
+        if not hasattr(kind, "from_config"):
+            raise typer.BadParameter(
+                f"scheduler={scheduler!r} is not in diffusers: give a class such as 'EulerDiscreteScheduler'"
+            )
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def wrapped(text: str, width: int, font: ImageFont.ImageFont) -> str:
+    """The text in lines no wider than `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
+
+
+def sheet(pictures: np.ndarray, scenes: list[Scene], scores: list[Score], columns: int) -> Image.Image:
+    """Pictures over their prompts; a red frame where the scorer finds them wrong."""
+    rows = -(-len(scenes) // columns)
+    width, height = TILE + 2 * BORDER + 10, TILE + 2 * BORDER + TEXT
+    paper = Image.new("RGB", (columns * width, rows * height), "white")
+    pen, font = ImageDraw.Draw(paper), ImageFont.load_default(8)
+    for i, (picture, scene, one) in enumerate(zip(pictures, scenes, scores, strict=True)):
+        left, top = i % columns * width + 5, i // columns * height + 3
+        frame = (left, top, left + TILE + 2 * BORDER - 1, top + TILE + 2 * BORDER - 1)
+        pen.rectangle(frame, fill="lightgrey" if one.right else "red")
+        tile = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((TILE, TILE), Image.Resampling.NEAREST)
+        paper.paste(tile, (left + BORDER, top + BORDER))
+        pen.text((left, frame[3] + 1), wrapped(scene.caption, width - 6, font), fill="black", font=font, spacing=0)
+    return paper
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Folder of a pipeline trained by train_shapes.py.")] = str(
+        MODELS / "shapes-sd"
+    ),
+    one_object: Annotated[int, typer.Option(min=0, max=64, help="Captions with one object; two pictures each.")] = 64,
+    two_objects: Annotated[int, typer.Option(min=0, max=1083, help="Captions with two objects.")] = 436,
+    guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be given several times.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A class of diffusers; the pipeline's own if not given.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    sheet_file: Annotated[Path | None, typer.Option("--sheet", help="Where a sheet of 40 pictures goes.")] = None,
+) -> None:
+    """Score a pipeline's pictures of held-out prompts."""
+    pipe = load(model, scheduler, device)
+    scenes = held_out_scenes(one_object, two_objects)
+    # One-object captions are few: each gets a second picture.
+    scenes = scenes[:one_object] + scenes
+    guidance_scales = guidance_scale or [1.0, 2.0, 3.0, 4.5]
+    title = f"{len(set(scenes))} prompts, {len(scenes)} pictures, {steps} steps, {type(pipe.scheduler).__name__}"
+    table = Table("guidance", *COLUMNS, title=title)
+    for guidance in guidance_scales:
+        options = {"guidance_scale": guidance, "num_inference_steps": steps, "batch_size": batch_size}
+        pictures = pictures_of(pipe, scenes, **options)
+        scores = score(pictures, scenes)
+        table.add_row(f"{guidance:g}", *(f"{share:.1%}" for share in shares(scenes, scores).values()))
+    Console().print(table)
+    if sheet_file is not None:
+        # The last guidance scale, and prompts of both kinds.
+        chosen = [*range(0, 2 * one_object, 12)][:10] + [*range(2 * one_object, len(scenes), 14)][:30]
+        sheet(pictures[chosen], [scenes[i] for i in chosen], [scores[i] for i in chosen], 8).save(sheet_file)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,146 @@
+"""
+Train a small but complete text-to-image pipeline from nothing, on drawn scenes with captions.
+
+    python examples/train_shapes.py --model sd --output runs/shapes-sd
+    python examples/train_shapes.py --model pixart --output runs/shapes-pixart --mixed-precision bf16
+    accelerate launch --num-processes 2 examples/train_shapes.py --model sd --output runs/shapes-sd
+
+Broken off, it goes on from its last checkpoint when started again. At the end the pipeline is in OUTPUT/pipeline.
+"""
+
+import contextlib
+import enum
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from shapes import data, evaluation, networks, tokens
+from shapes.scenes import all_scenes
+from shapes.stages import Stage, fit
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class Model(enum.StrEnum):
+    """What is trained."""
+
+    sd = "sd"
+    pixart = "pixart"
+
+
+class Precision(enum.StrEnum):
+    """Accelerate's names."""
+
+    no = "no"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+def accelerator_for(device: str | None, precision: Precision) -> Accelerator:
+    """Accelerate on the wanted device."""
+    if precision is Precision.fp16 and device == "cpu":
+        raise typer.BadParameter("mixed_precision='fp16' does not work on a CPU: give 'bf16' or 'no'")
+    accelerator = Accelerator(mixed_precision=precision.value, cpu=device == "cpu")
+    if device not in (None, accelerator.device.type):
+        raise typer.BadParameter(
+            f"device={device!r} is not what accelerate finds here, {accelerator.device.type!r}: "
+            "leave --device out, or install torch for that device"
+        )
+    return accelerator
+
+
+def claim(output: Path, settings: dict[str, Any]) -> None:
+    """Make the folder; one that holds a run with other settings is refused, as going on would mix the two."""
+    file = output / "settings.json"
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"output={str(output)!r} is a file: give a folder")
+    if file.exists():
+        earlier = json.loads(file.read_text())
+        for name, value in settings.items():
+            if earlier[name] != value:
+                raise typer.BadParameter(
+                    f"{name}={value!r}, but the run in {str(output)!r} has {earlier[name]!r}: "
+                    "give the same to go on with it, or another --output"
+                )
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def attention(accelerator: Accelerator) -> contextlib.AbstractContextManager[None]:
+    """On a CPU the fused attention is slower in bfloat16 than plain products."""
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
+
+
+def checker(build: Callable[[], Any], count: int, console: Console) -> Callable[[int], None]:
+    """Prints how many of `count` held-out prompts come out right, without guidance and with it."""
+    scenes = evaluation.held_out_scenes(count // 2, count - count // 2)
+
+    def check(step: int) -> None:
+        if not count:
+            return
+        pipe = build()
+        pipe.set_progress_bar_config(disable=True)
+        for guidance in (1.0, 3.0):
+            parts = evaluation.measure(pipe, scenes, guidance_scale=guidance, num_inference_steps=25)
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
+            console.print(f"step {step}, guidance {guidance:g}: {shares}", soft_wrap=True)
+
+    return check
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints and the pipeline.")],
+    model: Annotated[Model, typer.Option(help="Stable Diffusion (UNet) or PixArt (transformer).")] = Model.sd,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the denoiser.")] = 12000,
+    autoencoder_steps: Annotated[int, typer.Option(min=1)] = 1000,
+    reader_steps: Annotated[int, typer.Option(min=1, help="Steps of the text encoder alone.")] = 1500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step and process.")] = 64,
+    learning_rate: Annotated[float, typer.Option(help="Of the denoiser and the text encoder.")] = 1e-3,
+    copies: Annotated[int, typer.Option(min=1, help="Pictures drawn of each caption.")] = 8,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
+    check_prompts: Annotated[int, typer.Option(min=0, help="Held-out prompts to score at each checkpoint.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; accelerate's choice if not given.")] = None,
+    mixed_precision: Annotated[Precision, typer.Option(help="While the networks train.")] = Precision.no,
+    smoke: Annotated[bool, typer.Option(help="A few scenes only, to see whether it runs.")] = False,
+) -> None:
+    """Train a small text-to-image pipeline from nothing."""
+    accelerator = accelerator_for(device, mixed_precision)
+    settings = {"model": model.value, "seed": seed, "batch_size": batch_size, "copies": copies, "smoke": smoke}
+    if accelerator.is_main_process:
+        claim(output, settings)
+        tokens.make(model.value, [scene.caption for scene in all_scenes()], output / "tokenizer")
+    accelerator.wait_for_everyone()
+    tokenizer = tokens.load(model.value, output / "tokenizer")
+    console = Console(quiet=not accelerator.is_main_process)
+
+    torch.manual_seed(seed)
+    vae = networks.autoencoder()
+    conditioned = networks.conditioned(model.value, tokenizer)
+    drawn = data.drawn(seed, copies, every=40 if smoke else 1)
+    batches = data.Batches(drawn, tokenizer, batch_size)
+    check = checker(lambda: networks.pipeline(vae, conditioned, tokenizer), check_prompts, console)
+    reader = Stage("reader", networks.Reading(conditioned), batches.questions, reader_steps, learning_rate)
+    coder = Stage("autoencoder", networks.Autoencoding(vae), batches.pictures, autoencoder_steps, 2e-3)
+    denoiser = Stage("denoiser", conditioned, batches.noisy, steps, learning_rate, check)
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress, attention(accelerator):
+        for stage in (reader, coder, denoiser):
+            if stage is denoiser:
+                data.encode_pictures(drawn, vae)
+            fit(stage, accelerator, output / f"{stage.name}.pt", seed, save_every, progress)
+    if accelerator.is_main_process:
+        networks.save(networks.pipeline(vae, conditioned, tokenizer), output / "pipeline", output / "tokenizer")
+        console.print(f"Pipeline: {(output / 'pipeline').resolve()}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

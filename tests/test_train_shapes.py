@@ -1,0 +1,165 @@
+"""Training: from nothing to a pipeline, through a kill, and in two processes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import train_shapes
+import typer
+from diffusers import DiffusionPipeline
+from shapes.data import EMPTY, MISSING, WRONG, Batches, drawn
+from shapes.evaluation import call_options
+from shapes.scenes import all_scenes
+from shapes.stages import generator, write
+from shapes.tokens import LENGTH, encode, load, make
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = str(ROOT / "examples" / "train_shapes.py")
+SHORT = ["--smoke", "--copies", "1", "--batch-size", "4", "--autoencoder-steps", "2", "--reader-steps", "2"]
+SHORT += ["--steps", "6", "--save-every", "1", "--device", "cpu"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
+APP = typer.Typer()
+APP.command()(train_shapes.main)
+CAPTIONS = [scene.caption for scene in all_scenes()]
+
+
+def train(*arguments):
+    """In this process, on one thread as in the others: sums are then made in the same order."""
+    return CliRunner().invoke(APP, [*SHORT, *arguments], env={"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"})
+
+
+def weights(folder):
+    return torch.load(folder / "denoiser.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folders of short runs of both models."""
+    folders = {}
+    for model in train_shapes.Model:
+        folders[model.value] = tmp_path_factory.mktemp(model.value)
+        done = train("--model", model.value, "--output", str(folders[model.value]), "--check-prompts", "2")
+        assert done.exit_code == 0, done.output
+        assert re.search(r"denoiser: step 6 of 6, loss \d\.\d{4}", done.output)
+        assert "step 6, guidance 3: all right" in done.output
+    return folders
+
+
+@pytest.mark.parametrize("model", ["sd", "pixart"])
+def test_a_short_run_gives_a_pipeline_that_draws(trained, model):
+    folder = trained[model] / "pipeline"
+    assert sum(file.stat().st_size for file in folder.rglob("*")) <= 12 * 2**20
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe(CAPTIONS[0], num_inference_steps=2, guidance_scale=3.0, **call_options(pipe)).images[0]
+    assert image.size == (32, 32)
+
+
+def test_the_pipeline_has_the_averaged_weights(trained):
+    state = weights(trained["sd"])
+    pipe = DiffusionPipeline.from_pretrained(trained["sd"] / "pipeline", torch_dtype=torch.float32)
+    saved = [*pipe.text_encoder.parameters(), *pipe.unet.parameters()]
+    for average, parameter in zip(state["average"], saved, strict=True):
+        assert torch.equal(average.half().float(), parameter)
+    assert any(not torch.equal(one, other) for one, other in zip(state["average"], state["parameters"], strict=True))
+
+
+def test_a_run_that_is_killed_and_goes_on_is_the_run_that_was_not(trained, tmp_path):
+    command = [sys.executable, SCRIPT, *SHORT, "--model", "sd", "--output", str(tmp_path)]
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    while running.poll() is None and not (tmp_path / "denoiser.pt").exists():
+        time.sleep(0.002)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert weights(tmp_path)["step"] < 6
+    assert not (tmp_path / "pipeline").exists()
+    assert train("--model", "sd", "--output", str(tmp_path)).exit_code == 0
+    one, other = weights(tmp_path), weights(trained["sd"])
+    assert one["step"] == other["step"] == 6
+    for part in ("parameters", "average"):
+        assert all(torch.equal(a, b) for a, b in zip(one[part], other[part], strict=True))
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(tmp_path, monkeypatch):
+    file = tmp_path / "stage.pt"
+    write({"step": 1}, file)
+
+    def half(state, stream):
+        stream.write(b"half a check")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        write({"step": 2}, file)
+    assert torch.load(file, weights_only=True) == {"step": 1}
+
+
+def test_two_processes_train_one_model(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--main_process_port", "0"]
+    arguments = [SCRIPT, *SHORT, "--model", "sd", "--output", str(tmp_path)]
+    environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    # One process prints, one writes.
+    assert done.stdout.count("denoiser: step 6 of 6") == 1
+    assert (tmp_path / "pipeline" / "model_index.json").exists()
+    assert weights(tmp_path)["step"] == 6
+
+
+def test_going_on_with_other_settings_is_refused(trained):
+    done = train("--model", "pixart", "--output", str(trained["sd"]))
+    assert done.exit_code == 2
+    assert "model='pixart', but the run in" in done.output
+    assert "has 'sd': give the same to go on with it, or another --output" in " ".join(
+        re.sub(r"[│\s]+", " ", done.output).split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mixed-precision", "fp16"], "mixed_precision='fp16' does not work on a CPU: give 'bf16' or 'no'"),
+        (["--device", "mps"], "device='mps' is not what accelerate finds here, 'cpu': leave --device out"),
+        (["--output", __file__], "is a file: give a folder"),
+    ],
+)
+def test_wrong_arguments_are_named_with_a_remedy(tmp_path, arguments, message):
+    done = train("--output", str(tmp_path), *arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(re.sub(r"[│\s]+", " ", done.output).split())
+
+
+@pytest.mark.parametrize("model", ["sd", "pixart"])
+def test_every_word_is_one_token_and_other_text_is_read_too(tmp_path, model):
+    make(model, CAPTIONS, tmp_path)
+    tokenizer = load(model, tmp_path)
+    caption = "a small red circle to the left of a large blue square, on a grey background"
+    assert len(tokenizer(caption).input_ids) == 17 + (2 if model == "sd" else 1)
+    assert tokenizer.decode(tokenizer(caption).input_ids, skip_special_tokens=True).replace(" ,", ",") == caption
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    make(model, CAPTIONS, tmp_path)
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(tokenizer("zebra & co").input_ids) > 5
+    assert tokenizer.model_max_length == LENGTH
+    assert (encode(tokenizer, CAPTIONS)[:, -2:] == tokenizer.pad_token_id).all()
+
+
+def test_captions_are_noisy_in_the_second_part_of_training(tmp_path):
+    make("t5", CAPTIONS, tmp_path)
+    batches = Batches(drawn(0, 1, every=40), load("t5", tmp_path), 4000)
+    batches.data.latents = torch.zeros(len(batches.data.scenes), 8, 8, 8)
+    clean, noisy = (batches.noisy(generator(0, "test"), done)[3] for done in (0.1, 0.9))
+    empty = (clean == batches.empty).all(1)
+    assert empty.float().mean() == pytest.approx(EMPTY, abs=0.02)
+    assert torch.equal(empty, (noisy == batches.empty).all(1))
+    shorter = (clean != batches.pad).sum(1) - (noisy != batches.pad).sum(1)
+    assert (clean != noisy).any(1).float().mean() == pytest.approx(WRONG + MISSING, abs=0.03)
+    assert (shorter == 1).float().mean() > 0.8 * MISSING

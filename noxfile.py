@@ -32,7 +32,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests; arguments after `--` go to pytest."""
-    session.install(*CONSTRAINED, *PROJECT["dependency-groups"]["test"], "-e", ".[deepcache,examples]")
+    session.install(*CONSTRAINED, *PROJECT["dependency-groups"]["test"], "-e", ".[cache-dit,evaluate,examples]")
     session.run("pytest", *(session.posargs or ["-n", "auto"]))
 
 
@@ -40,7 +40,7 @@ def tests(session: nox.Session) -> None:
 def minimums(session: nox.Session) -> None:
     """All tests with the oldest supported versions, as pyproject.toml states them."""
     floors = [re.sub(r">=([\d.]+)$", r"~=\1.0", dependency) for dependency in PROJECT["project"]["dependencies"]]
-    session.install(*floors, *PROJECT["dependency-groups"]["test"], "-e", ".[deepcache,examples]")
+    session.install(*floors, *PROJECT["dependency-groups"]["test"], "-e", ".[evaluate,examples]")
     session.run("pytest", *(session.posargs or ["-n", "auto"]))
 
 

@@ -105,11 +105,12 @@ def draw_all(tables: list[Table], texts: list[str], state: Any, console: Console
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         for table in tables:
-            pipe = load(table.model, table.scheduler, state.device, settings["dtype"])
-            call = call_for(pipe, settings["guidance_scale"])
-            drawing = Drawing(table, pipe, texts, settings["batch_size"], settings["seed"], call)
-            own = drawing.blocks[state.process_index :: state.num_processes]
+            drawing = Drawing(table, texts, settings["batch_size"], settings["seed"])
+            own = [block for block in drawing.blocks if block % state.num_processes == state.process_index]
             task = progress.add_task(table.name, total=len(own) * len(table.entries))
+            if any(drawing.pending(block) for block in own):
+                pipe = load(table.model, table.scheduler, state.device, settings["dtype"])
+                drawing.prepare(pipe, call_for(pipe, settings["guidance_scale"]))
             for place, block in enumerate(own):
                 for _ in drawing.block(block):
                     progress.advance(task)

@@ -38,13 +38,13 @@ class Table:
 class Drawing:
     """Draws the captions of one table with one pipeline, in fixed blocks."""
 
-    def __init__(self, table: Table, pipe: Any, captions: list[str], batch_size: int, seed: int, call: dict[str, Any]):
-        self.table, self.pipe, self.captions, self.call = table, pipe, captions, call
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(self, table: Table, captions: list[str], batch_size: int, seed: int):
+        self.table, self.captions, self.batch_size, self.seed = table, captions, batch_size, seed
+        self.pipe: Any = None
+        self.call: dict[str, Any] = {}
         # Times are compared within one process only.
         self.session = uuid.uuid4().hex[:12]
         self.failed: set[Entry] = set()
-        self.warm = False
 
     @property
     def blocks(self) -> range:
@@ -72,8 +72,9 @@ class Drawing:
         with METHODS[entry.method](self.pipe, entry) as options:
             return self.pipe(prompts, generator=numbers, num_inference_steps=entry.steps, **self.call, **options).images
 
-    def warm_up(self) -> None:
-        """One picture by every method, untimed: it counts MACs and shows which methods do not run here."""
+    def prepare(self, pipe: Any, call: dict[str, Any]) -> None:
+        """Take a pipeline and draw a picture by every method, untimed: that shows MACs, and what does not run here."""
+        self.pipe, self.call = pipe, call
         for entry in self.table.entries:
             shelf = self.table.shelf(entry)
             shelf.make()
@@ -89,7 +90,6 @@ class Drawing:
             if reason is not None:
                 self.failed.add(entry)
             write_json(shelf.folder / "probe.json", {"macs": macs} if reason is None else {"error": reason})
-        self.warm = True
 
     def count(self, entry: Entry) -> int:
         """MACs of the first picture."""
@@ -100,8 +100,6 @@ class Drawing:
 
     def block(self, block: int) -> Iterator[Entry]:
         """Draw what a block lacks, row by row."""
-        if not self.warm and self.pending(block):
-            self.warm_up()
         for entry in self.pending(block):
             indices = self.indices(block)
             with measured(self.pipe.device) as line:

@@ -49,3 +49,10 @@ def quickstart(session: nox.Session) -> None:
     """The main job: pictures with and without T-GATE; arguments after `--` go to examples/quickstart.py."""
     session.install(*CONSTRAINED, "-e", ".[examples]")
     session.run("python", "examples/quickstart.py", *session.posargs)
+
+
+@nox.session
+def notebook(session: nox.Session) -> None:
+    """Run examples/tgate.ipynb and render it, with its outputs, as the page docs/notebook.md."""
+    session.install(*CONSTRAINED, "nbconvert", "ipykernel", "-e", ".[examples]")
+    session.run("python", "examples/render_notebook.py")

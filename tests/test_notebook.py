@@ -20,6 +20,8 @@ def test_no_outputs_are_stored():
 def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # The tensors are small: threads that wait for a busy core would take longer than they save.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(FILE, as_version=4)
     NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(FILE.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
@@ -27,3 +29,9 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     assert "s without, " in printed
     assert " none " in printed
+
+
+def test_the_page_shows_the_cells_of_the_notebook():
+    page = (ROOT / "docs" / "notebook.md").read_text()
+    for cell in nbformat.read(FILE, as_version=4).cells:
+        assert cell.source.replace("\n\n\n", "\n\n") in page.replace("\n\n\n", "\n\n")

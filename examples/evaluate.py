@@ -10,6 +10,7 @@ Broken off, it goes on where it stopped when started again.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -100,6 +101,24 @@ def installed(package: str) -> str | None:
         return None
 
 
+def tables_of(
+    models: list[str],
+    schedulers: list[str],
+    steps: list[int],
+    methods: list[str],
+    gates: list[int],
+    tuned: list[int],
+    output: Path,
+) -> list[Table]:
+    """A table for each model, scheduler and number of steps. Gates are those of 25 steps."""
+    tables = []
+    for name, scheduler, number in itertools.product(models, schedulers, dict.fromkeys(steps)):
+        scaled = [list(dict.fromkeys(max(1, round(gate * number / 25)) for gate in given)) for given in (gates, tuned)]
+        rows = tuple(entries(methods, number, *scaled))
+        tables.append(Table(name, scheduler, number, rows, output / Path(name).name / f"{scheduler}-{number}"))
+    return tables
+
+
 def draw_all(tables: list[Table], texts: list[str], state: Any, console: Console, settings: dict[str, Any]) -> None:
     """Draw what is lacking: this process takes every N-th block."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -160,7 +179,9 @@ def main(
     captions: Annotated[str, typer.Option(help="'shapes', a COCO captions file, or a text file.")] = "shapes",
     count: Annotated[int, typer.Option(min=2, help="Number of captions.")] = 500,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a block.")] = 32,
-    real: Annotated[Path | None, typer.Option(help="Folder of real pictures, for FID.")] = None,
+    real: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Real pictures of one size, for FID.")
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="3 for 'shapes', else the pipeline's own.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Picture number i has seed + i.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
@@ -188,17 +209,10 @@ def main(
         write_json(output / "settings.json", settings)
     state.wait_for_everyone()
 
-    tables = []
-    for name in dict.fromkeys(model or [str(MODEL)]):
-        for kind in schedulers:
-            for number in steps or [25]:
-                gates, tuned = (
-                    list(dict.fromkeys(max(1, round(gate * number / 25)) for gate in given))
-                    for given in (gate_step or [3, 5, 8, 10, 15], tuned_gate or [10])
-                )
-                rows = tuple(entries(methods, number, gates, tuned))
-                slug = Path(name).name
-                tables.append(Table(name, kind, number, rows, output / slug / f"{kind}-{number}"))
+    models = list(dict.fromkeys(model or [str(MODEL)]))
+    tables = tables_of(
+        models, schedulers, steps or [25], methods, gate_step or [3, 5, 8, 10, 15], tuned_gate or [10], output
+    )
     console = Console(quiet=not state.is_main_process)
     draw_all(tables, texts, state, console, settings)
     state.wait_for_everyone()

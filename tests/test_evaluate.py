@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import evaluate
+import psutil
 import pytest
 import torch
 import typer
@@ -21,6 +22,7 @@ from evaluation.cutoff import cut_off
 from evaluation.drawing import Drawing, Table, denoiser_of
 from evaluation.methods import METHODS, Entry, entries
 from evaluation.metrics import frechet
+from evaluation.plots import front
 from evaluation.prompts import coco_captions, held_out_captions
 from evaluation.store import Shelf
 from PIL import Image
@@ -162,8 +164,7 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path, whole):
 
 def test_two_processes_draw_what_one_draws_and_one_may_be_killed(tmp_path, whole):
     running = start_and_kill(LAUNCH, tmp_path, after=2)
-    children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=False)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    psutil.Process(running.pid).children()[-1].kill()
     assert running.wait(timeout=60) != 0
     assert len(pictures(tmp_path)) < 12
     done = run(tmp_path, *SOME, command=LAUNCH)
@@ -293,6 +294,11 @@ def test_the_rows_of_a_table():
     rows = entries(["fewer-steps", "tgate", "tgate-v2", "deepcache"], 25, [5, 10, 25], [10])
     names = "baseline 15-steps 17-steps tgate-5 tgate-10 tgate-v2-10 deepcache"
     assert [row.name for row in rows] == names.split()
+
+
+def test_the_front_has_what_nothing_else_beats():
+    points = [(1.0, 1.0), (1.5, 0.9), (1.4, 0.8), (2.0, 0.9), (2.5, 0.2)]
+    assert front(points) == [(2.5, 0.2), (2.0, 0.9), (1.0, 1.0)]
 
 
 def test_blocks_are_counted_when_their_pictures_are_whole(tmp_path):

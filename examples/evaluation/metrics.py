@@ -1,7 +1,7 @@
 """How good pictures are, and how near to the baseline's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,20 @@ def as_tensor(images: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
 
 
-def psnr(images: torch.Tensor, baseline: torch.Tensor) -> float | None:
-    """The mean over the pictures that are not the baseline's to the last bit: those have none."""
-    values = peak_signal_noise_ratio(images, baseline, data_range=1.0, dim=(1, 2, 3), reduction="none")
+def psnr(images: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
+    """That of each picture; a picture that is the baseline's to the last bit has an infinite one."""
+    return peak_signal_noise_ratio(images, baseline, data_range=1.0, dim=(1, 2, 3), reduction="none")
+
+
+def ssim(images: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of each picture."""
+    return structural_similarity_index_measure(images, baseline, data_range=1.0, reduction="none").reshape(-1)
+
+
+def mean_of_finite(values: torch.Tensor) -> float | None:
+    """The mean of those that are finite, if any is."""
     values = values[values.isfinite()]
     return float(values.mean()) if len(values) else None
-
-
-def ssim(images: torch.Tensor, baseline: torch.Tensor) -> float:
-    """Structural similarity."""
-    return float(structural_similarity_index_measure(images, baseline, data_range=1.0))
 
 
 def frechet(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -47,9 +51,9 @@ def drawn(scenes: list[Scene], seed: int) -> torch.Tensor:
     return torch.stack([draw(scene, numbers)[0] for scene in scenes])
 
 
-def accuracy(images: torch.Tensor, scenes: list[Scene]) -> float:
-    """Share of pictures that show all that their prompts say."""
-    return sum(one.right for one in score(images, scenes)) / len(scenes)
+def right(images: torch.Tensor, scenes: list[Scene]) -> list[bool]:
+    """Whether each picture shows all that its prompt says."""
+    return [one.right for one in score(images, scenes)]
 
 
 def readable(images: torch.Tensor) -> bool:
@@ -93,8 +97,8 @@ class Extras:
 
         return self.attempt("FID", make)
 
-    def lpips(self, images: torch.Tensor, baseline: torch.Tensor) -> float | None:
-        """LPIPS with AlexNet."""
+    def lpips(self, pairs: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]) -> float | None:
+        """LPIPS with AlexNet, of pictures and the baseline's, part by part."""
 
         def make() -> float:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
@@ -103,14 +107,14 @@ class Extras:
                 self.loaded["lpips"] = LearnedPerceptualImagePatchSimilarity("alex", normalize=True).to(self.device)
             metric = self.loaded["lpips"]
             metric.reset()
-            for one, other in zip(images.split(16), baseline.split(16), strict=True):
+            for one, other in pairs():
                 metric.update(one.to(self.device), other.to(self.device))
             return float(metric.compute())
 
         return self.attempt("LPIPS", make)
 
-    def clip_score(self, images: torch.Tensor, captions: list[str]) -> float | None:
-        """CLIP score."""
+    def clip_score(self, parts: Callable[[], Iterable[tuple[torch.Tensor, list[str]]]]) -> float | None:
+        """CLIP score of pictures and their captions, part by part."""
 
         def make() -> float:
             from torchmetrics.multimodal.clip_score import CLIPScore
@@ -119,9 +123,8 @@ class Extras:
                 self.loaded["clip"] = CLIPScore(CLIP).to(self.device)
             metric = self.loaded["clip"]
             metric.reset()
-            for start in range(0, len(captions), 16):
-                part = (images[start : start + 16] * 255).round().to(torch.uint8).to(self.device)
-                metric.update(part, captions[start : start + 16])
+            for images, captions in parts():
+                metric.update((images * 255).round().to(torch.uint8).to(self.device), captions)
             return float(metric.compute())
 
         return self.attempt("CLIP score", make)

@@ -3,6 +3,7 @@
 import csv
 import io
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ from shapes.scorer import features
 
 from .drawing import Table
 from .methods import Entry
-from .metrics import Extras, accuracy, as_tensor, drawn, finite, frechet, psnr, readable, ssim
+from .metrics import Extras, as_tensor, drawn, finite, frechet, mean_of_finite, psnr, readable, right, ssim
 from .prompts import scenes_of
 from .store import Shelf, write
+
+# Pictures read at a time.
+PART = 16
 
 COLUMNS = {
     "seconds": "s/picture",
@@ -31,7 +35,16 @@ COLUMNS = {
     "lpips": "LPIPS",
 }
 UNITS = {"macs": 1e9, "peak_bytes": 2**20, "accuracy": 0.01}
-FORMS = {"seconds": ".3f", "ratio": ".2f", "macs": ".2f", "peak_bytes": ".0f", "accuracy": ".1f", "ssim": ".3f"}
+FORMS = {
+    "frechet_real": ".3f",
+    "frechet_baseline": ".3f",
+    "seconds": ".3f",
+    "ratio": ".2f",
+    "macs": ".2f",
+    "peak_bytes": ".0f",
+    "accuracy": ".1f",
+    "ssim": ".3f",
+}
 
 
 def times(shelf: Shelf, baseline: Shelf) -> dict[str, float | None]:
@@ -47,28 +60,62 @@ def times(shelf: Shelf, baseline: Shelf) -> dict[str, float | None]:
     }
 
 
+class Row:
+    """What the pictures of one row say, read part by part: ten thousand large ones do not fit into memory."""
+
+    def __init__(self, table: Table, entry: Entry, captions: list[str]):
+        self.shelf, self.baseline = table.shelf(entry), table.shelf(table.entries[0])
+        self.captions = captions
+        self.parts = [range(len(captions))[start : start + PART] for start in range(0, len(captions), PART)]
+        first = as_tensor(self.shelf.images([0]))
+        self.scenes = scenes_of(captions) if readable(first) else None
+
+    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The pictures and the baseline's."""
+        for part in self.parts:
+            yield as_tensor(self.shelf.images(part)), as_tensor(self.baseline.images(part))
+
+    def described(self) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """The pictures and their captions."""
+        for part in self.parts:
+            yield as_tensor(self.shelf.images(part)), [self.captions[index] for index in part]
+
+    def scored(self, real: torch.Tensor) -> dict[str, Any]:
+        """What the scorer of the drawn scenes sees: `real` are the features of real pictures."""
+        images, others = (torch.cat(each) for each in zip(*self.pairs(), strict=True))
+        own = features(images)
+        return {
+            "accuracy": statistics.mean(right(images, self.scenes)),
+            "frechet_real": frechet(own, real),
+            "frechet_baseline": frechet(own, features(others)),
+        }
+
+    def compared(self) -> dict[str, Any]:
+        """How near the pictures are to the baseline's."""
+        peaks, likeness = zip(*((psnr(*pair), ssim(*pair)) for pair in self.pairs()), strict=True)
+        return {"psnr": mean_of_finite(torch.cat(peaks)), "ssim": float(torch.cat(likeness).mean())}
+
+
 def measure_row(
     table: Table, entry: Entry, captions: list[str], seed: int, real: Path | None, extras: Extras
 ) -> dict[str, Any]:
     """All columns of one row."""
-    shelf, baseline = table.shelf(entry), table.shelf(table.entries[0])
-    images, others = (as_tensor(each.images(len(captions))) for each in (shelf, baseline))
-    scenes = scenes_of(captions) if readable(images) else None
-    first = entry == table.entries[0]
-    row: dict[str, Any] = times(shelf, baseline) | {"macs": shelf.probe.get("macs"), "pictures": len(captions)}
-    if scenes:
-        row["accuracy"] = accuracy(images, scenes)
-        row["frechet_real"] = frechet(features(images), features(drawn(scenes, seed)))
+    row = Row(table, entry, captions)
+    found: dict[str, Any] = times(row.shelf, row.baseline) | {"pictures": len(captions)}
+    found["macs"] = row.shelf.probe.get("macs")
+    if row.scenes:
+        found |= row.scored(features(drawn(row.scenes, seed)))
     else:
-        row["clip_score"] = extras.clip_score(images, captions)
-    row["fid_real"] = extras.fid(shelf.pictures, real)
-    if not first:
-        row["psnr"], row["ssim"] = psnr(images, others), ssim(images, others)
-        row["lpips"] = extras.lpips(images, others)
-        row["fid_baseline"] = extras.fid(shelf.pictures, baseline.pictures)
-        if scenes:
-            row["frechet_baseline"] = frechet(features(images), features(others))
-    return {name: finite(value) for name, value in row.items()}
+        found["clip_score"] = extras.clip_score(row.described)
+    found["fid_real"] = extras.fid(row.shelf.pictures, real)
+    if entry == table.entries[0]:
+        # Its distance to itself says nothing.
+        found["frechet_baseline"] = None
+    else:
+        found |= row.compared()
+        found["lpips"] = extras.lpips(row.pairs)
+        found["fid_baseline"] = extras.fid(row.shelf.pictures, row.baseline.pictures)
+    return {name: finite(value) for name, value in found.items()}
 
 
 def rows_of(table: Table, captions: list[str], seed: int, real: Path | None, extras: Extras) -> list[dict[str, Any]]:

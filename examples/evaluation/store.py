@@ -77,9 +77,9 @@ class Shelf:
         """Whether every prompt has its picture."""
         return all(self.picture(index).exists() for index in range(count))
 
-    def images(self, count: int) -> list[Image.Image]:
-        """The pictures, in order."""
-        return [Image.open(self.picture(index)).convert("RGB") for index in range(count)]
+    def images(self, indices: Iterable[int]) -> list[Image.Image]:
+        """Some pictures."""
+        return [Image.open(self.picture(index)).convert("RGB") for index in indices]
 
     @property
     def probe(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import matplotlib as mpl
 from PIL import Image
 
 from .drawing import Table
+from .methods import METHODS
 from .store import write
 
 MARKS = dict(zip(("baseline", "fewer-steps", "cutoff", "tgate", "tgate-v2"), "*oxsD", strict=True))
@@ -40,7 +41,8 @@ def panel(axis: Any, rows: list[dict[str, Any]], quality: str, label: str) -> No
     for method in dict.fromkeys(row["method"] for row in shown):
         own = [row for row in shown if row["method"] == method]
         places = [row["ratio"] for row in own], [row[quality] for row in own]
-        axis.plot(*places, MARKS.get(method, "^"), label=method, linestyle=":" if len(own) > 1 else "")
+        look = {"marker": MARKS.get(method, "^"), "color": f"C{list(METHODS).index(method) % 10}"}
+        axis.plot(*places, label=method, linestyle=":" if len(own) > 1 else "", **look)
         for row in own:
             if row["gate"]:
                 axis.annotate(row["gate"], (row["ratio"], row[quality]), fontsize=6)

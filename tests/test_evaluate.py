@@ -32,6 +32,7 @@ from shapes.tokens import load as load_tokenizer
 from shapes.tokens import make
 from typer.testing import CliRunner
 
+from tests.pipelines import CASES
 from tgate_processors import TGateSchedule, estimate_cost
 
 ROOT = Path(__file__).parent.parent
@@ -278,6 +279,19 @@ def test_the_cutoff_of_a_batch_is_that_of_its_prompts_alone(tmp_path, build):
     alone = torch.from_numpy(drawing.draw(cutoff, [0])), torch.from_numpy(drawing.draw(cutoff, [1]))
     torch.testing.assert_close(both, torch.cat(alone), atol=1e-4, rtol=0)
     assert (both.numpy() != drawing.draw(baseline, range(2))).any()
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha"])
+def test_the_cutoff_of_a_batch_of_every_family(name):
+    (case,) = (case for case in CASES if case.name == name)
+    pipe = case.build()
+
+    def drawn(*prompts):
+        with cut_off(pipe, 2) as options:
+            return case.run(pipe, list(prompts), **options)
+
+    torch.testing.assert_close(drawn(0, 1), torch.cat([drawn(0), drawn(1)]), atol=1e-4, rtol=1e-4)
+    assert not torch.equal(drawn(0, 1), case.run(pipe, [0, 1]))
 
 
 def test_the_cutoff_takes_the_conditional_half_and_guides_as_often_as_the_gate_says():

@@ -36,7 +36,7 @@ def pyramid_attention_broadcast(pipe: Any) -> None:
 
 
 def mag_cache(pipe: Any) -> None:
-    """MagCache; it needs magnitudes measured on the model, and takes those of no model for PixArt."""
+    """MagCache; it asks for magnitudes measured on the model."""
     from diffusers.hooks import MagCacheConfig, apply_mag_cache
 
     apply_mag_cache(pipe.transformer, MagCacheConfig())

@@ -32,7 +32,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests; arguments after `--` go to pytest."""
-    session.install(*CONSTRAINED, *PROJECT["dependency-groups"]["test"], "-e", ".[deepcache,examples]")
+    session.install(*CONSTRAINED, *PROJECT["dependency-groups"]["test"], "-e", ".[cache-dit,evaluate,examples]")
     session.run("pytest", *(session.posargs or ["-n", "auto"]))
 
 
@@ -40,7 +40,7 @@ def tests(session: nox.Session) -> None:
 def minimums(session: nox.Session) -> None:
     """All tests with the oldest supported versions, as pyproject.toml states them."""
     floors = [re.sub(r">=([\d.]+)$", r"~=\1.0", dependency) for dependency in PROJECT["project"]["dependencies"]]
-    session.install(*floors, *PROJECT["dependency-groups"]["test"], "-e", ".[deepcache,examples]")
+    session.install(*floors, *PROJECT["dependency-groups"]["test"], "-e", ".[evaluate,examples]")
     session.run("pytest", *(session.posargs or ["-n", "auto"]))
 
 
@@ -49,3 +49,10 @@ def quickstart(session: nox.Session) -> None:
     """The main job: pictures with and without T-GATE; arguments after `--` go to examples/quickstart.py."""
     session.install(*CONSTRAINED, "-e", ".[examples]")
     session.run("python", "examples/quickstart.py", *session.posargs)
+
+
+@nox.session
+def notebook(session: nox.Session) -> None:
+    """Run examples/tgate.ipynb and render it, with its outputs, as the page docs/notebook.md."""
+    session.install(*CONSTRAINED, "nbconvert", "ipykernel", "-e", ".[examples]")
+    session.run("python", "examples/render_notebook.py")

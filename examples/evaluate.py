@@ -1,0 +1,229 @@
+"""
+Quality and speed of T-GATE and of its rivals, side by side: models, methods and settings in one run, interleaved.
+
+    python examples/evaluate.py --output runs/evaluation
+    python examples/evaluate.py --model examples/models/shapes-pixart --steps 50 --scheduler euler --output runs/euler
+    accelerate launch --num-processes 8 examples/evaluate.py --model stabilityai/stable-diffusion-xl-base-1.0 \
+        --captions captions_val2014.json --count 10000 --real val2014 --device cuda --dtype float16 --output runs/sdxl
+
+Broken off, it goes on where it stopped when started again.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import platform
+import warnings
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import torch
+import typer
+from accelerate import PartialState
+from evaluation.drawing import Drawing, Table, denoiser_of
+from evaluation.methods import METHODS, entries
+from evaluation.metrics import Extras
+from evaluation.plots import contact_sheet, pareto
+from evaluation.prompts import read_captions
+from evaluation.report import COLUMNS, cell, filled, markdown, notes, rows_of, write_csv
+from evaluation.store import clear_parts, write, write_json
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as Printed
+from shapes.evaluation import call_options
+
+MODEL = Path(__file__).parent / "models" / "shapes-sd"
+SCHEDULERS = {
+    "dpm": diffusers.DPMSolverMultistepScheduler,
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+}
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torchmetrics", "DeepCache", "tomesd", "cache-dit")
+
+
+def one_of(option: str, given: list[str], known: Any) -> list[str]:
+    """The given names, each of which has to be known."""
+    for name in given:
+        if name not in known:
+            raise typer.BadParameter(f"{option}={name!r} is unknown: give one of {', '.join(known)}")
+    return given
+
+
+def claim(output: Path, settings: dict[str, Any]) -> None:
+    """Make the folder; one whose pictures were drawn with other settings is refused, as going on would mix the two."""
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"output={str(output)!r} is a file: give a folder")
+    file = output / "settings.json"
+    if file.exists():
+        earlier = json.loads(file.read_text())
+        for name, value in settings.items():
+            if earlier.get(name) != value:
+                raise typer.BadParameter(
+                    f"{name}={value!r}, but the run in {str(output)!r} has {earlier.get(name)!r}: "
+                    "give the same to go on with it, or another --output"
+                )
+
+
+def load(model: str, scheduler: str, device: torch.device, dtype: str) -> Any:
+    """The pipeline with the named scheduler."""
+    # The new name, `dtype`, is unknown to older versions.
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
+    return pipe
+
+
+def call_for(pipe: Any, guidance_scale: float | None) -> dict[str, Any]:
+    """What every call is given."""
+    call = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    # The testbeds are smaller than any size that PixArt's pipelines know.
+    small = denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor <= 64
+    return call | (call_options(pipe) if small else {})
+
+
+def hardware(device: torch.device) -> str:
+    """What the seconds were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, if it is there."""
+    try:
+        return version(package)
+    except ImportError:
+        return None
+
+
+def tables_of(
+    models: list[str],
+    schedulers: list[str],
+    steps: list[int],
+    methods: list[str],
+    gates: list[int],
+    tuned: list[int],
+    output: Path,
+) -> list[Table]:
+    """A table for each model, scheduler and number of steps. Gates are those of 25 steps."""
+    tables = []
+    for name, scheduler, number in itertools.product(models, schedulers, dict.fromkeys(steps)):
+        scaled = [list(dict.fromkeys(max(1, round(gate * number / 25)) for gate in given)) for given in (gates, tuned)]
+        rows = tuple(entries(methods, number, *scaled))
+        tables.append(Table(name, scheduler, number, rows, output / Path(name).name / f"{scheduler}-{number}"))
+    return tables
+
+
+def draw_all(tables: list[Table], texts: list[str], state: Any, console: Console, settings: dict[str, Any]) -> None:
+    """Draw what is lacking: this process takes every N-th block."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        for table in tables:
+            drawing = Drawing(table, texts, settings["batch_size"], settings["seed"])
+            own = [block for block in drawing.blocks if block % state.num_processes == state.process_index]
+            task = progress.add_task(table.name, total=len(own) * len(table.entries))
+            if any(drawing.pending(block) for block in own):
+                pipe = load(table.model, table.scheduler, state.device, settings["dtype"])
+                drawing.prepare(pipe, call_for(pipe, settings["guidance_scale"]))
+            for place, block in enumerate(own):
+                for _ in drawing.block(block):
+                    progress.advance(task)
+                progress.update(task, completed=(place + 1) * len(table.entries))
+
+
+def report(tables: list[Table], captions: list[str], seed: int, real: Path | None, output: Path, **about: Any) -> Any:
+    """Measure, and write JSON, CSV, Markdown, the plot and the sheets."""
+    device = about.pop("device")
+    extras = Extras(device.type)
+    found = {table.name: rows_of(table, captions, seed, real, extras) for table in tables}
+    rows = [row for part in found.values() for row in part]
+    remarks = notes(rows, device, real, extras)
+    versions = {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}}
+    write_json(output / "results.json", about | {"versions": versions, "notes": remarks, "rows": rows})
+    write_csv(rows, output / "results.csv")
+    text = "".join(f"## {name}\n\n{markdown(part)}\n" for name, part in found.items())
+    write(output / "results.md", (text + "".join(f"- {remark}\n" for remark in remarks)).encode())
+    pareto(found, output / "pareto.png")
+    for number, table in enumerate(tables):
+        contact_sheet(table, captions, output / f"sheet-{number}.png")
+    return found, remarks
+
+
+def show(console: Console, found: dict[str, list[dict[str, Any]]], remarks: list[str]) -> None:
+    """Print the tables."""
+    for name, rows in found.items():
+        columns = filled(rows)
+        printed = Printed("", *(COLUMNS[column] for column in columns), title=name)
+        for row in rows:
+            printed.add_row(row["row"], *(cell(row, column) for column in columns))
+        console.print(printed)
+    for remark in remarks:
+        console.print(remark, soft_wrap=True, highlight=False, markup=False)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for pictures, timings and results.")],
+    model: Annotated[list[str] | None, typer.Option(help="Hub id or folder; can be given several times.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(METHODS)}; all if not given.")] = None,
+    scheduler: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(SCHEDULERS)}.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Can be given several times; 25 if not.")] = None,
+    gate_step: Annotated[list[int] | None, typer.Option(min=1, help="Of 25 steps; others in proportion.")] = None,
+    tuned_gate: Annotated[
+        list[int] | None, typer.Option(min=1, help="The same for T-GATE v2 and for DeepCache with T-GATE.")
+    ] = None,
+    captions: Annotated[str, typer.Option(help="'shapes', a COCO captions file, or a text file.")] = "shapes",
+    count: Annotated[int, typer.Option(min=2, help="Number of captions.")] = 500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a block.")] = 32,
+    real: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Real pictures of one size, for FID.")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="3 for 'shapes', else the pipeline's own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Picture number i has seed + i.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Draw with every method, measure, and write tables and plots."""
+    methods = one_of("method", list(dict.fromkeys(method or METHODS)), METHODS)
+    schedulers = one_of("scheduler", scheduler or ["dpm"], SCHEDULERS)
+    one_of("device", [device], ("cpu", "cuda"))
+    one_of("dtype", [dtype], ("float32", "float16", "bfloat16"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("device='cuda', but torch finds no CUDA here: give 'cpu'")
+    if guidance_scale is None and captions == "shapes":
+        guidance_scale = 3.0
+    texts = read_captions(captions, count)
+    settings = {"captions": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16], "count": count, "seed": seed}
+    settings |= {"batch_size": batch_size, "guidance_scale": guidance_scale, "dtype": dtype}
+    # Those who are done early wait at the end, for as long as the others take.
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+    claim(output, settings)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        clear_parts(output)
+        write_json(output / "settings.json", settings)
+    state.wait_for_everyone()
+
+    models = list(dict.fromkeys(model or [str(MODEL)]))
+    tables = tables_of(
+        models, schedulers, steps or [25], methods, gate_step or [3, 5, 8, 10, 15], tuned_gate or [10], output
+    )
+    console = Console(quiet=not state.is_main_process)
+    draw_all(tables, texts, state, console, settings)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        about = {"settings": settings, "hardware": hardware(state.device), "processes": state.num_processes}
+        found, remarks = report(tables, texts, seed, real, output, device=state.device, **about)
+        show(console, found, remarks)
+        console.print(f"Results: {(output / 'results.json').resolve()}", soft_wrap=True)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    typer.run(main)

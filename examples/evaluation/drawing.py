@@ -1,0 +1,130 @@
+"""The run: block by block all methods in turn, so that what disturbs the machine disturbs them alike."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .macs import counted_layers
+from .methods import METHODS, Entry, unsuited
+from .store import Shelf, write_json
+
+
+@dataclass(frozen=True)
+class Table:
+    """One model with one scheduler and one number of steps, and its rows."""
+
+    model: str
+    scheduler: str
+    steps: int
+    entries: tuple[Entry, ...]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """In titles."""
+        return f"{Path(self.model).name}, {self.scheduler}, {self.steps} steps"
+
+    def shelf(self, entry: Entry) -> Shelf:
+        """Where a row keeps what it makes."""
+        return Shelf(self.folder / entry.name)
+
+
+class Drawing:
+    """Draws the captions of one table with one pipeline, in fixed blocks."""
+
+    def __init__(self, table: Table, captions: list[str], batch_size: int, seed: int):
+        self.table, self.captions, self.batch_size, self.seed = table, captions, batch_size, seed
+        self.pipe: Any = None
+        self.call: dict[str, Any] = {}
+        # Times are compared within one process only.
+        self.session = uuid.uuid4().hex[:12]
+        self.failed: set[Entry] = set()
+
+    @property
+    def blocks(self) -> range:
+        """All blocks; which prompts are in one depends on nothing but the batch size."""
+        return range(-(-len(self.captions) // self.batch_size))
+
+    def indices(self, block: int) -> range:
+        """The prompts of a block."""
+        start = block * self.batch_size
+        return range(start, min(start + self.batch_size, len(self.captions)))
+
+    def pending(self, block: int) -> list[Entry]:
+        """What a block lacks, in an order that turns from block to block; the baseline is timed with the others."""
+        runs = [entry for entry in self.table.entries if entry not in self.failed]
+        lacking = [entry for entry in runs if not self.table.shelf(entry).done(block)]
+        if lacking and runs[0] not in lacking:
+            lacking.insert(0, runs[0])
+        turn = block % len(lacking) if lacking else 0
+        return lacking[turn:] + lacking[:turn]
+
+    def draw(self, entry: Entry, indices: Iterable[int]) -> list[Any]:
+        """The pictures of some prompts; each has its own seed."""
+        numbers = [torch.Generator("cpu").manual_seed(self.seed + index) for index in indices]
+        prompts = [self.captions[index] for index in indices]
+        with METHODS[entry.method](self.pipe, entry) as options:
+            return self.pipe(prompts, generator=numbers, num_inference_steps=entry.steps, **self.call, **options).images
+
+    def prepare(self, pipe: Any, call: dict[str, Any]) -> None:
+        """Take a pipeline and draw a picture by every method, untimed: that shows MACs, and what does not run here."""
+        self.pipe, self.call = pipe, call
+        for entry in self.table.entries:
+            shelf = self.table.shelf(entry)
+            shelf.make()
+            reason = unsuited(entry.method, self.pipe)
+            try:
+                if reason is None:
+                    macs = self.count(entry)
+            # Whatever a method stumbles over is what its row has to say.
+            except Exception as error:
+                if entry.method in ("baseline", "fewer-steps"):
+                    raise
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            if reason is not None:
+                self.failed.add(entry)
+            write_json(shelf.folder / "probe.json", {"macs": macs} if reason is None else {"error": reason})
+
+    def count(self, entry: Entry) -> int:
+        """MACs of the first picture."""
+        numbers = torch.Generator("cpu").manual_seed(self.seed)
+        with METHODS[entry.method](self.pipe, entry) as options, counted_layers(denoiser_of(self.pipe)) as total:
+            self.pipe(self.captions[:1], generator=numbers, num_inference_steps=entry.steps, **self.call, **options)
+        return total[0]
+
+    def block(self, block: int) -> Iterator[Entry]:
+        """Draw what a block lacks, row by row."""
+        for entry in self.pending(block):
+            indices = self.indices(block)
+            with measured(self.pipe.device) as line:
+                images = self.draw(entry, indices)
+            line["pictures"] = len(images)
+            self.table.shelf(entry).add(block, self.session, indices, images, line)
+            yield entry
+
+
+def denoiser_of(pipe: Any) -> Any:
+    """The UNet or transformer."""
+    return pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+
+
+@contextlib.contextmanager
+def measured(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Seconds, and on CUDA the peak of the allocated memory."""
+    line: dict[str, Any] = {}
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    yield line
+    if on_cuda:
+        torch.cuda.synchronize(device)
+        line["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    line["seconds"] = time.perf_counter() - start

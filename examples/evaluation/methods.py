@@ -1,0 +1,151 @@
+"""What each method does to a pipeline and how it is undone."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tgate_processors import apply_tgate, remove_tgate
+
+from .caches import CACHES, cache_dit, diffusers_cache
+from .cutoff import cut_off
+
+# The settings of the published implementation's README: sp_interval and warm_up of T-GATE v2 by denoiser.
+V2 = {"unet": {"sp_interval": 5, "warm_up": 2}, "transformer": {"sp_interval": 3, "warm_up": 2}}
+DEEPCACHE = {"cache_interval": 3, "cache_branch_id": 0}
+TOME_RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: a method with its settings. `gate` is 0 where the method has none."""
+
+    method: str
+    steps: int
+    gate: int = 0
+
+    @property
+    def name(self) -> str:
+        """A name that is a folder too."""
+        if self.method == "fewer-steps":
+            return f"{self.steps}-steps"
+        return f"{self.method}-{self.gate}" if self.gate else self.method
+
+
+def denoiser_kind(pipe: Any) -> str:
+    """`unet` or `transformer`."""
+    return "transformer" if hasattr(pipe, "transformer") else "unet"
+
+
+@contextlib.contextmanager
+def plain(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
+    """Nothing: the baseline, and fewer steps."""
+    yield {}
+
+
+@contextlib.contextmanager
+def cutoff(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
+    """Guidance alone stops at the gate."""
+    with cut_off(pipe, entry.gate) as options:
+        yield options
+
+
+@contextlib.contextmanager
+def tgate(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
+    """T-GATE v1: cross-attention and guidance stop at the gate."""
+    apply_tgate(pipe, entry.gate)
+    try:
+        yield {}
+    finally:
+        remove_tgate(pipe)
+
+
+@contextlib.contextmanager
+def tgate_v2(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
+    """T-GATE v2: before the gate, self-attention is reused too."""
+    apply_tgate(pipe, entry.gate, **V2[denoiser_kind(pipe)])
+    try:
+        yield {}
+    finally:
+        remove_tgate(pipe)
+
+
+@contextlib.contextmanager
+def deepcache(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
+    """DeepCache, and together with T-GATE where there is a gate."""
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe)
+    helper.set_params(**DEEPCACHE)
+    if entry.gate:
+        apply_tgate(pipe, entry.gate, deepcache=helper)
+    else:
+        helper.enable()
+    try:
+        yield {}
+    finally:
+        if entry.gate:
+            remove_tgate(pipe)
+        else:
+            helper.disable()
+
+
+@contextlib.contextmanager
+def tome(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
+    """Token merging."""
+    import tomesd
+
+    tomesd.apply_patch(pipe, ratio=TOME_RATIO)
+    try:
+        yield {}
+    finally:
+        tomesd.remove_patch(pipe)
+
+
+Switch = Callable[[Any, Entry], contextlib.AbstractContextManager[dict[str, Any]]]
+METHODS: dict[str, Switch] = {
+    "baseline": plain,
+    "fewer-steps": plain,
+    "cutoff": cutoff,
+    "tgate": tgate,
+    "tgate-v2": tgate_v2,
+    "deepcache": deepcache,
+    "deepcache-tgate": deepcache,
+    "tome": tome,
+    "cache-dit": cache_dit,
+    **dict.fromkeys(CACHES, diffusers_cache),
+}
+GATED = ("cutoff", "tgate", "tgate-v2", "deepcache-tgate")
+FOR_UNET = ("deepcache", "deepcache-tgate", "tome")
+FOR_TRANSFORMER = ("cache-dit", *CACHES)
+
+
+def unsuited(method: str, pipe: Any) -> str | None:
+    """Why a method is not for a pipeline, or nothing."""
+    kind = denoiser_kind(pipe)
+    if method in FOR_UNET and kind == "transformer":
+        return "works on a UNet"
+    if method in FOR_TRANSFORMER and kind == "unet":
+        return "works on a transformer"
+    return None
+
+
+def entries(methods: list[str], steps: int, gates: list[int], tuned: list[int]) -> list[Entry]:
+    """
+    The rows of one table, the baseline first.
+
+    Fewer steps are as many as cost what a run with the gate costs, `m` guided steps and `steps - m` at half batch.
+    `tuned` are the gates of the methods that have other settings besides: T-GATE v2 and DeepCache with T-GATE.
+    """
+    found = {Entry("baseline", steps): None}
+    gates = [gate for gate in gates if gate < steps]
+    for method in methods:
+        if method == "fewer-steps":
+            found |= dict.fromkeys(Entry(method, (steps + gate) // 2) for gate in gates)
+        elif method in ("tgate-v2", "deepcache-tgate"):
+            found |= dict.fromkeys(Entry(method, steps, gate) for gate in tuned if gate < steps)
+        elif method in GATED:
+            found |= dict.fromkeys(Entry(method, steps, gate) for gate in gates)
+        else:
+            found[Entry(method, steps)] = None
+    return list(found)

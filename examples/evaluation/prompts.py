@@ -1,0 +1,56 @@
+"""Which captions are drawn: those of the testbeds that training has not seen, COCO's, or a text file's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from shapes.evaluation import evenly, held_out_scenes
+from shapes.scenes import Scene, all_scenes
+
+ONE_OBJECT, TWO_OBJECTS = 64, 1083
+
+
+def coco_captions(content: dict[str, Any]) -> list[str]:
+    """The first caption of each picture, in order of the pictures' numbers."""
+    first: dict[int, str] = {}
+    for annotation in sorted(content["annotations"], key=lambda annotation: annotation["id"]):
+        first.setdefault(annotation["image_id"], annotation["caption"].strip())
+    return [first[picture] for picture in sorted(first)]
+
+
+def held_out_captions(count: int) -> list[str]:
+    """A fifth with one object, the others with two."""
+    ones = min(count // 5, ONE_OBJECT)
+    return [scene.caption for scene in held_out_scenes(ones, min(count - ones, TWO_OBJECTS))]
+
+
+def read_captions(source: str, count: int) -> list[str]:
+    """`count` captions, taken in equal steps through all that there are."""
+    if source == "shapes":
+        found = held_out_captions(count)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise typer.BadParameter(
+                f"captions={source!r} is no file: give 'shapes', COCO's captions_val2014.json, or a text file with a "
+                "caption a line"
+            )
+        try:
+            text = path.read_text()
+            lines = coco_captions(json.loads(text)) if path.suffix == ".json" else text.splitlines()
+        except (ValueError, KeyError, TypeError) as error:
+            raise typer.BadParameter(
+                f"captions={source!r} is not in COCO's format ({error!r}): give a JSON file with a list 'annotations' "
+                "of 'id', 'image_id' and 'caption'"
+            ) from error
+        found = evenly([line for line in lines if line.strip()], count) if len(lines) > count else lines
+    if len(found) < count:
+        raise typer.BadParameter(f"count={count}, but captions={source!r} has {len(found)}: give at most as many")
+    return found
+
+
+def scenes_of(captions: list[str]) -> list[Scene] | None:
+    """The scenes of captions from the drawn domain, or nothing if one is not."""
+    known = {scene.caption: scene for scene in all_scenes()}
+    return [known[caption] for caption in captions] if all(caption in known for caption in captions) else None

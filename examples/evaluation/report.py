@@ -1,0 +1,175 @@
+"""What the pictures and timings say: rows, JSON, CSV, Markdown."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from shapes.scorer import features
+
+from .drawing import Table
+from .methods import Entry
+from .metrics import Extras, as_tensor, drawn, finite, frechet, mean_of_finite, psnr, readable, right, ssim
+from .prompts import scenes_of
+from .store import Shelf, write
+
+# Pictures read at a time.
+PART = 16
+
+COLUMNS = {
+    "seconds": "s/picture",
+    "ratio": "ratio",
+    "macs": "GMACs",
+    "peak_bytes": "peak MiB",
+    "accuracy": "right, %",
+    "clip_score": "CLIP score",
+    "frechet_real": "Fréchet real",
+    "frechet_baseline": "Fréchet baseline",
+    "fid_real": "FID real",
+    "fid_baseline": "FID baseline",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+}
+UNITS = {"macs": 1e9, "peak_bytes": 2**20, "accuracy": 0.01}
+FORMS = {
+    "frechet_real": ".3f",
+    "frechet_baseline": ".3f",
+    "seconds": ".3f",
+    "ratio": ".2f",
+    "macs": ".2f",
+    "peak_bytes": ".0f",
+    "accuracy": ".1f",
+    "ssim": ".3f",
+}
+
+
+def times(shelf: Shelf, baseline: Shelf) -> dict[str, float | None]:
+    """Seconds a picture, and the median of the pairs' ratios: same block, same process."""
+    lines, others = shelf.lines(), baseline.lines()
+    each = {key: line["seconds"] / line["pictures"] for key, line in lines.items()}
+    ratios = [others[key]["seconds"] / line["seconds"] for key, line in lines.items() if key in others]
+    peaks = [line["peak_bytes"] for line in lines.values() if "peak_bytes" in line]
+    return {
+        "seconds": statistics.median(each.values()),
+        "ratio": statistics.median(ratios) if ratios else None,
+        "peak_bytes": max(peaks, default=None),
+    }
+
+
+class Row:
+    """What the pictures of one row say, read part by part: ten thousand large ones do not fit into memory."""
+
+    def __init__(self, table: Table, entry: Entry, captions: list[str]):
+        self.shelf, self.baseline = table.shelf(entry), table.shelf(table.entries[0])
+        self.captions = captions
+        self.parts = [range(len(captions))[start : start + PART] for start in range(0, len(captions), PART)]
+        first = as_tensor(self.shelf.images([0]))
+        self.scenes = scenes_of(captions) if readable(first) else None
+
+    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The pictures and the baseline's."""
+        for part in self.parts:
+            yield as_tensor(self.shelf.images(part)), as_tensor(self.baseline.images(part))
+
+    def described(self) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        """The pictures and their captions."""
+        for part in self.parts:
+            yield as_tensor(self.shelf.images(part)), [self.captions[index] for index in part]
+
+    def scored(self, real: torch.Tensor) -> dict[str, Any]:
+        """What the scorer of the drawn scenes sees: `real` are the features of real pictures."""
+        images, others = (torch.cat(each) for each in zip(*self.pairs(), strict=True))
+        own = features(images)
+        return {
+            "accuracy": statistics.mean(right(images, self.scenes)),
+            "frechet_real": frechet(own, real),
+            "frechet_baseline": frechet(own, features(others)),
+        }
+
+    def compared(self) -> dict[str, Any]:
+        """How near the pictures are to the baseline's."""
+        peaks, likeness = zip(*((psnr(*pair), ssim(*pair)) for pair in self.pairs()), strict=True)
+        return {"psnr": mean_of_finite(torch.cat(peaks)), "ssim": float(torch.cat(likeness).mean())}
+
+
+def measure_row(
+    table: Table, entry: Entry, captions: list[str], seed: int, real: Path | None, extras: Extras
+) -> dict[str, Any]:
+    """All columns of one row."""
+    row = Row(table, entry, captions)
+    found: dict[str, Any] = times(row.shelf, row.baseline) | {"pictures": len(captions)}
+    found["macs"] = row.shelf.probe.get("macs")
+    if row.scenes:
+        found |= row.scored(features(drawn(row.scenes, seed)))
+    else:
+        found["clip_score"] = extras.clip_score(row.described)
+    found["fid_real"] = extras.fid(row.shelf.pictures, real)
+    if entry == table.entries[0]:
+        # Its distance to itself says nothing.
+        found["frechet_baseline"] = None
+    else:
+        found |= row.compared()
+        found["lpips"] = extras.lpips(row.pairs)
+        found["fid_baseline"] = extras.fid(row.shelf.pictures, row.baseline.pictures)
+    return {name: finite(value) for name, value in found.items()}
+
+
+def rows_of(table: Table, captions: list[str], seed: int, real: Path | None, extras: Extras) -> list[dict[str, Any]]:
+    """The rows of a table; a method that does not run here has its reason in place of numbers."""
+    rows = []
+    for entry in table.entries:
+        shelf = table.shelf(entry)
+        row: dict[str, Any] = {"model": table.model, "scheduler": table.scheduler, "steps": table.steps}
+        row |= {"row": entry.name, "method": entry.method, "own_steps": entry.steps, "gate": entry.gate or None}
+        row |= {"pictures": 0, **dict.fromkeys(COLUMNS), "error": shelf.probe.get("error")}
+        if shelf.complete(len(captions)):
+            row |= measure_row(table, entry, captions, seed, real, extras)
+        rows.append(row)
+    return rows
+
+
+def notes(rows: list[dict[str, Any]], device: torch.device, real: Path | None, extras: Extras) -> list[str]:
+    """Why columns and rows are empty."""
+    found = sorted(extras.notes.values())
+    if device.type != "cuda":
+        found.append("Peak memory was not measured: torch keeps count of it on CUDA only.")
+    if real is None:
+        found.append("FID against real pictures was not measured: give their folder with --real.")
+    if any(row["accuracy"] is None and not row["error"] for row in rows):
+        found.append("The share of right pictures is known for pictures and captions of the drawn scenes only.")
+    errors = {f"{row['row']} ({row['model']}): {row['error']}" for row in rows if row["error"]}
+    return found + sorted(errors)
+
+
+def cell(row: dict[str, Any], name: str) -> str:
+    """A figure in print."""
+    value = row[name]
+    return "" if value is None else f"{value / UNITS.get(name, 1):{FORMS.get(name, '.2f')}}"
+
+
+def filled(rows: list[dict[str, Any]]) -> list[str]:
+    """The columns that are not empty."""
+    return [name for name in COLUMNS if any(row[name] is not None for row in rows)]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table for a page."""
+    names = filled(rows)
+    lines = ["| | " + " | ".join(COLUMNS[name] for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in rows:
+        if not row["error"]:
+            lines.append(f"| `{row['row']}` | " + " | ".join(cell(row, name) for name in names) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_csv(rows: list[dict[str, Any]], file: Path) -> None:
+    """All figures in full."""
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write(file, stream.getvalue().encode())

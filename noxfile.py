@@ -12,6 +12,8 @@ nox.options.reuse_existing_virtualenvs = True
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text())
 CONSTRAINED = ("-c", "constraints.txt")
+# A worker for every core, and a thread for every worker: more wait for each other.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @nox.session
@@ -33,7 +35,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests; arguments after `--` go to pytest."""
     session.install(*CONSTRAINED, *PROJECT["dependency-groups"]["test"], "-e", ".[cache-dit,evaluate,examples]")
-    session.run("pytest", *(session.posargs or ["-n", "auto"]))
+    session.run("pytest", *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
 
 
 @nox.session
@@ -41,7 +43,7 @@ def minimums(session: nox.Session) -> None:
     """All tests with the oldest supported versions, as pyproject.toml states them."""
     floors = [re.sub(r">=([\d.]+)$", r"~=\1.0", dependency) for dependency in PROJECT["project"]["dependencies"]]
     session.install(*floors, *PROJECT["dependency-groups"]["test"], "-e", ".[evaluate,examples]")
-    session.run("pytest", *(session.posargs or ["-n", "auto"]))
+    session.run("pytest", *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
 
 
 @nox.session

@@ -80,8 +80,15 @@ def distance(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-@pytest.mark.parametrize("settings", [{"gate_step": GATE}, V2], ids=["v1", "v2"])
-def test_a_batch_of_two_prompts_equals_two_singles(case: Case, settings):
+V1 = {"gate_step": GATE}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(name, V2) for name in BY_NAME] + [(name, V1) for name in ("sd", "sdxl", "pixart_alpha", "svd")],
+)
+def test_a_batch_of_two_prompts_equals_two_singles(name, settings):
+    case = BY_NAME[name]
     pipe = case.build()
 
     def deviation():

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tgate_processors import TGateSchedule
 from tgate_processors.guidance import DenoiserHooks
+from tgate_processors.state import TGateState
 
 
 @dataclass
@@ -29,7 +31,7 @@ class Echo(torch.nn.Module):
 @pytest.fixture
 def echo():
     module = Echo()
-    module.hooks = DenoiserHooks()
+    module.hooks = DenoiserHooks(TGateState(TGateSchedule()))
     module.hooks.install(module, "unconditional", "conditional")
     module.hooks.halving = True
     return module

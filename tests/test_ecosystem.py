@@ -10,7 +10,7 @@ import torch
 from tests.ecosystem import HOSTS, HOSTS_BY_NAME, Host
 from tests.test_counts import computed
 from tests.test_laws import assert_same, distance, snapshot
-from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
+from tgate_processors import TGateCallback, TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors.families import attention_modules
 
 GATE = 2
@@ -229,6 +229,10 @@ def test_a_half_cannot_be_chosen_where_guidance_has_none():
     with pytest.raises(ValueError, match=r"cfg_half='conditional' has no effect: the guidance of .*Pix2PixPipeline is"):
         apply_tgate(pipe, GATE, cfg_half="conditional")
     assert not is_tgate_applied(pipe)
+    callback = TGateCallback(TGateSchedule(GATE), cfg_half="conditional")
+    with pytest.raises(ValueError, match="cfg_half='conditional' has no effect"):
+        host.run(pipe, callback_on_step_end=callback)
+    assert not pipe.unet._forward_pre_hooks
 
 
 def test_a_failure_leaves_no_perturbed_attention_behind():

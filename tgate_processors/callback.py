@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .families import find_family
+from .families import check_half, find_family
 from .guidance import DenoiserHooks
 from .run import PipelineRun
 from .schedule import CFGHalf, Phase, StepPlan, TGateSchedule
@@ -142,6 +142,7 @@ class TGateCallback:
     def _begin_late(self, pipeline: Any) -> None:
         """Begin the run at the end of its first pass, the first that a callback alone sees."""
         found = find_family(pipeline)
+        check_half(pipeline, found, self.cfg_half)
         self._run = run = PipelineRun(pipeline)
         self.state.begin(*run.timeline())
         if run.guided() and self.state.report.gate_step == 1:

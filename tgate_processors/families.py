@@ -87,6 +87,15 @@ def find_family(pipe: Any) -> Found:
     return Found(denoiser, family.attribute, kept_half, getattr(pipe, "controlnet", None))
 
 
+def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
+    """Refuse the choice of a half where guidance has none."""
+    if cfg_half is not None and found.kept_half is None:
+        raise ValueError(
+            f"cfg_half={cfg_half!r} has no effect: the guidance of {type(pipe).__name__} is not two halves, so all "
+            "of it stays on. Leave cfg_half out."
+        )
+
+
 def check_mode(pipe: Any) -> None:
     """Refuse a mode that a pipeline can be switched to at any time."""
     if getattr(pipe, "free_noise_enabled", False):

@@ -6,7 +6,7 @@ from typing import Any
 
 from .callback import TGateCallback
 from .deepcache import DeepCacheOrder
-from .families import attention_modules, check_mode, find_family
+from .families import attention_modules, check_half, check_mode, find_family
 from .processor import TGateAttnProcessor
 from .state import TGateState
 
@@ -41,11 +41,7 @@ class Installation:
             self.remove()
             self._attribute, self._denoiser, self._controlnet = found.attribute, found.denoiser, found.controlnet
             hooks, half = self.callback.hooks, self.callback.cfg_half
-            if half is not None and found.kept_half is None:
-                raise ValueError(
-                    f"cfg_half={half!r} has no effect: the guidance of {type(pipe).__name__} is not two halves, so all "
-                    "of it stays on. Leave cfg_half out."
-                )
+            check_half(pipe, found, half)
             hooks.install(found.denoiser, half, found.kept_half, found.controlnet)
         # Anew in every call: an IP-Adapter may bring layers of its own.
         denoiser: Any = self._denoiser

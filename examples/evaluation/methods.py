@@ -52,18 +52,8 @@ def cutoff(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def tgate(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
-    """T-GATE v1: cross-attention and guidance stop at the gate."""
-    apply_tgate(pipe, entry.gate)
-    try:
-        yield {}
-    finally:
-        remove_tgate(pipe)
-
-
-@contextlib.contextmanager
-def tgate_v2(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
-    """T-GATE v2: before the gate, self-attention is reused too."""
-    apply_tgate(pipe, entry.gate, **V2[denoiser_kind(pipe)])
+    """Cross-attention and guidance stop at the gate; in T-GATE v2 self-attention is reused before it, too."""
+    apply_tgate(pipe, entry.gate, **(V2[denoiser_kind(pipe)] if entry.method == "tgate-v2" else {}))
     try:
         yield {}
     finally:
@@ -108,7 +98,7 @@ METHODS: dict[str, Switch] = {
     "fewer-steps": plain,
     "cutoff": cutoff,
     "tgate": tgate,
-    "tgate-v2": tgate_v2,
+    "tgate-v2": tgate,
     "deepcache": deepcache,
     "deepcache-tgate": deepcache,
     "tome": tome,

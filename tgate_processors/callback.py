@@ -144,6 +144,8 @@ class TGateCallback:
         found = find_family(pipeline)
         check_half(pipeline, found, self.cfg_half)
         self._run = run = PipelineRun(pipeline)
+        # The first forward had no hook to do it.
+        self.state.secure()
         self.state.begin(*run.timeline())
         if run.guided() and self.state.report.gate_step == 1:
             self.reset()

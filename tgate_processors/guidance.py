@@ -145,6 +145,7 @@ class DenoiserHooks:
         """Give the output of the half back as both halves."""
         if not self._state.is_mine():
             return None
+        self._state.secure()
         halved = self.halving
         if self.after_forward is not None:
             self.after_forward()

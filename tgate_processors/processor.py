@@ -88,15 +88,16 @@ def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, *
     if getattr(attn, "residual_connection", False):
         # The output holds the residual, which must not stand still.
         return self.original(attn, hidden_states, *args, **kwargs)
-    state, slot = self.state, self.slot
+    state, slot, compiling = self.state, self.slot, torch.compiler.is_compiling()
     # A compiled forward cannot ask for its thread.
-    if not torch.compiler.is_compiling() and not state.is_mine():
+    if not compiling and not state.is_mine():
         return self.original(attn, hidden_states, *args, **kwargs)
     context = kwargs.get("encoder_hidden_states", args[0] if args else None)
     # The layer's own flag is missing or wrong in several models; what it attends to is not.
     is_self = context is None or context is hidden_states
     action = state.self_attention if is_self else state.cross_attention
-    if slot.layer is not None and slot.layer is not attn:
+    # Compiled code would be compiled anew for a slot that is empty and for one that is not.
+    if not compiling and slot.layer is not None and slot.layer is not attn:
         raise ValueError(
             "one TGateAttnProcessor serves several attention layers: make one for each entry of "
             "`denoiser.attn_processors`."
@@ -107,6 +108,7 @@ def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, *
     if action is not Action.COMPUTE:
         slot.tensor = _mean_of_halves(output) if state.averaging else output
         slot.layer = attn
+        slot.borrowed = compiling
     elif slot.tensor is not None:
         slot.clear()
     return output

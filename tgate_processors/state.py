@@ -21,16 +21,19 @@ logger = logging.getLogger(__name__)
 class Slot:
     """The output that one attention layer keeps, and the layer it belongs to."""
 
-    __slots__ = ("__weakref__", "layer", "tensor")
+    __slots__ = ("__weakref__", "borrowed", "layer", "tensor")
 
     def __init__(self) -> None:
         self.tensor: torch.Tensor | None = None
         self.layer: Any = None
+        # Whether the tensor lies in memory of compiled code, which its next call may write to (CUDA graphs).
+        self.borrowed = False
 
     def clear(self) -> None:
         """Let go of the kept output."""
         self.tensor = None
         self.layer = None
+        self.borrowed = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,15 @@ class TGateState:
             yield
         finally:
             self._thread = thread
+
+    def secure(self) -> None:
+        """A forward has ended: copy what compiled code has stored, one tensor after the other."""
+        if Action.STORE not in (self.cross_attention, self.self_attention):
+            return
+        for slot in self._slots:
+            if slot.borrowed and slot.tensor is not None:
+                slot.tensor = slot.tensor.clone()
+                slot.borrowed = False
 
     def new_slot(self) -> Slot:
         """Make the place where one attention layer keeps its output."""

@@ -31,9 +31,14 @@ class Echo(torch.nn.Module):
 @pytest.fixture
 def echo():
     module = Echo()
-    module.hooks = DenoiserHooks(TGateState(TGateSchedule()))
+    module.state = TGateState(TGateSchedule(gate_step=1))
+    module.hooks = DenoiserHooks(module.state)
     module.hooks.install(module, "unconditional", "conditional")
-    module.hooks.halving = True
+    # Beyond the gate.
+    module.state.begin(iterations=9, order=1, repeats=0)
+    module.state.enter(guided=True)
+    module.state.advance()
+    module.state.enter(guided=True)
     return module
 
 
@@ -70,9 +75,12 @@ def test_what_is_no_batch_stays(echo, table):
 
 
 def test_off_nothing_happens(echo):
-    echo.hooks.halving = False
+    echo.state.reset()
     sample = rows(4, 2)
     assert echo(sample, torch.tensor(1)).sample is sample
+
+
+def test_removed_nothing_happens(echo):
     echo.hooks.remove()
-    echo.hooks.halving = True
+    sample = rows(4, 2)
     assert echo(sample, torch.tensor(1)).sample is sample

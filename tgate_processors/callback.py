@@ -10,7 +10,7 @@ import torch
 from .families import check_half, find_family
 from .guidance import DenoiserHooks
 from .run import PipelineRun
-from .schedule import CFGHalf, Phase, StepPlan, TGateSchedule
+from .schedule import CFGHalf, StepPlan, TGateSchedule
 from .state import TGateState
 
 
@@ -66,7 +66,6 @@ class TGateCallback:
         self.before_step: Callable[[StepPlan, bool], None] | None = None
         self.check_layers: Callable[[], None] | None = None
         self._run: PipelineRun | None = None
-        self._guided = False
         self._visiting = True
         self.state.prime()
 
@@ -129,15 +128,12 @@ class TGateCallback:
     def _prepare(self) -> None:
         """Set what the denoiser does in the pass to come."""
         if self._run is None or not self.state.running:
-            self.hooks.halving = False
             return
         if self.check_layers is not None:
             self.check_layers()
-        self._guided = self.hooks.droppable and self._run.guided()
-        plan = self.state.enter(self._guided)
-        self.hooks.halving = self._guided and plan.phase is Phase.FIDELITY_IMPROVING
+        plan = self.state.enter(self.hooks.droppable and self._run.guided())
         if self.before_step is not None:
-            self.before_step(plan, self._guided)
+            self.before_step(plan, self.state.guided)
 
     def _begin_late(self, pipeline: Any) -> None:
         """Begin the run at the end of its first pass, the first that a callback alone sees."""
@@ -164,11 +160,12 @@ class TGateCallback:
 
     def _check_batch(self, latents: Any) -> None:
         """Compare the batch that the denoiser got with the latents: two halves with guidance, else one."""
-        parts = 2 if self._guided else 1
+        guided = self.state.guided
+        parts = 2 if guided else 1
         batch = self.hooks.batch if self.hooks.droppable else 0
         if batch and isinstance(latents, torch.Tensor) and batch != parts * latents.shape[0]:
             raise ValueError(
                 f"the denoiser got a batch of {batch} for {latents.shape[0]} latents with classifier-free guidance "
-                f"{'on' if self._guided else 'off'}, where T-GATE expects {parts * latents.shape[0]}: the guidance of "
+                f"{'on' if guided else 'off'}, where T-GATE expects {parts * latents.shape[0]}: the guidance of "
                 "this pipeline is not two halves of one batch. Call remove_tgate(pipe) to use it."
             )

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 class DenoiserHooks:
     """
-    The forward hooks of a denoiser: while `halving`, they halve the batch.
+    The forward hooks of a denoiser: while its run is `halving`, they halve the batch.
 
     The pipeline's own `uncond + scale * (cond - uncond)` then gives the one output back exactly, for any scale and any
     rescaling. A ControlNet is halved on its way in only: what it gives goes to the denoiser, which needs the same half.
@@ -31,7 +31,6 @@ class DenoiserHooks:
 
     def __init__(self, state: TGateState) -> None:
         self._state = state
-        self.halving = False
         self.kept: CFGHalf | None = None
         self.default: CFGHalf | None = None
         self.before_forward: Callable[[], None] | None = None
@@ -83,7 +82,6 @@ class DenoiserHooks:
 
     def rest(self) -> None:
         """Do nothing until the next run."""
-        self.halving = False
         self.before_forward = None
         self.after_forward = None
         self.batch = 0
@@ -104,13 +102,13 @@ class DenoiserHooks:
             self.before_forward()
         self.batch = _batch_size(args, kwargs)
         self._watch_prompt(kwargs.get("encoder_hidden_states"))
-        return self._halved(args, kwargs) if self.halving else None
+        return self._halved(args, kwargs) if self._state.halving else None
 
     def _before_controlnet(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Halve the batch after the gate, unless it is one half already."""
         if not self._state.is_mine():
             return None
-        if not self.halving:
+        if not self._state.halving:
             self._control_batch = _batch_size(args, kwargs)
             return None
         # What is one half already has too few rows to be halved.
@@ -146,7 +144,7 @@ class DenoiserHooks:
         if not self._state.is_mine():
             return None
         self._state.secure()
-        halved = self.halving
+        halved = self._state.halving
         if self.after_forward is not None:
             self.after_forward()
         return _double(output, self.batch // 2) if halved else None

@@ -113,6 +113,11 @@ class TGateState:
         return bool(self._plan)
 
     @property
+    def halving(self) -> bool:
+        """Whether one half of guidance is left out now."""
+        return self.guided and self._current.phase is Phase.FIDELITY_IMPROVING
+
+    @property
     def step_index(self) -> int:
         """Inference step that runs now."""
         return min(self._step_of(self._iteration), max(0, len(self._plan) - 1))
@@ -200,7 +205,7 @@ class TGateState:
             guided (`bool`): Whether the batch holds both halves of classifier-free guidance.
         """
         plan = self._plan[self.step_index]
-        self._current, self._guided = plan, guided
+        self._current, self.guided = plan, guided
         self.cross_attention = plan.cross_attention
         self.self_attention = plan.self_attention
         self.averaging = guided and plan.phase is Phase.GATE
@@ -209,7 +214,7 @@ class TGateState:
     def advance(self) -> None:
         """The clock ticks: one pass of the pipeline's loop has ended."""
         report, plan = self.report, self._current
-        halved = self._guided and plan.phase is Phase.FIDELITY_IMPROVING
+        halved = self.halving
         cross, own = plan.cross_attention is Action.REUSE, plan.self_attention is Action.REUSE
         self.report = replace(
             report,
@@ -239,7 +244,7 @@ class TGateState:
         self._iteration = 0
         self._iterations = 0
         self._order, self._repeats = 1, 0
-        self._guided = False
+        self.guided = False
         self.cross_attention = Action.COMPUTE
         self.self_attention = Action.COMPUTE
         self.averaging = False

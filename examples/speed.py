@@ -1,0 +1,288 @@
+r"""
+How near T-GATE comes to the speed-up that the arithmetic allows, and what it costs where it does nothing.
+
+    python examples/speed.py --model sd15 --model pixart_alpha --size 256 --steps 10 --gate-step 4
+    python examples/speed.py --model sdxl --size 1024 --batch-size 1 --batch-size 4 --device cuda --dtype float16 \
+        --steps 25 --gate-step 10 --compile --output runs/speed
+
+The denoisers have random weights; any other is named by the folder or the hub's name of its pipeline. The pipeline's
+own denoising loop runs, from text embeddings to latents, in turn: plain, with T-GATE, with the gate beyond the last
+step (overhead), and plain without guidance. Ratios are medians over the rounds.
+
+The bound takes time to be in proportion to MACs, but half a batch often takes more than half the time. The bound of the
+forwards takes the half batch to last as long as the plain pipeline's steps without guidance do, less cross-attention.
+"""
+
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import diffusers
+import torch
+import typer
+from cost_table import MODELS, load_denoiser
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from tgate_processors import (
+    TGateAttnProcessor,
+    TGateCallback,
+    TGateCost,
+    TGateSchedule,
+    apply_tgate,
+    estimate_cost,
+    get_tgate_report,
+    remove_tgate,
+)
+
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate")
+COLUMNS = {
+    "model": "",
+    "batch_size": "d",
+    "compiled": "",
+    "milliseconds_per_step": ".1f",
+    "speedup": ".3f",
+    "bound": ".3f",
+    "ratio_to_bound": ".3f",
+    "ratio_to_forwards": ".3f",
+    "overhead_percent": "+.2f",
+    "peak_mb": ".1f",
+    "peak_mb_gated": ".1f",
+    "announced_mb": ".1f",
+}
+
+
+def random_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A pipeline of one of the configurations: a denoiser with random weights, and nothing else."""
+    torch.manual_seed(0)
+    described = load_denoiser(model)
+    with device:
+        denoiser = type(described).from_config(described.config)
+    denoiser.to(dtype).eval().requires_grad_(False)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
+    parts: dict[str, Any] = {"scheduler": scheduler, "vae": None, "text_encoder": None, "tokenizer": None}
+    if isinstance(denoiser, diffusers.UNet2DConditionModel):
+        if denoiser.config.addition_embed_type == "text_time":
+            return diffusers.StableDiffusionXLPipeline(
+                unet=denoiser, text_encoder_2=None, tokenizer_2=None, add_watermarker=False, **parts
+            )
+        return diffusers.StableDiffusionPipeline(
+            unet=denoiser, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
+        )
+    return diffusers.PixArtAlphaPipeline(transformer=denoiser, **parts)
+
+
+def random_inputs(pipe: Any, batch_size: int, size: int, steps: int) -> dict[str, Any]:
+    """The arguments of a call that goes from text embeddings to latents."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    config, transformer = denoiser.config, hasattr(pipe, "transformer")
+    width = config.caption_channels if transformer else config.cross_attention_dim
+    shapes = {"prompt_embeds": (batch_size, 120 if transformer else 77, width)}
+    if isinstance(pipe, diffusers.StableDiffusionXLPipeline):
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        shapes["pooled_prompt_embeds"] = (batch_size, pooled)
+    generator = torch.Generator().manual_seed(1)
+    inputs: dict[str, Any] = {
+        prefix + name: torch.randn(shape, generator=generator).to(denoiser.device, denoiser.dtype)
+        for name, shape in shapes.items()
+        for prefix in ("", "negative_")
+    }
+    if transformer:
+        mask = torch.ones(batch_size, 120, dtype=torch.long, device=denoiser.device)
+        inputs |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask, "negative_prompt": None}
+        inputs["use_resolution_binning"] = False
+    return inputs | {"height": size, "width": size, "num_inference_steps": steps, "output_type": "latent"}
+
+
+class Run:
+    """Calls of one pipeline with the same arguments, plain and gated."""
+
+    def __init__(self, pipe: Any, inputs: dict[str, Any], gate_step: int) -> None:
+        self.pipe, self.inputs, self.gate_step = pipe, inputs, gate_step
+        self.cuda = next(value for value in inputs.values() if isinstance(value, torch.Tensor)).is_cuda
+
+    def set(self, mode: str) -> None:
+        """Apply T-GATE, or remove it."""
+        if mode in ("plain", "unguided"):
+            remove_tgate(self.pipe)
+        else:
+            late = self.inputs["num_inference_steps"]
+            apply_tgate(self.pipe, self.gate_step if mode == "gated" else late)
+
+    def call(self, mode: str) -> None:
+        """Draw, from the same noise every time."""
+        guidance_scale = 1.0 if mode == "unguided" else 5.0
+        self.pipe(**self.inputs, guidance_scale=guidance_scale, generator=torch.Generator().manual_seed(0))
+
+    def seconds(self, mode: str) -> float:
+        """Time of a call."""
+        self.set(mode)
+        if self.cuda:
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            self.call(mode)
+            events[1].record()
+            torch.cuda.synchronize()
+            return events[0].elapsed_time(events[1]) / 1000
+        start = time.perf_counter()
+        self.call(mode)
+        return time.perf_counter() - start
+
+    def peak_bytes(self, mode: str) -> int:
+        """Most bytes that torch held at a time in a call, above those that it held before."""
+        self.set(mode)
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.call(mode)
+            return torch.cuda.max_memory_allocated() - before
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.call(mode)
+        held = peak = 0
+        events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+
+def measure(run: Run, cost: TGateCost, rounds: int, console: Console, title: str) -> dict[str, Any]:
+    """All calls in turn, in an order that turns from round to round."""
+    modes = ["plain", "gated", "late", "unguided"]
+    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
+    # One round to warm up, in which is compiled what is compiled.
+    for number in track(range(-1, rounds), title, console=console, transient=True):
+        first = number % len(modes)
+        for mode in modes[first:] + modes[:first]:
+            taken = run.seconds(mode)
+            if number >= 0:
+                seconds[mode].append(taken)
+    steps, gate = run.inputs["num_inference_steps"], run.gate_step
+    without_cross = cost.without_cross_attention.total / cost.full.total
+    bounds = [
+        steps * plain / (gate * plain + (steps - gate) * half * without_cross)
+        for plain, half in zip(seconds["plain"], seconds["unguided"], strict=True)
+    ]
+    peaks = {mode: run.peak_bytes(mode) / 1e6 for mode in ("plain", "gated")}
+    ratios = {mode: [a / b for a, b in zip(seconds["plain"], seconds[mode], strict=True)] for mode in modes}
+    speedup = statistics.median(ratios["gated"])
+    announced = get_tgate_report(run.pipe).peak_bytes / 1e6
+    return {
+        "seconds": seconds,
+        "milliseconds_per_step": 1000 * statistics.median(seconds["plain"]) / run.inputs["num_inference_steps"],
+        "speedup": speedup,
+        "bound": cost.speedup_bound,
+        "ratio_to_bound": speedup / cost.speedup_bound,
+        "ratio_to_forwards": statistics.median(a / b for a, b in zip(ratios["gated"], bounds, strict=True)),
+        "overhead_percent": 100 * (1 / statistics.median(ratios["late"]) - 1),
+        "peak_mb": peaks["plain"],
+        "peak_mb_gated": peaks["gated"],
+        "announced_mb": announced,
+    }
+
+
+def microseconds_per_layer(calls: int = 20000) -> float:
+    """What a gated processor takes besides the one behind it."""
+
+    class Nothing:
+        def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None) -> Any:
+            return hidden_states
+
+    plain, layer, tensor = Nothing(), torch.nn.Module(), torch.zeros(1)
+    callback = TGateCallback(TGateSchedule(10))
+    gated = TGateAttnProcessor(plain, callback.state)
+    callback.state.claim()
+    taken: dict[int, list[float]] = {0: [], 1: []}
+    for _ in range(5):
+        for index, processor in enumerate((plain, gated)):
+            start = time.perf_counter()
+            for _ in range(calls):
+                processor(layer, tensor, encoder_hidden_states=tensor)
+            taken[index].append((time.perf_counter() - start) / calls * 1e6)
+    return min(taken[1]) - min(taken[0])
+
+
+def hardware(device: torch.device) -> str:
+    """What the seconds are measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def main(
+    model: Annotated[
+        list[str], typer.Option(help=f"One of {', '.join(MODELS)}, a denoiser's config.json, or a pipeline.")
+    ] = ["sd15"],  # noqa: B006
+    size: Annotated[int, typer.Option(min=16, help="Height and width in pixels.")] = 256,
+    steps: Annotated[int, typer.Option(min=2)] = 10,
+    gate_step: Annotated[int, typer.Option(min=1)] = 4,
+    batch_size: Annotated[list[int], typer.Option(min=1)] = [1],  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    device: Annotated[str, typer.Option()] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the denoiser in place.")] = False,
+    mode: Annotated[str, typer.Option(help="The mode to compile in.")] = "default",
+    output: Annotated[Path | None, typer.Option(help="A folder for speed.json and speed.md.")] = None,
+) -> None:
+    """Measure."""
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise typer.BadParameter(f"dtype={dtype!r} is unknown: give float32, float16 or bfloat16")
+    if gate_step >= steps:
+        raise typer.BadParameter(f"gate_step={gate_step} is not before the last of {steps} steps: give a smaller one")
+    # The gate beyond the last step, of which T-GATE warns, is what the overhead is measured with.
+    logging.getLogger("tgate_processors").setLevel(logging.ERROR)
+    console, place = Console(), torch.device(device)
+    rows = []
+    for name in model:
+        if name in MODELS or name.endswith(".json"):
+            pipe = random_pipeline(name, place, getattr(torch, dtype))
+        else:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype)).to(place)
+        pipe.set_progress_bar_config(disable=True)
+        if compile:
+            (getattr(pipe, "unet", None) or pipe.transformer).compile(fullgraph=True, mode=mode)
+        for batch in batch_size:
+            run = Run(pipe, random_inputs(pipe, batch, size, steps), gate_step)
+            cost = estimate_cost(pipe, TGateSchedule(gate_step), steps, height=size, width=size, batch_size=batch)
+            row = {"model": name, "batch_size": batch, "compiled": mode if compile else "no"}
+            rows.append(row | measure(run, cost, rounds, console, f"{name}, batch of {batch}"))
+    about = {
+        "size": size,
+        "steps": steps,
+        "gate_step": gate_step,
+        "rounds": rounds,
+        "dtype": dtype,
+        "hardware": hardware(place),
+        "versions": {package: version(package) for package in PACKAGES},
+        "microseconds_per_layer": microseconds_per_layer(),
+    }
+    report(rows, about, console, output)
+
+
+def report(rows: list[dict[str, Any]], about: dict[str, Any], console: Console, output: Path | None) -> None:
+    """Print, and write JSON and Markdown."""
+    shown = [[format(row[column], form) for column, form in COLUMNS.items()] for row in rows]
+    # A line for each figure: the names are wide.
+    table = Table("", *(f"{row['model']}, batch of {row['batch_size']}" for row in rows))
+    for column, *cells in zip(COLUMNS, *shown, strict=True):
+        table.add_row(column.replace("_", " "), *cells)
+    console.print(table)
+    for name, value in about.items():
+        console.print(f"{name.replace('_', ' ')}: {value}", highlight=False)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "speed.json").write_text(json.dumps({"rows": rows, **about}, indent=2))
+        lines = [[column.replace("_", " ") for column in COLUMNS], ["---"] * len(COLUMNS), *shown]
+        (output / "speed.md").write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,68 @@
+"""The script that measures speed: what it computes, not what it times."""
+
+import json
+
+import pytest
+import speed
+import typer
+from typer.testing import CliRunner
+
+from tests.pipelines import GOLDEN
+from tgate_processors import TGateSchedule, estimate_cost
+
+APP = typer.Typer()
+APP.command()(speed.main)
+CONFIGS = {
+    "sd": GOLDEN / "pipes/sd/unet/config.json",
+    "sdxl": GOLDEN / "pipes/sdxl/unet/config.json",
+    "pixart_alpha": GOLDEN / "pipes/pixart_alpha/transformer/config.json",
+}
+
+
+def call(*arguments):
+    return CliRunner().invoke(APP, [*map(str, arguments)], env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_denoiser_with_random_weights(name, batch_size, tmp_path):
+    arguments = ("--model", CONFIGS[name], "--size", 64, "--steps", 6, "--gate-step", 3, "--rounds", 2)
+    result = call(*arguments, "--batch-size", batch_size, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "speed.json").read_text())
+    (row,) = found["rows"]
+    pipe = speed.random_pipeline(str(CONFIGS[name]), speed.torch.device("cpu"), speed.torch.float32)
+    cost = estimate_cost(pipe, TGateSchedule(3), 6, height=64, width=64, batch_size=batch_size)
+    assert row["bound"] == cost.speedup_bound > 1
+    assert row["ratio_to_bound"] == row["speedup"] / row["bound"]
+    assert row["announced_mb"] == cost.report.peak_bytes / 1e6 > 0
+    assert {mode: len(seconds) for mode, seconds in row["seconds"].items()} == dict.fromkeys(
+        ("plain", "gated", "late", "unguided"), 2
+    )
+    assert row["peak_mb"] > 0
+    assert row["peak_mb_gated"] > 0
+    assert found["microseconds_per_layer"] > 0
+    assert set(found["versions"]) == set(speed.PACKAGES)
+    assert "ratio to bound" in (tmp_path / "speed.md").read_text()
+    assert "ratio to bound" in result.output
+
+
+def test_a_pipeline_with_its_weights(tmp_path):
+    model = "examples/models/shapes-sd"
+    result = call("--model", model, "--size", 32, "--steps", 3, "--gate-step", 1, "--rounds", 1, "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "speed.json").read_text())["rows"][0]["model"] == model
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dtype", "int8"), "dtype='int8'"),
+        (("--steps", 4, "--gate-step", 4), "gate_step=4 is not before"),
+        (("--model", "nothing.json"), "nothing.json"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())

@@ -34,7 +34,9 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests; arguments after `--` go to pytest."""
-    session.install(*CONSTRAINED, *PROJECT["dependency-groups"]["test"], "-e", ".[cache-dit,evaluate,examples]")
+    groups = PROJECT["dependency-groups"]
+    extras = ".[cache-dit,evaluate,examples]"
+    session.install(*CONSTRAINED, *groups["test"], *groups["quantise"], "-e", extras)
     session.run("pytest", *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
 
 

@@ -61,14 +61,20 @@ COLUMNS = {
 
 
 def random_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A pipeline of one of the configurations: a denoiser with random weights, and nothing else."""
+    """A pipeline of one of the configurations: a denoiser with random weights, and next to nothing else."""
     torch.manual_seed(0)
     described = load_denoiser(model)
     with device:
         denoiser = type(described).from_config(described.config)
     denoiser.to(dtype).eval().requires_grad_(False)
     scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
-    parts: dict[str, Any] = {"scheduler": scheduler, "vae": None, "text_encoder": None, "tokenizer": None}
+    # It decodes nothing: older pipelines ask it how many pixels a latent has, eight.
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ).to(device, dtype)
+    parts: dict[str, Any] = {"scheduler": scheduler, "vae": vae, "text_encoder": None, "tokenizer": None}
     if isinstance(denoiser, diffusers.UNet2DConditionModel):
         if denoiser.config.addition_embed_type == "text_time":
             return diffusers.StableDiffusionXLPipeline(

@@ -276,6 +276,11 @@ def test_half_precision_stays(name, dtype):
     assert latents.isfinite().all()
 
 
+def assert_same_but_for_rounding(a, b):
+    """Copied weights lie elsewhere, and with some alignments some CPUs add up in another order, without T-GATE too."""
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_saving_and_loading_with_tgate_on(case: Case, tmp_path):
     pipe = case.build()
     baseline = case.run(pipe)
@@ -285,7 +290,7 @@ def test_saving_and_loading_with_tgate_on(case: Case, tmp_path):
     loaded = type(pipe).__mro__[1].from_pretrained(tmp_path, **absent)
     loaded.set_progress_bar_config(disable=True)
     assert not is_tgate_applied(loaded)
-    assert torch.equal(case.run(loaded), baseline)
+    assert_same_but_for_rounding(case.run(loaded), baseline)
 
 
 def test_a_deep_copy_is_gated_on_its_own(case: Case):
@@ -294,9 +299,9 @@ def test_a_deep_copy_is_gated_on_its_own(case: Case):
     expected = case.run(apply_tgate(pipe, GATE))
     copied = copy.deepcopy(pipe)
     assert is_tgate_applied(copied)
-    assert torch.equal(case.run(copied), expected)
+    assert_same_but_for_rounding(case.run(copied), expected)
     remove_tgate(copied)
-    assert torch.equal(case.run(copied), baseline)
+    assert_same_but_for_rounding(case.run(copied), baseline)
     assert torch.equal(case.run(pipe), expected)
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
 

@@ -42,16 +42,11 @@ def test_int8_weights_of_torchao_before_and_after(name):
 def test_a_denoiser_that_is_quantised_as_it_is_loaded(name, tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig
 
-    if not hasattr(diffusers, "TorchAoConfig"):
-        pytest.skip("this diffusers does not load with torchao")
     case = BY_NAME[name]
     pipe = case.build()
     denoiser = getattr(pipe, case.denoiser)
     denoiser.save_pretrained(tmp_path)
-    try:
-        config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
-    except TypeError:
-        config = diffusers.TorchAoConfig("int8_weight_only")
+    config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
     loaded = type(denoiser).from_pretrained(tmp_path, quantization_config=config, torch_dtype=torch.bfloat16)
     setattr(pipe, case.denoiser, loaded)
     inputs = {key: _to_bfloat16(value) for key, value in case.inputs([0]).items()}

@@ -7,10 +7,14 @@ How near T-GATE comes to the speed-up that the arithmetic allows, and what it co
 
 The denoisers have random weights; any other is named by the folder or the hub's name of its pipeline. The pipeline's
 own denoising loop runs, from text embeddings to latents, in turn: plain, with T-GATE, with the gate beyond the last
-step (overhead), and plain without guidance. Ratios are medians over the rounds.
+step, and plain without guidance. Ratios are medians over the rounds.
 
 The bound takes time to be in proportion to MACs, but half a batch often takes more than half the time. The bound of the
 forwards takes the half batch to last as long as the plain pipeline's steps without guidance do, less cross-attention.
+
+What T-GATE's own code takes does not depend on the size of tensors and is too little to be seen beside a large model's
+arithmetic, so it is measured on a denoiser of the same layers that is narrow: a plain step, and one whose gate lies
+beyond the last step.
 """
 
 import json
@@ -27,6 +31,7 @@ import diffusers
 import torch
 import typer
 from cost_table import MODELS, load_denoiser
+from random_pipelines import denoiser_of, narrowed, random_inputs, random_pipeline
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -53,59 +58,14 @@ COLUMNS = {
     "bound": ".3f",
     "ratio_to_bound": ".3f",
     "ratio_to_forwards": ".3f",
-    "overhead_percent": "+.2f",
+    "late_gate_percent": "+.2f",
+    "overhead_us_per_step": "+.0f",
+    "overhead_us_per_layer": "+.1f",
+    "overhead_percent": "+.3f",
     "peak_mb": ".1f",
     "peak_mb_gated": ".1f",
     "announced_mb": ".1f",
 }
-
-
-def random_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A pipeline of one of the configurations: a denoiser with random weights, and next to nothing else."""
-    torch.manual_seed(0)
-    described = load_denoiser(model)
-    with device:
-        denoiser = type(described).from_config(described.config)
-    denoiser.to(dtype).eval().requires_grad_(False)
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, steps_offset=1)
-    # It decodes nothing: older pipelines ask it how many pixels a latent has, eight.
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(32,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    ).to(device, dtype)
-    parts: dict[str, Any] = {"scheduler": scheduler, "vae": vae, "text_encoder": None, "tokenizer": None}
-    if isinstance(denoiser, diffusers.UNet2DConditionModel):
-        if denoiser.config.addition_embed_type == "text_time":
-            return diffusers.StableDiffusionXLPipeline(
-                unet=denoiser, text_encoder_2=None, tokenizer_2=None, add_watermarker=False, **parts
-            )
-        return diffusers.StableDiffusionPipeline(
-            unet=denoiser, safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts
-        )
-    return diffusers.PixArtAlphaPipeline(transformer=denoiser, **parts)
-
-
-def random_inputs(pipe: Any, batch_size: int, size: int, steps: int) -> dict[str, Any]:
-    """The arguments of a call that goes from text embeddings to latents."""
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    config, transformer = denoiser.config, hasattr(pipe, "transformer")
-    width = config.caption_channels if transformer else config.cross_attention_dim
-    shapes = {"prompt_embeds": (batch_size, 120 if transformer else 77, width)}
-    if isinstance(pipe, diffusers.StableDiffusionXLPipeline):
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        shapes["pooled_prompt_embeds"] = (batch_size, pooled)
-    generator = torch.Generator().manual_seed(1)
-    inputs: dict[str, Any] = {
-        prefix + name: torch.randn(shape, generator=generator).to(denoiser.device, denoiser.dtype)
-        for name, shape in shapes.items()
-        for prefix in ("", "negative_")
-    }
-    if transformer:
-        mask = torch.ones(batch_size, 120, dtype=torch.long, device=denoiser.device)
-        inputs |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask, "negative_prompt": None}
-        inputs["use_resolution_binning"] = False
-    return inputs | {"height": size, "width": size, "num_inference_steps": steps, "output_type": "latent"}
 
 
 class Run:
@@ -113,6 +73,7 @@ class Run:
 
     def __init__(self, pipe: Any, inputs: dict[str, Any], gate_step: int) -> None:
         self.pipe, self.inputs, self.gate_step = pipe, inputs, gate_step
+        self.steps = inputs["num_inference_steps"]
         self.cuda = next(value for value in inputs.values() if isinstance(value, torch.Tensor)).is_cuda
 
     def set(self, mode: str) -> None:
@@ -120,8 +81,7 @@ class Run:
         if mode in ("plain", "unguided"):
             remove_tgate(self.pipe)
         else:
-            late = self.inputs["num_inference_steps"]
-            apply_tgate(self.pipe, self.gate_step if mode == "gated" else late)
+            apply_tgate(self.pipe, self.gate_step if mode == "gated" else self.steps)
 
     def call(self, mode: str) -> None:
         """Draw, from the same noise every time."""
@@ -141,6 +101,12 @@ class Run:
         start = time.perf_counter()
         self.call(mode)
         return time.perf_counter() - start
+
+    def warm_up(self, modes: list[str]) -> None:
+        """Do all that is done once: the first of each kind of step, and the compilation of what is compiled."""
+        short = Run(self.pipe, {**self.inputs, "num_inference_steps": 3}, 2) if self.steps > 3 else self
+        for mode in modes:
+            short.seconds(mode)
 
     def peak_bytes(self, mode: str) -> int:
         """Most bytes that torch held at a time in a call, above those that it held before."""
@@ -164,14 +130,12 @@ def measure(run: Run, cost: TGateCost, rounds: int, console: Console, title: str
     """All calls in turn, in an order that turns from round to round."""
     modes = ["plain", "gated", "late", "unguided"]
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
-    # One round to warm up, in which is compiled what is compiled.
-    for number in track(range(-1, rounds), title, console=console, transient=True):
+    run.warm_up(modes)
+    for number in track(range(rounds), title, console=console, transient=True):
         first = number % len(modes)
         for mode in modes[first:] + modes[:first]:
-            taken = run.seconds(mode)
-            if number >= 0:
-                seconds[mode].append(taken)
-    steps, gate = run.inputs["num_inference_steps"], run.gate_step
+            seconds[mode].append(run.seconds(mode))
+    steps, gate = run.steps, run.gate_step
     without_cross = cost.without_cross_attention.total / cost.full.total
     bounds = [
         steps * plain / (gate * plain + (steps - gate) * half * without_cross)
@@ -183,16 +147,29 @@ def measure(run: Run, cost: TGateCost, rounds: int, console: Console, title: str
     announced = get_tgate_report(run.pipe).peak_bytes / 1e6
     return {
         "seconds": seconds,
-        "milliseconds_per_step": 1000 * statistics.median(seconds["plain"]) / run.inputs["num_inference_steps"],
+        "milliseconds_per_step": 1000 * statistics.median(seconds["plain"]) / steps,
         "speedup": speedup,
         "bound": cost.speedup_bound,
         "ratio_to_bound": speedup / cost.speedup_bound,
         "ratio_to_forwards": statistics.median(a / b for a, b in zip(ratios["gated"], bounds, strict=True)),
-        "overhead_percent": 100 * (1 / statistics.median(ratios["late"]) - 1),
+        "late_gate_percent": 100 * (1 / statistics.median(ratios["late"]) - 1),
         "peak_mb": peaks["plain"],
         "peak_mb_gated": peaks["gated"],
         "announced_mb": announced,
     }
+
+
+def overhead_us_per_step(described: Any, size: int, rounds: int, device: torch.device) -> float:
+    """What T-GATE's code takes in a step with a late gate, measured on the same layers made narrow."""
+    pipe = random_pipeline(narrowed(described), device, torch.float32)
+    run = Run(pipe, random_inputs(pipe, 1, size, 10), 1)
+    modes = ["plain", "late"]
+    run.warm_up(modes)
+    differences = []
+    for number in range(rounds):
+        taken = {mode: run.seconds(mode) for mode in (modes if number % 2 else modes[::-1])}
+        differences.append((taken["late"] - taken["plain"]) / run.steps)
+    return 1e6 * statistics.median(differences)
 
 
 def microseconds_per_layer(calls: int = 20000) -> float:
@@ -232,6 +209,7 @@ def main(
     gate_step: Annotated[int, typer.Option(min=1)] = 4,
     batch_size: Annotated[list[int], typer.Option(min=1)] = [1],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1)] = 5,
+    narrow_rounds: Annotated[int, typer.Option(min=1, help="Rounds with narrow layers, for the overhead.")] = 60,
     device: Annotated[str, typer.Option()] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the denoiser in place.")] = False,
@@ -249,17 +227,23 @@ def main(
     rows = []
     for name in model:
         if name in MODELS or name.endswith(".json"):
-            pipe = random_pipeline(name, place, getattr(torch, dtype))
+            pipe = random_pipeline(load_denoiser(name), place, getattr(torch, dtype))
         else:
             pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype)).to(place)
-        pipe.set_progress_bar_config(disable=True)
+            pipe.set_progress_bar_config(disable=True)
+        denoiser = denoiser_of(pipe)
+        overhead = overhead_us_per_step(denoiser, 64, narrow_rounds, place)
         if compile:
-            (getattr(pipe, "unet", None) or pipe.transformer).compile(fullgraph=True, mode=mode)
+            denoiser.compile(fullgraph=True, mode=mode)
         for batch in batch_size:
             run = Run(pipe, random_inputs(pipe, batch, size, steps), gate_step)
             cost = estimate_cost(pipe, TGateSchedule(gate_step), steps, height=size, width=size, batch_size=batch)
             row = {"model": name, "batch_size": batch, "compiled": mode if compile else "no"}
-            rows.append(row | measure(run, cost, rounds, console, f"{name}, batch of {batch}"))
+            row |= measure(run, cost, rounds, console, f"{name}, batch of {batch}")
+            row["overhead_us_per_step"] = overhead
+            row["overhead_us_per_layer"] = overhead / len(denoiser.attn_processors)
+            row["overhead_percent"] = overhead / row["milliseconds_per_step"] / 10
+            rows.append(row)
     about = {
         "size": size,
         "steps": steps,

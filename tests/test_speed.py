@@ -4,7 +4,10 @@ import json
 
 import pytest
 import speed
+import torch
 import typer
+from cost_table import load_denoiser
+from random_pipelines import random_pipeline
 from typer.testing import CliRunner
 
 from tests.pipelines import GOLDEN
@@ -26,12 +29,12 @@ def call(*arguments):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_denoiser_with_random_weights(name, batch_size, tmp_path):
-    arguments = ("--model", CONFIGS[name], "--size", 64, "--steps", 6, "--gate-step", 3, "--rounds", 2)
-    result = call(*arguments, "--batch-size", batch_size, "--output", tmp_path)
+    arguments = ("--model", CONFIGS[name], "--size", 64, "--steps", 6, "--gate-step", 3, "--batch-size", batch_size)
+    result = call(*arguments, "--rounds", 2, "--narrow-rounds", 2, "--output", tmp_path)
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "speed.json").read_text())
     (row,) = found["rows"]
-    pipe = speed.random_pipeline(str(CONFIGS[name]), speed.torch.device("cpu"), speed.torch.float32)
+    pipe = random_pipeline(load_denoiser(str(CONFIGS[name])), torch.device("cpu"), torch.float32)
     cost = estimate_cost(pipe, TGateSchedule(3), 6, height=64, width=64, batch_size=batch_size)
     assert row["bound"] == cost.speedup_bound > 1
     assert row["ratio_to_bound"] == row["speedup"] / row["bound"]
@@ -39,6 +42,8 @@ def test_a_denoiser_with_random_weights(name, batch_size, tmp_path):
     assert {mode: len(seconds) for mode, seconds in row["seconds"].items()} == dict.fromkeys(
         ("plain", "gated", "late", "unguided"), 2
     )
+    layers = len(pipe.components["transformer" if name == "pixart_alpha" else "unet"].attn_processors)
+    assert row["overhead_us_per_layer"] == row["overhead_us_per_step"] / layers != 0
     assert row["peak_mb"] > 0
     assert row["peak_mb_gated"] > 0
     assert found["microseconds_per_layer"] > 0
@@ -49,7 +54,8 @@ def test_a_denoiser_with_random_weights(name, batch_size, tmp_path):
 
 def test_a_pipeline_with_its_weights(tmp_path):
     model = "examples/models/shapes-sd"
-    result = call("--model", model, "--size", 32, "--steps", 3, "--gate-step", 1, "--rounds", 1, "--output", tmp_path)
+    arguments = ("--model", model, "--size", 32, "--steps", 3, "--gate-step", 1)
+    result = call(*arguments, "--rounds", 1, "--narrow-rounds", 1, "--output", tmp_path)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "speed.json").read_text())["rows"][0]["model"] == model
 

@@ -1,14 +1,19 @@
 """A gated denoiser compiles without a graph break: a graph each for compute, store and reuse, and none later."""
 
+import threading
+
 import pytest
 import torch
+from cost_table import load_denoiser
 from DeepCache import DeepCacheSDHelper
 from diffusers.models.attention import BasicTransformerBlock
+from random_pipelines import narrowed, random_inputs, random_pipeline
 from torch._dynamo.testing import CompileCounter
 
 from tests.ecosystem import HOSTS_BY_NAME
 from tests.pipelines import BY_NAME
 from tgate_processors import apply_tgate, remove_tgate
+from tgate_processors.compilation import room_for_graphs
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
 
@@ -112,6 +117,90 @@ def test_compiled_blocks_have_three_graphs_for_each_that_they_have_without(name)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for call, uncompiled in zip(other_calls(case), expected, strict=True):
             torch.testing.assert_close(case.run(pipe, **call), uncompiled)
+
+
+def narrow_sd15():
+    """SD-1.5's blocks are of three widths, with a graph each."""
+    pipe = random_pipeline(narrowed(load_denoiser("sd15")), torch.device("cpu"), torch.float32)
+    inputs = random_inputs(pipe, 1, 128, 4)
+
+    def call(guidance_scale, **more):
+        generator = torch.Generator().manual_seed(0)
+        return pipe(**inputs, guidance_scale=guidance_scale, generator=generator, **more).images
+
+    return pipe, call
+
+
+def test_there_is_room_for_three_times_the_graphs():
+    limit = torch._dynamo.config.recompile_limit
+    pipe, call = narrow_sd15()
+    compile_blocks(pipe, BY_NAME["sd"], plain := CompileCounter())
+    call(5.0), call(1.0)
+    assert plain.frame_count == 6 <= limit
+    torch._dynamo.reset()
+    pipe, call = narrow_sd15()
+    apply_tgate(pipe, 2)
+    expected = [call(5.0), call(1.0)]
+    compile_blocks(pipe, BY_NAME["sd"], counter := CompileCounter())
+    torch.testing.assert_close(call(5.0), expected[0])
+    assert counter.frame_count == 9 > limit
+    torch.testing.assert_close(call(1.0), expected[1])
+    assert counter.frame_count <= 3 * plain.frame_count
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(call(5.0), expected[0])
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+class Broken(Exception):
+    pass
+
+
+def test_the_limit_on_graphs_is_the_users_again_whatever_happens():
+    limit = torch._dynamo.config.recompile_limit
+    pipe, call = narrow_sd15()
+    inner, call_inner = narrow_sd15()
+    apply_tgate(pipe, 2), apply_tgate(inner, 2)
+    seen = []
+
+    def on_step_end(pipeline, step_index, timestep, callback_kwargs):
+        seen.append(torch._dynamo.config.recompile_limit)
+        call_inner(5.0)
+        if step_index == 1:
+            raise Broken
+        return callback_kwargs
+
+    with pytest.raises(Broken):
+        call(5.0, callback_on_step_end=on_step_end)
+    assert len(set(seen)) == 1
+    assert seen[0] >= 3 * limit
+    assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_calls_that_overlap_leave_the_limit_as_it_was():
+    limit = torch._dynamo.config.recompile_limit
+    entered, left = threading.Event(), threading.Event()
+    seen = []
+
+    def first():
+        with room_for_graphs():
+            entered.set()
+            left.wait(30)
+
+    def second():
+        entered.wait(30)
+        with room_for_graphs():
+            seen.append(torch._dynamo.config.recompile_limit)
+            left.set()
+            threads[0].join()
+        seen.append(torch._dynamo.config.recompile_limit)
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [9 * limit, limit]
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_self_attention_at_intervals_needs_a_graph_for_each_pair_of_actions():

@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 from .callback import TGateCallback
+from .compilation import room_for_graphs
 from .deepcache import DeepCacheOrder
 from .installation import Installation
 from .run import PipelineRun
@@ -87,7 +88,8 @@ def _gated_call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, A
         bound.arguments["callback"] = _suspending(callback.state, bound.arguments["callback"])
     callback.start(PipelineRun(pipe, given), by_forward=not ticks)
     try:
-        with installation.deepcache.running() if installation.deepcache else contextlib.nullcontext():
+        deepcache = installation.deepcache.running() if installation.deepcache else contextlib.nullcontext()
+        with room_for_graphs(), deepcache:
             return call(*bound.args, **bound.kwargs)
     except BaseException:
         installation.recover()

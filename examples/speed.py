@@ -6,8 +6,8 @@ How near T-GATE comes to the speed-up that the arithmetic allows, and what it co
         --steps 25 --gate-step 10 --compile --output runs/speed
 
 The denoisers have random weights; any other is named by the folder or the hub's name of its pipeline. The pipeline's
-own denoising loop runs, from text embeddings to latents, in turn: plain, with T-GATE, with the gate beyond the last
-step, and plain without guidance. Ratios are medians over the rounds.
+own denoising loop runs, from text embeddings to latents, in turn: plain, with T-GATE, and plain without guidance.
+Ratios are medians over the rounds.
 
 The bound takes time to be in proportion to MACs, but half a batch often takes more than half the time. The bound of the
 forwards takes the half batch to last as long as the plain pipeline's steps without guidance do, less cross-attention.
@@ -54,11 +54,11 @@ COLUMNS = {
     "batch_size": "d",
     "compiled": "",
     "milliseconds_per_step": ".1f",
+    "milliseconds_unguided": ".1f",
     "speedup": ".3f",
     "bound": ".3f",
     "ratio_to_bound": ".3f",
     "ratio_to_forwards": ".3f",
-    "late_gate_percent": "+.2f",
     "overhead_us_per_step": "+.0f",
     "overhead_us_per_layer": "+.1f",
     "overhead_percent": "+.3f",
@@ -128,7 +128,7 @@ class Run:
 
 def measure(run: Run, cost: TGateCost, rounds: int, console: Console, title: str) -> dict[str, Any]:
     """All calls in turn, in an order that turns from round to round."""
-    modes = ["plain", "gated", "late", "unguided"]
+    modes = ["plain", "gated", "unguided"]
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     run.warm_up(modes)
     for number in track(range(rounds), title, console=console, transient=True):
@@ -148,11 +148,11 @@ def measure(run: Run, cost: TGateCost, rounds: int, console: Console, title: str
     return {
         "seconds": seconds,
         "milliseconds_per_step": 1000 * statistics.median(seconds["plain"]) / steps,
+        "milliseconds_unguided": 1000 * statistics.median(seconds["unguided"]) / steps,
         "speedup": speedup,
         "bound": cost.speedup_bound,
         "ratio_to_bound": speedup / cost.speedup_bound,
         "ratio_to_forwards": statistics.median(a / b for a, b in zip(ratios["gated"], bounds, strict=True)),
-        "late_gate_percent": 100 * (1 / statistics.median(ratios["late"]) - 1),
         "peak_mb": peaks["plain"],
         "peak_mb_gated": peaks["gated"],
         "announced_mb": announced,

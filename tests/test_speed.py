@@ -40,7 +40,7 @@ def test_a_denoiser_with_random_weights(name, batch_size, tmp_path):
     assert row["ratio_to_bound"] == row["speedup"] / row["bound"]
     assert row["announced_mb"] == cost.report.peak_bytes / 1e6 > 0
     assert {mode: len(seconds) for mode, seconds in row["seconds"].items()} == dict.fromkeys(
-        ("plain", "gated", "late", "unguided"), 2
+        ("plain", "gated", "unguided"), 2
     )
     layers = len(pipe.components["transformer" if name == "pixart_alpha" else "unet"].attn_processors)
     assert row["overhead_us_per_layer"] == row["overhead_us_per_step"] / layers != 0

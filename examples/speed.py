@@ -182,7 +182,6 @@ def microseconds_per_layer(calls: int = 20000) -> float:
     plain, layer, tensor = Nothing(), torch.nn.Module(), torch.zeros(1)
     callback = TGateCallback(TGateSchedule(10))
     gated = TGateAttnProcessor(plain, callback.state)
-    callback.state.claim()
     taken: dict[int, list[float]] = {0: [], 1: []}
     for _ in range(5):
         for index, processor in enumerate((plain, gated)):

@@ -9,11 +9,9 @@ import torch
 
 from tests.pipelines import BY_NAME, CASES
 from tests.test_laws import distance
-from tgate_processors import TGateAttnProcessor, TGateSchedule, apply_tgate, get_tgate_report
-from tgate_processors.counting import count_forward
-from tgate_processors.families import attention_modules
+from tgate_processors import apply_tgate, get_tgate_report
+from tgate_processors.counting import count_forwards
 from tgate_processors.schedule import Action
-from tgate_processors.state import TGateState
 from tgate_processors.twin import InputSize, make_inputs
 
 WITH_CONTROLNET = [case for case in CASES if case.control]
@@ -45,8 +43,8 @@ def test_the_controlnet_is_halved_with_the_unet(case, prompts):
 def test_halving_the_controlnet_changes_nothing(case, half):
     pipe = apply_tgate(case.build(), 2, cfg_half=half)
     halved = case.run(pipe, [0, 1])
-    handles = vars(pipe)["_tgate"].callback.hooks._handles
-    handles[-1].remove()
+    (hook,) = pipe.controlnet._forward_pre_hooks
+    del pipe.controlnet._forward_pre_hooks[hook]
     seen = watch(pipe)
     assert distance(case.run(pipe, [0, 1]), halved) < 1e-5
     assert ("control", 4) in seen[-4:]
@@ -60,10 +58,14 @@ def test_in_guess_mode_the_half_with_the_control_stays(name, half):
     apply_tgate(pipe, 2, cfg_half=half)
     seen = watch(pipe)
     residuals = []
-    pipe.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: residuals.append(kwargs["mid_block_additional_residual"].abs().amax((1, 2, 3))),
-        with_kwargs=True,
-    )
+    forward = pipe.unet.forward
+
+    def watched(*args, **kwargs):
+        residuals.append(kwargs["mid_block_additional_residual"].abs().amax((1, 2, 3)))
+        return forward(*args, **kwargs)
+
+    # The user's hooks see whole batches.
+    pipe.unet.forward = watched
     case.run(pipe, guess_mode=True)
     assert seen == [
         (part, 1 if part == "control" or step > 1 else 2) for step in range(6) for part in ("control", "unet")
@@ -107,12 +109,10 @@ def test_what_the_controlnet_could_save(name, latent, halved, gated):
         inputs = make_inputs(unet.to("meta"), 1, InputSize(latent, latent, 77, 1)) | {"return_dict": False}
         if part is controlnet:
             inputs["controlnet_cond"] = torch.empty(1, 3, 8 * latent, 8 * latent, device="meta")
-        state = TGateState(TGateSchedule())
-        layers = attention_modules(part.eval().to("meta"))
-        part.set_attn_processor({key: TGateAttnProcessor(layer.processor, state) for key, layer in layers.items()})
-        for action in (Action.STORE, Action.REUSE):
-            state.cross_attention = action
-            macs[part is controlnet, action] = count_forward(part, inputs).macs.total
+        ways = [(action, Action.COMPUTE) for action in (Action.STORE, Action.REUSE)]
+        counted = count_forwards(part.eval().to("meta"), lambda inputs=inputs: inputs, ways)
+        for (action, _), (forward, _) in zip(ways, counted, strict=True):
+            macs[part is controlnet, action] = forward.macs.total
     before = 2 * 10 * (macs[False, Action.STORE] + macs[True, Action.STORE])
     run = {
         "whole": before + 15 * (macs[False, Action.REUSE] + 2 * macs[True, Action.STORE]),

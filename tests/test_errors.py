@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -31,7 +32,7 @@ def still_works(pipe, baseline):
         ({"sp_interval": 0}, ValueError, "sp_interval=0 is too small: give"),
         ({"fi_interval": 0}, ValueError, "fi_interval=0 is too small: give"),
         ({"warm_up": -1}, ValueError, "warm_up=-1 is too small: give"),
-        ({"cfg_half": "negative"}, ValueError, "cfg_half='negative' is no half of guidance: give"),
+        ({"cfg_half": "negative"}, ValueError, 'cfg_half must be "unconditional" or "conditional", not \'negative\'.'),
         ({"gate": 3}, TypeError, "unexpected keyword argument 'gate'"),
         ({"deepcache": 3}, TypeError, "deepcache=3 is a int: give a DeepCacheSDHelper"),
     ],
@@ -55,15 +56,29 @@ def test_intervals_are_keywords():
 
 
 @pytest.mark.parametrize("function", [apply_tgate, remove_tgate, is_tgate_applied, get_tgate_report])
-@pytest.mark.parametrize("thing", [None, "sd", 3, torch.nn.Linear(2, 2), diffusers.StableDiffusionPipeline])
-def test_not_a_pipeline(function, thing):
-    with pytest.raises(TypeError, match=f"pipe is a {type(thing).__name__}, not a diffusers pipeline: give the"):
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (None, "pipe is None, a NoneType, not a diffusers pipeline: give a DiffusionPipeline."),
+        (3, "pipe is 3, a int, not a diffusers pipeline: give a DiffusionPipeline."),
+        ("a/folder", "pipe is the name 'a/folder', not a diffusers pipeline: load it, DiffusionPipeline.from_pretrained("),
+        (Path("a/folder"), "pipe is the name 'a/folder', not a diffusers pipeline: load it, DiffusionPipeline.from_"),
+        (torch.nn.Linear(2, 2), "pipe is a Linear, not a diffusers pipeline: give the DiffusionPipeline that it is a part"),
+        (
+            diffusers.StableDiffusionPipeline,
+            "pipe is the class StableDiffusionPipeline, not a diffusers pipeline: make a pipeline of it, Stable",
+        ),
+    ],
+    ids=["none", "number", "name", "path", "module", "class"],
+)
+def test_not_a_pipeline(function, thing, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
         function(thing)
 
 
-def test_a_denoiser_instead_of_its_pipeline():
-    with pytest.raises(TypeError, match="pipe is a UNet2DConditionModel, not a diffusers pipeline"):
-        apply_tgate(CASE.build().unet)
+def test_swapped_arguments():
+    with pytest.raises(TypeError, match=re.escape("the arguments are swapped: write apply_tgate(pipe, gate_step=10).")):
+        apply_tgate(10, CASE.build())
 
 
 def test_a_report_without_tgate():
@@ -207,7 +222,7 @@ def without_denoiser():
         (attention_guidance, "it has no callback_on_step_end, no num_timesteps, no do_classifier_free_guidance"),
         (free_noise, "with FreeNoise: its attention layers run once for every window"),
         (added_keys, "UNet2DConditionModel has joint attention"),
-        (sana, "how transformer=SanaTransformer2DModel does guidance is not known here"),
+        (sana, "T-GATE does not know how transformer=SanaTransformer2DModel does guidance"),
         (without_denoiser, "no `unet` or `transformer`"),
     ],
     ids=[

@@ -68,7 +68,7 @@ def test_a_gate_beyond_the_last_step_changes_no_bit_and_warns_once(name, gate_st
     assert torch.equal(case.run(pipe), baseline)
     steps = get_tgate_report(pipe).num_inference_steps
     (message,) = [record.message for record in caplog.records if "tgate" in record.name]
-    assert message.startswith(f"gate_step={gate_step} is not before the last of the {steps} steps that run: ")
+    assert message.startswith(f"T-GATE: gate_step={gate_step} is not before the last of the {steps} steps that run: ")
 
 
 def test_two_calls_agree(case: Case):
@@ -266,7 +266,7 @@ def test_half_precision_stays(name, dtype):
     kept = set()
     state = vars(pipe)["_tgate"].callback.state
     getattr(pipe, case.denoiser).register_forward_hook(
-        lambda module, args, output: kept.update(slot.tensor.dtype for slot in state._slots if slot.tensor is not None)
+        lambda module, args, output: kept.update(each.tensor.dtype for each in state.current().kept.values())
     )
     output = pipe(**inputs)
     latents = output.frames if case.video else output.images

@@ -122,12 +122,12 @@ def test_one_processor_for_several_layers_is_refused():
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: TGateAttnProcessor(3, TGateCallback(TGateSchedule()).state), TypeError, "original is a int, not an"),
+        (lambda: TGateAttnProcessor(3, TGateCallback(TGateSchedule()).state), TypeError, "original=3 is a int, not an"),
         (lambda: TGateAttnProcessor(len, TGateCallback(TGateSchedule()).state), TypeError, "is a builtin_function"),
-        (lambda: TGateAttnProcessor(AttnProcessor2_0, None), TypeError, "original is a type, not an attention"),
-        (lambda: TGateAttnProcessor(AttnProcessor2_0(), None), TypeError, "state is a NoneType: give the"),
-        (lambda: TGateCallback(10), TypeError, "schedule is a int: give a TGateSchedule"),
-        (lambda: TGateCallback(TGateSchedule(), cfg_half="both"), ValueError, "cfg_half='both' is no half"),
+        (lambda: TGateAttnProcessor(AttnProcessor2_0, None), TypeError, "is a type, not an attention"),
+        (lambda: TGateAttnProcessor(AttnProcessor2_0(), None), TypeError, "state=None is a NoneType: give the"),
+        (lambda: TGateCallback(10), TypeError, "schedule=10 is a int: give a TGateSchedule"),
+        (lambda: TGateCallback(TGateSchedule(), cfg_half="both"), ValueError, "not 'both'"),
     ],
 )
 def test_bad_arguments(build, error, message):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pipelines import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report
-from tgate_processors.processor import _mean_of_halves
+from tgate_processors.processor import mean_of_halves
 
 NAMES = ["sd", "sdxl", "pixart_alpha", "svd", "sd_controlnet", "lcm", "lcm_pixart"]
 # What waits for the device: they bring a number to the host.
@@ -134,8 +134,8 @@ def test_after_the_gate_a_forward_works_with_the_memory_of_a_run_without_guidanc
 
 def test_the_average_needs_no_more_than_itself():
     output = torch.randn(4, 64, 32)
-    torch.testing.assert_close(_mean_of_halves(output), output.view(2, 2, 64, 32).mean(0))
-    assert peak_bytes(lambda: _mean_of_halves(output)) == output.nbytes // 2
+    torch.testing.assert_close(mean_of_halves(output), output.view(2, 2, 64, 32).mean(0))
+    assert peak_bytes(lambda: mean_of_halves(output)) == output.nbytes // 2
 
 
 @pytest.mark.parametrize("settings", [{}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 1}], ids=["v1", "v2"])
@@ -145,10 +145,8 @@ def test_what_is_kept_keeps_nothing_larger_alive(case, settings):
     kept = []
 
     def after(module, args, output):
-        for processor in denoiser.attn_processors.values():
-            tensor = processor.slot.tensor
-            if tensor is not None:
-                kept.append((tensor.nbytes, tensor.untyped_storage().nbytes(), tensor.requires_grad))
+        for each in vars(pipe)["_tgate"].callback.state.current().kept.values():
+            kept.append((each.tensor.nbytes, each.tensor.untyped_storage().nbytes(), each.tensor.requires_grad))
 
     denoiser.register_forward_hook(after)
     case.run(pipe)

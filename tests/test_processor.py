@@ -11,6 +11,8 @@ from diffusers.models import attention_processor as ap
 
 from tests.pipelines import BY_NAME
 from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, remove_tgate
+from tgate_processors.counting import Recorder
+from tgate_processors.schedule import Action
 
 
 def gate(original):
@@ -149,15 +151,14 @@ def test_a_class_on_top_of_the_gated_one_stays():
 
 
 def test_attending_to_itself_is_self_attention_whatever_the_argument_is_called():
-    callback = TGateCallback(TGateSchedule(2))
+    state, run = TGateCallback(TGateSchedule(2)).state, Recorder()
     attn = ap.Attention(query_dim=8, heads=2, dim_head=4)
-    attn.set_processor(TGateAttnProcessor(attn.processor, callback.state))
-    callback.state.begin(iterations=4, order=1, repeats=0)
+    attn.set_processor(TGateAttnProcessor(attn.processor, state))
     runs = []
     attn.to_k.register_forward_hook(lambda module, args, output: runs.append(1))
     hidden_states = torch.randn(1, 3, 8)
-    for _ in range(4):
-        callback.state.enter(guided=False)
-        attn(hidden_states, encoder_hidden_states=hidden_states)
-        callback.state.advance()
-    assert len(runs) == 4
+    with state.entered(run):
+        for action in (Action.STORE, Action.REUSE, Action.REUSE):
+            run.signals.set(action, Action.COMPUTE)
+            attn(hidden_states, encoder_hidden_states=hidden_states)
+    assert len(runs) == 3

@@ -5,8 +5,8 @@ from .cost import TGateCost, estimate_cost
 from .counting import MACs
 from .patch import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from .processor import TGateAttnProcessor
+from .report import TGateReport
 from .schedule import TGateSchedule
-from .state import TGateReport
 
 __version__ = "0.1.0"
 

@@ -2,25 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 
+from .call import Call
+from .checkpointing import replayed
+from .companions.others import check_others
 from .families import check_half, find_family
-from .guidance import DenoiserHooks
-from .run import PipelineRun
-from .schedule import CFGHalf, StepPlan, TGateSchedule
+from .hooks import DenoiserHooks
+from .layers import Layers
+from .run import Run
+from .schedule import CFGHalf, TGateSchedule
 from .state import TGateState
 
+# Which outputs of the first step are reused is not known before the number of steps is, so it is that of a long run.
+_LONG_RUN = 1000
 
-class TGateCallback:
+
+class StepClock:
+    """
+    Tells the run that a thread is in that a step has ended. Without a run it does nothing.
+
+    Args:
+        schedule (`TGateSchedule`): When attention is computed, stored and reused.
+    """
+
+    def __init__(self, schedule: TGateSchedule) -> None:
+        if not isinstance(schedule, TGateSchedule):
+            raise TypeError(f"schedule={schedule!r} is a {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
+        self.state = TGateState(schedule)
+
+    def __call__(
+        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """One pass of the pipeline's loop has ended."""
+        self.tick(step_index, callback_kwargs)
+        return callback_kwargs
+
+    def tick(self, step_index: int, tensors: dict[str, Any], latents: Any = None) -> None:
+        """
+        One pass of the loop has ended.
+
+        Args:
+            step_index (`int`): The pipeline's number of the pass.
+            tensors (`dict`): What the pipeline has told.
+            latents (`torch.Tensor`, *optional*): The latents of the next pass, if the user's callback gave others.
+        """
+        run = self.state.current()
+        if run is not None:
+            run.tick(step_index, latents, tensors)
+
+
+class TGateCallback(StepClock):
     r"""
-    Step-counting `callback_on_step_end`: the clock of T-GATE.
+    Step-counting `callback_on_step_end`: the clock of T-GATE, for wiring it by hand.
 
-    [`apply_tgate`] makes one and hands it to every call of the pipeline. Make one yourself to choose the layers: put
+    [`apply_tgate`] does all of this by itself. Make a clock yourself to choose the layers: put
     [`TGateAttnProcessor`]s with its `state` into the denoiser and hand it to the call. It then takes its place on the
-    denoiser at the end of the first step and leaves it at the end of the last one.
+    denoiser at the end of the first step and leaves it at the end of the last one. Guidance is dropped only if every
+    cross-attention layer has a gate; else all of it stays on.
 
     Args:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
@@ -56,116 +98,83 @@ class TGateCallback:
     tensor_inputs: ClassVar[list[str]] = []
 
     def __init__(self, schedule: TGateSchedule, *, cfg_half: CFGHalf | None = None) -> None:
-        if not isinstance(schedule, TGateSchedule):
-            raise TypeError(f"schedule is a {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
-        if cfg_half not in (None, "unconditional", "conditional"):
-            raise ValueError(f'cfg_half={cfg_half!r} is no half of guidance: give "unconditional" or "conditional".')
-        self.cfg_half = cfg_half
-        self.state = TGateState(schedule)
-        self.hooks = DenoiserHooks(self.state)
-        self.before_step: Callable[[StepPlan, bool], None] | None = None
-        self.check_layers: Callable[[], None] | None = None
-        self._run: PipelineRun | None = None
-        self._visiting = True
-        self.state.prime()
+        super().__init__(schedule)
+        self.cfg_half = checked_half(cfg_half)
+        self._run: Run | None = None
+        self._place = ExitStack()
+        self._wait()
 
     def __call__(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """One pass of the pipeline's loop has ended."""
-        if self._visiting and not self.state.running:
-            self._begin_late(pipeline)
-        self._check_batch(callback_kwargs.get("latents"))
-        self._tick()
-        if self._visiting and not self.state.running:
+        try:
+            if self._run is None:
+                self._take_place(pipeline)
+            super().__call__(pipeline, step_index, timestep, callback_kwargs)
+        except BaseException:
+            self.reset()
+            raise
+        if self._run is not None and self._run.between_loops:
+            self._run.close()
             self.reset()
         return callback_kwargs
 
-    @property
-    def running(self) -> bool:
-        """Whether a call of the pipeline is under way."""
-        return self._run is not None
-
-    def settle(self) -> None:
-        """Stay on the denoiser between the calls, for a pipeline that announces each of them by `start`."""
-        self._visiting = False
-        self.reset()
-
-    def start(self, run: PipelineRun, *, by_forward: bool) -> None:
-        """
-        A call of the pipeline starts; its loop begins with the first denoiser forward.
-
-        Args:
-            run (`PipelineRun`): The call.
-            by_forward (`bool`): Whether the end of a forward is the tick, for pipelines without step callbacks.
-        """
-        self.reset()
-        self._run = run
-        self.state.claim()
-        self.hooks.before_forward = self._begin
-        self.hooks.after_forward = self._tick if by_forward else None
-
     def reset(self) -> None:
         """Let go of all that a run holds, in particular one that an exception or an interrupt has ended."""
+        self._place.close()
         self._run = None
-        self.state.reset()
-        self.hooks.rest()
-        if self._visiting:
-            self.hooks.remove()
-            self.state.prime()
+        self._wait()
 
-    def _begin(self) -> None:
-        """Begin the loop, if it has not begun: its steps are known now."""
-        if self._run is not None and not self.state.running:
-            self.state.begin(*self._run.timeline())
-            self._prepare()
+    def _wait(self) -> None:
+        """Be ready for the first step of a call, which nobody announces."""
+        self.state.waiting = waiting = Run(self.state, _Nobody(), Layers(None, self.state), droppable=False)
+        waiting.prime(self.state.schedule.plan(_LONG_RUN)[0])
 
-    def _tick(self) -> None:
-        """One pass of the loop has ended; get ready for the next one."""
-        self.state.advance()
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """Set what the denoiser does in the pass to come."""
-        if self._run is None or not self.state.running:
-            return
-        if self.check_layers is not None:
-            self.check_layers()
-        plan = self.state.enter(self.hooks.droppable and self._run.guided())
-        if self.before_step is not None:
-            self.before_step(plan, self.state.guided)
-
-    def _begin_late(self, pipeline: Any) -> None:
+    def _take_place(self, pipeline: Any) -> None:
         """Begin the run at the end of its first pass, the first that a callback alone sees."""
+        self._place.close()
         found = find_family(pipeline)
         check_half(pipeline, found, self.cfg_half)
-        self._run = run = PipelineRun(pipeline)
-        # The first forward had no hook to do it.
-        self.state.secure()
-        self.state.begin(*run.timeline())
-        if run.guided() and self.state.report.gate_step == 1:
-            self.reset()
+        check_others(found.denoiser, self.state.schedule)
+        layers = Layers(found.denoiser, self.state, "gate")
+        layers.look()
+        self._run, self.state.waiting = self.state.waiting, None
+        assert self._run is not None
+        hooks = DenoiserHooks(self.state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half)
+        forget = found.denoiser.register_forward_pre_hook(self._forget_a_broken_run)
+        hooks.install()
+        self._place.callback(forget.remove)
+        self._place.callback(hooks.remove)
+        self._place.enter_context(replayed(found.denoiser, self.state))
+        self.state.enter(self._run)
+        self._place.callback(self.state.leave)
+        call = Call(pipeline, vouched=found.vouched)
+        self._run.adopt(call, layers, droppable=found.kept_half is not None)
+        if call.guided() and self._run.gates_first_step:
             raise ValueError(
-                "gate_step is the first step, and a callback first runs when that is over: use apply_tgate(pipe, ...), "
-                "or a gate_step of at least 2."
+                "T-GATE: gate_step is the first step, and a callback first runs when that is over: use "
+                "apply_tgate(pipe, ...), or a gate_step of at least 2."
             )
-        self.hooks.install(found.denoiser, self.cfg_half, found.kept_half, found.controlnet)
-        self._prepare()
-        self.hooks.before_forward = self._forget_a_broken_run
 
-    def _forget_a_broken_run(self) -> None:
+    def _forget_a_broken_run(self, module: torch.nn.Module, args: Any) -> None:
         """Start afresh if the denoiser is called by a later call than the one that was begun."""
-        if self._run is not None and self._run.is_over():
-            self.reset()
+        if self._run is not None and self._run.call.is_over():
+            # The hooks stay for this forward, which torch has begun with them.
+            self._run = None
+            self.state.leave()
+            self._wait()
 
-    def _check_batch(self, latents: Any) -> None:
-        """Compare the batch that the denoiser got with the latents: two halves with guidance, else one."""
-        guided = self.state.guided
-        parts = 2 if guided else 1
-        batch = self.hooks.batch if self.hooks.droppable else 0
-        if batch and isinstance(latents, torch.Tensor) and batch != parts * latents.shape[0]:
-            raise ValueError(
-                f"the denoiser got a batch of {batch} for {latents.shape[0]} latents with classifier-free guidance "
-                f"{'on' if guided else 'off'}, where T-GATE expects {parts * latents.shape[0]}: the guidance of "
-                "this pipeline is not two halves of one batch. Call remove_tgate(pipe) to use it."
-            )
+
+class _Nobody(Call):
+    """The call of nobody yet."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+
+def checked_half(cfg_half: CFGHalf | None) -> CFGHalf | None:
+    """Validate `cfg_half`."""
+    if cfg_half not in (None, "unconditional", "conditional"):
+        raise ValueError(f'cfg_half must be "unconditional" or "conditional", not {cfg_half!r}.')
+    return cfg_half

@@ -14,9 +14,10 @@ import torch
 
 from .counting import MACs, Profile, measure, run_schedule
 from .families import FAMILIES, check_attention, family_of, find_family
-from .run import PipelineRun
+from .call import Call
+from .report import TGateReport
 from .schedule import TGateSchedule, checked_int
-from .state import TGateReport
+from .steps import Timeline
 from .twin import InputSize, check_conditions, check_parameters, input_size, make_twin
 
 
@@ -142,7 +143,7 @@ def estimate_cost(
         without_cross_attention=without_cross.macs,
         without_self_attention=profile.forwards[False, True].macs,
         without_attention=profile.forwards[True, True].macs,
-        without_tgate=full.macs * (timeline[0] * batch_size * (2 if guided else 1)),
+        without_tgate=full.macs * (timeline.passes * batch_size * (2 if guided else 1)),
         with_tgate=with_tgate,
         parameters=full.parameters,
         parameters_after_gate=without_cross.parameters,
@@ -173,7 +174,7 @@ def _pipe_and_denoiser(given: Any) -> tuple[Any, Any]:
         raise TypeError(f"pipe_or_denoiser is a {name}: give a diffusers pipeline, or its denoiser.")
     if family_of(given) is None:
         known = ", ".join(family.denoiser_class for family in FAMILIES)
-        raise ValueError(f"{name} cannot be gated: how it does guidance is not known here. Known are {known}.")
+        raise ValueError(f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {known}.")
     check_attention(given, name)
     return None, getattr(given, "_orig_mod", given)
 
@@ -201,10 +202,10 @@ def _dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def _timeline(pipe: Any, num_inference_steps: int) -> tuple[int, int, int]:
+def _timeline(pipe: Any, num_inference_steps: int) -> Timeline:
     """Passes of the loop, passes per step, first passes that repeat step 0; as in the pipeline's own run."""
     if pipe is None:
-        return num_inference_steps, 1, 0
+        return Timeline(num_inference_steps)
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(num_inference_steps)
-    return PipelineRun(SimpleNamespace(scheduler=scheduler)).timeline()
+    return Call(SimpleNamespace(scheduler=scheduler)).timeline()

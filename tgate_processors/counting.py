@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .families import attention_modules
+from .call import Call
+from .layers import Layers, attention_modules
+from .layout import Seen
 from .processor import TGateAttnProcessor
-from .schedule import Action, Phase, TGateSchedule
-from .state import TGateReport, TGateState
+from .report import TGateReport
+from .run import Run
+from .schedule import Action, TGateSchedule
+from .state import Signals, Slot, TGateState
+from .steps import Timeline
 from .twin import InputSize, make_inputs
 
 # The layers that published MACs count.
@@ -67,21 +73,66 @@ class Profile:
     self_width: int
 
 
+class Recorder:
+    """In the place of a run, for forwards that belong to none: does what it is told and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.signals = Signals()
+        self._kept: dict[Slot, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in self._kept.values())
+
+    def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
+        """The kept output of a layer."""
+        return self._kept.get(slot)
+
+    def computed(self, slot: Slot, attn: Any, output: torch.Tensor, action: Action, is_self: bool) -> None:
+        """A layer has computed its output."""
+        if action is Action.STORE:
+            self._kept[slot] = output
+        else:
+            self._kept.pop(slot, None)
+
+
+def count_forwards(
+    module: Any, make: Callable[[], dict[str, Any]], ways: Sequence[tuple[Action, Action]]
+) -> Iterator[tuple[Forward, int]]:
+    """
+    Run a module with T-GATE's processors, one way of doing cross- and self-attention after the other.
+
+    Args:
+        module (`torch.nn.Module`): The module.
+        make (`Callable`): Makes the inputs of a forward.
+        ways (`Sequence` of `tuple`): What cross-attention and self-attention do.
+
+    Yields:
+        `tuple` of `Forward` and `int`: What the forward took, and the bytes held after it.
+    """
+    state, recorder = TGateState(TGateSchedule()), Recorder()
+    layers = attention_modules(module)
+    module.set_attn_processor({name: TGateAttnProcessor(layer.processor, state) for name, layer in layers.items()})
+    for cross, own in ways:
+        recorder.signals.set(cross, own)
+        with state.entered(recorder):
+            forward = count_forward(module, make())
+        yield forward, recorder.nbytes
+
+
 def measure(twin: Any, size: InputSize) -> Profile:
     """Run a twin with T-GATE's processors in every way in which attention can be computed and reused."""
-    state = TGateState(TGateSchedule())
-    layers = attention_modules(twin)
-    twin.set_attn_processor({name: TGateAttnProcessor(layer.processor, state) for name, layer in layers.items()})
-    forwards, widths = {}, []
-    for cross, own in (
+    ways = (
         (Action.STORE, Action.STORE),
         (Action.STORE, Action.REUSE),
         (Action.REUSE, Action.REUSE),
         (Action.REUSE, Action.COMPUTE),
-    ):
-        state.cross_attention, state.self_attention = cross, own
-        forwards[cross is Action.REUSE, own is Action.REUSE] = count_forward(twin, make_inputs(twin, 1, size))
-        widths.append(state.nbytes // twin.dtype.itemsize)
+    )
+    forwards, widths = {}, []
+    for way, (forward, held) in zip(ways, count_forwards(twin, lambda: make_inputs(twin, 1, size), ways), strict=True):
+        forwards[way[0] is Action.REUSE, way[1] is Action.REUSE] = forward
+        widths.append(held // twin.dtype.itemsize)
     # What is computed and not stored is let go of: the last forward leaves cross-attention alone.
     return Profile(forwards, cross_width=widths[-1], self_width=widths[0] - widths[-1])
 
@@ -116,36 +167,81 @@ def count_forward(module: torch.nn.Module, inputs: dict[str, Any]) -> Forward:
     return Forward(MACs(in_layers // 2, in_attention // 2), sum(parameter.numel() for parameter in ran))
 
 
-class _Layers:
-    """All attention layers of a kind in one: they give out as much as they do together."""
+class _Layer(torch.nn.Module):
+    """All attention layers of a kind in one: it gives out as much as they do together."""
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, width: int, *, cross: bool) -> None:
+        super().__init__()
+        self.is_cross_attention = cross
         self.ran = False
+        self._width = width
+        self.processor: Any = self._compute
 
-    def __call__(
-        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _compute(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None) -> torch.Tensor:
         self.ran = True
-        return hidden_states.new_empty(len(hidden_states), 1, self.width)
+        return hidden_states.new_empty(len(hidden_states), 1, self._width)
+
+    def get_processor(self) -> Any:
+        """As every attention layer of diffusers."""
+        return self.processor
+
+    def forward(self, picture: torch.Tensor, text: torch.Tensor | None) -> None:
+        """Run what stands in the layer."""
+        self.ran = False
+        self.processor(self, picture, encoder_hidden_states=text)
+
+
+class _Denoiser(torch.nn.Module):
+    """A denoiser of two layers."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()
+        self.own = _Layer(profile.self_width, cross=False)
+        self.cross = _Layer(profile.cross_width, cross=True)
+
+    def set_attn_processor(self, processors: dict[str, Any]) -> None:
+        """As every denoiser of diffusers."""
+        self.own.processor, self.cross.processor = processors["own.processor"], processors["cross.processor"]
+
+    def forward(self, picture: torch.Tensor) -> None:
+        """Run both layers."""
+        self.own(picture, None)
+        self.cross(picture, torch.empty_like(picture))
+
+
+class _Announced(Call):
+    """A call of which everything is known beforehand."""
+
+    def __init__(self, timeline: Timeline, *, guided: bool, pictures: int) -> None:
+        super().__init__(None, {"prompt": [""] * pictures})
+        self._timeline = timeline
+        self._guides = guided
+
+    def timeline(self) -> Timeline:
+        """The steps."""
+        return self._timeline
+
+    def guided(self) -> bool:
+        """Whether guidance is on."""
+        return self._guides
 
 
 def run_schedule(
     profile: Profile,
     schedule: TGateSchedule,
-    timeline: tuple[int, int, int],
+    timeline: Timeline,
     *,
     batch_size: int,
     guided: bool,
     dtype: torch.dtype,
 ) -> tuple[MACs, TGateReport]:
     """
-    Go through a run, step by step, with T-GATE's own state and processors and these two layers.
+    Go through a run, step by step, with T-GATE's own run and processors and these two layers.
 
     Args:
         profile (`Profile`): The denoiser.
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
-        timeline (`tuple`): Passes of the loop, passes per step, and first passes that repeat step 0.
+        timeline (`Timeline`): Passes of the loop, passes per step, and first passes that repeat step 0.
         batch_size (`int`): Number of pictures.
         guided (`bool`): Whether classifier-free guidance is on.
         dtype (`torch.dtype`): The type of what is stored.
@@ -153,19 +249,18 @@ def run_schedule(
     Returns:
         `tuple` of `MACs` and `TGateReport`: What the run takes, and what T-GATE says of it.
     """
-    state = TGateState(schedule)
-    cross, own = _Layers(profile.cross_width), _Layers(profile.self_width)
-    gated_cross, gated_own = TGateAttnProcessor(cross, state), TGateAttnProcessor(own, state)
+    state, denoiser = TGateState(schedule), _Denoiser(profile)
+    layers = Layers(denoiser, state, "gate")
+    layers.follow()
+    call = _Announced(timeline, guided=guided, pictures=batch_size)
+    run = Run(state, call, layers, droppable=True, by_forward=True)
+    whole = torch.empty((2 if guided else 1) * batch_size, 1, 1, dtype=dtype, device="meta")
     taken = MACs()
-    state.begin(*timeline)
-    while state.running:
-        plan = state.enter(guided)
-        halves = 2 if guided and plan.phase is not Phase.FIDELITY_IMPROVING else 1
-        picture = torch.empty(halves * batch_size, 1, 1, dtype=dtype, device="meta")
-        text = torch.empty_like(picture)
-        cross.ran = own.ran = False
-        gated_own(own, picture)  # type: ignore[operator]
-        gated_cross(cross, picture, text)  # type: ignore[operator]
-        taken += profile.forwards[not cross.ran, not own.ran].macs * (halves * batch_size)
-        state.advance()
-    return taken, state.report
+    with state.entered(run):
+        for _ in range(timeline.passes):
+            run.before_forward(Seen(len(whole), tuple(whole.shape[1:]), {"sample": whole}))
+            picture = whole[:batch_size] if run.half else whole
+            denoiser(picture)
+            taken += profile.forwards[not denoiser.cross.ran, not denoiser.own.ran].macs * len(picture)
+            run.after_forward()
+    return taken, run.report

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from .layers import attention_modules
 from .schedule import CFGHalf
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -60,31 +60,54 @@ REFUSED_ARGUMENTS = {
 
 @dataclass(frozen=True)
 class Found:
-    """The denoiser of a pipeline, the half of guidance that stays (`None`: all of it), and what else runs in a step."""
+    """
+    How a pipeline is gated.
+
+    `kept_half` is the half of guidance that stays (`None`: all of it), `controlnet` what else runs in a step. `vouched`
+    says whether the loop is diffusers' own, so that the tables here hold for it, and `by_forward` whether a pipeline
+    without step callbacks calls its denoiser once for each of `scheduler.timesteps`.
+    """
 
     denoiser: torch.nn.Module
     attribute: str
     kept_half: CFGHalf | None
     controlnet: torch.nn.Module | None
+    vouched: bool
+    by_forward: bool
+
+    def is_of(self, pipe: Any) -> bool:
+        """Whether the pipeline still has these parts."""
+        controlnet = getattr(pipe, "controlnet", None)
+        return getattr(pipe, self.attribute, None) is self.denoiser and controlnet is self.controlnet
 
 
 def find_family(pipe: Any) -> Found:
     """Find out how a pipeline is gated, or raise a `ValueError` with the reason why it cannot be."""
     subject = type(pipe).__name__
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = _parameters(type(pipe))
     for argument, reason in REFUSED_ARGUMENTS.items():
         if argument in parameters:
             raise ValueError(f"{subject} cannot be gated: {reason}. Use it without T-GATE.")
     family, denoiser = _find_denoiser(pipe, subject)
     check_attention(denoiser, subject)
     check_mode(pipe)
+    call = inspect.unwrap(type(pipe).__call__)
+    vouched = call.__module__.split(".")[0] == "diffusers"
     legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in LEGACY_PIPELINES]
+    ticks = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
     if not legacy:
-        _check_loop(type(pipe), parameters, subject)
+        _check_loop(type(pipe), ticks, subject)
     kept_half: CFGHalf | None = (LEGACY_PIPELINES[legacy[0]] if legacy else None) or family.kept_half
     if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
         kept_half = None
-    return Found(denoiser, family.attribute, kept_half, getattr(pipe, "controlnet", None))
+    controlnet = getattr(pipe, "controlnet", None)
+    return Found(denoiser, family.attribute, kept_half, controlnet, vouched, by_forward=not ticks)
+
+
+def _parameters(pipeline_class: type) -> set[str]:
+    """Arguments of a pipeline's call, and of those that it may hand them on to."""
+    calls = (vars(base)["__call__"] for base in pipeline_class.__mro__ if "__call__" in vars(base))
+    return {name for call in calls for name in inspect.signature(call).parameters}
 
 
 def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
@@ -112,16 +135,6 @@ def family_of(denoiser: torch.nn.Module) -> Family | None:
     return next((family for family in FAMILIES if family.denoiser_class in names), None)
 
 
-def attention_modules(denoiser: torch.nn.Module) -> dict[str, Any]:
-    """The attention layers of a denoiser, by the keys of `attn_processors`."""
-    return {
-        f"{name}.processor": module
-        # `torch.compile(pipe.unet)` wraps the module.
-        for name, module in getattr(denoiser, "_orig_mod", denoiser).named_modules()
-        if hasattr(module, "get_processor") and hasattr(module, "processor")
-    }
-
-
 def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
     """The part of a pipeline that is called in every step."""
     seen = []
@@ -136,39 +149,58 @@ def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
         check_attention(inner, subject)
         seen.append(f"{attribute}={type(inner).__name__}")
     if not seen:
-        raise ValueError(f"{subject} cannot be gated: it has no `unet` or `transformer` at present. Load one first.")
+        raise ValueError(f"{subject} cannot be gated: {_why_no_denoiser(pipe)}")
     known = ", ".join(family.denoiser_class for family in FAMILIES)
     raise ValueError(
-        f"{subject} cannot be gated: how {' and '.join(seen)} does guidance is not known here. Known are {known}."
+        f"{subject} cannot be gated: T-GATE does not know how {' and '.join(seen)} does guidance. It knows {known}."
     )
+
+
+def _why_no_denoiser(pipe: Any) -> str:
+    """Why a pipeline has neither a UNet nor a transformer."""
+    # `T2IAdapter` and the like have no attention; text encoders are not diffusers' own.
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    others = [f"{name}={type(part).__name__}" for name, part in parts.items() if attention_modules(part)]
+    if "unet" in pipe.components or "transformer" in pipe.components:
+        return "it has no `unet` or `transformer` at present. Load one first."
+    if others:
+        return (
+            f"it denoises with {' and '.join(others)}, whose attention joins the text with other keys, so there is no "
+            "cross-attention output to keep. Use it without T-GATE."
+        )
+    return "it has no denoiser that T-GATE knows, `unet` or `transformer`. Use it without T-GATE."
 
 
 def check_attention(denoiser: torch.nn.Module, subject: str) -> None:
     """Refuse a denoiser that has no cross-attention of its own to keep."""
     modules = list(attention_modules(denoiser).values())
-    name = type(denoiser).__name__
-    if not modules:
-        raise ValueError(f"{subject} cannot be gated: {name} has no attention layers.")
-    if any(_is_joint(module) for module in modules):
+    inner = getattr(denoiser, "_orig_mod", denoiser)
+    name = type(inner).__name__
+    if any(_is_joint(module) for module in (*modules, *inner.modules())):
         raise ValueError(
             f"{subject} cannot be gated: {name} has joint attention (text and image share one softmax), so there is no "
-            "cross-attention output to keep."
+            "cross-attention output to keep. What helps there are diffusers' own caches, where the model has them "
+            "(pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
         )
+    if not modules:
+        raise ValueError(f"{subject} cannot be gated: {name} has no attention layers.")
     if not any(getattr(module, "is_cross_attention", True) for module in modules):
         raise ValueError(f"{subject} cannot be gated: {name} has no cross-attention layers.")
 
 
 def _is_joint(module: Any) -> bool:
     """Whether a layer mixes keys of text and image, or its output with the residual."""
-    return getattr(module, "added_kv_proj_dim", None) is not None or "Joint" in type(module.processor).__name__
+    if getattr(module, "added_kv_proj_dim", None) is not None or getattr(module, "add_k_proj", None) is not None:
+        return True
+    return "Joint" in type(getattr(module, "processor", None)).__name__
 
 
-def _check_loop(pipeline_class: type, parameters: Any, subject: str) -> None:
+def _check_loop(pipeline_class: type, ticks: bool, subject: str) -> None:
     """Refuse a pipeline that does not tell its steps or its guidance."""
     missing = [
         name
         for name, there in (
-            ("callback_on_step_end", "callback_on_step_end" in parameters),
+            ("callback_on_step_end", ticks),
             ("num_timesteps", hasattr(pipeline_class, "num_timesteps")),
             ("do_classifier_free_guidance", hasattr(pipeline_class, "do_classifier_free_guidance")),
         )

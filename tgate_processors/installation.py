@@ -1,139 +1,145 @@
-"""What is put into a denoiser, and how it is taken out again."""
+"""What is put into the denoisers of a pipeline, and how it is taken out again."""
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from .callback import TGateCallback
-from .deepcache import DeepCacheOrder
-from .families import attention_modules, check_half, check_mode, find_family
-from .processor import TGateAttnProcessor
-from .state import TGateState
+from .callback import StepClock
+from .companions.deepcache import DeepCacheOrder
+from .companions.others import check_others
+from .families import Found, check_half, check_mode, find_family
+from .hooks import DenoiserHooks
+from .layers import CustomProcessors, Layers
+from .schedule import CFGHalf
+
+
+class Place:
+    """The gates and hooks of one pipeline in one denoiser."""
+
+    def __init__(self, found: Found, hooks: DenoiserHooks, layers: Layers) -> None:
+        self.found = found
+        self.hooks = hooks
+        self.layers = layers
+
+    def install(self) -> None:
+        """Put in what is not there yet."""
+        self.layers.follow()
+        self.hooks.install()
+
+    def follow(self) -> None:
+        """A call starts: processors and hooks may have come since the last one."""
+        self.layers.follow()
+        self.hooks.stand_inside()
+
+    def remove(self) -> None:
+        """The inverse of `install`."""
+        self.hooks.remove()
+        self.layers.remove()
 
 
 class Installation:
     """
-    What is installed in a pipeline besides its class.
+    What is installed in a pipeline besides its class. Shallow copies of the pipeline share it.
+
+    When the last of them is gone, it takes itself out of their denoisers.
 
     Args:
-        callback (`TGateCallback`): The clock.
+        callback (`StepClock`): The clock.
+        cfg_half (`str`, *optional*): The half of guidance that stays.
+        custom (`str`, *optional*): What becomes of processors that are not diffusers' own.
         deepcache (`DeepCacheOrder`, *optional*): The order of a DeepCache helper.
     """
 
-    def __init__(self, callback: TGateCallback, deepcache: DeepCacheOrder | None) -> None:
+    def __init__(
+        self,
+        callback: StepClock,
+        cfg_half: CFGHalf | None = None,
+        custom: CustomProcessors | None = None,
+        deepcache: DeepCacheOrder | None = None,
+    ) -> None:
         self.callback = callback
-        self.callback.before_step = deepcache.before_step if deepcache else None
+        self.cfg_half = cfg_half
+        self.custom = custom
         self.deepcache = deepcache
-        self.callback.check_layers = self._check_layers
-        self._attribute = ""
-        self._denoiser: Any = None
-        self._controlnet: Any = None
-        self._layers: dict[str, Any] = {}
-        self._gates: list[Any] = []
-        self._in_loop: list[Any] = []
+        self.__setstate__({"_places": []})
 
-    def follow(self, pipe: Any) -> None:
-        """Stand in front of every attention processor that is not ours yet; follow an exchanged denoiser."""
+    def __getstate__(self) -> dict[str, Any]:
+        transient = ("_owners", "_calls", "_lock", "_finalizer")
+        return {name: value for name, value in vars(self).items() if name not in transient}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._places: list[Place]
+        # Pipelines, by place: what one of them no longer uses another one may.
+        self._owners: list[weakref.WeakSet[Any]] = [weakref.WeakSet() for _ in self._places]
+        self._calls: set[int] = set()
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _remove_all, self._places)
+        self._finalizer.atexit = False
+
+    def is_running(self, pipe: Any) -> bool:
+        """Whether a call of the pipeline is under way."""
+        return id(pipe) in self._calls
+
+    @contextmanager
+    def running(self, pipe: Any) -> Iterator[None]:
+        """Note that a call of the pipeline is under way; a pipeline has one scheduler and can be in one at a time."""
+        with self._lock:
+            if id(pipe) in self._calls:
+                raise RuntimeError(
+                    f"T-GATE: {type(pipe).__name__} is running already, in another thread or in a call of which this "
+                    "is a callback: give every call that overlaps with another one a pipeline of its own, other = "
+                    "copy.copy(pipe) with other.scheduler = copy.deepcopy(pipe.scheduler). It is gated too."
+                )
+            self._calls.add(id(pipe))
+        try:
+            yield
+        finally:
+            self._calls.discard(id(pipe))
+
+    def follow(self, pipe: Any) -> Place:
+        """Be where the pipeline's denoiser is now, and refuse what has come beside T-GATE."""
         check_mode(pipe)
-        now = getattr(pipe, self._attribute, None), getattr(pipe, "controlnet", None)
-        if self._denoiser is None or now[0] is not self._denoiser or now[1] is not self._controlnet:
-            found = find_family(pipe)
-            self.remove()
-            self._attribute, self._denoiser, self._controlnet = found.attribute, found.denoiser, found.controlnet
-            hooks, half = self.callback.hooks, self.callback.cfg_half
-            check_half(pipe, found, half)
-            hooks.install(found.denoiser, half, found.kept_half, found.controlnet)
-        # Anew in every call: an IP-Adapter may bring layers of its own.
-        denoiser: Any = self._denoiser
-        self._layers = attention_modules(denoiser)
+        here = next((place for place in self._places if place.found.is_of(pipe)), None)
+        found = here.found if here is not None else find_family(pipe)
         state = self.callback.state
-        self._replace_processors(
-            {
-                name: TGateAttnProcessor(layer.processor, state)
-                for name, layer in self._layers.items()
-                if _gate_of(layer.processor, state) is None
-            }
-        )
-        self._gates = self._processors()
-        self._in_loop = []
+        check_others(found.denoiser, state.schedule, self.deepcache.helper if self.deepcache else None)
+        self._let_go(pipe, but=here)
+        if here is not None:
+            self._owners[self._places.index(here)].add(pipe)
+            here.follow()
+            return here
+        check_half(pipe, found, self.cfg_half)
+        hooks = DenoiserHooks(state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half)
+        here = Place(found, hooks, Layers(found.denoiser, state, self.custom))
+        self._places.append(here)
+        self._owners.append(weakref.WeakSet([pipe]))
+        try:
+            here.install()
+        except BaseException:
+            self._let_go(pipe)
+            raise
+        return here
 
-    def recover(self) -> None:
-        """After a failure, put back what the pipeline itself exchanges for a call (perturbed-attention guidance)."""
-        for index, layer in enumerate(self._layers.values()):
-            gate, in_loop = self._gates[index], (self._in_loop or self._processors())[index]
-            if layer.processor is not gate and layer.processor is in_loop:
-                layer.processor = gate
+    def remove(self, pipe: Any) -> None:
+        """Take out what no other copy of the pipeline uses."""
+        self._let_go(pipe)
 
-    def remove(self) -> None:
-        """Take the hooks out and put the processors back that ours stand in front of."""
-        self.callback.hooks.remove()
-        if self._denoiser is None:
-            return
-        self._layers = attention_modules(self._denoiser)
-        originals = {}
-        for name, layer in self._layers.items():
-            gate = _gate_of(layer.processor, self.callback.state)
-            if gate is layer.processor:
-                originals[name] = gate.original
-            elif gate is not None:
-                _bypass(layer.processor, gate)
-        self._replace_processors(originals)
-        # What `fuse_qkv_projections` has put aside.
-        aside = getattr(self._denoiser, "original_attn_processors", None) or {}
-        for name, processor in aside.items():
-            gate = _gate_of(processor, self.callback.state)
-            if gate is processor:
-                aside[name] = gate.original
-            elif gate is not None:
-                _bypass(processor, gate)
-        self._denoiser = None
-        self._layers = {}
-
-    def _check_layers(self) -> None:
-        """Find out what was exchanged between two steps."""
-        now = self._processors()
-        if not self._in_loop:
-            self._in_loop = now
-        exchanged = [
-            name
-            for name, old, new in zip(self._layers, self._in_loop, now, strict=True)
-            if old is not new and not self._keeps_gate(old, new)
-        ]
-        if exchanged:
-            raise RuntimeError(
-                f"{len(exchanged)} attention processors were replaced while the pipeline runs, {exchanged[0]} with a "
-                f"{type(self._layers[exchanged[0]].processor).__name__}: what they kept is gone. Load adapters and set "
-                "processors between two calls, or call remove_tgate(pipe) before."
-            )
-
-    def _keeps_gate(self, old: Any, new: Any) -> bool:
-        """Whether our processor stays, and another pipeline's came before it or went."""
-        state = self.callback.state
-        gate = _gate_of(old, state)
-        return gate is not None and gate is _gate_of(new, state)
-
-    def _processors(self) -> list[Any]:
-        """What stands in the attention layers at present."""
-        return [layer.processor for layer in self._layers.values()]
-
-    def _replace_processors(self, processors: dict[str, Any]) -> None:
-        """Set the given attention processors and leave the others."""
-        if processors:
-            current = {name: layer.processor for name, layer in self._layers.items()}
-            self._denoiser.set_attn_processor({**current, **processors})
+    def _let_go(self, pipe: Any, but: Place | None = None) -> None:
+        """The pipeline does not use its places any more, but for one."""
+        for place, owners in list(zip(self._places, self._owners, strict=True)):
+            owners.discard(pipe)
+            if place is not but and not owners:
+                index = self._places.index(place)
+                del self._places[index], self._owners[index]
+                place.remove()
 
 
-def _gate_of(processor: Any, state: TGateState) -> TGateAttnProcessor | None:
-    """Our processor among those that stand in front of each other in a layer of a shared denoiser."""
-    while isinstance(processor, TGateAttnProcessor):
-        if processor.state is state:
-            return processor
-        processor = processor.original
-    return None
-
-
-def _bypass(processor: Any, gate: TGateAttnProcessor) -> None:
-    """Take a processor out from behind another pipeline's."""
-    while processor.original is not gate:
-        processor = processor.original
-    processor.original = gate.original
+def _remove_all(places: list[Place]) -> None:
+    """The pipelines are gone."""
+    while places:
+        places.pop().remove()

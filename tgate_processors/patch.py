@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any, TypeVar
 
 import diffusers
+import torch
 
-from .callback import TGateCallback
-from .deepcache import DeepCacheOrder, check_helper
-from .families import find_family
+from .callback import StepClock, checked_half
+from .companions.deepcache import DeepCacheOrder, check_helper
+from .families import check_half, find_family
+from .installation import Installation
+from .layers import CustomProcessors
 from .pipeline import install, installed, uninstall
+from .report import TGateReport
 from .schedule import CFGHalf, TGateSchedule
-from .state import TGateReport
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,7 @@ def apply_tgate(
     fi_interval: int = 1,
     warm_up: int = 0,
     cfg_half: CFGHalf | None = None,
+    custom_processors: CustomProcessors | None = None,
     deepcache: Any = None,
 ) -> Pipeline:
     r"""
@@ -55,6 +60,11 @@ def apply_tgate(
             Diffusion, `"unconditional"` for the others; in a ControlNet's `guess_mode` and in GLIGEN to
             `"conditional"`, the half with the control. Guidance of more or other parts (InstructPix2Pix,
             perturbed-attention guidance) stays on whole, and then there is nothing to choose.
+        custom_processors (`str`, *optional*):
+            What becomes of attention processors that are not diffusers' own. They may mix the pictures of a batch or
+            count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone
+            and all of guidance stays on; cross-attention of diffusers' own processors is still gated. `"gate"` treats
+            them like diffusers' own, `"leave"` leaves alone also mere functions, which are refused by default.
         deepcache (`DeepCacheSDHelper`, *optional*):
             A parametrised DeepCache helper of this pipeline, enabled or not, to run together with T-GATE.
 
@@ -77,18 +87,29 @@ def apply_tgate(
 
     Source: T-GATE (https://arxiv.org/abs/2404.02747).
     """
-    _check_pipeline(pipe)
+    _check_pipeline(pipe, gate_step)
     schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up)
-    callback = TGateCallback(schedule, cfg_half=cfg_half)
-    callback.settle()
+    half = checked_half(cfg_half)
+    if custom_processors not in (None, "leave", "gate"):
+        raise ValueError(f'custom_processors must be "leave" or "gate", not {custom_processors!r}.')
     found = find_family(pipe)
+    check_half(pipe, found, half)
+    order = None
     if deepcache is not None:
         check_helper(deepcache, pipe)
+        order = DeepCacheOrder(deepcache)
+    before = installed(pipe)
     remove_tgate(pipe)
-    install(pipe, callback, None if deepcache is None else DeepCacheOrder(deepcache))
+    try:
+        install(pipe, Installation(StepClock(schedule), half, custom_processors, order))
+    except BaseException:
+        if before is not None:
+            install(pipe, before)
+        raise
     if found.kept_half is None:
         logger.warning(
-            "the guidance of %s is not two halves, so all of it stays on after the gate: cross-attention alone stops.",
+            "T-GATE: the guidance of %s is not two halves, so all of it stays on after the gate: cross-attention alone "
+            "stops.",
             type(pipe).__name__,
         )
     return pipe
@@ -120,12 +141,8 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     ```
     """
     _check_pipeline(pipe)
-    installation = installed(pipe)
-    if installation is None:
-        return pipe
-    if installation.callback.running:
-        raise RuntimeError(f"{type(pipe).__name__} is running: call apply_tgate and remove_tgate between two calls.")
-    uninstall(pipe)
+    if installed(pipe) is not None:
+        uninstall(pipe)
     return pipe
 
 
@@ -183,13 +200,24 @@ def get_tgate_report(pipe: Any) -> TGateReport:
     installation = installed(pipe)
     if installation is None:
         raise ValueError(f"T-GATE is not applied to this {type(pipe).__name__}: call apply_tgate(pipe) before the run.")
-    return installation.callback.state.report
+    report = installation.callback.state.report
+    if not report.num_inference_steps:
+        logger.warning("T-GATE: %s has not run since apply_tgate: the report is empty.", type(pipe).__name__)
+    return report
 
 
-def _check_pipeline(pipe: Any) -> None:
-    """Refuse what is not a pipeline."""
-    if not isinstance(pipe, diffusers.DiffusionPipeline):
-        raise TypeError(
-            f"pipe is a {type(pipe).__name__}, not a diffusers pipeline: give the DiffusionPipeline, not one of its "
-            "parts."
-        )
+def _check_pipeline(pipe: Any, gate_step: Any = None) -> None:
+    """Refuse what is not a pipeline, and say what it is."""
+    if isinstance(pipe, diffusers.DiffusionPipeline):
+        return
+    if isinstance(gate_step, diffusers.DiffusionPipeline):
+        raise TypeError(f"the arguments are swapped: write apply_tgate(pipe, gate_step={pipe!r}).")
+    if isinstance(pipe, type):
+        what, remedy = f"the class {pipe.__name__}", f"make a pipeline of it, {pipe.__name__}.from_pretrained(...)"
+    elif isinstance(pipe, (str, os.PathLike)):
+        what, remedy = f"the name {str(pipe)!r}", f"load it, DiffusionPipeline.from_pretrained({str(pipe)!r})"
+    elif isinstance(pipe, torch.nn.Module):
+        what, remedy = f"a {type(pipe).__name__}", "give the DiffusionPipeline that it is a part of"
+    else:
+        what, remedy = f"{pipe!r}, a {type(pipe).__name__}", "give a DiffusionPipeline"
+    raise TypeError(f"pipe is {what}, not a diffusers pipeline: {remedy}.")

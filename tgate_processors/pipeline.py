@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
+import logging
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from .callback import TGateCallback
+from .call import Call
+from .chaining import chain, suspending
+from .checkpointing import replayed
+from .companions.others import has_cache_dit
 from .compilation import room_for_graphs
-from .deepcache import DeepCacheOrder
 from .installation import Installation
-from .run import PipelineRun
-from .state import TGateState
+from .run import Run
+
+logger = logging.getLogger(__name__)
 
 # In the `__dict__` of a pipeline with T-GATE: its installation.
 _ATTRIBUTE = "_tgate"
 # In the generated class of such a pipeline: its class before.
 _BASE = "_tgate_base"
+# The published package takes these in the call.
+_SETTINGS = ("gate_step", "sp_interval", "fi_interval", "warm_up")
 
 
 def installed(pipe: Any) -> Installation | None:
@@ -26,22 +33,27 @@ def installed(pipe: Any) -> Installation | None:
     return found
 
 
-def install(pipe: Any, callback: TGateCallback, deepcache: DeepCacheOrder | None) -> None:
+def install(pipe: Any, installation: Installation) -> None:
     """Put T-GATE into a pipeline, or nothing of it if that fails."""
-    installation = Installation(callback, deepcache)
-    try:
-        installation.follow(pipe)
-    except BaseException:
-        installation.remove()
-        raise
+    installation.follow(pipe)
     vars(pipe)[_ATTRIBUTE] = installation
-    pipeline_class: type = type(pipe)
-    pipe.__class__ = _gated_class(pipeline_class)
+    pipe.__class__ = _gated_class(type(pipe))
 
 
 def uninstall(pipe: Any) -> None:
     """The inverse of `install`."""
-    vars(pipe).pop(_ATTRIBUTE).remove()
+    installation = vars(pipe)[_ATTRIBUTE]
+    if installation.is_running(pipe):
+        raise RuntimeError(
+            f"T-GATE: {type(pipe).__name__} is running: call apply_tgate and remove_tgate between two calls."
+        )
+    if has_cache_dit(pipe):
+        raise RuntimeError(
+            "T-GATE: cache-dit was enabled after apply_tgate and has wrapped the call of the gated pipeline: call "
+            "cache_dit.disable_cache(pipe) first."
+        )
+    del vars(pipe)[_ATTRIBUTE]
+    installation.remove(pipe)
     pipe.__class__ = vars(type(pipe)).get(_BASE, type(pipe))
 
 
@@ -49,11 +61,13 @@ def uninstall(pipe: Any) -> None:
 def _gated_class(pipeline_class: type) -> type:
     """The class of a pipeline with T-GATE: under the same name, with a `__call__` that runs gated."""
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _gated_call(self, pipeline_class.__call__, args, kwargs)
+    def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # Not by the name of the class, which is that of the one before.
+        return _rebuild, (pipeline_class,), vars(self)
 
     body = {
-        "__call__": functools.update_wrapper(__call__, pipeline_class.__call__),
+        "__call__": _gated(pipeline_class.__call__),  # type: ignore[operator]
+        "__reduce_ex__": __reduce_ex__,
         "__module__": pipeline_class.__module__,
         "__qualname__": pipeline_class.__qualname__,
         "__doc__": pipeline_class.__doc__,
@@ -62,81 +76,121 @@ def _gated_class(pipeline_class: type) -> type:
     return type(pipeline_class.__name__, (pipeline_class,), body)
 
 
-def _gated_call(pipe: Any, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a pipeline with T-GATE, and hold nothing when it ends in whatever way."""
-    installation = installed(pipe)
-    try:
-        bound = inspect.signature(call).bind(pipe, *args, **kwargs)
-    except TypeError:
-        # The pipeline's own error names itself.
-        installation = None
-    if installation is None:
-        return call(pipe, *args, **kwargs)
-    callback = installation.callback
-    if callback.running:
-        raise RuntimeError(
-            f"{type(pipe).__name__} is running already, in another thread or in a call of which this is a callback: "
-            "give every call that overlaps with another one a pipeline of its own, "
-            f"{type(pipe).__name__}.from_pipe(pipe, scheduler=...)."
-        )
-    installation.follow(pipe)
-    ticks = "callback_on_step_end" in bound.signature.parameters
-    given = {**{name: p.default for name, p in bound.signature.parameters.items()}, **bound.arguments}
-    if ticks:
-        _chain_callback(pipe, callback, bound)
-    elif bound.arguments.get("callback") is not None:
-        bound.arguments["callback"] = _suspending(callback.state, bound.arguments["callback"])
-    callback.start(PipelineRun(pipe, given), by_forward=not ticks)
-    try:
-        deepcache = installation.deepcache.running() if installation.deepcache else contextlib.nullcontext()
-        with room_for_graphs(), deepcache:
-            return call(*bound.args, **bound.kwargs)
-    except BaseException:
-        installation.recover()
-        raise
-    finally:
-        callback.reset()
+def _rebuild(pipeline_class: type) -> Any:
+    """An empty pipeline with T-GATE, to be filled from a pickle or a copy."""
+    gated = _gated_class(pipeline_class)
+    return gated.__new__(gated)
 
 
-def _suspending(state: TGateState, function: Any) -> Any:
-    """A function of the user's that may call other pipelines on the same denoiser."""
+def _gated(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call of a pipeline, and what it wraps (the one with gradients), gated."""
 
-    @functools.wraps(function, updated=())
-    def suspended(*args: Any, **kwargs: Any) -> Any:
-        with state.suspended():
-            return function(*args, **kwargs)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if inspect.isgeneratorfunction(call):
+            return _step_by_step(self, _bind(self, call, args, kwargs), call)
+        with _running(self, _bind(self, call, args, kwargs)) as (args, kwargs):
+            return call(self, *args, **kwargs)
 
-    suspended.tensor_inputs = getattr(function, "tensor_inputs", None)  # type: ignore[attr-defined]
-    return suspended
+    functools.update_wrapper(__call__, call)
+    __call__.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    del __call__.__wrapped__  # type: ignore[attr-defined]
+    if hasattr(call, "__wrapped__"):
+        __call__.__wrapped__ = _gated(call.__wrapped__)  # type: ignore[attr-defined]
+    return __call__
 
 
-def _chain_callback(pipe: Any, callback: TGateCallback, bound: inspect.BoundArguments) -> None:
-    """Put the clock behind the user's callback, which sees what it would see without T-GATE."""
-    # Not at the top: it would make the import of this package load what `import diffusers` leaves for later.
-    from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-
-    users = bound.arguments.get("callback_on_step_end")
-    if any(isinstance(part, TGateCallback) for part in getattr(users, "callbacks", [users])):
+def _bind(pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a call by name, or what was given if they do not fit: the pipeline's own error names itself."""
+    if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call):
         raise ValueError(
-            "callback_on_step_end has a TGateCallback, but T-GATE is applied to the pipeline already: leave the "
-            "callback out, or call remove_tgate(pipe) first."
+            f"T-GATE: the call of {type(pipe).__name__} is asynchronous, and T-GATE gates calls that run in one thread "
+            "from their start to their end. Await it in a plain function, or call remove_tgate(pipe) to use it."
         )
-    suspended = None if users is None else _suspending(callback.state, users)
-    if isinstance(users, (PipelineCallback, MultiPipelineCallbacks)):
-        bound.arguments["callback_on_step_end"] = MultiPipelineCallbacks([suspended, callback])
+    signature = inspect.signature(call)
+    for name in _SETTINGS:
+        if name in kwargs and name not in signature.parameters:
+            raise TypeError(
+                f"{name}={kwargs[name]!r} is no argument of the call: T-GATE takes it beforehand, "
+                f"apply_tgate(pipe, {name}={kwargs[name]!r}), and then every call has it."
+            )
+    try:
+        return signature.bind(pipe, *args, **kwargs)
+    except TypeError:
+        return args, kwargs
+
+
+@contextmanager
+def _running(pipe: Any, bound: Any, *, entered: bool = True) -> Iterator[Any]:
+    """Run a call gated, and hold nothing when it ends in whatever way; gives what to call it with."""
+    installation = installed(pipe)
+    if installation is None or isinstance(bound, tuple):
+        yield bound if isinstance(bound, tuple) else (bound.args[1:], bound.kwargs)
         return
-    default = bound.signature.parameters["callback_on_step_end_tensor_inputs"].default
-    wanted = bound.arguments.get("callback_on_step_end_tensor_inputs", default) or []
-    # The clock compares the batch with the latents; a function that did not ask for them does not get them.
-    added = [name for name in ("latents",) if name not in wanted and name in pipe._callback_tensor_inputs]
+    state = installation.callback.state
+    with ExitStack() as stack:
+        stack.enter_context(installation.running(pipe))
+        place = installation.follow(pipe)
+        found = place.found
+        call = Call(pipe, _given(bound), vouched=found.vouched)
+        if not found.by_forward:
+            chain(pipe, installation.callback, bound, vouched=found.vouched)
+        elif bound.arguments.get("callback") is not None:
+            bound.arguments["callback"] = suspending(state, bound.arguments["callback"])
+        run = Run(
+            state,
+            call,
+            place.layers,
+            droppable=found.kept_half is not None,
+            by_forward=found.by_forward,
+            deepcache=installation.deepcache,
+        )
+        stack.enter_context(room_for_graphs())
+        stack.enter_context(replayed(found.denoiser, state))
+        if installation.deepcache is not None:
+            stack.enter_context(installation.deepcache.running())
+        if entered:
+            stack.enter_context(state.entered(run))
+        completed = False
+        try:
+            yield (bound.args[1:], bound.kwargs) if entered else (bound.args[1:], bound.kwargs, state, run)
+            completed = True
+        except BaseException:
+            place.layers.recover()
+            raise
+        finally:
+            run.close(completed=completed)
 
-    def on_step_end(pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
-        ours = dict(callback_kwargs)
-        outputs = {name: value for name, value in callback_kwargs.items() if name not in added}
-        if suspended is not None:
-            outputs = suspended(pipeline, step_index, timestep, outputs)
-        callback(pipeline, step_index, timestep, ours)
-        return outputs
 
-    bound.arguments["callback_on_step_end"] = on_step_end
-    bound.arguments["callback_on_step_end_tensor_inputs"] = [*wanted, *added]
+def _step_by_step(pipe: Any, bound: Any, call: Callable[..., Any]) -> Generator[Any, Any, Any]:
+    """Run a call that yields: T-GATE is out of the way whenever its consumer has the word."""
+    if installed(pipe) is None or isinstance(bound, tuple):
+        args, kwargs = bound if isinstance(bound, tuple) else (bound.args[1:], bound.kwargs)
+        return (yield from call(pipe, *args, **kwargs))
+    with _running(pipe, bound, entered=False) as (args, kwargs, state, run):
+        inner = call(pipe, *args, **kwargs)
+        resume, value = inner.send, None
+        while True:
+            try:
+                # The consumer may ask for every item in another thread.
+                with state.entered(run):
+                    item = resume(value)
+            except StopIteration as stop:
+                return stop.value
+            try:
+                resume, value = inner.send, (yield item)
+            except GeneratorExit:
+                inner.close()
+                raise
+            except BaseException as error:
+                resume, value = inner.throw, error
+
+
+def _given(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """All arguments of a call by name, those that it swallows too, with their defaults."""
+    parameters = bound.signature.parameters
+    given = {name: parameter.default for name, parameter in parameters.items()}
+    given.update(bound.arguments)
+    swallowing = [name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    for name in swallowing:
+        given.update(bound.arguments.get(name, {}))
+    return given

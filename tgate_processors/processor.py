@@ -55,17 +55,20 @@ class TGateAttnProcessor:
     tgate_base: ClassVar[type]
 
     def __new__(cls, original: Any, state: TGateState) -> TGateAttnProcessor:
-        if not callable(original) or inspect.isroutine(original) or inspect.isclass(original):
+        if not callable(original) or inspect.isclass(original) or inspect.isbuiltin(original):
             raise TypeError(
-                f"original is a {type(original).__name__}, not an attention processor: give the one of a layer, as in "
-                "`denoiser.attn_processors`."
+                f"original={original!r} is a {type(original).__name__}, not an attention processor: give the one of a "
+                "layer, as in `denoiser.attn_processors`."
             )
         if not isinstance(state, TGateState):
-            raise TypeError(f"state is a {type(state).__name__}: give the `state` of a TGateCallback.")
+            raise TypeError(f"state={state!r} is a {type(state).__name__}: give the `state` of a TGateCallback.")
         base = type(original).tgate_base if isinstance(original, TGateAttnProcessor) else type(original)
         processor: TGateAttnProcessor = object.__new__(_gated_class(base))
+        slot = state.new_slot(is_own(original))
         # Not by plain assignment: a module among the processors would register `original` as a part of itself.
-        attributes = {"original": original, "state": state, "slot": state.new_slot(), "__dict__": original.__dict__}
+        attributes = {"original": original, "state": state, "slot": slot}
+        if not isinstance(processor, _Bare):
+            attributes["__dict__"] = original.__dict__
         for name, value in attributes.items():
             object.__setattr__(processor, name, value)
         return processor
@@ -77,44 +80,98 @@ class TGateAttnProcessor:
     def __reduce__(self) -> tuple[Any, ...]:
         return TGateAttnProcessor, (self.original, self.state)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Some classes behind have one of their own.
+        return self.__reduce__()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TGateAttnProcessor:
         copied = TGateAttnProcessor(copy.deepcopy(self.original, memo), copy.deepcopy(self.state, memo))
         memo[id(self)] = copied
         return copied
 
 
+class _Bare:
+    """In front of a callable that cannot be derived from (a function, an object with slots): its attributes are ours."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "original"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in TGateAttnProcessor.__slots__:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.original, name, value)
+
+
+def is_own(processor: Any) -> bool:
+    """Whether a processor is diffusers' own, which never mixes the samples of a batch and does not count its calls."""
+    return type(_behind(processor)).__module__.split(".")[0] == "diffusers"
+
+
+def is_bare(processor: Any) -> bool:
+    """Whether a processor is a mere callable (a function, an object with slots), of a class that tells nothing of it."""
+    behind = _behind(processor)
+    if is_own(behind):
+        return False
+    return inspect.isroutine(behind) or isinstance(behind, functools.partial) or not hasattr(behind, "__dict__")
+
+
+def _behind(processor: Any) -> Any:
+    """The processor behind all gates."""
+    while isinstance(processor, TGateAttnProcessor):
+        processor = processor.original
+    return processor
+
+
 def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Compute, compute and store, or reuse, as the state says."""
+    """Compute, compute and store, or reuse, as the run says."""
     if getattr(attn, "residual_connection", False):
         # The output holds the residual, which must not stand still.
-        return self.original(attn, hidden_states, *args, **kwargs)
-    state, slot, compiling = self.state, self.slot, torch.compiler.is_compiling()
-    # A compiled forward cannot ask for its thread.
-    if not compiling and not state.is_mine():
         return self.original(attn, hidden_states, *args, **kwargs)
     context = kwargs.get("encoder_hidden_states", args[0] if args else None)
     # The layer's own flag is missing or wrong in several models; what it attends to is not.
     is_self = context is None or context is hidden_states
-    action = state.self_attention if is_self else state.cross_attention
-    # Compiled code would be compiled anew for a slot that is empty and for one that is not.
-    if not compiling and slot.layer is not None and slot.layer is not attn:
-        raise ValueError(
-            "one TGateAttnProcessor serves several attention layers: make one for each entry of "
-            "`denoiser.attn_processors`."
-        )
-    if action is Action.REUSE and slot.tensor is not None and slot.tensor.shape[:2] == hidden_states.shape[:2]:
-        return slot.tensor
+    if torch.compiler.is_compiling():
+        return _compiled_call(self, is_self, attn, hidden_states, args, kwargs)
+    run = self.state.current()
+    if run is None:
+        return self.original(attn, hidden_states, *args, **kwargs)
+    signals = run.signals
+    action = signals.self_attention if is_self else signals.cross_attention
+    if action is Action.REUSE:
+        kept = run.reused(self.slot, attn, hidden_states, is_self)
+        if kept is not None:
+            return kept
     output = self.original(attn, hidden_states, *args, **kwargs)
-    if action is not Action.COMPUTE:
-        slot.tensor = _mean_of_halves(output) if state.averaging else output
-        slot.layer = attn
-        slot.borrowed = compiling
-    elif slot.tensor is not None:
-        slot.clear()
+    run.computed(self.slot, attn, output, action, is_self)
     return output
 
 
-def _mean_of_halves(output: torch.Tensor) -> torch.Tensor:
+def _compiled_call(self: Any, is_self: bool, attn: Any, hidden_states: torch.Tensor, args: Any, kwargs: Any) -> Any:
+    """The same in compiled code, which cannot ask for its thread and would be compiled anew for whatever it counts."""
+    signals, slot = self.state.compiled, self.slot
+    action = signals.self_attention if is_self else signals.cross_attention
+    if action is Action.REUSE:
+        if slot.tensor is not None and slot.tensor.shape[:2] == hidden_states.shape[:2]:
+            return slot.tensor
+        if signals.half and not is_self:
+            raise ValueError(UNFIT)
+    output = self.original(attn, hidden_states, *args, **kwargs)
+    if action is not Action.COMPUTE:
+        slot.tensor = mean_of_halves(output) if signals.averaging else output
+    return output
+
+
+UNFIT = (
+    "a cross-attention layer would have to compute on half of the batch, which holds half of the text, because what it "
+    "keeps does not fit: blocks that change their size inside the denoiser cannot be gated. Call remove_tgate(pipe) to "
+    "use this pipeline."
+)
+
+
+def mean_of_halves(output: torch.Tensor) -> torch.Tensor:
     """Mean of the unconditional and the conditional half of a batch."""
     half = output.shape[0] // 2
     return torch.lerp(output[:half], output[half:], 0.5)
@@ -138,4 +195,10 @@ def _gated_class(base: type) -> type:
     # The name holds that of the type behind, because diffusers looks for "XFormers" and the like in it.
     name = f"{TGateAttnProcessor.__name__}[{base.__name__}]"
     body = {"__slots__": (), "__call__": __call__, "__new__": __new__, "tgate_base": base, "__doc__": base.__doc__}
-    return type(name, (TGateAttnProcessor, base), body)
+    if not base.__dictoffset__:
+        return type(name, (_Bare, TGateAttnProcessor), body)
+    try:
+        return type(name, (TGateAttnProcessor, base), body)
+    except TypeError:
+        # Nothing can be derived from the class of functions.
+        return type(name, (_Bare, TGateAttnProcessor), body)

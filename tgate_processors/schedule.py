@@ -158,18 +158,30 @@ def _without_idle_stores(actions: list[Action]) -> list[Action]:
 def _checked_gate_step(value: object) -> int | float:
     """Validate `gate_step`."""
     remedy = "give a number of steps (an int of at least 1) or a share of the steps (a float between 0 and 1)"
-    if isinstance(value, float):
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"gate_step={value!r} is not a share of the steps: {remedy}.")
-        return value
-    return checked_int("gate_step", value, 1, remedy)
+    share = _as_float(value)
+    if share is None:
+        return checked_int("gate_step", value, 1, remedy)
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"gate_step={value!r} is not a share of the steps: {remedy}.")
+    return share
+
+
+def _as_float(value: object) -> float | None:
+    """A number that is no whole one by its kind: a float, also numpy's or torch's, a fraction."""
+    if isinstance(value, (bool, str, bytes)) or getattr(value, "ndim", 0):
+        return None
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return float(value) if hasattr(value, "__float__") else None  # type: ignore[arg-type]
+    return None
 
 
 def checked_int(name: str, value: object, least: int, remedy: str | None = None) -> int:
     """Validate an integer setting."""
     remedy = remedy or f"give an int of at least {least}"
-    if isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is a bool: {remedy}.")
+    if isinstance(value, bool) or getattr(value, "ndim", 0):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: {remedy}.")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:

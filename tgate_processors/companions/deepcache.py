@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from .schedule import Phase, StepPlan
 
 
 def check_helper(helper: Any, pipe: Any) -> None:
@@ -45,47 +44,38 @@ class DeepCacheOrder:
     """
 
     def __init__(self, helper: Any) -> None:
-        self._helper = helper
-        self._improving = False
-
-    def before_step(self, plan: StepPlan, guided: bool) -> None:
-        """Start afresh where the plan asks for a full step."""
-        improving = plan.phase is Phase.FIDELITY_IMPROVING
-        if plan.phase is Phase.GATE or (guided and improving and not self._improving):
-            self._restart()
-        self._improving = improving
+        self.helper = helper
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Have the helper enabled during a call, and as it was afterwards."""
-        given_enabled = bool(getattr(self._helper, "function_dict", None))
-        given = dict(vars(self._helper))
-        modules = list(self._helper.pipe.unet.modules())
+        given_enabled = bool(getattr(self.helper, "function_dict", None))
+        given = dict(vars(self.helper))
+        modules = list(self.helper.pipe.unet.modules())
         forwards = {module: module.__dict__["forward"] for module in modules if "forward" in module.__dict__}
-        self._improving = False
         if given_enabled:
-            self._restart()
+            self.restart()
         try:
             if not given_enabled:
-                self._helper.enable()
+                self.helper.enable()
             yield
         finally:
             if given_enabled:
-                self._restart()
+                self.restart()
             else:
                 self._disable(given, modules, forwards)
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
         """Make the next step a full one."""
-        self._helper.start_timestep = None
-        self._helper.cached_output = {}
+        self.helper.start_timestep = None
+        self.helper.cached_output = {}
 
     def _disable(self, given: dict[str, Any], modules: list[torch.nn.Module], forwards: dict[Any, Any]) -> None:
         """Disable the helper; `disable()` leaves a `forward` on every module that it has touched."""
-        self._helper.disable()
+        self.helper.disable()
         for module in modules:
             module.__dict__.pop("forward", None)
             if module in forwards:
                 module.__dict__["forward"] = forwards[module]
-        vars(self._helper).clear()
-        vars(self._helper).update(given)
+        vars(self.helper).clear()
+        vars(self.helper).update(given)

@@ -1,0 +1,140 @@
+"""What a pipeline tells about the call that it is in: its timesteps, its guidance, its prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .steps import Timeline
+
+# Arguments by which a pipeline exchanges its text embeddings in the middle of a run, at the step that they give.
+_EXCHANGING = ("start_merge_step",)
+
+
+class Call:
+    """
+    One call of a pipeline, read without a copy to the host.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline that runs.
+        arguments (`Mapping`, *optional*):
+            The arguments of the call, for pipelines that keep in local variables what others tell.
+        vouched (`bool`, *optional*, defaults to `True`):
+            Whether the loop is diffusers' own, so that the tables here hold for it.
+    """
+
+    def __init__(self, pipe: Any, arguments: Mapping[str, Any] | None = None, *, vouched: bool = True) -> None:
+        self._pipe = pipe
+        self._arguments = dict(arguments or {})
+        self.vouched = vouched
+        self._guided: bool | None = None
+        self._seen_scale: Any = None
+        self._timesteps: Any = None
+        self._until: int | None = None
+
+    @property
+    def subject(self) -> str:
+        """What errors call the pipeline."""
+        return type(self._pipe).__name__
+
+    def timeline(self) -> Timeline:
+        """What the pipeline says of its loop now."""
+        scheduler = self._pipe.scheduler
+        if scheduler.timesteps is not self._timesteps:
+            self._timesteps, self._until = scheduler.timesteps, None
+        scheduled = len(scheduler.timesteps)
+        order = getattr(scheduler, "order", 1)
+        steps = getattr(scheduler, "num_inference_steps", None) or scheduled
+        # The same difference as in the pipelines' `num_warmup_steps`; a shortened loop keeps it.
+        repeats = max(0, scheduled - steps * order)
+        passes, told = self._passes(), True
+        if passes is None:
+            passes, told = scheduled, False
+        return Timeline(passes, order, repeats, told)
+
+    def _passes(self) -> int | None:
+        """Passes of the loop, if the pipeline says how many."""
+        if hasattr(type(self._pipe), "num_timesteps"):
+            # A loop of one's own may never set what it inherits.
+            return getattr(self._pipe, "_num_timesteps", None) or getattr(self._pipe, "num_timesteps", None)
+        if self._until is None:
+            self._until = self._cut_off(self._arguments.get("denoising_end"))
+        return self._until
+
+    def _cut_off(self, denoising_end: Any) -> int:
+        """Number of timesteps up to a share of the noise schedule, as SDXL's pipelines cut it off."""
+        timesteps = self._pipe.scheduler.timesteps
+        if not isinstance(denoising_end, float) or not 0 < denoising_end < 1:
+            return len(timesteps)
+        trained = self._pipe.scheduler.config.num_train_timesteps
+        return int((timesteps >= round(trained - denoising_end * trained)).sum())
+
+    def is_over(self) -> bool:
+        """Whether the scheduler was set up anew since the loop began: another call has started."""
+        return self._pipe.scheduler.timesteps is not self._timesteps
+
+    def guided(self) -> bool:
+        """Whether the denoiser's batch holds both halves of classifier-free guidance now."""
+        if not hasattr(type(self._pipe), "do_classifier_free_guidance"):
+            return self._guided_by_argument()
+        # Callbacks may change the scale between two steps. Where it is a tensor (SVD), asking the pipeline waits for
+        # the device, so ask only when it is another one.
+        scale = getattr(self._pipe, "_guidance_scale", None)
+        if self._guided is None or scale is not self._seen_scale or not self.vouched:
+            try:
+                self._guided = bool(self._pipe.do_classifier_free_guidance)
+            except AttributeError:
+                # A loop of one's own may never set what the inherited property reads.
+                self._guided = self._guided_by_argument()
+            self._seen_scale = scale
+        return self._guided
+
+    def _guided_by_argument(self) -> bool:
+        """Whether the call asks for guidance."""
+        scale = self._arguments.get("guidance_scale")
+        if scale is None and not self.vouched:
+            raise ValueError(
+                f"T-GATE: {self.subject} has a loop of its own that does not say whether it guides: it needs a "
+                "`guidance_scale` in its call, or `_guidance_scale` set on the pipeline. Call remove_tgate(pipe) to "
+                "use it as it is."
+            )
+        return scale is not None and bool(scale > 1)
+
+    def pictures(self) -> int | None:
+        """Number of pictures that the call asks for, if its arguments say so."""
+        prompt, embeds = self._arguments.get("prompt"), self._arguments.get("prompt_embeds")
+        if isinstance(embeds, torch.Tensor):
+            prompts = int(embeds.shape[0])
+        elif isinstance(prompt, (str, list)):
+            prompts = 1 if isinstance(prompt, str) else len(prompt)
+        else:
+            return None
+        each = self._arguments.get("num_images_per_prompt")
+        return prompts * (each if isinstance(each, int) else 1)
+
+    def told(self, callback_tensors: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The embeddings of the negative prompt and of the prompt, where the pipeline tells them."""
+        negative = self._arguments.get("negative_prompt_embeds")
+        if negative is None:
+            negative = callback_tensors.get("negative_prompt_embeds")
+        return negative, self._arguments.get("prompt_embeds")
+
+    def exchanges_text_at(self) -> int | None:
+        """The step in which this kind of pipeline exchanges its text embeddings (PhotoMaker, ConsistentID)."""
+        steps = [self._arguments.get(name) for name in _EXCHANGING]
+        return next((step for step in steps if isinstance(step, int)), None)
+
+    def check_timestep(self, timestep: Any, index: int) -> None:
+        """For a loop without step callbacks that nobody vouches for: is this the forward of the pass that it seems?"""
+        timesteps = self._pipe.scheduler.timesteps
+        expected = timesteps[index] if index < len(timesteps) else None
+        value = timestep.flatten()[0] if isinstance(timestep, torch.Tensor) and timestep.numel() else timestep
+        if expected is None or value is None or float(value) != float(expected):
+            raise ValueError(
+                f"T-GATE: {self.subject} has a loop of its own without callback_on_step_end, so T-GATE counts the "
+                f"calls of its denoiser: call {index} should be for timestep "
+                f"{None if expected is None else float(expected)}, but is for {None if value is None else float(value)}"
+                ". Call callback_on_step_end in that loop, or call remove_tgate(pipe) to use it."
+            )

@@ -1,0 +1,89 @@
+"""Gradient checkpointing: what is computed again in `backward` does what it did in the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .schedule import Action
+from .state import Signals, Slot, TGateState
+
+if TYPE_CHECKING:
+    from .run import Kept, Run
+
+
+class Replay:
+    """
+    A forward of a run, for the blocks that are computed again when the run is over.
+
+    Args:
+        run (`Run`): The run, whose present signals and kept outputs are remembered.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.signals = Signals()
+        self.signals.take(run.signals)
+        self._kept: dict[Slot, Kept] = dict(run.kept)
+
+    nbytes = 0
+
+    def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
+        """What the layer gave out in the forward, if it was a kept output."""
+        kept = self._kept.get(slot)
+        return kept.tensor if kept is not None and kept.tensor.shape[:2] == hidden_states.shape[:2] else None
+
+    def computed(self, slot: Slot, attn: Any, output: torch.Tensor, action: Action, is_self: bool) -> None:
+        """Nothing is kept twice."""
+
+
+class _Recomputed:
+    """A block that is called once in the forward and again in `backward`."""
+
+    def __init__(self, block: Any, state: TGateState) -> None:
+        self._block = block
+        self._state = state
+        self._replay = Replay(state.current())
+        self._ran = False
+
+    def __call__(self, *args: Any) -> Any:
+        if not self._ran:
+            self._ran = True
+            return self._block(*args)
+        with self._state.entered(self._replay):
+            return self._block(*args)
+
+
+@contextmanager
+def replayed(denoiser: torch.nn.Module, state: TGateState) -> Iterator[None]:
+    """Have the checkpointed blocks of a denoiser replay their forward, while a run is on."""
+    blocks = [module for module in denoiser.modules() if getattr(module, "gradient_checkpointing", False)]
+    given = {block: vars(block)["_gradient_checkpointing_func"] for block in blocks if _has_function(block)}
+
+    def replaying(checkpoint: Any) -> Any:
+        def call(block: Any, *args: Any) -> Any:
+            return checkpoint(block if state.current() is None else _Recomputed(block, state), *args)
+
+        return call
+
+    for block, function in given.items():
+        block._gradient_checkpointing_func = replaying(function)
+    try:
+        yield
+    finally:
+        for block, function in given.items():
+            block._gradient_checkpointing_func = function
+
+
+def cannot_replay(denoiser: torch.nn.Module) -> bool:
+    """Whether blocks are computed again out of reach, as in older versions of diffusers."""
+    return torch.is_grad_enabled() and any(
+        getattr(module, "gradient_checkpointing", False) and not _has_function(module) for module in denoiser.modules()
+    )
+
+
+def _has_function(block: torch.nn.Module) -> bool:
+    """Whether a block is checkpointed by a function that can be exchanged."""
+    return callable(vars(block).get("_gradient_checkpointing_func"))

@@ -1,0 +1,1 @@
+"""What runs beside T-GATE on the same layers: told where the batch changes, or refused."""

@@ -1,0 +1,199 @@
+"""The hooks of a denoiser: they tell the run of every forward, halve what goes in and double what comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .checkpointing import cannot_replay
+from .halving import double, halve_named
+from .layout import CONTROLNET_ARGUMENTS, DENOISER_ARGUMENTS, RESIDUALS, Names, rows_of, see
+from .schedule import CFGHalf
+from .state import TGateState
+
+
+class DenoiserHooks:
+    """
+    The forward hooks of a denoiser, and of what the pipeline calls before it in every step.
+
+    They stand next to the forward, behind the user's hooks, which so see the batch that the pipeline gives and the
+    output that it gets. Where a ControlNet has run on one half, the pipeline itself gives its residuals at half, and
+    then the user's hooks see one half of everything. The pipeline's own `uncond + scale * (cond - uncond)` gives the one output back exactly, for
+    any scale and any rescaling. A ControlNet is halved on its way in only: what it gives goes to the denoiser, which
+    needs the same half. The hooks are no part of a compiled denoiser.
+
+    Args:
+        state (`TGateState`): What the gates of the pipeline share.
+        denoiser (`torch.nn.Module`): The module that the pipeline calls in every step.
+        controlnet (`torch.nn.Module`, *optional*): What it calls before the denoiser in every step.
+        kept (`str`, *optional*): The half that stays, `"unconditional"` or `"conditional"`.
+        default (`str`, *optional*): The half that stays if none is given; with a ControlNet that sees the conditional
+            half only (`guess_mode`) it is that one, because the other has no control.
+    """
+
+    def __init__(
+        self,
+        state: TGateState,
+        denoiser: torch.nn.Module,
+        controlnet: torch.nn.Module | None = None,
+        kept: CFGHalf | None = None,
+        default: CFGHalf | None = None,
+    ) -> None:
+        self._state = state
+        self._denoiser = denoiser
+        self._controlnet = controlnet
+        self._kept = kept
+        self._default = default
+        self._handles: list[tuple[Any, Any]] = []
+
+    def install(self) -> None:
+        """Register the hooks."""
+        self.remove()
+        self._register(self._denoiser.register_forward_pre_hook, self._denoiser._forward_pre_hooks, "_before")
+        self._register(self._denoiser.register_forward_hook, self._denoiser._forward_hooks, "_after")
+        controlnet = self._controlnet
+        if controlnet is not None:
+            self._register(controlnet.register_forward_pre_hook, controlnet._forward_pre_hooks, "_before_controlnet")
+        self.stand_inside()
+
+    def remove(self) -> None:
+        """Take the hooks out again."""
+        for handle, _ in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def stand_inside(self) -> None:
+        """Stand next to the forward: last of those before it, first of those after it."""
+        for handle, hooks in self._handles:
+            if handle.id in hooks:
+                hooks.move_to_end(handle.id, last=hooks is not self._denoiser._forward_hooks)
+
+    def _stand_outside(self) -> None:
+        """Be the first of those before the forward."""
+        handle, hooks = self._handles[0]
+        hooks.move_to_end(handle.id, last=False)
+
+    def _register(self, register: Any, hooks: Any, method: str) -> None:
+        """Register a method."""
+        self._handles.append((register(_Eager(self, method), with_kwargs=True), hooks))
+
+    def _is_innermost(self) -> bool:
+        """Whether nobody but other pipelines' T-GATE reads the batch after us."""
+        own = self._handles[0][0].id
+        for number, hook in reversed(self._denoiser._forward_pre_hooks.items()):
+            if number == own:
+                return True
+            if not isinstance(hook, _Eager):
+                return False
+        return False
+
+    def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward begins: tell the run, and halve the batch if it says so."""
+        run = self._state.current()
+        if run is None or run.waiting:
+            return None
+        if cannot_replay(self._denoiser):
+            raise ValueError(
+                "T-GATE: with gradients on, this version of diffusers computes checkpointed blocks again where T-GATE "
+                "cannot reach them. Call disable_gradient_checkpointing() on the denoiser, or update diffusers."
+            )
+        seen = see(module, args, kwargs)
+        innermost = self._is_innermost()
+        if not innermost:
+            self.stand_inside()
+        run.before_forward(seen, may_halve=innermost or run.control.halved)
+        if not run.half:
+            run.control.see(rows_of(seen.given.get("mid_block_additional_residual")))
+            if run.control.halved:
+                raise ValueError(
+                    "T-GATE: the ControlNet ran on half of the batch, but the denoiser has to run on all of it, "
+                    "because its latents have changed. Change their size before the gate, or call remove_tgate(pipe)."
+                )
+            return None
+        return self._halved(run, seen.batch, args, kwargs, list(seen.given))
+
+    def _halved(self, run: Any, batch: int, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
+        """The half of the arguments that stays. The user's hooks after the forward find the whole ones again."""
+        wanted: Names = DENOISER_ARGUMENTS if run.control.halved else {**DENOISER_ARGUMENTS, **RESIDUALS}
+        kept = self._kept_half(run)
+        positional = dict(zip(names, args, strict=False))
+        new_args = list(halve_named(positional, wanted, batch, kept).values())
+        new_kwargs = halve_named(kwargs, wanted, batch, kept)
+        run.whole = _Whole(batch // 2, args, kwargs, new_args, new_kwargs)
+        run.control.halved = False
+        return new_args, new_kwargs
+
+    def _kept_half(self, run: Any) -> CFGHalf:
+        """The half that stays, in the order of this pipeline's batch."""
+        kept = self._kept or ("conditional" if run.control.conditional_only else self._default)
+        if run.unconditional_first:
+            return kept  # type: ignore[return-value]
+        return "unconditional" if kept == "conditional" else "conditional"
+
+    def _before_controlnet(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Halve the batch if the denoiser's will be, unless it is one half already."""
+        run = self._state.current()
+        if run is None or run.waiting:
+            return None
+        seen = see(module, args, kwargs)
+        run.control.enter(seen.batch)
+        if run.control.conditional_only or not run.halves_next(seen.shape):
+            return None
+        run.control.halved = True
+        self._stand_outside()
+        kept = self._kept_half(run)
+        names = list(seen.given)
+        positional = dict(zip(names, args, strict=False))
+        new_args = list(halve_named(positional, CONTROLNET_ARGUMENTS, seen.batch, kept).values())
+        return new_args, halve_named(kwargs, CONTROLNET_ARGUMENTS, seen.batch, kept)
+
+    def _after(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """A forward has ended: tell the run, and give the output of the half back as both halves."""
+        run = self._state.current()
+        if run is None or run.waiting:
+            return None
+        whole, run.whole = run.whole, None
+        run.after_forward()
+        if whole is None:
+            return None
+        if rows_of(output) != whole.rows:
+            raise ValueError(
+                f"T-GATE: {type(module).__name__} gave {rows_of(output)} rows for half of the batch, where T-GATE "
+                f"expects {whole.rows}: one of its arguments is of the whole batch and unknown to T-GATE. Call "
+                "remove_tgate(pipe) to use this pipeline."
+            )
+        whole.give_back()
+        return double(output, whole.rows)
+
+
+class _Whole:
+    """The whole arguments of a forward that runs on half of them."""
+
+    def __init__(self, rows: int, args: Any, kwargs: dict[str, Any], now_args: list[Any], now_kwargs: Any) -> None:
+        self.rows = rows
+        self._args, self._kwargs = args, kwargs
+        self._now_args, self._now_kwargs = now_args, now_kwargs
+
+    def give_back(self) -> None:
+        """Put them back where the user's forward hooks look."""
+        self._now_args[:] = self._args
+        self._now_kwargs.update(self._kwargs)
+
+
+class _Eager:
+    """A method as a hook that is no part of a compiled denoiser, and is copied and pickled with what it is bound to."""
+
+    def __init__(self, owner: DenoiserHooks, method: str) -> None:
+        self.__setstate__({"owner": owner, "method": method})
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(self._owner, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": self._owner, "method": self._method}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._owner, self._method = state["owner"], state["method"]
+        # Here and not as a decorator, which would load the compiler with this package.
+        self._call = torch.compiler.disable(getattr(DenoiserHooks, self._method))  # type: ignore[no-untyped-call]

@@ -1,0 +1,164 @@
+"""What is the batch among a denoiser's arguments, and which half of it is which: data, and the check against it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+# Arguments whose tensors have the guidance batch, or so many rows for each sample of it, as their first dimension.
+# `None`: all tensors inside; a mapping: only those of these keys, the rest of the container is somebody else's.
+Names = Mapping[str, "Names | None"]
+
+_CONDITIONS: Names = dict.fromkeys(("text_embeds", "time_ids", "image_embeds", "hint", "resolution", "aspect_ratio"))
+_SHARED: Names = {
+    **dict.fromkeys(("timestep", "encoder_hidden_states", "class_labels", "timestep_cond")),
+    **dict.fromkeys(("attention_mask", "encoder_attention_mask", "added_time_ids")),
+    "added_cond_kwargs": _CONDITIONS,
+    "cross_attention_kwargs": {"gligen": None},
+}
+DENOISER_ARGUMENTS: Names = {
+    **_SHARED,
+    **dict.fromkeys(("sample", "hidden_states", "down_intrablock_additional_residuals")),
+}
+CONTROLNET_ARGUMENTS: Names = {
+    **_SHARED,
+    **dict.fromkeys(("sample", "controlnet_cond", "control_type", "conditioning_mask")),
+}
+# What a ControlNet gives. It is one half already if the ControlNet ran on one half.
+RESIDUALS: Names = dict.fromkeys(("down_block_additional_residuals", "mid_block_additional_residual"))
+# What cross-attention alone reads, besides the sample and the time, which are the same in both halves.
+_NEUTRAL = ("sample", "hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
+
+
+class Seen(NamedTuple):
+    """
+    What the denoiser is given in one forward.
+
+    Args:
+        batch (`int`): Samples, both halves of guidance counted.
+        shape (`tuple`): Shape of one sample.
+        given (`dict`): All arguments by name.
+    """
+
+    batch: int
+    shape: tuple[int, ...]
+    given: dict[str, Any]
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """The noisy latents."""
+        sample: torch.Tensor = self.given["sample" if "sample" in self.given else "hidden_states"]
+        return sample
+
+    @property
+    def text(self) -> Any:
+        """What cross-attention attends to."""
+        return self.given.get("encoder_hidden_states")
+
+
+@functools.cache
+def _positions(module_class: type) -> tuple[str, ...]:
+    """Names of the arguments of a forward, in order."""
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def see(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Seen:
+    """Read the arguments of a forward."""
+    # `torch.compile(pipe.unet)` wraps the module.
+    names = _positions(type(getattr(module, "_orig_mod", module)))
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    sample = given.get("sample", given.get("hidden_states"))
+    if not isinstance(sample, torch.Tensor):
+        raise ValueError(
+            f"T-GATE: {type(module).__name__} was called without its noisy latents (`sample` or `hidden_states`), but "
+            f"with {sorted(given)}. Call remove_tgate(pipe) to use this pipeline."
+        )
+    return Seen(sample.shape[0], tuple(sample.shape[1:]), given)
+
+
+def rows_of(value: Any) -> int | None:
+    """First dimension of the first tensor in an argument."""
+    return next((int(tensor.shape[0]) for tensor in _tensors(value) if tensor.dim()), None)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in an argument, however deep they lie."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def conditions(seen: Seen, names: Names) -> list[str]:
+    """The arguments besides the text that may tell the halves of the batch apart."""
+    found = []
+    for name, inner in names.items():
+        value = seen.given.get(name)
+        if inner is not None and isinstance(value, Mapping):
+            value = {key: value[key] for key in inner if key in value}
+        elif inner is not None:
+            continue
+        if name not in _NEUTRAL and any(t.dim() and t.shape[0] >= seen.batch for t in _tensors(value)):
+            found.append(name)
+    return found
+
+
+def unconditional_first(seen: Seen, names: Names, negative: Any, positive: Any, pipeline: str) -> bool:
+    """
+    Find out which half of a batch is the unconditional one, for a loop that nobody vouches for.
+
+    Args:
+        seen (`Seen`): What the denoiser was given, with guidance.
+        names (`Mapping`): The arguments with the guidance batch.
+        negative (`torch.Tensor`, *optional*): Embeddings of the negative prompt, if the pipeline tells them.
+        positive (`torch.Tensor`, *optional*): Embeddings of the prompt, likewise.
+        pipeline (`str`): What errors call the pipeline.
+
+    Returns:
+        `bool`: Whether it is the first half. `True` also where it cannot matter: if there is nothing besides the text
+        by which the halves differ.
+
+    Raises:
+        ValueError: If the halves do not hold the same latents, or if it matters and cannot be told which is which.
+    """
+    half = seen.batch // 2
+    if seen.batch % 2 or not torch.equal(seen.sample[:half], seen.sample[half:]):
+        raise ValueError(
+            f"T-GATE: the guidance of this pipeline is not two halves of one batch: the first and the second half of "
+            f"the {seen.batch} latents that {pipeline} gives its denoiser are not the same, where T-GATE expects "
+            "[unconditional, conditional]. Order the batch like that, or call remove_tgate(pipe) to use it."
+        )
+    first, second = (_half(seen.text, 0), _half(seen.text, 1)) if isinstance(seen.text, torch.Tensor) else (None, None)
+    if _same(first, negative) or _same(second, positive):
+        return True
+    if _same(second, negative) or _same(first, positive):
+        return False
+    telling = conditions(seen, names)
+    if telling:
+        raise ValueError(
+            f"T-GATE: {pipeline} has a loop of its own, and which half of its batch is the unconditional one cannot be "
+            f"told, where it matters for {', '.join(telling)}. Give the call `prompt_embeds` and "
+            "`negative_prompt_embeds` (pipe.encode_prompt makes them), or call remove_tgate(pipe) to use it."
+        )
+    return True
+
+
+def _half(text: torch.Tensor, index: int) -> torch.Tensor:
+    """One half of the embeddings."""
+    return text.chunk(2)[index]
+
+
+def _same(half: torch.Tensor | None, told: Any) -> bool:
+    """Whether one half of the embeddings is what the pipeline has told, repeated for every picture."""
+    if half is None or not isinstance(told, torch.Tensor) or not told.dim() or half.shape[0] % told.shape[0]:
+        return False
+    repeated = told.to(half).repeat_interleave(half.shape[0] // told.shape[0], 0)
+    return repeated.shape == half.shape and torch.equal(repeated, half)

@@ -1,0 +1,49 @@
+"""What T-GATE did in a call of a pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TGateReport:
+    r"""
+    What T-GATE did in the last call of a pipeline, counted by what the gated attention layers really did.
+
+    Counts are denoiser forwards: one per step, two per step with Heun or KDPM2. Where some layers computed and others
+    reused in one forward, the forward counts as both. Layers inside compiled code do not report; their forwards are
+    counted as they were announced to them.
+
+    Args:
+        num_inference_steps (`int`):
+            Steps of the run, also of an interrupted one; where a call runs several loops (FreeInit), of all together.
+            0 if there was no run yet.
+        gate_step (`int`): First step of the fidelity-improving phase.
+        cross_attention_computed (`int`): Forwards in which gated layers computed cross-attention.
+        cross_attention_reused (`int`): Forwards in which gated layers reused their stored cross-attention.
+        self_attention_computed (`int`): Forwards in which gated layers computed self-attention.
+        self_attention_reused (`int`): Forwards in which gated layers reused their stored self-attention.
+        full_batch_forwards (`int`): Forwards at the batch that the pipeline asked for.
+        half_batch_forwards (`int`): Forwards at half that batch, guidance being dropped.
+        peak_bytes (`int`): Most bytes held in stored outputs at the end of a step.
+    """
+
+    num_inference_steps: int = 0
+    gate_step: int = 0
+    cross_attention_computed: int = 0
+    cross_attention_reused: int = 0
+    self_attention_computed: int = 0
+    self_attention_reused: int = 0
+    full_batch_forwards: int = 0
+    half_batch_forwards: int = 0
+    peak_bytes: int = 0
+
+    def __str__(self) -> str:
+        if not self.num_inference_steps:
+            return "T-GATE: no run yet."
+        forwards = self.full_batch_forwards + self.half_batch_forwards
+        return (
+            f"T-GATE: {self.num_inference_steps} steps, gate at step {self.gate_step}; of {forwards} denoiser forwards "
+            f"{self.half_batch_forwards} ran on half the batch and {self.cross_attention_reused} reused "
+            f"cross-attention; at most {self.peak_bytes / 2**20:.1f} MiB held."
+        )

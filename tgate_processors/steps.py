@@ -1,0 +1,115 @@
+"""The steps of a denoising loop: what the pipeline says of them, held against what is seen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .schedule import StepPlan, TGateSchedule
+
+
+class Timeline(NamedTuple):
+    """
+    What a pipeline and its scheduler say of a loop.
+
+    Args:
+        passes (`int`): Passes of the loop.
+        order (`int`): Passes per step.
+        repeats (`int`): First passes that belong to step 0 beyond its own (PNDM).
+        told (`bool`): Whether the pipeline says so itself; if not, it is what the scheduler has prepared.
+    """
+
+    passes: int
+    order: int = 1
+    repeats: int = 0
+    told: bool = True
+
+    def step_of(self, index: int) -> int:
+        """Inference step of a pass: the ticks that the progress bar shows by then."""
+        return max(0, index - self.repeats) // self.order
+
+    @property
+    def steps(self) -> int:
+        """Inference steps of the loop."""
+        return self.step_of(self.passes - 1) + 1
+
+
+class Loop:
+    """
+    One denoising loop of a call: it counts, and raises where what it sees is not what it was told.
+
+    What runs before the loop (an inversion) cannot be told from its first pass, so that one may have several forwards.
+
+    Args:
+        schedule (`TGateSchedule`): When attention is computed, stored and reused.
+        timeline (`Timeline`): What the pipeline says of the loop.
+    """
+
+    def __init__(self, schedule: TGateSchedule, timeline: Timeline) -> None:
+        self._schedule = schedule
+        self._pass = 0
+        self._forwards = 0
+        self.last_index: int | None = None
+        self.follow(timeline)
+
+    def follow(self, timeline: Timeline) -> None:
+        """Plan the steps to come by what the pipeline says now; some say it when the loop has begun."""
+        if not timeline.told and isinstance(self._schedule.gate_step, float):
+            raise ValueError(
+                f"T-GATE: gate_step={self._schedule.gate_step} is a share of the steps, but the pipeline does not say "
+                "how many it runs (it never sets `num_timesteps`): give gate_step as a number of steps."
+            )
+        self.timeline = timeline
+        self.plan = self._schedule.plan(timeline.steps)
+        self.gate_step = self._schedule.resolve_gate_step(timeline.steps)
+
+    @property
+    def passes(self) -> int:
+        """Passes that have ended."""
+        return self._pass
+
+    @property
+    def step_index(self) -> int:
+        """Inference step that runs now."""
+        return min(self.timeline.step_of(self._pass), max(0, len(self.plan) - 1))
+
+    @property
+    def now(self) -> StepPlan:
+        """The plan of the step that runs now."""
+        return self.plan[self.step_index]
+
+    @property
+    def over(self) -> bool:
+        """Whether all passes have ended."""
+        return self._pass >= self.timeline.passes
+
+    def forward(self) -> None:
+        """The denoiser is called."""
+        self._forwards += 1
+        if self._forwards > 1 and self._pass > 0:
+            raise ValueError(
+                f"T-GATE: the denoiser was called a second time in step {self.step_index}, where T-GATE expects one "
+                "call in each step: what a layer keeps cannot serve two (tiles, views, several predictions), or "
+                "callback_on_step_end does not come after every step. Call remove_tgate(pipe) to use this pipeline."
+            )
+
+    def tick(self, index: int | None = None) -> None:
+        """
+        A pass has ended.
+
+        Args:
+            index (`int`, *optional*): The pipeline's own number of the pass.
+        """
+        if not self._forwards:
+            raise ValueError(
+                f"T-GATE: step {self.step_index} ended without a call of the denoiser in this thread, where T-GATE "
+                "expects one call in each step. Call remove_tgate(pipe) to use this pipeline."
+            )
+        if index is not None and self.last_index is not None and index != self.last_index + 1:
+            raise ValueError(
+                f"T-GATE: callback_on_step_end came with step {index} after step {self.last_index}, where T-GATE "
+                f"expects step {self.last_index + 1} of {self.timeline.passes}: it has to come after every step, and "
+                "`num_timesteps` has to be their number. Call remove_tgate(pipe) to use this pipeline."
+            )
+        self.last_index = index
+        self._forwards = 0
+        self._pass += 1

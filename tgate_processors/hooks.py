@@ -100,8 +100,8 @@ class DenoiserHooks:
             )
         seen = see(module, args, kwargs)
         innermost = self._is_innermost()
-        if not innermost:
-            self.stand_inside()
+        # For the hooks after this forward, and for the next one: some may have come since the last.
+        self.stand_inside()
         run.before_forward(seen, may_halve=innermost or run.control.halved)
         if not run.half:
             run.control.see(rows_of(seen.given.get("mid_block_additional_residual")))

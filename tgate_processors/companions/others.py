@@ -58,7 +58,9 @@ def _check_cache_dit(denoiser: torch.nn.Module) -> None:
 
 def _check_tome(denoiser: torch.nn.Module, schedule: TGateSchedule) -> None:
     """The package tomesd, which merges other tokens in every step."""
-    args = (getattr(denoiser, "_tome_info", None) or {}).get("args", {})
+    # `tomesd.remove_patch` leaves the settings behind.
+    patched = (module for module in denoiser.modules() if type(module).__name__ == "ToMeBlock")
+    args = getattr(next(patched, None), "_tome_info", {}).get("args", {})
     if args.get("merge_crossattn"):
         raise ValueError(
             "T-GATE cannot run beside ToMe with merge_crossattn=True: each step merges other tokens, so what "

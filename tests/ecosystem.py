@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from tests.pipelines import (
 )
 
 SHAPES = Path(__file__).parent.parent / "examples/models/shapes-sd"
-FRAMES = 3
+FRAMES = 4
 IMAGE_EMBEDDING = 16
 IMAGE_TOKENS = 4
 
@@ -571,7 +571,22 @@ HOSTS = [
 
 
 def _video(prompts: list[int], guided: bool) -> list[Any]:
-    return images([70 + frame for frame in range(FRAMES)])
+    return _frames(FRAMES)
+
+
+def _frames(count: int) -> list[Any]:
+    return images([70 + frame for frame in range(count)])
+
+
+def with_frames(host: Host, count: int) -> Host:
+    """The same host with another number of frames."""
+
+    def inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
+        given = host.conditioning(prompts, guided)
+        videos = {key: _frames(count) for key in ("video", "conditioning_frames") if len(given.get(key, ())) == FRAMES}
+        return given | videos | ({"num_frames": count} if "num_frames" in given else {})
+
+    return replace(host, name=f"{host.name}-{count}", conditioning=inputs)
 
 
 _ANIMATED = {"num_frames": FRAMES}

@@ -3,11 +3,57 @@
 import pytest
 import torch
 
-from tests.ecosystem import FRAMES, HOSTS_BY_NAME, text_encoder, tokenizer
+from tests.ecosystem import FRAMES, HOSTS, HOSTS_BY_NAME, text_encoder, tokenizer, with_frames
+from tests.test_laws import distance
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
 GATE = 2
 HOST = HOSTS_BY_NAME["animatediff"]
+ANIMATED = [host for host in HOSTS if host.name.startswith("animatediff")]
+CONTROLLED = [host for host in ANIMATED if "controlnet" in host.name]
+
+
+# FRAMES frames are in the laws of all hosts.
+@pytest.mark.parametrize("frames", [2, 3, 16])
+@pytest.mark.parametrize("host", ANIMATED, ids=lambda host: host.name)
+def test_any_number_of_frames(host, frames):
+    host = with_frames(host, frames)
+    pipe = host.build()
+    baseline = host.run(pipe)
+    assert torch.equal(host.run(apply_tgate(pipe, 99)), baseline)
+    batches = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: batches.append(len(args[0]) // frames))
+    apply_tgate(pipe, GATE)
+    gated = host.run(pipe)
+    assert not torch.equal(gated, baseline)
+    loops = [3, 6] if "free_init" in host.name else [get_tgate_report(pipe).num_inference_steps]
+    assert batches == [2 if step < GATE else 1 for steps in loops for step in range(steps)]
+    if host.batches and frames < 16:
+        singles = torch.cat([gated, host.run(pipe, [1])])
+        assert distance(host.run(pipe, [0, 1]), singles) < 1e-4
+    assert torch.equal(host.run(remove_tgate(pipe)), baseline)
+
+
+@pytest.mark.parametrize("half", ["unconditional", "conditional"])
+@pytest.mark.parametrize("frames", [2, 3, 4, 16])
+@pytest.mark.parametrize("host", CONTROLLED, ids=lambda host: host.name)
+def test_halving_the_controlnet_changes_nothing(host, frames, half):
+    host = with_frames(host, frames)
+    pipe = apply_tgate(host.build(), GATE, cfg_half=half)
+    rows = []
+    forward = pipe.unet.forward
+
+    def watched(*args, **kwargs):
+        rows.append(len(kwargs["mid_block_additional_residual"]) // frames)
+        return forward(*args, **kwargs)
+
+    pipe.unet.forward = watched
+    halved = host.run(pipe)
+    assert rows == [2 if step < GATE else 1 for step in range(len(rows))]
+    (hook,) = pipe.controlnet._forward_pre_hooks
+    del pipe.controlnet._forward_pre_hooks[hook]
+    assert distance(host.run(pipe), halved) < 1e-5
+    assert rows[len(rows) // 2 :] == rows[: len(rows) // 2]
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ecosystem import HOSTS, HOSTS_BY_NAME, Host
+from tests.ecosystem import FRAMES, HOSTS, HOSTS_BY_NAME, Host
 from tests.test_counts import computed
 from tests.test_laws import assert_same, distance, snapshot
 from tgate_processors import TGateCallback, TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
@@ -207,7 +207,7 @@ def test_guidance_of_other_parts_stays_on_and_every_part_keeps_its_own_cross_att
     for each in handles:
         each.remove()
     ours, plain = outputs[GATE]
-    parts = host.guidance_parts * (3 if "animatediff" in host.name else 1)
+    parts = host.guidance_parts * (FRAMES if "animatediff" in host.name else 1)
     assert all(len(output) == parts for output in kept.values())
     assert len(kept) == len(layers) > 0
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
@@ -217,7 +217,7 @@ def test_guidance_of_other_parts_stays_on_and_every_part_keeps_its_own_cross_att
 def test_guidance_that_stays_on_is_told(caplog):
     pipe = apply_tgate(HOSTS_BY_NAME["pix2pix"].build(), GATE)
     (record,) = caplog.records
-    assert record.message.startswith(f"the guidance of {type(pipe).__name__} is not two halves, so all of it stays on")
+    assert record.message.startswith(f"T-GATE: the guidance of {type(pipe).__name__} is not two halves, so all of it stays on")
     caplog.clear()
     apply_tgate(HOSTS_BY_NAME["ip_adapter"].build(), GATE)
     assert not [record for record in caplog.records if "tgate" in record.name]

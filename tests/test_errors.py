@@ -2,14 +2,17 @@
 
 import math
 import re
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 from tests.pipelines import BY_NAME
-from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
+from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
 CASE = BY_NAME["sd"]
 
@@ -48,6 +51,36 @@ def test_a_bad_setting(settings, error, message):
     with pytest.raises(error, match=re.escape(message)):
         apply_tgate(pipe, **settings)
     assert torch.equal(CASE.run(pipe), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (np.int64(3), 3),
+        (torch.tensor(3), 3),
+        (np.float32(0.5), 0.5),
+        (np.float64(0.5), 0.5),
+        (np.array(0.5), 0.5),
+        (Fraction(1, 2), 0.5),
+        (Decimal("0.5"), 0.5),
+        (torch.tensor(0.5), 0.5),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_numbers_of_every_kind_are_taken(given, meant):
+    assert TGateSchedule(given) == TGateSchedule(meant)
+    assert type(TGateSchedule(given).gate_step) is type(meant)
+
+
+@pytest.mark.parametrize("given", [torch.tensor([3]), np.array([0.5]), torch.tensor(True), 1j, None, [3]], ids=str)
+def test_what_is_no_number_is_refused(given):
+    with pytest.raises(TypeError, match=r"gate_step=.* is a \w+: give a number of steps"):
+        TGateSchedule(given)
+
+
+def test_joint_attention_is_told_what_helps_there():
+    with pytest.raises(ValueError, match=r"enable_cache\(FirstBlockCacheConfig\(\)\)"):
+        apply_tgate(sd3())
 
 
 def test_intervals_are_keywords():
@@ -204,6 +237,43 @@ def sana():
     return diffusers.SanaPipeline(None, None, None, transformer, diffusers.FlowMatchEulerDiscreteScheduler())
 
 
+def mochi():
+    transformer = diffusers.MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=12,
+        text_embed_dim=32,
+        time_embed_dim=4,
+        max_sequence_length=16,
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.MochiPipeline(scheduler, None, None, None, transformer)
+
+
+def stable_cascade():
+    decoder = diffusers.StableCascadeUNet(
+        conditioning_dim=16,
+        block_out_channels=(16, 32),
+        num_attention_heads=(-1, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        down_blocks_repeat_mappers=(1, 1),
+        up_blocks_repeat_mappers=(1, 1),
+        block_types_per_layer=(
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock"),
+            ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock"),
+        ),
+        clip_text_pooled_in_channels=16,
+        dropout=(0.1, 0.1),
+        switch_level=(False,),
+    )
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    return diffusers.StableCascadeDecoderPipeline(decoder, None, None, scheduler, None)
+
+
 def without_denoiser():
     pipe = CASE.build()
     pipe.unet = None
@@ -223,7 +293,9 @@ def without_denoiser():
         (free_noise, "with FreeNoise: its attention layers run once for every window"),
         (added_keys, "UNet2DConditionModel has joint attention"),
         (sana, "T-GATE does not know how transformer=SanaTransformer2DModel does guidance"),
-        (without_denoiser, "no `unet` or `transformer`"),
+        (mochi, "MochiTransformer3DModel has joint attention"),
+        (stable_cascade, "it denoises with decoder=StableCascadeUNet, whose attention joins the text with other keys"),
+        (without_denoiser, "it has no `unet` or `transformer` at present. Load one first."),
     ],
     ids=[
         "sd3",
@@ -236,6 +308,8 @@ def without_denoiser():
         "free_noise",
         "added_keys",
         "unknown",
+        "mochi",
+        "stable_cascade",
         "no_denoiser",
     ],
 )

@@ -168,7 +168,7 @@ def _checked_gate_step(value: object) -> int | float:
 
 def _as_float(value: object) -> float | None:
     """A number that is no whole one by its kind: a float, also numpy's or torch's, a fraction."""
-    if isinstance(value, (bool, str, bytes)) or getattr(value, "ndim", 0):
+    if isinstance(value, (bool, str, bytes)) or getattr(value, "ndim", 0) or "bool" in str(getattr(value, "dtype", "")):
         return None
     try:
         operator.index(value)  # type: ignore[arg-type]
@@ -180,7 +180,7 @@ def _as_float(value: object) -> float | None:
 def checked_int(name: str, value: object, least: int, remedy: str | None = None) -> int:
     """Validate an integer setting."""
     remedy = remedy or f"give an int of at least {least}"
-    if isinstance(value, bool) or getattr(value, "ndim", 0):
+    if isinstance(value, bool) or getattr(value, "ndim", 0) or "bool" in str(getattr(value, "dtype", "")):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: {remedy}.")
     try:
         number = operator.index(value)  # type: ignore[arg-type]

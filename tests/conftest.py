@@ -19,7 +19,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+# A single ControlNet stands for these.
+SLOW = {"sd_multi_controlnet_img2img", "sdxl_controlnet", "sdxl_controlnet_inpaint"}
+PARAMS = [pytest.param(case, marks=[pytest.mark.slow] if case.name in SLOW else []) for case in CASES]
+
+
+@pytest.fixture(params=PARAMS, ids=[case.name for case in CASES])
 def case(request: pytest.FixtureRequest) -> Case:
     """Every supported family in turn."""
     return request.param

@@ -117,7 +117,7 @@ def test_any_schedule_with_and_without_guidance(settings, scale):
 @pytest.mark.parametrize(
     ("scheduler", "forwards"), [("HeunDiscreteScheduler", 15), ("KDPM2DiscreteScheduler", 15), ("PNDMScheduler", 17)]
 )
-@pytest.mark.parametrize("settings", ["v1", "v2"])
+@pytest.mark.parametrize("settings", [pytest.param("v1", marks=pytest.mark.slow), "v2"])
 def test_the_scheduler_says_how_many_forwards_the_steps_are(scheduler, forwards, settings):
     case = BY_NAME["sd"]
     pipe = case.build()

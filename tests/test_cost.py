@@ -285,6 +285,7 @@ def test_what_cannot_be_estimated_says_why(given, arguments, error, message):
         estimate_cost(given, **call)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_published_table(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "cost_table.py"), "--json", str(tmp_path / "rows.json")]
     environment = {**os.environ, "COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}

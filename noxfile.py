@@ -14,6 +14,15 @@ PROJECT = tomllib.loads(Path("pyproject.toml").read_text())
 CONSTRAINED = ("-c", "constraints.txt")
 # A worker for every core, and a thread for every worker: more wait for each other.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# Seconds for a test that takes long, on a busy machine.
+PATIENCE = "--timeout=3600"
+
+
+def install_for_tests(session: nox.Session) -> None:
+    """The package and all that its tests need."""
+    groups = PROJECT["dependency-groups"]
+    extras = ".[cache-dit,evaluate,examples]"
+    session.install(*CONSTRAINED, *groups["test"], *groups["quantise"], "-e", extras)
 
 
 @nox.session
@@ -33,19 +42,24 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests; arguments after `--` go to pytest."""
-    groups = PROJECT["dependency-groups"]
-    extras = ".[cache-dit,evaluate,examples]"
-    session.install(*CONSTRAINED, *groups["test"], *groups["quantise"], "-e", extras)
+    """All tests but the slow ones; arguments after `--` go to pytest."""
+    install_for_tests(session)
     session.run("pytest", *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
 
 
 @nox.session
+def slow(session: nox.Session) -> None:
+    """The slow tests; arguments after `--` go to pytest."""
+    install_for_tests(session)
+    session.run("pytest", "-m", "slow", PATIENCE, *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
+
+
+@nox.session
 def minimums(session: nox.Session) -> None:
-    """All tests with the oldest supported versions, as pyproject.toml states them."""
+    """All tests, slow ones too, with the oldest supported versions, as pyproject.toml states them."""
     floors = [re.sub(r">=([\d.]+)$", r"~=\1.0", dependency) for dependency in PROJECT["project"]["dependencies"]]
     session.install(*floors, *PROJECT["dependency-groups"]["test"], "-e", ".[evaluate,examples]")
-    session.run("pytest", *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
+    session.run("pytest", "-m", "", PATIENCE, *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
 
 
 @nox.session

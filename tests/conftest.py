@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 
@@ -12,7 +13,18 @@ logging.getLogger("diffusers").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of garbage collection, which else looks at a million objects every few calls."""
+    gc.collect()
+    gc.freeze()
+
+
+# A single ControlNet stands for these.
+SLOW = {"sd_multi_controlnet_img2img", "sdxl_controlnet", "sdxl_controlnet_inpaint"}
+PARAMS = [pytest.param(case, marks=[pytest.mark.slow] if case.name in SLOW else []) for case in CASES]
+
+
+@pytest.fixture(params=PARAMS, ids=[case.name for case in CASES])
 def case(request: pytest.FixtureRequest) -> Case:
     """Every supported family in turn."""
     return request.param

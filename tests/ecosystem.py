@@ -202,8 +202,8 @@ def _two_loras(pipe: Any) -> Any:
 
 def union() -> Any:
     """A ControlNet for several kinds of control at once."""
-    torch.manual_seed(0)
     unet = load_golden(*GOLDEN_XL).unet
+    torch.manual_seed(0)
     shared = {
         key: value for key, value in unet.config.items() if key in signature(diffusers.ControlNetUnionModel).parameters
     }
@@ -223,8 +223,8 @@ def _adapter(seed: int = 0, xl: bool = False) -> Any:
 
 def motion_adapter(source: tuple[str, str]) -> Any:
     """Motion modules for a golden UNet, with a say in the picture: as they start, they have none."""
-    torch.manual_seed(0)
     unet = load_golden(*source).unet
+    torch.manual_seed(0)
     adapter = diffusers.MotionAdapter(
         block_out_channels=unet.config.block_out_channels,
         motion_layers_per_block=unet.config.layers_per_block,

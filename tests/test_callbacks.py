@@ -45,7 +45,7 @@ def arguments(kind, recorder, inputs):
 
 
 @pytest.mark.parametrize("case", WITH_CALLBACK, ids=lambda case: case.name)
-@pytest.mark.parametrize("kind", ["function", "callback", "several"])
+@pytest.mark.parametrize("kind", ["function", pytest.param("callback", marks=pytest.mark.slow), "several"])
 def test_callbacks_of_every_kind_are_called_as_without_tgate(case, kind):
     pipe = case.build()
     inputs = ["latents"] if case.video else ["latents", "prompt_embeds"]

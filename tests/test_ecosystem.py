@@ -19,7 +19,24 @@ SETTINGS = {"v1": {"gate_step": GATE}, "v2": {"gate_step": 4, "sp_interval": 2, 
 LOOPS = {"animatediff_free_init": [3, 6]}
 
 
-@pytest.fixture(params=HOSTS, ids=lambda host: host.name)
+# What others are a part of, or what another stands for; `to_k` is counted in all by default.
+SLOW = {
+    "sdxl_controlnet_img2img",
+    "union_img2img",
+    "union_inpaint",
+    "x4_upscaler",
+    "animatediff_controlnet",
+    "animatediff_sparse_controlnet",
+    "animatediff_video_controlnet",
+    "pag_animatediff",
+}
+
+
+def params(hosts):
+    return [pytest.param(host, marks=[pytest.mark.slow] if host.name in SLOW else [], id=host.name) for host in hosts]
+
+
+@pytest.fixture(params=params(HOSTS))
 def host(request) -> Host:
     return request.param
 
@@ -63,7 +80,7 @@ def test_apply_and_remove_change_nothing_else(host: Host):
     assert torch.equal(host.run(pipe), baseline)
 
 
-@pytest.mark.parametrize("host", [host for host in HOSTS if host.batches], ids=lambda host: host.name)
+@pytest.mark.parametrize("host", params(host for host in HOSTS if host.batches))
 def test_a_batch_of_two_prompts_equals_two_singles(host: Host):
     pipe = host.build()
 

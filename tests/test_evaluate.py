@@ -1,11 +1,11 @@
 """Quality and speed side by side: what is written, what survives a kill, what each method leaves behind."""
 
+import contextlib
 import csv
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -79,17 +79,30 @@ def table_of(output):
     return [{name: value for name, value in row.items() if name not in ("seconds", "ratio")} for row in rows]
 
 
-def start_and_kill(command, output, after):
-    """Start a run in a session of its own, and kill one process of it as soon as `after` pictures are there."""
-    running = subprocess.Popen(
-        [*command, *SHORT, *SOME, "--output", str(output)],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while running.poll() is None and len(list(output.rglob("pictures/*.png"))) < after:
-        time.sleep(0.005)
-    return running
+def start_and_kill(command, output, after, kill):
+    """Start a run, and kill it when `after` pictures are there and not yet all; give its exit status."""
+    while True:
+        running = subprocess.Popen(
+            [*command, *SHORT, *SOME, "--output", str(output)],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while running.poll() is None and len(list(output.rglob("pictures/*.png"))) < after:
+            time.sleep(0.005)
+        if running.poll() is None:
+            kill(running)
+        status = running.wait()
+        if len(pictures(output)) < 12:
+            return status
+        # On a busy machine the kill may come too late.
+        shutil.rmtree(output)
+
+
+def kill_last_child(running):
+    """One of the processes that a launcher has started, if there is one still."""
+    with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+        psutil.Process(running.pid).children()[-1].kill()
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +159,9 @@ def test_the_macs_are_those_of_the_estimate(whole):
     assert rows["tgate-1"]["macs"] == cost.with_tgate.layers
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path, whole):
-    running = start_and_kill([sys.executable, SCRIPT], tmp_path, after=4)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    start_and_kill([sys.executable, SCRIPT], tmp_path, 4, subprocess.Popen.kill)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("pictures/*.png")}
     assert 4 <= len(before) < 12
     half = next(iter(before)).with_name("00003.png.1.part")
@@ -163,10 +175,9 @@ def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path, whole):
     assert table_of(tmp_path) == [row for row in table_of(whole[0]) if row["method"] in SOME]
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_one_draws_and_one_may_be_killed(tmp_path, whole):
-    running = start_and_kill(LAUNCH, tmp_path, after=2)
-    psutil.Process(running.pid).children()[-1].kill()
-    assert running.wait(timeout=60) != 0
+    assert start_and_kill(LAUNCH, tmp_path, 2, kill_last_child) != 0
     assert len(pictures(tmp_path)) < 12
     done = run(tmp_path, *SOME, command=LAUNCH)
     assert done.returncode == 0, done.stderr
@@ -179,6 +190,7 @@ def test_two_processes_draw_what_one_draws_and_one_may_be_killed(tmp_path, whole
     assert sorted(blocks) == ["00000", "00001", "00002", "00003"]
 
 
+@pytest.mark.slow
 def test_captions_of_coco_with_the_testbed_in_place_of_the_weights(tmp_path):
     captions = held_out_captions(4)
     annotations = [{"id": i, "image_id": 10 - i // 2, "caption": f" {captions[i // 2]} "} for i in range(8)]

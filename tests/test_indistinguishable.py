@@ -97,7 +97,7 @@ def test_wrong_arguments_get_the_errors_of_the_pipeline(case):
     assert torch.equal(first(call(case, pipe)), baseline)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_sequential_offload(case, when):
     pipe = case.build()
     baseline = first(call(case, pipe))

@@ -1,4 +1,4 @@
-"""Two hundred calls with all that changes between them: no memory grows, and no call shows in another."""
+"""Many calls with all that changes between them: no memory grows, and no call shows in another."""
 
 import contextlib
 import gc
@@ -7,12 +7,12 @@ import tracemalloc
 
 import diffusers
 import psutil
+import pytest
 import torch
 
 from tests.pipelines import BY_NAME, with_scheduler
 from tgate_processors import apply_tgate, is_tgate_applied, remove_tgate
 
-CALLS, WARM = 200, 60
 SCHEDULERS = ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler"]
 SETTINGS = [
     {"gate_step": 2},
@@ -44,10 +44,11 @@ def live_tensors():
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
-def test_memory_is_flat_and_results_are_those_of_fresh_pipelines():
+@pytest.mark.parametrize(("calls", "warm"), [(36, 5), pytest.param(200, 60, marks=pytest.mark.slow)])
+def test_memory_is_flat_and_results_are_those_of_fresh_pipelines(calls, warm):
     case = BY_NAME["sd"]
     chance = random.Random(0)
-    plans = [(chance.choice(SCHEDULERS), chance.choice(SETTINGS), chance.choice(CALL_OPTIONS)) for _ in range(CALLS)]
+    plans = [(chance.choice(SCHEDULERS), chance.choice(SETTINGS), chance.choice(CALL_OPTIONS)) for _ in range(calls)]
 
     def call(pipe, options, **more):
         return case.run(pipe, **{"num_inference_steps": 4, **options, **more})
@@ -74,9 +75,9 @@ def test_memory_is_flat_and_results_are_those_of_fresh_pipelines():
             with contextlib.suppress(Broken):
                 call(pipe, options, callback_on_step_end=break_off)
         torch.testing.assert_close(call(pipe, options), expected[repr((scheduler, settings, options))])
-        if number == WARM:
+        if number == warm:
             tracemalloc.start()
-        if number in (WARM + 20, CALLS - 1):
+        if number in (warm + 20, calls - 1):
             # The same both times.
             remove_tgate(pipe)
             pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)

@@ -74,7 +74,7 @@ if HOTSWAP:
     DEEDS["hotswap"] = (swap, {})
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("deed", "arguments"), DEEDS.values(), ids=DEEDS)
 def test_before_and_after_are_the_same(name, deed, arguments):
     case = BY_NAME[name]

@@ -22,7 +22,7 @@ def wire(pipe, *settings):
 
 
 @pytest.mark.parametrize("case", WITH_CALLBACK, ids=lambda case: case.name)
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", [*SETTINGS[:2], pytest.param(SETTINGS[2], marks=pytest.mark.slow)], ids=str)
 def test_the_manual_wiring_gives_the_same_picture_and_the_same_report(case, settings):
     pipe = case.build()
     baseline = case.run(pipe)

@@ -69,7 +69,7 @@ def place(request):
     return request.param
 
 
-@pytest.fixture(params=["sd", "sdxl_controlnet", "pixart_alpha"])
+@pytest.fixture(params=["sd", pytest.param("sdxl_controlnet", marks=pytest.mark.slow), "pixart_alpha"])
 def case(request):
     return BY_NAME[request.param]
 

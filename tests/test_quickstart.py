@@ -41,6 +41,7 @@ def test_the_quickstart_draws_both_pictures_and_prints_what_they_cost(tmp_path):
     assert len(picture.convert("RGB").getcolors(10**6)) > 100
 
 
+@pytest.mark.slow
 def test_prompts_and_a_folder_of_your_own(tmp_path):
     output = tmp_path / "pictures.png"
     model = str(ROOT / "examples" / "models" / "shapes-sd")
@@ -54,6 +55,7 @@ def test_prompts_and_a_folder_of_your_own(tmp_path):
     assert output.exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_argument_is_an_error_message_and_no_traceback():
     done = run("--gate-step", "1.5")
     assert done.returncode == 2

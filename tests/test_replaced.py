@@ -65,7 +65,7 @@ def processors(pipe):
 
 @pytest.mark.parametrize("called", [True, False], ids=["after_a_call", "before_any_call"])
 @pytest.mark.parametrize(("deed", "undo"), DEEDS.values(), ids=DEEDS)
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_before_and_after_are_the_same(name, deed, undo, called):
     case = BY_NAME[name]
     before, after = case.build(), case.build()

@@ -121,14 +121,14 @@ def in_threads(*functions):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=600)
     assert not failures, failures
     return results
 
 
 def in_turn(parties):
     """A callback that makes the pipelines wait for each other after every step."""
-    barrier = threading.Barrier(parties, timeout=60)
+    barrier = threading.Barrier(parties, timeout=600)
 
     def on_step_end(pipe, step, timestep, kwargs):
         barrier.wait()
@@ -169,11 +169,11 @@ def test_one_pipeline_in_two_threads_is_an_error_for_the_second():
 
     def on_step_end(pipe, step, timestep, kwargs):
         started.set()
-        assert refused.wait(60)
+        assert refused.wait(600)
         return kwargs
 
     def late():
-        assert started.wait(60)
+        assert started.wait(600)
         with pytest.raises(RuntimeError, match="is running already"):
             case.run(pipe)
         refused.set()

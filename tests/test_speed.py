@@ -27,7 +27,7 @@ def call(*arguments):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_denoiser_with_random_weights(name, batch_size, tmp_path):
     arguments = ("--model", CONFIGS[name], "--size", 64, "--steps", 6, "--gate-step", 3, "--batch-size", batch_size)
     result = call(*arguments, "--rounds", 2, "--narrow-rounds", 2, "--output", tmp_path)

@@ -46,7 +46,10 @@ def check(ticks, forwards, gate, guided=True):
     assert ticks.done == forwards[-1][0] + 1
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd_img2img", "pixart_alpha"])
+# Every scheduler steps SDXL in test_schedulers too.
+@pytest.mark.parametrize(
+    "name", ["sd", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd_img2img")), "pixart_alpha"]
+)
 @pytest.mark.parametrize(
     ("scheduler", "config", "passes"),
     [

@@ -1,8 +1,9 @@
 """Training: from nothing to a pipeline, through a kill, and in two processes."""
 
+import functools
 import os
 import re
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -41,20 +42,23 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folders of short runs of both models."""
-    folders = {}
-    for model in train_shapes.Model:
-        folders[model.value] = tmp_path_factory.mktemp(model.value)
-        done = train("--model", model.value, "--output", str(folders[model.value]), "--check-prompts", "2")
+    """The folder of a short run of a model, by the model."""
+
+    @functools.cache
+    def folder_of(model):
+        folder = tmp_path_factory.mktemp(model)
+        done = train("--model", model, "--output", str(folder), "--check-prompts", "2")
         assert done.exit_code == 0, done.output
         assert re.search(r"denoiser: step 6 of 6, loss \d\.\d{4}", done.output)
         assert "step 6, guidance 3: all right" in done.output
-    return folders
+        return folder
+
+    return folder_of
 
 
-@pytest.mark.parametrize("model", ["sd", "pixart"])
+@pytest.mark.parametrize("model", [pytest.param("sd", marks=pytest.mark.slow), "pixart"])
 def test_a_short_run_gives_a_pipeline_that_draws(trained, model):
-    folder = trained[model] / "pipeline"
+    folder = trained(model) / "pipeline"
     assert sum(file.stat().st_size for file in folder.rglob("*")) <= 12 * 2**20
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
@@ -62,26 +66,32 @@ def test_a_short_run_gives_a_pipeline_that_draws(trained, model):
     assert image.size == (32, 32)
 
 
+@pytest.mark.slow
 def test_the_pipeline_has_the_averaged_weights(trained):
-    state = weights(trained["sd"])
-    pipe = DiffusionPipeline.from_pretrained(trained["sd"] / "pipeline", torch_dtype=torch.float32)
+    state = weights(trained("sd"))
+    pipe = DiffusionPipeline.from_pretrained(trained("sd") / "pipeline", torch_dtype=torch.float32)
     saved = [*pipe.text_encoder.parameters(), *pipe.unet.parameters()]
     for average, parameter in zip(state["average"], saved, strict=True):
         assert torch.equal(average.half().float(), parameter)
     assert any(not torch.equal(one, other) for one, other in zip(state["average"], state["parameters"], strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_goes_on_is_the_run_that_was_not(trained, tmp_path):
     command = [sys.executable, SCRIPT, *SHORT, "--model", "sd", "--output", str(tmp_path)]
-    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-    while running.poll() is None and not (tmp_path / "denoiser.pt").exists():
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
-    assert weights(tmp_path)["step"] < 6
+    while True:
+        running = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+        while running.poll() is None and not (tmp_path / "denoiser.pt").exists():
+            time.sleep(0.002)
+        running.kill()
+        running.wait()
+        if weights(tmp_path)["step"] < 6:
+            break
+        # On a busy machine the kill may come too late.
+        shutil.rmtree(tmp_path)
     assert not (tmp_path / "pipeline").exists()
     assert train("--model", "sd", "--output", str(tmp_path)).exit_code == 0
-    one, other = weights(tmp_path), weights(trained["sd"])
+    one, other = weights(tmp_path), weights(trained("sd"))
     assert one["step"] == other["step"] == 6
     for part in ("parameters", "average"):
         assert all(torch.equal(a, b) for a, b in zip(one[part], other[part], strict=True))
@@ -101,6 +111,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(tmp_path, monk
     assert torch.load(file, weights_only=True) == {"step": 1}
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0"]
@@ -115,10 +126,10 @@ def test_two_processes_train_one_model(tmp_path):
 
 
 def test_going_on_with_other_settings_is_refused(trained):
-    done = train("--model", "pixart", "--output", str(trained["sd"]))
+    done = train("--model", "sd", "--output", str(trained("pixart")))
     assert done.exit_code == 2
-    assert "model='pixart', but the run in" in done.output
-    assert "has 'sd': give the same to go on with it, or another --output" in " ".join(
+    assert "model='sd', but the run in" in done.output
+    assert "has 'pixart': give the same to go on with it, or another --output" in " ".join(
         re.sub(r"[│\s]+", " ", done.output).split()
     )
 

@@ -234,7 +234,9 @@ def test_guidance_of_other_parts_stays_on_and_every_part_keeps_its_own_cross_att
 def test_guidance_that_stays_on_is_told(caplog):
     pipe = apply_tgate(HOSTS_BY_NAME["pix2pix"].build(), GATE)
     (record,) = caplog.records
-    assert record.message.startswith(f"T-GATE: the guidance of {type(pipe).__name__} is not two halves, so all of it stays on")
+    assert record.message.startswith(
+        f"T-GATE: the guidance of {type(pipe).__name__} is not two halves, so all of it stays on"
+    )
     caplog.clear()
     apply_tgate(HOSTS_BY_NAME["ip_adapter"].build(), GATE)
     assert not [record for record in caplog.records if "tgate" in record.name]

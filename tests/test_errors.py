@@ -94,9 +94,15 @@ def test_intervals_are_keywords():
     [
         (None, "pipe is None, a NoneType, not a diffusers pipeline: give a DiffusionPipeline."),
         (3, "pipe is 3, a int, not a diffusers pipeline: give a DiffusionPipeline."),
-        ("a/folder", "pipe is the name 'a/folder', not a diffusers pipeline: load it, DiffusionPipeline.from_pretrained("),
+        (
+            "a/folder",
+            "pipe is the name 'a/folder', not a diffusers pipeline: load it, DiffusionPipeline.from_pretrained(",
+        ),
         (Path("a/folder"), "pipe is the name 'a/folder', not a diffusers pipeline: load it, DiffusionPipeline.from_"),
-        (torch.nn.Linear(2, 2), "pipe is a Linear, not a diffusers pipeline: give the DiffusionPipeline that it is a part"),
+        (
+            torch.nn.Linear(2, 2),
+            "pipe is a Linear, not a diffusers pipeline: give the DiffusionPipeline that it is a part",
+        ),
         (
             diffusers.StableDiffusionPipeline,
             "pipe is the class StableDiffusionPipeline, not a diffusers pipeline: make a pipeline of it, Stable",

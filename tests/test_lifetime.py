@@ -234,7 +234,9 @@ def gradient(name, checkpointing, settings):
     denoiser = getattr(pipe, case.denoiser)
     if checkpointing:
         denoiser.enable_gradient_checkpointing()
-    given = {m: m._gradient_checkpointing_func for m in denoiser.modules() if hasattr(m, "_gradient_checkpointing_func")}
+    given = {
+        m: m._gradient_checkpointing_func for m in denoiser.modules() if hasattr(m, "_gradient_checkpointing_func")
+    }
     if settings:
         apply_tgate(pipe, **settings)
     inputs = case.inputs([0])
@@ -282,4 +284,3 @@ def test_a_pipeline_with_deepcache_can_be_dropped():
     del pipe, helper
     gc.collect()
     assert traces(base, case) == (0, 0)
-

@@ -99,7 +99,9 @@ def test_a_callback_that_does_not_come_every_step_is_refused(case):
     class Rare(Loop):
         callback_every = 2
 
-    refused(case, built(case.name, Rare), "a second time in step 1.*callback_on_step_end does not come after every step")
+    refused(
+        case, built(case.name, Rare), "a second time in step 1.*callback_on_step_end does not come after every step"
+    )
 
 
 @pytest.mark.parametrize("gate", [1, GATE])
@@ -328,7 +330,7 @@ def test_a_third_part_of_guidance_by_somebody_elses_hooks_is_refused(name, offic
     getattr(pipe, case.denoiser).register_forward_hook(after)
     given = {"callback_on_step_end": Nothing()} if official and case.has_callback else {}
     baseline = case.run(pipe, [0, 1], **given)
-    with pytest.raises(ValueError, match="batch of 6 for 2 latents.*the guidance of this pipeline is not two halves"):
+    with pytest.raises(ValueError, match=r"batch of 6 for 2 latents.*the guidance of this pipeline is not two halves"):
         case.run(apply_tgate(pipe, GATE), [0, 1], **given)
     assert torch.equal(case.run(remove_tgate(pipe), [0, 1], **given), baseline)
 

@@ -47,7 +47,9 @@ def test_layers_that_do_not_call_their_processors_are_named(case, which):
     baseline = case.run(pipe)
     assert torch.allclose(baseline, plain, atol=1e-3)
     apply_tgate(pipe, GATE)
-    with pytest.raises(ValueError, match=rf"{len(patched)} cross-attention layers keep no output, {patched[0][0]} amon"):
+    with pytest.raises(
+        ValueError, match=rf"{len(patched)} cross-attention layers keep no output, {patched[0][0]} amon"
+    ):
         case.run(pipe)
     assert vars(pipe)["_tgate"].callback.state.nbytes == 0
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
@@ -64,10 +66,11 @@ def test_without_guidance_they_leave_the_plain_picture_and_a_warning(case, caplo
     assert torch.equal(case.run(apply_tgate(pipe, GATE), guidance_scale=1.0), baseline)
     assert get_tgate_report(pipe).cross_attention_reused == 0
     messages = [record.message for record in caplog.records if record.name.startswith("tgate")]
-    assert messages == [
+    (message,) = messages
+    assert message == (
         f"T-GATE: nothing was gated in this call of {type(pipe).__name__}: its attention layers do not call their "
         "processors. The picture is that without T-GATE."
-    ]
+    )
 
 
 @pytest.mark.parametrize("settings", [{"gate_step": GATE}, {"gate_step": 4, "sp_interval": 2, "warm_up": 1}], ids=str)
@@ -160,7 +163,9 @@ class TestInside:
         self.shrink_from(pipe.unet, 4)
         rows = rows_of_text(pipe, case)
         apply_tgate(pipe, GATE)
-        with pytest.raises(ValueError, match=r"in mid_block\..*attn2 a cross-attention layer would have to compute on ha"):
+        with pytest.raises(
+            ValueError, match=r"in mid_block\..*attn2 a cross-attention layer would have to compute on ha"
+        ):
             case.run(pipe)
         assert set(rows) == {2}
 

@@ -10,7 +10,14 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.pipelines import BY_NAME, STEPS, quiet
 from tests.test_proof import layers
-from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, get_tgate_report, remove_tgate
+from tgate_processors import (
+    TGateAttnProcessor,
+    TGateCallback,
+    TGateSchedule,
+    apply_tgate,
+    get_tgate_report,
+    remove_tgate,
+)
 
 GATE = 3
 ordinary = AttnProcessor2_0()
@@ -83,7 +90,7 @@ def test_what_is_set_on_a_gate_lands_in_the_object_behind():
 def test_the_report_counts_what_the_layers_did(case, settings):
     pipe = case.build()
     # A layer that is out of reach does not count.
-    runs = {name: 0 for name in layers(pipe, case, "attn")}
+    runs = dict.fromkeys(layers(pipe, case, "attn"), 0)
 
     def count(name):
         return lambda module, args, output: runs.__setitem__(name, runs[name] + 1)
@@ -94,7 +101,9 @@ def test_the_report_counts_what_the_layers_did(case, settings):
     report = get_tgate_report(pipe)
     assert {runs[name] for name in runs if "attn2" in name} == {report.cross_attention_computed}
     assert {runs[name] for name in runs if "attn1" in name} == {report.self_attention_computed}
-    assert str(report).startswith(f"T-GATE: {STEPS} steps, gate at step {GATE}; of {STEPS} denoiser forwards {STEPS - 3}")
+    assert str(report).startswith(
+        f"T-GATE: {STEPS} steps, gate at step {GATE}; of {STEPS} denoiser forwards {STEPS - 3}"
+    )
 
 
 def test_a_report_before_any_run_says_that_there_was_none(caplog):
@@ -166,7 +175,9 @@ def test_a_pipeline_that_is_known_to_exchange_its_text_is_told_at_once(start, wa
     class Merging(base):
         @torch.no_grad()
         def __call__(self, start_merge_step=10, callback_on_step_end=None, guidance_scale=7.5, **kwargs):
-            return base.__call__(self, guidance_scale=guidance_scale, callback_on_step_end=callback_on_step_end, **kwargs)
+            return base.__call__(
+                self, guidance_scale=guidance_scale, callback_on_step_end=callback_on_step_end, **kwargs
+            )
 
     pipe = quiet(Merging(**case.build().components, requires_safety_checker=False))
     case.run(apply_tgate(pipe, GATE), start_merge_step=start)

@@ -12,7 +12,8 @@ from .schedule import Action
 from .state import Signals, Slot, TGateState
 
 if TYPE_CHECKING:
-    from .run import Kept, Run
+    from .outputs import Kept
+    from .run import Run
 
 
 class Replay:
@@ -25,10 +26,15 @@ class Replay:
 
     def __init__(self, run: Run) -> None:
         self.signals = Signals()
-        self.signals.take(run.signals)
-        self._kept: dict[Slot, Kept] = dict(run.kept)
+        self.signals.take(run.outputs.signals)
+        self._kept: dict[Slot, Kept] = dict(run.outputs.kept)
 
     nbytes = 0
+
+    @property
+    def outputs(self) -> Replay:
+        """What the gates talk to, as of a run."""
+        return self
 
     def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
         """What the layer gave out in the forward, if it was a kept output."""

@@ -12,9 +12,9 @@ from typing import Any
 import diffusers
 import torch
 
+from .call import Call
 from .counting import MACs, Profile, measure, run_schedule
 from .families import FAMILIES, check_attention, family_of, find_family
-from .call import Call
 from .report import TGateReport
 from .schedule import TGateSchedule, checked_int
 from .steps import Timeline

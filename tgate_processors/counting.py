@@ -81,6 +81,11 @@ class Recorder:
         self._kept: dict[Slot, torch.Tensor] = {}
 
     @property
+    def outputs(self) -> Recorder:
+        """What the gates talk to, as of a run."""
+        return self
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(tensor.nbytes for tensor in self._kept.values())

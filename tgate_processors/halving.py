@@ -69,4 +69,4 @@ def _like(value: Mapping[str, Any], items: dict[str, Any]) -> Mapping[str, Any]:
     """A mapping of the same kind with other items, or itself if they are the same."""
     if all(items[key] is value[key] for key in items):
         return value
-    return type(value)(items) if isinstance(value, dict) else items  # type: ignore[call-arg]
+    return type(value)(items) if isinstance(value, dict) else items

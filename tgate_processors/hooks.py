@@ -19,9 +19,9 @@ class DenoiserHooks:
 
     They stand next to the forward, behind the user's hooks, which so see the batch that the pipeline gives and the
     output that it gets. Where a ControlNet has run on one half, the pipeline itself gives its residuals at half, and
-    then the user's hooks see one half of everything. The pipeline's own `uncond + scale * (cond - uncond)` gives the one output back exactly, for
-    any scale and any rescaling. A ControlNet is halved on its way in only: what it gives goes to the denoiser, which
-    needs the same half. The hooks are no part of a compiled denoiser.
+    then the user's hooks see one half of everything. The pipeline's own `uncond + scale * (cond - uncond)` gives the
+    one output back exactly, for any scale and any rescaling. A ControlNet is halved on its way in only: what it gives
+    goes to the denoiser, which needs the same half. The hooks are no part of a compiled denoiser.
 
     Args:
         state (`TGateState`): What the gates of the pipeline share.
@@ -127,7 +127,7 @@ class DenoiserHooks:
     def _kept_half(self, run: Any) -> CFGHalf:
         """The half that stays, in the order of this pipeline's batch."""
         kept = self._kept or ("conditional" if run.control.conditional_only else self._default)
-        if run.unconditional_first:
+        if run.batch.unconditional_first:
             return kept  # type: ignore[return-value]
         return "unconditional" if kept == "conditional" else "conditional"
 

@@ -61,15 +61,16 @@ class Seen(NamedTuple):
 
 
 @functools.cache
-def _positions(module_class: type) -> tuple[str, ...]:
+def _positions(module_class: Any) -> tuple[str, ...]:
     """Names of the arguments of a forward, in order."""
-    return tuple(inspect.signature(module_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+    return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
 def see(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Seen:
     """Read the arguments of a forward."""
     # `torch.compile(pipe.unet)` wraps the module.
-    names = _positions(type(getattr(module, "_orig_mod", module)))
+    module_class: Any = type(getattr(module, "_orig_mod", module))
+    names = _positions(module_class)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     sample = given.get("sample", given.get("hidden_states"))
     if not isinstance(sample, torch.Tensor):

@@ -37,7 +37,8 @@ def install(pipe: Any, installation: Installation) -> None:
     """Put T-GATE into a pipeline, or nothing of it if that fails."""
     installation.follow(pipe)
     vars(pipe)[_ATTRIBUTE] = installation
-    pipe.__class__ = _gated_class(type(pipe))
+    pipeline_class: Any = type(pipe)
+    pipe.__class__ = _gated_class(pipeline_class)
 
 
 def uninstall(pipe: Any) -> None:
@@ -58,7 +59,7 @@ def uninstall(pipe: Any) -> None:
 
 
 @functools.cache
-def _gated_class(pipeline_class: type) -> type:
+def _gated_class(pipeline_class: Any) -> Any:
     """The class of a pipeline with T-GATE: under the same name, with a `__call__` that runs gated."""
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -66,7 +67,7 @@ def _gated_class(pipeline_class: type) -> type:
         return _rebuild, (pipeline_class,), vars(self)
 
     body = {
-        "__call__": _gated(pipeline_class.__call__),  # type: ignore[operator]
+        "__call__": _gated(pipeline_class.__call__),
         "__reduce_ex__": __reduce_ex__,
         "__module__": pipeline_class.__module__,
         "__qualname__": pipeline_class.__qualname__,
@@ -76,7 +77,7 @@ def _gated_class(pipeline_class: type) -> type:
     return type(pipeline_class.__name__, (pipeline_class,), body)
 
 
-def _rebuild(pipeline_class: type) -> Any:
+def _rebuild(pipeline_class: Any) -> Any:
     """An empty pipeline with T-GATE, to be filled from a pickle or a copy."""
     gated = _gated_class(pipeline_class)
     return gated.__new__(gated)

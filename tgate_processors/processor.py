@@ -91,7 +91,7 @@ class TGateAttnProcessor:
 
 
 class _Bare:
-    """In front of a callable that cannot be derived from (a function, an object with slots): its attributes are ours."""
+    """In front of what cannot be derived from (a function, an object with slots): its attributes are ours."""
 
     __slots__ = ()
 
@@ -111,7 +111,7 @@ def is_own(processor: Any) -> bool:
 
 
 def is_bare(processor: Any) -> bool:
-    """Whether a processor is a mere callable (a function, an object with slots), of a class that tells nothing of it."""
+    """Whether a processor is a mere callable (a function, an object with slots), which tells nothing of itself."""
     behind = _behind(processor)
     if is_own(behind):
         return False
@@ -138,14 +138,14 @@ def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, *
     run = self.state.current()
     if run is None:
         return self.original(attn, hidden_states, *args, **kwargs)
-    signals = run.signals
-    action = signals.self_attention if is_self else signals.cross_attention
+    outputs = run.outputs
+    action = outputs.signals.self_attention if is_self else outputs.signals.cross_attention
     if action is Action.REUSE:
-        kept = run.reused(self.slot, attn, hidden_states, is_self)
+        kept = outputs.reused(self.slot, attn, hidden_states, is_self)
         if kept is not None:
             return kept
     output = self.original(attn, hidden_states, *args, **kwargs)
-    run.computed(self.slot, attn, output, action, is_self)
+    outputs.computed(self.slot, attn, output, action, is_self)
     return output
 
 

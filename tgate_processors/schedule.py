@@ -168,19 +168,24 @@ def _checked_gate_step(value: object) -> int | float:
 
 def _as_float(value: object) -> float | None:
     """A number that is no whole one by its kind: a float, also numpy's or torch's, a fraction."""
-    if isinstance(value, (bool, str, bytes)) or getattr(value, "ndim", 0) or "bool" in str(getattr(value, "dtype", "")):
+    if isinstance(value, (str, bytes)) or _is_no_number(value):
         return None
     try:
         operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        return float(value) if hasattr(value, "__float__") else None  # type: ignore[arg-type]
+        return float(value) if hasattr(value, "__float__") else None
     return None
+
+
+def _is_no_number(value: object) -> bool:
+    """Whether something is a truth value or an array of several, which Python takes for numbers."""
+    return isinstance(value, bool) or bool(getattr(value, "ndim", 0)) or "bool" in str(getattr(value, "dtype", ""))
 
 
 def checked_int(name: str, value: object, least: int, remedy: str | None = None) -> int:
     """Validate an integer setting."""
     remedy = remedy or f"give an int of at least {least}"
-    if isinstance(value, bool) or getattr(value, "ndim", 0) or "bool" in str(getattr(value, "dtype", "")):
+    if _is_no_number(value):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: {remedy}.")
     try:
         number = operator.index(value)  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 
-
 def check_helper(helper: Any, pipe: Any) -> None:
     """Refuse what is not a parametrised helper of this pipeline."""
     if isinstance(helper, type) or not all(

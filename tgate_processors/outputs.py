@@ -1,0 +1,169 @@
+"""What the attention layers of one run keep, and what they did in the last forward."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+
+from .layers import Layers
+from .processor import UNFIT, mean_of_halves
+from .schedule import Action
+from .state import Signals, Slot, TGateState
+
+
+class Kept(NamedTuple):
+    """An output that is kept, how often it had been written to when it was, and whether self-attention gave it."""
+
+    tensor: torch.Tensor
+    version: int | None
+    is_self: bool
+
+
+class Outputs:
+    """
+    The kept outputs of a run. Nobody else can write to them, and nothing is copied where nobody could.
+
+    Args:
+        state (`TGateState`): What the gates of the pipeline share.
+        layers (`Layers`): The attention layers of the denoiser.
+    """
+
+    def __init__(self, state: TGateState, layers: Layers) -> None:
+        self.layers = layers
+        self.signals = Signals()
+        self.kept: dict[Slot, Kept] = {}
+        # How many layers did what, by whether it is self-attention and whether it was reused.
+        self.did: Counter[tuple[bool, bool]] = Counter()
+        self._state = state
+        self._layer_of: dict[Slot, Any] = {}
+        self._in_forward: set[Slot] = set()
+        self._compiled_slots: set[Slot] = set()
+        self._lent: dict[Slot, torch.Tensor] = {}
+        self._is_compiled: bool | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(kept.tensor.nbytes for kept in self.kept.values())
+
+    def missing(self) -> list[str]:
+        """The layers with cross-attention that hold no output."""
+        return [name for name, slot in self.layers.expected().items() if slot not in self.kept]
+
+    def before_forward(self) -> None:
+        """A forward begins: put what is reused where compiled code finds it."""
+        self.did.clear()
+        self._in_forward.clear()
+        self._state.compiled.take(self.signals)
+        for slot in self._compiled_slots & self.kept.keys():
+            kept = self.kept[slot]
+            action = self.signals.self_attention if kept.is_self else self.signals.cross_attention
+            if action is Action.REUSE:
+                exposed = _is_exposed(self.layers.of(slot), slot)
+                slot.tensor = self._lent[slot] = kept.tensor.clone() if exposed else kept.tensor
+            elif action is Action.COMPUTE:
+                del self.kept[slot]
+
+    def after_forward(self) -> None:
+        """A forward has ended: copy what compiled code has stored, which its next call may write to, one by one."""
+        self._state.compiled.rest()
+        for slot in self._state.filled_slots():
+            tensor, slot.tensor = slot.tensor, None
+            if tensor is not None and self._lent.get(slot) is not tensor:
+                self._compiled_slots.add(slot)
+                self._keep(slot, tensor.clone(), not self.layers.is_cross(slot))
+        self._lent.clear()
+
+    def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
+        """
+        The kept output of a layer, if it fits this forward.
+
+        Args:
+            slot (`Slot`): The gate of the layer.
+            attn (`Attention`): The layer.
+            hidden_states (`torch.Tensor`): What the layer is given, shape `(batch, tokens, channels)`.
+            is_self (`bool`): Whether it attends to itself.
+
+        Raises:
+            ValueError: If somebody has written to what is kept, or cross-attention would have to compute on a half.
+        """
+        self._enter(slot, attn)
+        kept = self.kept.get(slot)
+        if kept is not None and kept.tensor.shape[:2] == hidden_states.shape[:2]:
+            if kept.version is not None and kept.tensor._version != kept.version:
+                raise ValueError(
+                    f"T-GATE: what {self.layers.name_of(attn)} keeps was written to in place by somebody else. Write "
+                    "to a copy of a layer's output, or call remove_tgate(pipe) to use this pipeline."
+                )
+            self.did[is_self, True] += 1
+            return kept.tensor.clone() if _is_exposed(attn, slot) else kept.tensor
+        if self.signals.half and not is_self:
+            raise ValueError(f"T-GATE: in {self.layers.name_of(attn)} {UNFIT}")
+        return None
+
+    def computed(self, slot: Slot, attn: Any, output: torch.Tensor, action: Action, is_self: bool) -> None:
+        """
+        A layer has computed its output: keep it if it is to be kept.
+
+        Args:
+            slot (`Slot`): The gate of the layer.
+            attn (`Attention`): The layer.
+            output (`torch.Tensor`): What it gives out, shape `(batch, tokens, channels)`.
+            action (`Action`): What it was to do.
+            is_self (`bool`): Whether it attends to itself.
+        """
+        if action is not Action.REUSE:
+            self._enter(slot, attn, keeps=action is Action.STORE)
+        self.did[is_self, False] += 1
+        if action is Action.COMPUTE:
+            self.kept.pop(slot, None)
+            return
+        tensor = mean_of_halves(output) if self.signals.averaging else output
+        if tensor is output and _is_exposed(attn, slot):
+            tensor = output.clone()
+        self._keep(slot, tensor, is_self)
+
+    def counts(self) -> tuple[tuple[bool, bool], tuple[bool, bool]]:
+        """Whether cross-attention was computed and reused in the last forward, and whether self-attention was."""
+        if self._compiled_slots or (not self.did and self._lies_in_compiled_code()):
+            actions = self.signals.cross_attention, self.signals.self_attention
+            cross, own = ((action is not Action.REUSE, action is Action.REUSE) for action in actions)
+            return cross, own
+        cross, own = ((self.did[is_self, False] > 0, self.did[is_self, True] > 0) for is_self in (False, True))
+        return cross, own
+
+    def _lies_in_compiled_code(self) -> bool:
+        """Whether the layers lie in compiled code, from where they cannot report."""
+        if self._is_compiled is None:
+            denoiser = self.layers.denoiser
+            parts = [denoiser, *getattr(denoiser, "_orig_mod", denoiser).modules()]
+            in_place = any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+            self._is_compiled = in_place or hasattr(denoiser, "_orig_mod")
+        return self._is_compiled
+
+    def _enter(self, slot: Slot, attn: Any, keeps: bool = True) -> None:
+        """A gate was called: it has to be that of one layer, and that layer has to run once in a forward."""
+        if self._layer_of.setdefault(slot, attn) is not attn:
+            raise ValueError(
+                "T-GATE: one TGateAttnProcessor serves several attention layers: make one for each entry of "
+                "`denoiser.attn_processors`."
+            )
+        if keeps and slot in self._in_forward:
+            raise ValueError(
+                f"T-GATE: {self.layers.name_of(attn)} ran twice in one call of the denoiser, and one kept output does "
+                "not serve both (windows of frames, tiles). Call remove_tgate(pipe) to use this pipeline."
+            )
+        self._in_forward.add(slot)
+
+    def _keep(self, slot: Slot, tensor: torch.Tensor, is_self: bool) -> None:
+        """Keep an output."""
+        # Tensors of inference mode do not count how often they are written to.
+        self.kept[slot] = Kept(tensor, None if tensor.is_inference() else tensor._version, is_self)
+
+
+def _is_exposed(attn: Any, slot: Slot) -> bool:
+    """Whether somebody else can write to what a layer gives out: its hooks, its callers, its own processor."""
+    hooked = attn._forward_hooks or "forward" in vars(attn) or torch.nn.modules.module._global_forward_hooks
+    return bool(hooked) or not slot.own

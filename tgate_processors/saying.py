@@ -1,0 +1,93 @@
+"""What is said of a run, once: what is left alone, what comes too late, what did not happen."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from .call import Call
+from .schedule import Action
+from .state import TGateState
+from .steps import Loop
+
+logger = logging.getLogger(__name__)
+
+
+class Text:
+    """
+    The text embeddings of a run, watched when nobody reads them any more.
+
+    Args:
+        state (`TGateState`): What the gates of the pipeline share.
+    """
+
+    def __init__(self, state: TGateState) -> None:
+        self._state = state
+        self._before: Any = None
+
+    def watch(self, text: Any, loop: Loop) -> None:
+        """Warn once of embeddings that are exchanged; they are compared only where they are another object."""
+        if not isinstance(text, torch.Tensor):
+            return
+        before, self._before = self._before, text
+        # With another batch it is guidance that was switched off, and not the prompt.
+        same = before is None or before is text or before.shape[0] != text.shape[0]
+        if same or loop.now.cross_attention is not Action.REUSE:
+            return
+        if (before.shape != text.shape or not torch.equal(before, text)) and self._state.say_once("exchanged"):
+            logger.warning(
+                "T-GATE: the text embeddings were exchanged in step %s, after the gate: cross-attention goes on with "
+                "the outputs of the former ones. Exchange them before gate_step=%s, or give a later gate_step.",
+                loop.step_index,
+                loop.gate_step,
+            )
+
+    def forget(self) -> None:
+        """The call has ended."""
+        self._before = None
+
+
+def say_what_is_late(state: TGateState, call: Call, loop: Loop) -> None:
+    """Warn once of what the settings make impossible."""
+    gate, steps = loop.gate_step, loop.timeline.steps
+    if gate >= steps and state.say_once("late"):
+        logger.warning(
+            "T-GATE: gate_step=%s is not before the last of the %s steps that run: cross-attention is always "
+            "computed%s. Give a smaller gate_step, or a share of the steps such as gate_step=0.4.",
+            gate,
+            steps,
+            " and guidance stays on" if call.guided() else "",
+        )
+    exchange = call.exchanges_text_at()
+    if exchange is not None and gate <= exchange < steps and state.say_once("exchange"):
+        logger.warning(
+            "T-GATE: %s exchanges its text embeddings in step %s, after gate_step=%s: the new ones never enter the "
+            "picture. Give a gate_step above %s.",
+            call.subject,
+            exchange,
+            gate,
+            exchange,
+        )
+
+
+def say_left_alone(state: TGateState, call: Call, names: list[str]) -> None:
+    """Warn once that layers without a gate leave the batch whole."""
+    if state.say_once("left alone"):
+        logger.warning(
+            "T-GATE: %s attention layers, %s among them, have a processor that is not gated: they compute as without "
+            "T-GATE%s, because such processors may mix the samples of a batch or count their calls. Say "
+            'apply_tgate(pipe, custom_processors="gate") if yours do neither.',
+            len(names),
+            names[0].removesuffix(".processor"),
+            ", and all of guidance stays on" if call.guided() else "",
+        )
+
+
+def say_nothing_was_gated(call: Call, *, steps_seen: bool) -> None:
+    """Warn of a call in which no layer reused anything, where it should have."""
+    why = "its attention layers do not call their processors" if steps_seen else "its steps were not seen"
+    logger.warning(
+        "T-GATE: nothing was gated in this call of %s: %s. The picture is that without T-GATE.", call.subject, why
+    )

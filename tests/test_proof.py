@@ -48,7 +48,7 @@ def test_layers_that_do_not_call_their_processors_are_named(case, which):
     assert torch.allclose(baseline, plain, atol=1e-3)
     apply_tgate(pipe, GATE)
     with pytest.raises(
-        ValueError, match=rf"{len(patched)} cross-attention layers keep no output, {patched[0][0]} amon"
+        ValueError, match=rf"{len(patched)} cross-attention layers, {patched[0][0]} among them, keep no"
     ):
         case.run(pipe)
     assert vars(pipe)["_tgate"].callback.state.nbytes == 0
@@ -56,6 +56,25 @@ def test_layers_that_do_not_call_their_processors_are_named(case, which):
     for _, layer in patched:
         del layer.forward
     assert torch.equal(case.run(apply_tgate(pipe, GATE)), case.run(apply_tgate(case.build(), GATE)))
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_a_layer_that_stops_calling_its_processor_after_the_gate_is_named(name):
+    """It holds an output, and would compute on half of the text all the same."""
+    case = BY_NAME[name]
+    pipe = case.build()
+    layer_name, layer = list(layers(pipe, case).items())[-1]
+
+    def patch(pipe, step, timestep, tensors):
+        if step == GATE:
+            layer.forward = without_processors(layer)
+        return tensors
+
+    apply_tgate(pipe, GATE)
+    with pytest.raises(ValueError, match=rf"1 cross-attention layers, {layer_name} among them, did not give out what"):
+        case.run(pipe, callback_on_step_end=patch)
+    del layer.forward
+    assert torch.equal(case.run(pipe), case.run(apply_tgate(case.build(), GATE)))
 
 
 def test_without_guidance_they_leave_the_plain_picture_and_a_warning(case, caplog):

@@ -133,6 +133,11 @@ def test_settings_in_the_call_are_refused_with_the_remedy(case, setting):
     assert torch.equal(case.run(pipe), expected)
 
 
+def test_the_published_flag_for_calls_without_guidance_is_not_needed(case):
+    with pytest.raises(TypeError, match=r"lcm is no argument of the call.*apply_tgate"):
+        case.run(apply_tgate(case.build(), GATE), lcm=True)
+
+
 def exchange(length, step=GATE):
     def callback(pipe, index, timestep, tensors):
         if index == step:

@@ -52,6 +52,11 @@ class Outputs:
         """The layers with cross-attention that hold no output."""
         return [name for name, slot in self.layers.expected().items() if slot not in self.kept]
 
+    def silent(self) -> list[str]:
+        """The layers with cross-attention that hold an output, but whose gate was not called in the last forward."""
+        heard = self._in_forward | self._compiled_slots
+        return [name for name, slot in self.layers.expected().items() if slot not in heard]
+
     def before_forward(self) -> None:
         """A forward begins: put what is reused where compiled code finds it."""
         self.did.clear()

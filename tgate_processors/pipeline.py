@@ -114,6 +114,11 @@ def _bind(pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: di
                 f"{name}={kwargs[name]!r} is no argument of the call: T-GATE takes it beforehand, "
                 f"apply_tgate(pipe, {name}={kwargs[name]!r}), and then every call has it."
             )
+    if "lcm" in kwargs and "lcm" not in signature.parameters:
+        raise TypeError(
+            "lcm is no argument of the call: T-GATE sees from the call whether guidance is on. Leave it out; settings "
+            "go to apply_tgate(pipe, gate_step=...)."
+        )
     try:
         return signature.bind(pipe, *args, **kwargs)
     except TypeError:

@@ -155,6 +155,8 @@ class Run:
     def after_forward(self) -> None:
         """The denoiser has given its output."""
         self.outputs.after_forward()
+        if self.half and self._deepcache is None:
+            self._refuse(self.outputs.silent(), "did not give out what they keep, but ran on half of the batch")
         signals = self.outputs.signals
         if signals.cross_attention is Action.STORE and self._seen is not None:
             rows = self._seen.batch // 2 if signals.averaging else self._seen.batch
@@ -254,7 +256,7 @@ class Run:
             cross, phase = Action.STORE, Phase.GATE
             own = Action.STORE if own is Action.REUSE else own
         if half:
-            self._prove()
+            self._refuse(self.outputs.missing(), "keep no output, so no half of the batch can be left out")
         batch_changes = half and self._phase is not Phase.FIDELITY_IMPROVING
         if self._deepcache is not None and (phase is Phase.GATE or batch_changes):
             self._deepcache.restart()
@@ -269,15 +271,14 @@ class Run:
         rows = seen.batch // 2 if half else seen.batch
         return (stored.rows, stored.shape) == (rows, seen.shape) and (stored.guided or not guided)
 
-    def _prove(self) -> None:
-        """Before a half is left out: every cross-attention holds an output."""
-        missing = self.outputs.missing()
-        if missing:
+    def _refuse(self, layers: list[str], what: str) -> None:
+        """Refuse cross-attention layers that go their own way while a half is left out."""
+        if layers:
             raise ValueError(
-                f"T-GATE: {len(missing)} cross-attention layers keep no output, {missing[0].removesuffix('.processor')}"
-                " among them, so no half of the batch can be left out. Their processors were not called in the gate "
-                "step: was `Attention.forward` replaced (Prompt-to-Prompt, MasaCtrl), or are they skipped by another "
-                "cache? Undo that, or call remove_tgate(pipe) to use this pipeline."
+                f"T-GATE: {len(layers)} cross-attention layers, {layers[0].removesuffix('.processor')} among them, "
+                f"{what}. Their processors are not called: was `Attention.forward` replaced (Prompt-to-Prompt, "
+                "MasaCtrl), or are they skipped by another cache? Undo that, or call remove_tgate(pipe) to use this "
+                "pipeline."
             )
 
     def _count(self, loop: Loop) -> None:

@@ -16,6 +16,7 @@ from .companions.others import has_cache_dit
 from .compilation import room_for_graphs
 from .installation import Installation
 from .run import Run
+from .state import TGateState
 
 logger = logging.getLogger(__name__)
 
@@ -87,10 +88,13 @@ def _gated(call: Callable[..., Any]) -> Callable[..., Any]:
     """The call of a pipeline, and what it wraps (the one with gradients), gated."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if inspect.isgeneratorfunction(call):
-            return _step_by_step(self, _bind(self, call, args, kwargs), call)
-        with _running(self, _bind(self, call, args, kwargs)) as (args, kwargs):
+        bound = _bind(self, call, args, kwargs)
+        if bound is None:
             return call(self, *args, **kwargs)
+        if inspect.isgeneratorfunction(call):
+            return _step_by_step(self, call, bound)
+        with _running(self, bound) as (state, run), state.entered(run):
+            return call(*bound.args, **bound.kwargs)
 
     functools.update_wrapper(__call__, call)
     __call__.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
@@ -100,8 +104,10 @@ def _gated(call: Callable[..., Any]) -> Callable[..., Any]:
     return __call__
 
 
-def _bind(pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The arguments of a call by name, or what was given if they do not fit: the pipeline's own error names itself."""
+def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> inspect.BoundArguments | None:
+    """The arguments of a call by name; nothing if they do not fit, as the pipeline's own error names itself."""
+    if installed(pipe) is None:
+        return None
     if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call):
         raise ValueError(
             f"T-GATE: the call of {type(pipe).__name__} is asynchronous, and T-GATE gates calls that run in one thread "
@@ -122,16 +128,14 @@ def _bind(pipe: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: di
     try:
         return signature.bind(pipe, *args, **kwargs)
     except TypeError:
-        return args, kwargs
+        return None
 
 
 @contextmanager
-def _running(pipe: Any, bound: Any, *, entered: bool = True) -> Iterator[Any]:
-    """Run a call gated, and hold nothing when it ends in whatever way; gives what to call it with."""
+def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateState, Run]]:
+    """Have a run for a call, whose arguments get the clock, and hold nothing when it ends in whatever way."""
     installation = installed(pipe)
-    if installation is None or isinstance(bound, tuple):
-        yield bound if isinstance(bound, tuple) else (bound.args[1:], bound.kwargs)
-        return
+    assert installation is not None
     state = installation.callback.state
     with ExitStack() as stack:
         stack.enter_context(installation.running(pipe))
@@ -154,11 +158,9 @@ def _running(pipe: Any, bound: Any, *, entered: bool = True) -> Iterator[Any]:
         stack.enter_context(replayed(found.denoiser, state))
         if installation.deepcache is not None:
             stack.enter_context(installation.deepcache.running())
-        if entered:
-            stack.enter_context(state.entered(run))
         completed = False
         try:
-            yield (bound.args[1:], bound.kwargs) if entered else (bound.args[1:], bound.kwargs, state, run)
+            yield state, run
             completed = True
         except BaseException:
             place.layers.recover()
@@ -167,13 +169,10 @@ def _running(pipe: Any, bound: Any, *, entered: bool = True) -> Iterator[Any]:
             run.close(completed=completed)
 
 
-def _step_by_step(pipe: Any, bound: Any, call: Callable[..., Any]) -> Generator[Any, Any, Any]:
+def _step_by_step(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArguments) -> Generator[Any, Any, Any]:
     """Run a call that yields: T-GATE is out of the way whenever its consumer has the word."""
-    if installed(pipe) is None or isinstance(bound, tuple):
-        args, kwargs = bound if isinstance(bound, tuple) else (bound.args[1:], bound.kwargs)
-        return (yield from call(pipe, *args, **kwargs))
-    with _running(pipe, bound, entered=False) as (args, kwargs, state, run):
-        inner = call(pipe, *args, **kwargs)
+    with _running(pipe, bound) as (state, run):
+        inner = call(*bound.args, **bound.kwargs)
         resume, value = inner.send, None
         while True:
             try:

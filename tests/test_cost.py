@@ -241,7 +241,7 @@ def _with_another_layer():
     ("given", "arguments", "error", "message"),
     [
         (lambda: "a pipeline", {}, TypeError, "pipe_or_denoiser is a str: give a diffusers pipeline, or its denoiser"),
-        (lambda: torch.nn.Linear(2, 2), {}, ValueError, "Linear cannot be gated: how it does guidance is not known"),
+        (lambda: torch.nn.Linear(2, 2), {}, ValueError, "Linear cannot be gated: T-GATE does not know how it does"),
         (lambda: diffusers.UNet2DModel, {}, TypeError, "pipe_or_denoiser is a type"),
         (None, {"schedule": 10}, TypeError, "schedule is a int: give a TGateSchedule"),
         (None, {"num_inference_steps": 2.5}, TypeError, "num_inference_steps=2.5 is a float: give an int"),

@@ -116,6 +116,40 @@ def test_a_callback_that_never_comes_leaves_the_plain_picture_and_says_so(case, 
     assert message.startswith("T-GATE: nothing was gated in this call of Never: its steps were not seen.")
 
 
+def test_a_loop_that_starts_again_before_its_end_is_refused(case):
+    class Again(Loop):
+        def loop(self, texts, pooled, steps, scale, generator, callback):
+            def half(pipe, index, timestep, tensors):
+                return callback(pipe, index % 4, timestep, tensors)
+
+            return super().loop(texts, pooled, steps, scale, generator, half if callback else None)
+
+    refused(case, built(case.name, Again), "callback_on_step_end came with step 0 after step 3, where T-GATE expects")
+
+
+def test_guidance_that_is_switched_on_after_the_gate_gets_a_full_step(case):
+    """What was kept without guidance is of the conditional half alone."""
+
+    class Switching(Loop):
+        def loop(self, texts, pooled, steps, scale, generator, callback):
+            return super().loop(texts, pooled, steps, 1.0, generator, callback)
+
+        def predict(self, i, x, t, texts, pooled, scale):
+            if self.do_classifier_free_guidance:
+                return super().predict(i, x, t, texts, pooled, self._guidance_scale)
+            return self.denoise(x, t, texts[1], [None, pooled[1]])
+
+    def switch(pipe, index, timestep, tensors):
+        pipe._guidance_scale = 5.0 if index >= 3 else 1.0
+        return tensors
+
+    pipe = apply_tgate(built(case.name, Switching), 2)
+    batches = []
+    pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    case.run(pipe, callback_on_step_end=switch)
+    assert batches == [1, 1, 1, 1, 2, 1]
+
+
 @pytest.mark.parametrize("prompts", [[0], [0, 1]], ids=["one", "two"])
 @pytest.mark.parametrize("end", [1, 2, 4], ids=["before_the_gate", "at_the_gate", "after_the_gate"])
 def test_guidance_that_the_loop_ends_by_itself_is_refused(case, prompts, end):
@@ -269,20 +303,24 @@ class TestPixArt:
             assert torch.equal(self.case.run(pipe, prompts), expected)
             assert get_tgate_report(pipe).half_batch_forwards == 6 - GATE
 
-    def test_calls_of_the_denoiser_that_are_no_steps_are_refused(self):
+    @pytest.mark.parametrize(
+        ("parts", "message"), [(1, "batch of 1 for 1 latents"), (2, "call 0 should be for timestep .*, but is for 1.0")]
+    )
+    def test_calls_of_the_denoiser_that_are_no_steps_are_refused(self, parts, message):
         def __call__(self, *args, **kwargs):
             inputs = kwargs["prompt_embeds"]
             size = torch.tensor([[64.0, 64.0]]), torch.tensor([[1.0]])
             added = {"resolution": size[0], "aspect_ratio": size[1]}
             with torch.no_grad():
-                sample, time = torch.zeros(1, 4, 8, 8), torch.tensor([1])
-                self.transformer(sample, inputs, time, added_cond_kwargs=added)
+                sample, time = torch.zeros(parts, 4, 8, 8), torch.tensor([1] * parts)
+                given = {name: value.repeat(parts, 1) for name, value in added.items()}
+                self.transformer(sample, inputs.repeat(parts, 1, 1), time, added_cond_kwargs=given)
             return diffusers.PixArtAlphaPipeline.__call__(self, *args, **kwargs)
 
         pipe = self.built({"__call__": __call__})
         baseline = self.case.run(pipe)
         apply_tgate(pipe, GATE)
-        with pytest.raises(ValueError, match=r"batch of 1 for 1 latents|call 0 should be for timestep"):
+        with pytest.raises(ValueError, match=message):
             self.case.run(pipe)
         assert torch.equal(self.case.run(remove_tgate(pipe)), baseline)
 

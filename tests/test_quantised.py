@@ -94,7 +94,7 @@ def test_an_attention_backend_reaches_the_processor_behind(name, when):
     plain = case.run(pipe)
     if when == "before":
         denoiser.set_attention_backend("native")
-    apply_tgate(pipe, 3)
+    apply_tgate(pipe, 3, custom_processors="gate")
     if when == "after":
         denoiser.set_attention_backend("native")
     for processor in own.values():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from typing import Any
 
 import torch
@@ -50,11 +52,12 @@ class DenoiserHooks:
     def install(self) -> None:
         """Register the hooks."""
         self.remove()
-        self._register(self._denoiser.register_forward_pre_hook, self._denoiser._forward_pre_hooks, "_before")
-        self._register(self._denoiser.register_forward_hook, self._denoiser._forward_hooks, "_after")
+        self._register(self._denoiser.register_forward_pre_hook, self._denoiser._forward_pre_hooks, self.before)
+        self._register(self._denoiser.register_forward_hook, self._denoiser._forward_hooks, self.after)
         controlnet = self._controlnet
         if controlnet is not None:
-            self._register(controlnet.register_forward_pre_hook, controlnet._forward_pre_hooks, "_before_controlnet")
+            hooks = controlnet._forward_pre_hooks
+            self._register(controlnet.register_forward_pre_hook, hooks, self.before_controlnet)
         self.stand_inside()
 
     def remove(self) -> None:
@@ -74,9 +77,26 @@ class DenoiserHooks:
         handle, hooks = self._handles[0]
         hooks.move_to_end(handle.id, last=False)
 
-    def _register(self, register: Any, hooks: Any, method: str) -> None:
-        """Register a method."""
-        self._handles.append((register(_Eager(self, method), with_kwargs=True), hooks))
+    # Bound methods, which torch's compiler knows for such hooks, and which are copied with what they are bound to.
+
+    @property
+    def before(self) -> types.MethodType:
+        """The hook before the denoiser's forward."""
+        return types.MethodType(_eager("before"), self)
+
+    @property
+    def after(self) -> types.MethodType:
+        """The hook after the denoiser's forward."""
+        return types.MethodType(_eager("after"), self)
+
+    @property
+    def before_controlnet(self) -> types.MethodType:
+        """The hook before the ControlNet's forward."""
+        return types.MethodType(_eager("before_controlnet"), self)
+
+    def _register(self, register: Any, hooks: Any, hook: Any) -> None:
+        """Register a hook."""
+        self._handles.append((register(hook, with_kwargs=True), hooks))
 
     def _is_innermost(self) -> bool:
         """Whether nobody but other pipelines' T-GATE reads the batch after us."""
@@ -84,7 +104,7 @@ class DenoiserHooks:
         for number, hook in reversed(self._denoiser._forward_pre_hooks.items()):
             if number == own:
                 return True
-            if not isinstance(hook, _Eager):
+            if not isinstance(getattr(hook, "__self__", None), DenoiserHooks):
                 return False
         return False
 
@@ -181,19 +201,11 @@ class _Whole:
         self._now_kwargs.update(self._kwargs)
 
 
-class _Eager:
-    """A method as a hook that is no part of a compiled denoiser, and is copied and pickled with what it is bound to."""
-
-    def __init__(self, owner: DenoiserHooks, method: str) -> None:
-        self.__setstate__({"owner": owner, "method": method})
-
-    def __call__(self, *args: Any) -> Any:
-        return self._call(self._owner, *args)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"owner": self._owner, "method": self._method}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._owner, self._method = state["owner"], state["method"]
-        # Here and not as a decorator, which would load the compiler with this package.
-        self._call = torch.compiler.disable(getattr(DenoiserHooks, self._method))  # type: ignore[no-untyped-call]
+@functools.cache
+def _eager(method: str) -> Any:
+    """A method that is no part of a compiled denoiser."""
+    # Here and not as a decorator, which would load the compiler with this package.
+    function = torch.compiler.disable(getattr(DenoiserHooks, f"_{method}"))  # type: ignore[no-untyped-call]
+    # Bound methods are pickled by this name.
+    function.__name__ = method
+    return function

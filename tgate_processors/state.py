@@ -6,16 +6,12 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import torch
 
 from .report import TGateReport
 from .schedule import Action, TGateSchedule
-
-if TYPE_CHECKING:
-    import torch
-
-    from .checkpointing import Replay
-    from .run import Run
 
 
 class Signals:
@@ -48,6 +44,14 @@ class Signals:
         self.set(other.cross_attention, other.self_attention, averaging=other.averaging, half=other.half)
 
 
+class Ongoing(Protocol):
+    """What a thread can be in: a run, or what stands for one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in stored outputs."""
+
+
 class Slot:
     """What tells the gate of one layer from another, and where its compiled code puts and finds the kept output."""
 
@@ -78,9 +82,9 @@ class TGateState:
         self.report = TGateReport()
         self.compiled = Signals()
         # The run of whoever calls next, where nothing announces a call (hand wiring).
-        self.waiting: Run | None = None
+        self.waiting: Any = None
         self.said: set[str] = set()
-        self._runs: dict[int, Run | Replay] = {}
+        self._runs: dict[int, Ongoing] = {}
         self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()
 
     def __repr__(self) -> str:

@@ -256,6 +256,34 @@ def test_gradient_checkpointing_gives_the_same_gradient(name, settings):
     torch.testing.assert_close(gradient(name, True, settings), gradient(name, False, settings), rtol=1e-4, atol=1e-6)
 
 
+def test_a_denoiser_that_is_checkpointed_as_a_whole_is_an_error_of_our_own():
+    from tests.loops import built
+
+    class Whole(Trained):
+        def denoise(self, x, t, text, pooled):
+            def forward(x):
+                return self.unet(x, t, encoder_hidden_states=text).sample
+
+            return torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False)
+
+    case = BY_NAME["sd"]
+    pipe = built("sd", Whole)
+
+    def gradient(pipe):
+        inputs = case.inputs([0])
+        inputs["prompt_embeds"].requires_grad_()
+        pipe(**inputs).images.square().mean().backward()
+        return inputs["prompt_embeds"].grad
+
+    plain = gradient(pipe)
+    apply_tgate(pipe, GATE)
+    with pytest.raises(ValueError, match="the whole denoiser is checkpointed"):
+        gradient(pipe)
+    # Another pipeline on the same denoiser is none of our business.
+    assert torch.equal(gradient(around(pipe)), plain)
+    assert torch.equal(gradient(remove_tgate(pipe)), plain)
+
+
 def test_checkpoints_that_cannot_be_replayed_are_an_error_of_our_own():
     """Older versions of diffusers hold no function that could be exchanged."""
     from tests.loops import built

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .schedule import Action
 from .state import Signals, Slot, TGateState
@@ -91,6 +92,31 @@ def cannot_replay(denoiser: torch.nn.Module) -> bool:
     return torch.is_grad_enabled() and any(
         getattr(module, "gradient_checkpointing", False) and not _has_function(module) for module in denoiser.modules()
     )
+
+
+class Differentiated:
+    """The inputs of gated forwards that gradients go back through: nobody may compute one again as a whole."""
+
+    def __init__(self) -> None:
+        self._samples = WeakTensorKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has seen nothing.
+        return Differentiated, ()
+
+    def note(self, sample: torch.Tensor) -> None:
+        """A gated forward begins."""
+        if torch.is_grad_enabled():
+            self._samples[sample] = True
+
+    def check(self, sample: Any) -> None:
+        """A forward begins that belongs to no run: refuse it if `backward` computes a gated one again."""
+        if isinstance(sample, torch.Tensor) and sample in self._samples and torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "T-GATE: the whole denoiser is checkpointed, and `backward` computes it again when the run is over and "
+                "nothing is kept any more. Checkpoint its blocks instead, denoiser.enable_gradient_checkpointing(), or "
+                "call remove_tgate(pipe)."
+            )
 
 
 def _has_function(block: torch.nn.Module) -> bool:

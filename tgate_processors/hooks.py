@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .checkpointing import cannot_replay
+from .checkpointing import Differentiated, cannot_replay
 from .halving import double, halve_named
 from .layout import CONTROLNET_ARGUMENTS, DENOISER_ARGUMENTS, RESIDUALS, Names, rows_of, see
 from .schedule import CFGHalf
@@ -48,6 +48,7 @@ class DenoiserHooks:
         self._kept = kept
         self._default = default
         self._handles: list[tuple[Any, Any]] = []
+        self._differentiated = Differentiated()
 
     def install(self) -> None:
         """Register the hooks."""
@@ -112,6 +113,8 @@ class DenoiserHooks:
         """A forward begins: tell the run, and halve the batch if it says so."""
         run = self._state.current()
         if run is None or run.waiting:
+            if torch.is_grad_enabled():
+                self._differentiated.check(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")))
             return None
         if cannot_replay(self._denoiser):
             raise ValueError(
@@ -119,6 +122,7 @@ class DenoiserHooks:
                 "cannot reach them. Call disable_gradient_checkpointing() on the denoiser, or update diffusers."
             )
         seen = see(module, args, kwargs)
+        self._differentiated.note(seen.sample)
         innermost = self._is_innermost()
         # For the hooks after this forward, and for the next one: some may have come since the last.
         self.stand_inside()

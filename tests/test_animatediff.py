@@ -13,9 +13,17 @@ ANIMATED = [host for host in HOSTS if host.name.startswith("animatediff")]
 CONTROLLED = [host for host in ANIMATED if "controlnet" in host.name]
 
 
-# FRAMES frames are in the laws of all hosts.
-@pytest.mark.parametrize("frames", [2, 3, 16])
-@pytest.mark.parametrize("host", ANIMATED, ids=lambda host: host.name)
+# FRAMES frames are in the laws of all hosts. Sixteen take long.
+QUICK = ("animatediff", "animatediff_controlnet")
+FRAMED = [
+    pytest.param(host, frames, id=f"{host.name}-{frames}", marks=[pytest.mark.slow] if slow else [])
+    for host in ANIMATED
+    for frames in (2, 3, 16)
+    for slow in [frames == 16 and host.name not in QUICK]
+]
+
+
+@pytest.mark.parametrize(("host", "frames"), FRAMED)
 def test_any_number_of_frames(host, frames):
     host = with_frames(host, frames)
     pipe = host.build()
@@ -35,7 +43,7 @@ def test_any_number_of_frames(host, frames):
 
 
 @pytest.mark.parametrize("half", ["unconditional", "conditional"])
-@pytest.mark.parametrize("frames", [2, 3, 4, 16])
+@pytest.mark.parametrize("frames", [2, 3, 4, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("host", CONTROLLED, ids=lambda host: host.name)
 def test_halving_the_controlnet_changes_nothing(host, frames, half):
     host = with_frames(host, frames)

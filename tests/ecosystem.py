@@ -556,8 +556,9 @@ HOSTS = [
             unet=wider_unet(GOLDEN_SD, 7, only_cross_attention=(True, True, False), num_class_embeds=100),
             low_res_scheduler=diffusers.DDPMScheduler(),
         ),
-        sd_text,
-        image=True,
+        # Its latents are as large as the picture.
+        with_inputs(sd_text, image=lambda p, g: [image.resize((SIZE // 4, SIZE // 4)) for image in images(p)]),
+        sized=False,
         row="x4 upscaler",
     ),
     Host(
@@ -621,7 +622,6 @@ HOSTS += [
         lambda: animate("AnimateDiffVideoToVideoPipeline"),
         with_inputs(sd_text, video=_video),
         strength=1.0,
-        sized=False,
         batches=False,
         row="AnimateDiff, video to video",
     ),
@@ -630,7 +630,6 @@ HOSTS += [
         lambda: animate("AnimateDiffVideoToVideoControlNetPipeline", controlnet=controlnet(*GOLDEN_SD)),
         with_inputs(sd_text, video=_video, conditioning_frames=_video),
         strength=1.0,
-        sized=False,
         batches=False,
         row="AnimateDiff, video to video with ControlNet",
     ),

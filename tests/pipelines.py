@@ -365,7 +365,7 @@ CASES = [
         image=True,
         video=True,
         kept="conditional",
-        extra={"num_frames": 3, "height": SIZE // 2, "width": SIZE // 2},
+        extra={"num_frames": 3, "height": SIZE // 4, "width": SIZE // 4},
     ),
 ]
 CASES += [

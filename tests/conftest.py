@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.pipelines import CASES, Case
+from tests.pipelines import CASES, Case, rows
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -19,12 +19,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-# A single ControlNet stands for these.
-SLOW = {"sd_multi_controlnet_img2img", "sdxl_controlnet", "sdxl_controlnet_inpaint"}
-PARAMS = [pytest.param(case, marks=[pytest.mark.slow] if case.name in SLOW else []) for case in CASES]
-
-
-@pytest.fixture(params=PARAMS, ids=[case.name for case in CASES])
+@pytest.fixture(params=rows(CASES))
 def case(request: pytest.FixtureRequest) -> Case:
     """Every supported family in turn."""
     return request.param

@@ -7,15 +7,18 @@ import functools
 import io
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from tgate_processors import apply_tgate
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 6
@@ -247,6 +250,7 @@ class Case:
     control_nets: int = 1
     kept: str = "unconditional"
     extra: dict[str, Any] = field(default_factory=dict)
+    drawn: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "build", built_once(self.build))
@@ -292,6 +296,23 @@ class Case:
         """Latents of a call."""
         output = pipe(**self.inputs([0] if prompts is None else prompts, **overrides))
         return output.frames if self.video else output.images
+
+    def plain(self, prompts: list[int] | None = None, **call: Any) -> torch.Tensor:
+        """Latents of a call without T-GATE, drawn once: those of every copy of the pipeline."""
+        return self._once(None, prompts, call)
+
+    def gated(
+        self, gate_step: float, prompts: list[int] | None = None, call: dict[str, Any] | None = None, **settings: Any
+    ) -> torch.Tensor:
+        """Latents of a call with T-GATE, drawn once."""
+        return self._once({"gate_step": gate_step, **settings}, prompts, call or {})
+
+    def _once(self, settings: dict[str, Any] | None, prompts: list[int] | None, call: dict[str, Any]) -> torch.Tensor:
+        key = (settings and frozenset(settings.items()), tuple(prompts or [0]), frozenset(call.items()))
+        if key not in self.drawn:
+            pipe = self.build() if settings is None else apply_tgate(self.build(), **settings)
+            self.drawn[key] = self.run(pipe, prompts, **call)
+        return self.drawn[key].clone()
 
 
 GOLDEN_SD, GOLDEN_XL = ("sd", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")
@@ -404,5 +425,21 @@ CASES += [
         strength=0.99,
     ),
 ]
+# For the default session others stand for these: a single ControlNet, and one of each with a given picture.
+SLOW = {
+    "sd_v_prediction",
+    "sd_inpaint",
+    "sdxl_img2img",
+    "sd_multi_controlnet_img2img",
+    "sdxl_controlnet",
+    "sdxl_controlnet_inpaint",
+}
+
+
+def rows(cases: Iterable[Case], slow: Collection[str] = SLOW) -> list[Any]:
+    """Parameters of a test: the cases, those named in `slow` in the slow session only."""
+    return [pytest.param(case, marks=[pytest.mark.slow] if case.name in slow else [], id=case.name) for case in cases]
+
+
 BY_NAME = {case.name: case for case in CASES}
 GUIDED = [case for case in CASES if case.guidance and case.guidance > 1 and case.name != "lcm"]

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from tests.pipelines import BY_NAME, STEPS, Case
+from tests.pipelines import BY_NAME, CASES, STEPS, Case, rows
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors.families import attention_modules
 
@@ -58,11 +58,10 @@ def test_remove_restores_every_object_and_the_picture(case: Case):
     assert torch.equal(case.run(pipe), baseline)
 
 
-@pytest.mark.parametrize(("name", "gate_step"), [(name, STEPS) for name in BY_NAME] + [("sd", 99)])
-def test_a_gate_beyond_the_last_step_changes_no_bit_and_warns_once(name, gate_step, caplog):
-    case = BY_NAME[name]
+def test_a_gate_beyond_the_last_step_changes_no_bit_and_warns_once(case: Case, caplog):
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
+    gate_step = 99 if case.name == "sdxl" else STEPS
     apply_tgate(pipe, gate_step)
     assert torch.equal(case.run(pipe), baseline)
     assert torch.equal(case.run(pipe), baseline)
@@ -80,24 +79,14 @@ def distance(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-V1 = {"gate_step": GATE}
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [(name, V2) for name in BY_NAME] + [(name, V1) for name in ("sd", "sdxl", "pixart_alpha", "svd")],
-)
-def test_a_batch_of_two_prompts_equals_two_singles(name, settings):
-    case = BY_NAME[name]
-    pipe = case.build()
-
-    def deviation():
-        return distance(case.run(pipe, [0, 1]), torch.cat([case.run(pipe, [0]), case.run(pipe, [1])]))
-
+def test_a_batch_of_two_prompts_equals_two_singles(case: Case):
     # SDXL's inpainting is off by 1.7e-5 by itself.
-    rounding = deviation()
-    apply_tgate(pipe, **settings)
-    assert deviation() < 1e-5 + 2 * rounding
+    rounding = distance(case.plain([0, 1]), torch.cat([case.plain([0]), case.plain([1])]))
+    pipe = case.build()
+    for settings in (V2, {"gate_step": GATE}) if case.name in ("sd", "sdxl", "pixart_alpha", "svd") else (V2,):
+        apply_tgate(pipe, **settings)
+        singles = torch.cat([case.run(pipe, [0]), case.run(pipe, [1])])
+        assert distance(case.run(pipe, [0, 1]), singles) < 1e-5 + 2 * rounding
 
 
 def test_two_images_per_prompt_equal_one_prompt_given_twice(case: Case):
@@ -134,13 +123,13 @@ def test_without_guidance_nothing_is_averaged_or_halved(case: Case, prompts):
     assert set(batches) == {len(prompts)}
     assert len(runs) == GATE * len(layers)
     assert get_tgate_report(pipe).half_batch_forwards == 0
-    singles = torch.cat([case.run(pipe, [prompt], guidance_scale=off) for prompt in prompts])
+    singles = torch.cat([case.gated(GATE, [prompt], {"guidance_scale": off}) for prompt in prompts])
     assert distance(latents, singles) < 3e-5
 
 
 def test_two_pipelines_of_a_class_are_independent(case: Case):
     plain, gated = case.build(), case.build()
-    baseline = case.run(plain)
+    baseline = case.plain()
     apply_tgate(gated, GATE)
     first = case.run(gated)
     assert torch.equal(case.run(plain), baseline)
@@ -153,9 +142,8 @@ def test_two_pipelines_of_a_class_are_independent(case: Case):
 
 
 def test_apply_twice_replaces_and_one_removal_is_enough(case: Case):
-    pipe = case.build()
-    baseline = case.run(pipe)
-    expected = case.run(apply_tgate(pipe, GATE))
+    pipe = apply_tgate(case.build(), GATE)
+    baseline, expected = case.plain(), case.gated(GATE)
     processors = {name: module.processor for name, module in attention_modules(getattr(pipe, case.denoiser)).items()}
     apply_tgate(pipe, 1)
     assert not torch.equal(case.run(pipe), expected)
@@ -172,21 +160,9 @@ class Stop(RuntimeError):
     """Not an error of diffusers'."""
 
 
-BREAKS = [(name, torch.OutOfMemoryError, GATE + 1) for name in BY_NAME]
-BREAKS += [
-    (name, error, forward)
-    for name in ("sd", "pixart_alpha")
-    for error in (Stop, KeyboardInterrupt)
-    for forward in (1, GATE, GATE + 1)
-]
-
-
-@pytest.mark.parametrize(("name", "error", "forward"), BREAKS)
-def test_a_run_that_breaks_leaves_nothing(name, error, forward):
-    case = BY_NAME[name]
-    pipe = case.build()
-    baseline = case.run(pipe)
-    expected = case.run(apply_tgate(pipe, GATE))
+def check_break(case, error, forward):
+    pipe = apply_tgate(case.build(), GATE)
+    baseline, expected = case.plain(), case.gated(GATE)
     # Inside an attention layer that runs in every step.
     modules = attention_modules(getattr(pipe, case.denoiser))
     layer = [module for name, module in modules.items() if "attn1" in name][-1].to_q
@@ -209,6 +185,17 @@ def test_a_run_that_breaks_leaves_nothing(name, error, forward):
         case.run(pipe)
     handle.remove()
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
+
+
+def test_a_run_that_breaks_leaves_nothing(case: Case):
+    check_break(case, torch.OutOfMemoryError, GATE + 1)
+
+
+@pytest.mark.parametrize("name", ["sd", "pixart_alpha"])
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("forward", [1, GATE, GATE + 1])
+def test_a_run_that_breaks_by_any_error_in_any_forward_leaves_nothing(name, error, forward):
+    check_break(BY_NAME[name], error, forward)
 
 
 def test_no_output_of_an_attention_layer_outlives_the_call(case: Case):
@@ -243,24 +230,26 @@ def test_nothing_is_held_before_the_gate_and_one_half_afterwards(case: Case):
     assert get_tgate_report(pipe).peak_bytes == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [(name, torch.float16) for name in BY_NAME] + [("sd", torch.bfloat16), ("svd", torch.bfloat16)]
-)
-def test_half_precision_stays(name, dtype):
-    case = BY_NAME[name]
+DTYPES = [pytest.param(*row.values, torch.float16, marks=row.marks, id=row.id) for row in rows(CASES)]
+DTYPES += [pytest.param(BY_NAME[name], torch.bfloat16, id=f"{name}-bfloat16") for name in ("sd", "svd")]
+
+
+@pytest.mark.parametrize(("case", "dtype"), DTYPES)
+def test_half_precision_stays(case, dtype):
     pipe = case.build().to(dtype)
     inputs = case.inputs([0])
     inputs = {
         key: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for key, value in inputs.items()
     }
-    try:
-        baseline = pipe(**inputs)[0]
-    except RuntimeError:
-        # diffusers 0.32 runs SVD in float16 only.
-        if (case.name, dtype) != ("svd", torch.bfloat16):
-            raise
-        return
+    if (case.name, dtype) == ("svd", torch.bfloat16):
+        try:
+            pipe(**inputs)
+        except RuntimeError:
+            # diffusers 0.32 runs SVD in float16 only.
+            return
+    # SDXL with ControlNet and inpainting ends in float32 by itself.
+    expected = pipe(**inputs)[0].dtype if case.name == "sdxl_controlnet_inpaint" else dtype
     inputs["generator"] = case.inputs([0])["generator"]
     apply_tgate(pipe, GATE)
     kept = set()
@@ -270,8 +259,7 @@ def test_half_precision_stays(name, dtype):
     )
     output = pipe(**inputs)
     latents = output.frames if case.video else output.images
-    # SDXL with ControlNet and inpainting ends in float32 by itself.
-    assert latents.dtype is (dtype if "controlnet_inpaint" not in case.name else baseline.dtype)
+    assert latents.dtype is expected
     assert kept == {dtype}
     assert latents.isfinite().all()
 
@@ -283,7 +271,7 @@ def assert_same_but_for_rounding(a, b):
 
 def test_saving_and_loading_with_tgate_on(case: Case, tmp_path):
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     apply_tgate(pipe, GATE)
     pipe.save_pretrained(tmp_path)
     absent = {name: None for name, component in pipe.components.items() if component is None}
@@ -295,7 +283,7 @@ def test_saving_and_loading_with_tgate_on(case: Case, tmp_path):
 
 def test_a_deep_copy_is_gated_on_its_own(case: Case):
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     expected = case.run(apply_tgate(pipe, GATE))
     copied = copy.deepcopy(pipe)
     assert is_tgate_applied(copied)
@@ -307,9 +295,8 @@ def test_a_deep_copy_is_gated_on_its_own(case: Case):
 
 
 def test_a_sibling_from_the_same_components_runs_as_without_tgate(case: Case):
-    pipe = case.build()
-    baseline = case.run(pipe)
-    expected = case.run(apply_tgate(pipe, GATE))
+    pipe = apply_tgate(case.build(), GATE)
+    baseline, expected = case.plain(), case.gated(GATE)
     sibling = type(pipe).__mro__[1].from_pipe(pipe)
     sibling.set_progress_bar_config(disable=True)
     assert getattr(sibling, case.denoiser) is getattr(pipe, case.denoiser)

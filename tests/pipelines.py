@@ -436,9 +436,14 @@ SLOW = {
 }
 
 
-def rows(cases: Iterable[Case], slow: Collection[str] = SLOW) -> list[Any]:
-    """Parameters of a test: the cases, those named in `slow` in the slow session only."""
-    return [pytest.param(case, marks=[pytest.mark.slow] if case.name in slow else [], id=case.name) for case in cases]
+def slow(*values: Any) -> Any:
+    """Parameters of a test that is run in the slow session only."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def rows(cases: Iterable[Case], dear: Collection[str] = SLOW) -> list[Any]:
+    """Parameters of a test: the cases, those named in `dear` in the slow session only."""
+    return [pytest.param(case, marks=[pytest.mark.slow] if case.name in dear else [], id=case.name) for case in cases]
 
 
 BY_NAME = {case.name: case for case in CASES}

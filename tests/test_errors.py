@@ -42,12 +42,13 @@ def still_works(pipe, baseline):
 )
 def test_a_bad_setting(settings, error, message):
     pipe = CASE.build()
-    baseline = CASE.run(pipe)
+    baseline = CASE.plain()
     with pytest.raises(error, match=re.escape(message)):
         apply_tgate(pipe, **settings)
     still_works(pipe, baseline)
     # Nor does it touch what is applied already.
-    expected = CASE.run(apply_tgate(pipe, 3))
+    expected = CASE.gated(3)
+    apply_tgate(pipe, 3)
     with pytest.raises(error, match=re.escape(message)):
         apply_tgate(pipe, **settings)
     assert torch.equal(CASE.run(pipe), expected)
@@ -127,7 +128,7 @@ def test_a_report_without_tgate():
 
 def test_removing_what_is_not_there_does_nothing():
     pipe = CASE.build()
-    baseline = CASE.run(pipe)
+    baseline = CASE.plain()
     assert remove_tgate(pipe) is pipe
     still_works(pipe, baseline)
 
@@ -330,8 +331,8 @@ def test_a_pipeline_that_cannot_be_gated_is_refused_with_the_reason(build, reaso
 
 def test_a_bad_argument_of_the_call_gets_the_pipelines_own_error():
     case = BY_NAME["svd"]
-    pipe = case.build()
-    expected = case.run(apply_tgate(pipe, 3))
+    pipe = apply_tgate(case.build(), 3)
+    expected = case.gated(3)
     with pytest.raises(
         TypeError, match=r"StableVideoDiffusionPipeline.__call__\(\) got an unexpected keyword argument"
     ):

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from tests.loops import Loop
-from tests.pipelines import BY_NAME, quiet
+from tests.pipelines import BY_NAME, quiet, slow
 from tests.test_laws import assert_same_but_for_rounding
 from tests.test_sharing import in_threads
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors.layers import attention_modules
 
 GATE = 3
-NAMES = ["sd", "sdxl", "pixart_alpha", "sd_controlnet"]
+NAMES = ["sd", slow("sdxl"), "pixart_alpha", slow("sd_controlnet")]
 
 
 @pytest.fixture(params=NAMES)
@@ -42,10 +42,10 @@ def traces(pipe, case):
 
 def test_a_pipeline_that_is_dropped_takes_its_gates_and_hooks_with_it(case):
     base = case.build()
-    baseline = case.run(base)
-    for request in range(60):
+    baseline = case.plain()
+    for request in range(12):
         pipe = apply_tgate(around(base), GATE)
-        if request % 20 == 0:
+        if request % 4 == 0:
             case.run(pipe, num_inference_steps=4)
         del pipe
         assert traces(base, case) == (0, 0)
@@ -54,9 +54,9 @@ def test_a_pipeline_that_is_dropped_takes_its_gates_and_hooks_with_it(case):
 
 def test_of_several_the_one_that_is_dropped_goes_and_the_others_stay(case):
     base = case.build()
-    baseline = case.run(base)
+    baseline = case.plain()
     first, second, third = (apply_tgate(around(base), gate) for gate in (1, GATE, 5))
-    expected = case.run(apply_tgate(case.build(), GATE))
+    expected = case.gated(GATE)
     case.run(first), case.run(third)
     del first
     gc.collect()
@@ -86,11 +86,10 @@ def test_a_pipeline_that_failed_can_be_dropped_too():
 @pytest.mark.parametrize("called", [True, False], ids=["called", "never_called"])
 def test_a_gated_pipeline_pickles_and_its_copy_is_gated_on_its_own(case, called):
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline, expected = case.plain(), case.gated(GATE, sp_interval=2, warm_up=1)
     apply_tgate(pipe, GATE, sp_interval=2, warm_up=1)
-    expected = case.run(pipe)
-    if not called:
-        apply_tgate(pipe, GATE, sp_interval=2, warm_up=1)
+    if called:
+        case.run(pipe)
     loaded = quiet(pickle.loads(pickle.dumps(pipe)))
     assert is_tgate_applied(loaded)
     assert type(loaded) is type(pipe)
@@ -121,7 +120,7 @@ def work(pickled, answers):
 def test_a_spawned_worker_takes_a_gated_pipeline():
     case = BY_NAME["sd"]
     pipe = apply_tgate(case.build(), GATE)
-    expected = case.run(pipe)
+    expected = case.gated(GATE)
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     worker = context.Process(target=work, args=(pickle.dumps(pipe), answers))
@@ -139,12 +138,12 @@ def shallow(pipe):
     return other
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd_controlnet"])
+@pytest.mark.parametrize("name", ["sd", slow("sdxl"), slow("sd_controlnet")])
 def test_shallow_copies_of_one_pipeline_run_at_the_same_time_gated(name):
     case = BY_NAME[name]
-    pipe = case.build()
-    baseline = case.run(pipe)
-    expected = [case.run(apply_tgate(pipe, GATE), [prompt]) for prompt in range(3)]
+    pipe = apply_tgate(case.build(), GATE)
+    baseline = case.plain()
+    expected = [case.gated(GATE, [prompt]) for prompt in range(3)]
     copies = [pipe, shallow(pipe), shallow(pipe)]
     barrier = threading.Barrier(3, timeout=600)
 
@@ -168,7 +167,7 @@ def test_shallow_copies_of_one_pipeline_run_at_the_same_time_gated(name):
 def test_a_shallow_copy_may_be_called_by_a_callback_of_the_other():
     case = BY_NAME["sd"]
     pipe = apply_tgate(case.build(), GATE)
-    expected, inner = case.run(pipe), []
+    expected, inner = case.gated(GATE), []
     other = shallow(pipe)
 
     def on_step_end(pipe, step, timestep, tensors):
@@ -184,8 +183,9 @@ def test_a_shallow_copy_with_another_denoiser_leaves_the_first_one_alone():
     case = BY_NAME["sd"]
     pipe, second = case.build(), case.build()
     torch.nn.init.normal_(second.unet.conv_in.weight, std=0.3)
-    expected, other_expected = case.run(apply_tgate(pipe, GATE)), case.run(apply_tgate(second, GATE))
+    expected, other_expected = case.gated(GATE), case.run(apply_tgate(second, GATE))
     remove_tgate(second)
+    apply_tgate(pipe, GATE)
     other = shallow(pipe)
     other.unet = second.unet
     for _ in range(2):
@@ -203,7 +203,8 @@ def test_what_the_call_wraps_is_the_call_with_gradients_gated(name):
     case = BY_NAME[name]
     pipe = case.build()
     plain = type(pipe).__call__.__wrapped__
-    expected = case.run(apply_tgate(pipe, GATE))
+    expected = case.gated(GATE)
+    apply_tgate(pipe, GATE)
     wrapped = type(pipe).__call__.__wrapped__
     assert wrapped is not plain
     assert not hasattr(wrapped, "__wrapped__")
@@ -251,7 +252,7 @@ def gradient(name, checkpointing, settings):
 @pytest.mark.parametrize(
     "settings", [None, {"gate_step": GATE}, {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 1}], ids=str
 )
-@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha"])
+@pytest.mark.parametrize("name", ["sd", slow("sdxl"), "pixart_alpha"])
 def test_gradient_checkpointing_gives_the_same_gradient(name, settings):
     unet = BY_NAME["sd"].build().unet
     unet.enable_gradient_checkpointing()

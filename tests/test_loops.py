@@ -36,8 +36,8 @@ def refused(case, pipe, message, prompts=None, error=ValueError, **settings):
 @pytest.mark.parametrize("gate", [1, GATE])
 def test_a_loop_like_diffusers_own_is_gated_like_it(case, prompts, gate):
     pipe = built(case.name)
-    assert close(case.run(pipe, prompts), case.run(case.build(), prompts))
-    expected = case.run(apply_tgate(case.build(), gate), prompts)
+    assert close(case.run(pipe, prompts), case.plain(prompts))
+    expected = case.gated(gate, prompts)
     assert close(case.run(apply_tgate(pipe, gate), prompts), expected)
     assert get_tgate_report(pipe).half_batch_forwards == 6 - gate
 
@@ -71,7 +71,7 @@ def test_what_runs_before_the_loop_is_no_step(case, gate, guided):
 
     pipe = apply_tgate(built(case.name, Inversion), gate)
     for steps in (8, 6, 8):
-        expected = case.run(apply_tgate(case.build(), gate), num_inference_steps=steps)
+        expected = case.gated(gate, call={"num_inference_steps": steps})
         assert close(case.run(pipe, num_inference_steps=steps), expected)
         report = get_tgate_report(pipe)
         assert (report.num_inference_steps, report.half_batch_forwards) == (steps, steps - gate)
@@ -82,7 +82,7 @@ def test_steps_that_are_never_told_are_those_of_the_scheduler_unless_a_share_is_
         tells_steps = False
 
     pipe = built(case.name, Untold)
-    assert close(case.run(apply_tgate(pipe, GATE)), case.run(apply_tgate(case.build(), GATE)))
+    assert close(case.run(apply_tgate(pipe, GATE)), case.gated(GATE))
     apply_tgate(pipe, 0.5)
     with pytest.raises(ValueError, match=r"gate_step=0.5 is a share of the steps, but the pipeline does not say"):
         case.run(pipe)
@@ -176,7 +176,7 @@ class Interleaved(Loop):
 def test_halves_that_are_interleaved_are_refused_and_with_one_prompt_they_are_not(case, gate):
     message = "not two halves of one batch: the first and the second half of the 4 latents that Interleaved gives"
     refused(case, built(case.name, Interleaved), message, [0, 1], gate_step=gate)
-    expected = case.run(apply_tgate(case.build(), gate))
+    expected = case.gated(gate)
     assert close(case.run(apply_tgate(built(case.name, Interleaved), gate)), expected)
 
 
@@ -193,7 +193,7 @@ class Reversed(Loop):
 @pytest.mark.parametrize("gate", [1, GATE])
 def test_halves_in_the_other_order_are_told_by_the_embeddings(case, half, gate):
     pipe = built(case.name, Reversed)
-    expected = case.run(apply_tgate(case.build(), gate, cfg_half=half), [0, 1])
+    expected = case.gated(gate, [0, 1], cfg_half=half)
     assert close(case.run(apply_tgate(pipe, gate, cfg_half=half), [0, 1]), expected)
 
 
@@ -214,7 +214,7 @@ def test_where_nobody_tells_the_order_it_is_refused_if_it_matters(case, order):
     apply_tgate(pipe, GATE)
     if case.name == "sd":
         # Nothing but the text differs between the halves, and of that the mean is kept.
-        assert close(pipe(words=(texts, pooled)).images, case.run(apply_tgate(case.build(), GATE)))
+        assert close(pipe(words=(texts, pooled)).images, case.gated(GATE))
         return
     with pytest.raises(ValueError, match=r"cannot be told, where it matters for added_cond_kwargs.*encode_prompt"):
         pipe(words=(texts, pooled))
@@ -232,7 +232,7 @@ class Streaming(Loop):
 
 def test_a_call_that_is_a_generator_is_gated(case):
     pipe = apply_tgate(built(case.name, Streaming), GATE)
-    expected = case.run(apply_tgate(case.build(), GATE))
+    expected = case.gated(GATE)
     for _ in range(2):
         started, images = pipe(**case.inputs([0]))
         assert started == "started"
@@ -245,7 +245,7 @@ def test_the_consumer_of_a_generator_may_call_another_pipeline_and_change_thread
     pipe = apply_tgate(built("sd", Streaming), GATE)
     sibling = type(case.build()).from_pipe(pipe)
     baseline = case.run(quiet(sibling))
-    expected = case.run(apply_tgate(case.build(), GATE))
+    expected = case.gated(GATE)
     items, steps = [], pipe(**case.inputs([0]))
     for _ in range(2):
         thread = threading.Thread(target=lambda: items.append(next(steps)))
@@ -299,8 +299,7 @@ class TestPixArt:
 
         pipe = apply_tgate(self.built({"__call__": __call__}), GATE)
         for prompts in ([0], [0, 1]):
-            expected = self.case.run(apply_tgate(self.case.build(), GATE), prompts)
-            assert torch.equal(self.case.run(pipe, prompts), expected)
+            assert torch.equal(self.case.run(pipe, prompts), self.case.gated(GATE, prompts))
             assert get_tgate_report(pipe).half_batch_forwards == 6 - GATE
 
     @pytest.mark.parametrize(

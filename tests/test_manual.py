@@ -7,10 +7,10 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tests.pipelines import BY_NAME, CASES
+from tests.pipelines import BY_NAME, CASES, rows
 from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, remove_tgate
 
-WITH_CALLBACK = [case for case in CASES if case.has_callback]
+WITH_CALLBACK = rows(case for case in CASES if case.has_callback)
 SETTINGS = [(2,), (4, 2, 2, 1), (0.5, 3)]
 
 
@@ -21,11 +21,11 @@ def wire(pipe, *settings):
     return callback, before
 
 
-@pytest.mark.parametrize("case", WITH_CALLBACK, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", WITH_CALLBACK)
 @pytest.mark.parametrize("settings", [*SETTINGS[:2], pytest.param(SETTINGS[2], marks=pytest.mark.slow)], ids=str)
 def test_the_manual_wiring_gives_the_same_picture_and_the_same_report(case, settings):
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     gate_step, *rest = settings
     names = ("sp_interval", "fi_interval", "warm_up")
     expected = case.run(apply_tgate(pipe, gate_step, **dict(zip(names, rest, strict=False))))
@@ -47,8 +47,7 @@ def test_the_manual_wiring_gives_the_same_picture_and_the_same_report(case, sett
 def test_it_combines_with_other_callbacks():
     case = BY_NAME["sd"]
     pipe = case.build()
-    expected = case.run(apply_tgate(pipe, 3))
-    remove_tgate(pipe)
+    expected = case.gated(3)
     callback, _ = wire(pipe, 3)
     assert torch.equal(case.run(pipe, callback_on_step_end=MultiPipelineCallbacks([callback])), expected)
 
@@ -98,7 +97,7 @@ def test_after_a_broken_run_the_next_one_is_right():
 def test_a_gate_in_the_first_step_comes_too_soon_for_a_callback():
     case = BY_NAME["sd"]
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     callback, before = wire(pipe, 1)
     with pytest.raises(ValueError, match=r"gate_step is the first step.*apply_tgate"):
         case.run(pipe, callback_on_step_end=callback)
@@ -107,7 +106,7 @@ def test_a_gate_in_the_first_step_comes_too_soon_for_a_callback():
     expected = case.run(pipe, callback_on_step_end=callback, guidance_scale=1.0)
     pipe.unet.set_attn_processor(dict(before))
     assert torch.equal(case.run(pipe), baseline)
-    assert torch.equal(case.run(apply_tgate(pipe, 1), guidance_scale=1.0), expected)
+    assert torch.equal(case.gated(1, call={"guidance_scale": 1.0}), expected)
 
 
 def test_one_processor_for_several_layers_is_refused():

@@ -67,7 +67,7 @@ def test_hooks_see_the_batch_that_the_pipeline_gives_and_the_output_that_it_gets
     if when == "before":
         gated = Watch(denoiser, prepend)
     apply_tgate(pipe, GATE)
-    expected = case.run(apply_tgate(case.build(), GATE), [0, 1])
+    expected = case.gated(GATE, [0, 1])
     if when == "after":
         gated = Watch(denoiser, prepend)
     if when == "in_a_run":
@@ -211,7 +211,7 @@ def test_processors_that_count_are_called_as_often_as_without_tgate_unless_the_u
     assert any("T-GATE: nothing was gated in this call" in record.message for record in caplog.records)
     fewer, latents = calls(gate_step=GATE, custom_processors="gate")
     assert fewer == count - (STEPS - GATE) * len(layers(case.build(), case))
-    assert torch.equal(latents, case.run(apply_tgate(case.build(), GATE)))
+    assert torch.equal(latents, case.gated(GATE))
 
 
 def test_without_guidance_nothing_is_said_of_it(caplog):
@@ -254,8 +254,7 @@ def test_a_cache_of_diffusers_is_refused_by_name_whichever_came_first(name, firs
     case = BY_NAME["pixart_alpha"]
     function, config, settings = CACHES[name]
     pipe = case.build()
-    expected = case.run(apply_tgate(pipe, GATE))
-    remove_tgate(pipe)
+    expected = case.gated(GATE)
 
     def cache():
         getattr(diffusers_hooks, function)(pipe.transformer, getattr(diffusers_hooks, config)(**settings))
@@ -284,8 +283,8 @@ def test_hooks_that_keep_nothing_are_no_caches():
         pass
 
     case = BY_NAME["pixart_alpha"]
-    pipe = case.build()
-    expected = case.run(apply_tgate(pipe, GATE))
+    pipe = apply_tgate(case.build(), GATE)
+    expected = case.gated(GATE)
     diffusers_hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer).register_hook(Nothing(), "nothing")
     assert torch.equal(case.run(pipe), expected)
 
@@ -304,7 +303,7 @@ def test_cache_dit_is_refused_by_name_whichever_came_first(first):
     case = BY_NAME["pixart_alpha"]
     config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)
     pipe = case.build()
-    baseline, original = case.run(pipe), type(pipe)
+    baseline, original = case.plain(), type(pipe)
     if first == "tgate":
         apply_tgate(pipe, GATE)
     cache_dit.enable_cache(pipe, cache_config=config)
@@ -316,14 +315,14 @@ def test_cache_dit_is_refused_by_name_whichever_came_first(first):
     cache_dit.disable_cache(pipe)
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
     assert type(pipe) is original
-    assert torch.equal(case.run(apply_tgate(pipe, GATE)), case.run(apply_tgate(case.build(), GATE)))
+    assert torch.equal(case.run(apply_tgate(pipe, GATE)), case.gated(GATE))
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_merged_tokens_go_with_what_is_not_reused(name):
     case = BY_NAME[name]
     pipe = apply_tgate(case.build(), GATE)
-    plain = case.run(pipe)
+    plain = case.gated(GATE)
     tomesd.apply_patch(pipe, ratio=0.5, max_downsample=8, use_rand=False)
     merged = case.run(pipe)
     assert not torch.equal(merged, plain)
@@ -345,8 +344,7 @@ def test_merged_tokens_go_with_what_is_not_reused(name):
 def test_a_deepcache_helper_that_was_not_handed_over_is_refused(name, first):
     case = BY_NAME[name]
     pipe = case.build()
-    expected = case.run(apply_tgate(pipe, GATE))
-    remove_tgate(pipe)
+    expected = case.gated(GATE)
     helper = DeepCacheSDHelper(pipe)
     helper.set_params(cache_interval=3, cache_branch_id=0)
     message = r"T-GATE found DeepCache enabled.*deepcache=helper"

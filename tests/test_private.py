@@ -72,7 +72,7 @@ def test_a_processor_that_hands_out_one_buffer(case, settings, scale):
     denoiser = getattr(pipe, case.denoiser)
     denoiser.set_attn_processor({name: OneBuffer() for name in denoiser.attn_processors})
     apply_tgate(pipe, GATE, custom_processors="gate", **settings)
-    expected = case.run(apply_tgate(case.build(), GATE, **settings), guidance_scale=scale)
+    expected = case.gated(GATE, call={"guidance_scale": scale}, **settings)
     assert torch.equal(case.run(pipe, guidance_scale=scale), expected)
 
 
@@ -89,7 +89,7 @@ def test_a_block_that_writes_to_a_layers_output_is_found_out(scale):
         hidden_states = output.add_(hidden_states)
         return block.ff(block.norm3(hidden_states)) + hidden_states
 
-    baseline = case.run(pipe, guidance_scale=scale)
+    baseline = case.plain(guidance_scale=scale)
     block.forward = written
     assert torch.allclose(case.run(pipe, guidance_scale=scale), baseline, atol=1e-4)
     apply_tgate(pipe, GATE)

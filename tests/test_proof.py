@@ -40,7 +40,7 @@ def without_processors(attn):
 @pytest.mark.parametrize("which", ["all", "last"])
 def test_layers_that_do_not_call_their_processors_are_named(case, which):
     pipe = case.build()
-    plain = case.run(pipe)
+    plain = case.plain()
     patched = list(layers(pipe, case).items())[-1 if which == "last" else 0 :]
     for _, layer in patched:
         layer.forward = without_processors(layer)
@@ -55,7 +55,7 @@ def test_layers_that_do_not_call_their_processors_are_named(case, which):
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
     for _, layer in patched:
         del layer.forward
-    assert torch.equal(case.run(apply_tgate(pipe, GATE)), case.run(apply_tgate(case.build(), GATE)))
+    assert torch.equal(case.run(apply_tgate(pipe, GATE)), case.gated(GATE))
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
@@ -74,7 +74,7 @@ def test_a_layer_that_stops_calling_its_processor_after_the_gate_is_named(name):
     with pytest.raises(ValueError, match=rf"1 cross-attention layers, {layer_name} among them, did not give out what"):
         case.run(pipe, callback_on_step_end=patch)
     del layer.forward
-    assert torch.equal(case.run(pipe), case.run(apply_tgate(case.build(), GATE)))
+    assert torch.equal(case.run(pipe), case.gated(GATE))
 
 
 def test_without_guidance_they_leave_the_plain_picture_and_a_warning(case, caplog):
@@ -114,7 +114,7 @@ def test_processors_that_the_call_itself_sets_are_gated(case, settings):
     baseline = case.run(pipe)
     # Self-attention that lost its gate is not reused, so only the first kind of T-GATE is the same.
     if "sp_interval" not in settings:
-        assert torch.equal(case.run(apply_tgate(pipe, **settings)), case.run(apply_tgate(case.build(), **settings)))
+        assert torch.equal(case.run(apply_tgate(pipe, **settings)), case.gated(**settings))
     else:
         assert case.run(apply_tgate(pipe, **settings)).isfinite().all()
         assert get_tgate_report(pipe).self_attention_reused == 0

@@ -70,7 +70,7 @@ def test_any_callable_that_diffusers_takes_is_taken(case, make):
         apply_tgate(pipe, GATE)
     assert all(layer.processor is given[f"{name}.processor"] for name, layer in layers(pipe, case, "attn").items())
     assert torch.equal(case.run(apply_tgate(pipe, GATE, custom_processors="leave")), baseline)
-    expected = case.run(apply_tgate(case.build(), GATE))
+    expected = case.gated(GATE)
     assert torch.equal(case.run(apply_tgate(pipe, GATE, custom_processors="gate")), expected)
     remove_tgate(pipe)
     assert all(layer.processor is given[f"{name}.processor"] for name, layer in layers(pipe, case, "attn").items())
@@ -117,7 +117,7 @@ def test_by_hand_too_a_run_in_which_nothing_was_gated_says_so(caplog):
     case = BY_NAME["sd"]
     pipe = case.build()
     callback = TGateCallback(TGateSchedule(GATE))
-    baseline = case.run(pipe)
+    baseline = case.plain()
     assert torch.equal(case.run(pipe, callback_on_step_end=callback), baseline)
     first, last = said(caplog)
     assert first.startswith("T-GATE: 11 attention layers, ")
@@ -127,7 +127,7 @@ def test_by_hand_too_a_run_in_which_nothing_was_gated_says_so(caplog):
 @pytest.mark.parametrize("setting", ["gate_step", "sp_interval", "fi_interval", "warm_up"])
 def test_settings_in_the_call_are_refused_with_the_remedy(case, setting):
     pipe = apply_tgate(case.build(), GATE)
-    expected = case.run(pipe)
+    expected = case.gated(GATE)
     with pytest.raises(TypeError, match=rf"{setting}=2 is no argument of the call: .*apply_tgate\(pipe, {setting}=2\)"):
         case.run(pipe, **{setting: 2})
     assert torch.equal(case.run(pipe), expected)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.ecosystem import FRAMES, HOSTS, HOSTS_BY_NAME, text_encoder, tokenizer, with_frames
+from tests.pipelines import slow
 from tests.test_laws import distance
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
@@ -13,13 +14,13 @@ ANIMATED = [host for host in HOSTS if host.name.startswith("animatediff")]
 CONTROLLED = [host for host in ANIMATED if "controlnet" in host.name]
 
 
-# FRAMES frames are in the laws of all hosts. Sixteen take long.
-QUICK = ("animatediff", "animatediff_controlnet")
+# FRAMES frames are in the laws of all hosts. One host stands for the others, and two with other numbers.
+QUICK = {"animatediff": (2, 3, 16), "animatediff_controlnet": (3,), "animatediff_sdxl": (2,)}
 FRAMED = [
-    pytest.param(host, frames, id=f"{host.name}-{frames}", marks=[pytest.mark.slow] if slow else [])
+    pytest.param(host, frames, id=f"{host.name}-{frames}", marks=[] if quick else [pytest.mark.slow])
     for host in ANIMATED
     for frames in (2, 3, 16)
-    for slow in [frames == 16 and host.name not in QUICK]
+    for quick in [frames in QUICK.get(host.name, ())]
 ]
 
 
@@ -43,7 +44,7 @@ def test_any_number_of_frames(host, frames):
 
 
 @pytest.mark.parametrize("half", ["unconditional", "conditional"])
-@pytest.mark.parametrize("frames", [2, 3, 4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("frames", [slow(2), 3, slow(4), slow(16)])
 @pytest.mark.parametrize("host", CONTROLLED, ids=lambda host: host.name)
 def test_halving_the_controlnet_changes_nothing(host, frames, half):
     host = with_frames(host, frames)
@@ -78,7 +79,7 @@ def test_every_loop_of_free_init_has_a_gate_of_its_own(fast):
 
 def test_free_init_switched_on_and_off_after_apply():
     pipe = apply_tgate(HOST.build(), GATE)
-    plain = HOST.run(pipe)
+    plain = HOST.gated(GATE)
     pipe.enable_free_init(num_iters=2)
     assert not torch.equal(HOST.run(pipe), plain)
     pipe.disable_free_init()
@@ -86,9 +87,8 @@ def test_free_init_switched_on_and_off_after_apply():
 
 
 def test_free_noise_switched_on_after_apply_is_refused_until_it_is_off():
-    pipe = HOST.build()
-    baseline = HOST.run(pipe)
-    expected = HOST.run(apply_tgate(pipe, GATE))
+    pipe = apply_tgate(HOST.build(), GATE)
+    baseline, expected = HOST.plain(), HOST.gated(GATE)
     pipe.enable_free_noise(context_length=2, context_stride=1)
     with pytest.raises(ValueError, match=r"AnimateDiffPipeline cannot be gated with FreeNoise.*disable_free_noise\(\)"):
         HOST.run(pipe)

@@ -50,7 +50,7 @@ def other_calls(case):
 
 
 @pytest.mark.parametrize(
-    "name", ["sd", "pixart_alpha", *(pytest.param(name, marks=SLOW) for name in ("sdxl", "lora", "ip_adapter"))]
+    "name", ["pixart_alpha", *(pytest.param(name, marks=SLOW) for name in ("sd", "sdxl", "lora", "ip_adapter"))]
 )
 def test_three_graphs_and_none_for_other_prompts_steps_and_scales(name):
     case = ALL[name]
@@ -66,13 +66,13 @@ def test_three_graphs_and_none_for_other_prompts_steps_and_scales(name):
     assert counter.frame_count == 3
 
 
-# The transformer stands for all: it compiles in a fifth of the time.
+# The transformer stands for all: it compiles in a fifth of the time. Compiled in place it is in the test above.
 @pytest.mark.parametrize(
     ("name", "compile_it", "compiled_first"),
     [
-        ("pixart_alpha", compile_in_place, False),
         ("pixart_alpha", exchange_for_compiled, True),
-        ("pixart_alpha", compile_blocks, False),
+        pytest.param("pixart_alpha", compile_in_place, False, marks=SLOW),
+        pytest.param("pixart_alpha", compile_blocks, False, marks=SLOW),
         pytest.param("pixart_alpha", compile_in_place, True, marks=SLOW),
         pytest.param("pixart_alpha", exchange_for_compiled, False, marks=SLOW),
         pytest.param("pixart_alpha", compile_blocks, True, marks=SLOW),
@@ -83,9 +83,7 @@ def test_three_graphs_and_none_for_other_prompts_steps_and_scales(name):
 def test_applied_before_or_after_and_removed(name, compile_it, compiled_first):
     case = BY_NAME[name]
     pipe = case.build()
-    baseline = case.run(pipe)
-    expected = case.run(apply_tgate(pipe, 3))
-    remove_tgate(pipe)
+    baseline, expected = case.plain(), case.gated(3)
     counter = CompileCounter()
     if compiled_first:
         compile_it(pipe, case, counter)
@@ -106,7 +104,7 @@ def test_applied_before_or_after_and_removed(name, compile_it, compiled_first):
         assert graphs == 4
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha"])
+@pytest.mark.parametrize("name", [pytest.param("sd", marks=SLOW), pytest.param("sdxl", marks=SLOW), "pixart_alpha"])
 def test_compiled_blocks_have_three_graphs_for_each_that_they_have_without(name):
     case = BY_NAME[name]
     pipe = case.build()
@@ -208,6 +206,7 @@ def test_calls_that_overlap_leave_the_limit_as_it_was():
     assert torch._dynamo.config.recompile_limit == limit
 
 
+@SLOW
 def test_self_attention_at_intervals_needs_a_graph_for_each_pair_of_actions():
     case = BY_NAME["pixart_alpha"]
     pipe = apply_tgate(case.build(), 10, sp_interval=5, warm_up=2)
@@ -237,7 +236,10 @@ class BorrowedMemory:
         return run
 
 
-@pytest.mark.parametrize("settings", [{}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 1}], ids=["v1", "v2"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param({}, id="v1"), pytest.param({"sp_interval": 2, "fi_interval": 2, "warm_up": 1}, id="v2", marks=SLOW)],
+)
 @pytest.mark.parametrize("compile_it", [compile_in_place, pytest.param(exchange_for_compiled, marks=SLOW)])
 @pytest.mark.parametrize("name", ["pixart_alpha", pytest.param("lcm_pixart", marks=SLOW)])
 def test_what_is_stored_outlives_the_memory_of_compiled_code(name, compile_it, settings):
@@ -260,7 +262,8 @@ def test_the_real_compiler_draws_the_same_picture():
         torch.testing.assert_close(case.run(pipe), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("compile_it", [pytest.param(compile_in_place, marks=SLOW), compile_blocks])
+@SLOW
+@pytest.mark.parametrize("compile_it", [compile_in_place, compile_blocks])
 def test_with_deepcache_as_far_as_that_compiles(compile_it):
     case = BY_NAME["sd"]
     pipe = case.build()

@@ -7,14 +7,14 @@ import diffusers
 import pytest
 import torch
 
-from tests.pipelines import BY_NAME, CASES
+from tests.pipelines import BY_NAME, CASES, rows, slow
 from tests.test_laws import distance
 from tgate_processors import apply_tgate, get_tgate_report
 from tgate_processors.counting import count_forwards
 from tgate_processors.schedule import Action
 from tgate_processors.twin import InputSize, make_inputs
 
-WITH_CONTROLNET = [case for case in CASES if case.control]
+WITH_CONTROLNET = rows(case for case in CASES if case.control)
 
 
 def watch(pipe):
@@ -26,7 +26,7 @@ def watch(pipe):
     return seen
 
 
-@pytest.mark.parametrize("case", WITH_CONTROLNET, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", WITH_CONTROLNET)
 @pytest.mark.parametrize("prompts", [[0], [0, 1]], ids=["one", "two"])
 def test_the_controlnet_is_halved_with_the_unet(case, prompts):
     pipe = apply_tgate(case.build(), 2)
@@ -38,7 +38,7 @@ def test_the_controlnet_is_halved_with_the_unet(case, prompts):
     assert seen == [(name, count * (2 if step < 2 else 1)) for step in range(steps) for name in order]
 
 
-@pytest.mark.parametrize("case", WITH_CONTROLNET, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", WITH_CONTROLNET)
 @pytest.mark.parametrize("half", ["unconditional", "conditional"])
 def test_halving_the_controlnet_changes_nothing(case, half):
     pipe = apply_tgate(case.build(), 2, cfg_half=half)
@@ -97,7 +97,9 @@ def test_control_over_a_part_of_the_steps():
     assert not torch.equal(gated, case.run(pipe))
 
 
-@pytest.mark.parametrize(("name", "latent", "halved", "gated"), [("sd15", 64, 0.10, 0.005), ("sdxl", 128, 0.12, 0.012)])
+@pytest.mark.parametrize(
+    ("name", "latent", "halved", "gated"), [("sd15", 64, 0.10, 0.005), slow("sdxl", 128, 0.12, 0.012)]
+)
 def test_what_the_controlnet_could_save(name, latent, halved, gated):
     """What docs/pipelines.md says of real architectures, counted without weights."""
     config = json.loads((Path(__file__).parent.parent / f"examples/configs/{name}.json").read_text())

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests.pipelines import GUIDED, STEPS, Case
+from tests.pipelines import GUIDED, STEPS, Case, rows
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 SETTINGS = {
@@ -70,7 +70,7 @@ def test_to_k_runs_exactly_as_the_schedule_says(case: Case, settings, prompts):
     assert report.full_batch_forwards == steps - report.half_batch_forwards
 
 
-@pytest.mark.parametrize("case", GUIDED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", rows(GUIDED))
 @pytest.mark.parametrize(
     ("half", "prompts"), [(None, [0]), ("unconditional", [0, 1]), ("conditional", [0, 1])], ids=lambda value: str(value)
 )
@@ -121,8 +121,6 @@ def test_cfg_half_matters_where_more_than_cross_attention_is_conditioned():
 
     for name, matters in (("sdxl", True), ("svd", True), ("sd", False)):
         case = BY_NAME[name]
-        pipe = case.build()
-        first = case.run(apply_tgate(pipe, 2, cfg_half="unconditional"))
-        second = case.run(apply_tgate(pipe, 2, cfg_half="conditional"))
+        first, second = (case.gated(2, cfg_half=half) for half in ("unconditional", "conditional"))
         assert torch.equal(first, second) is not matters
-        assert torch.equal(case.run(apply_tgate(pipe, 2)), first if case.kept == "unconditional" else second)
+        assert torch.equal(case.gated(2), first if case.kept == "unconditional" else second)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from DeepCache import DeepCacheSDHelper
 
-from tests.pipelines import BY_NAME
+from tests.pipelines import BY_NAME, slow
 from tests.test_laws import assert_same, distance, snapshot
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
-NAMES = ["sd", "sdxl", "sd_img2img", "lcm_sdxl"]
+NAMES = ["sd", "sdxl", slow("sd_img2img"), "lcm_sdxl"]
 
 
 def helper_of(pipe, interval=3, branch=0):
@@ -22,9 +22,7 @@ def helper_of(pipe, interval=3, branch=0):
 def test_enabled_or_not_the_picture_is_the_same_and_the_helper_is_given_back(name, enabled):
     case = BY_NAME[name]
     pipe = case.build()
-    baseline = case.run(pipe)
-    alone = case.run(apply_tgate(pipe, 4))
-    remove_tgate(pipe)
+    baseline, alone = case.plain(), case.gated(4)
     other = case.build()
     expected = case.run(apply_tgate(other, 4, deepcache=helper_of(other)))
     assert not torch.equal(expected, alone)
@@ -83,7 +81,7 @@ def test_two_prompts_equal_two_singles():
 def test_a_run_that_breaks_leaves_nothing(enabled):
     case = BY_NAME["sd"]
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     helper = helper_of(pipe)
     if enabled:
         helper.enable()

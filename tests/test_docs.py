@@ -28,7 +28,15 @@ def pipe():
     return pipe
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=lambda page: page.name)
+# What compiles takes long.
+PARAMS = [
+    pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name == "together.md" else [])
+    for page in PAGES
+    if snippets(page)
+]
+
+
+@pytest.mark.parametrize("page", PARAMS)
 def test_the_snippets_of_a_page_run_one_after_the_other(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     namespace = {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.ecosystem import HOSTS_BY_NAME
-from tests.pipelines import BY_NAME
+from tests.pipelines import BY_NAME, slow
 from tgate_processors import apply_tgate, get_tgate_report
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
@@ -16,8 +16,8 @@ NAMES = [
     "pixart_alpha",
     "svd",
     "sd_controlnet",
-    "sd_multi_controlnet_img2img",
-    "sdxl_controlnet",
+    slow("sd_multi_controlnet_img2img"),
+    slow("sdxl_controlnet"),
     "union",
     "adapter",
     "ip_adapter",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.ecosystem import FRAMES, HOSTS, HOSTS_BY_NAME, Host
+from tests.pipelines import rows
 from tests.test_counts import computed
 from tests.test_laws import assert_same, distance, snapshot
 from tgate_processors import TGateCallback, TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
@@ -25,18 +26,24 @@ SLOW = {
     "union_img2img",
     "union_inpaint",
     "x4_upscaler",
+    "union",
+    "multi_adapter",
+    "ip_adapter",
+    "sdxl_face_id",
+    "lcm_lora",
+    "sdxl_pix2pix",
+    "animatediff_free_init",
     "animatediff_controlnet",
     "animatediff_sparse_controlnet",
+    "animatediff_video",
     "animatediff_video_controlnet",
+    "animatediff_sdxl",
     "pag_animatediff",
+    "pag_controlnet",
 }
 
 
-def params(hosts):
-    return [pytest.param(host, marks=[pytest.mark.slow] if host.name in SLOW else [], id=host.name) for host in hosts]
-
-
-@pytest.fixture(params=params(HOSTS))
+@pytest.fixture(params=rows(HOSTS, SLOW))
 def host(request) -> Host:
     return request.param
 
@@ -54,7 +61,7 @@ def test_the_support_matrix_has_a_row_for_every_host_and_no_other():
 def test_apply_and_remove_change_nothing_else(host: Host):
     pipe = host.build()
     assert (type(pipe).__name__, host.row, host.stays) in matrix()
-    baseline = host.run(pipe)
+    baseline = host.plain()
     parameters = {name: id(parameter) for name, parameter in getattr(pipe, host.denoiser).named_parameters()}
     before = snapshot(pipe, host)
     keys = list(getattr(pipe, host.denoiser).state_dict())
@@ -80,17 +87,13 @@ def test_apply_and_remove_change_nothing_else(host: Host):
     assert torch.equal(host.run(pipe), baseline)
 
 
-@pytest.mark.parametrize("host", params(host for host in HOSTS if host.batches))
+@pytest.mark.parametrize("host", rows((host for host in HOSTS if host.batches), SLOW))
 def test_a_batch_of_two_prompts_equals_two_singles(host: Host):
-    pipe = host.build()
-
-    def deviation():
-        return distance(host.run(pipe, [0, 1]), torch.cat([host.run(pipe, [0]), host.run(pipe, [1])]))
-
-    rounding = deviation()
-    apply_tgate(pipe, GATE)
+    rounding = distance(host.plain([0, 1]), torch.cat([host.plain([0]), host.plain([1])]))
+    pipe = apply_tgate(host.build(), GATE)
+    singles = torch.cat([host.run(pipe, [0]), host.run(pipe, [1])])
     # Prompts that mix are off by a tenth and more.
-    assert deviation() < 5e-5 + 2 * rounding
+    assert distance(host.run(pipe, [0, 1]), singles) < 5e-5 + 2 * rounding
 
 
 def count(denoiser):
@@ -256,9 +259,8 @@ def test_a_half_cannot_be_chosen_where_guidance_has_none():
 
 def test_a_failure_leaves_no_perturbed_attention_behind():
     host = HOSTS_BY_NAME["pag"]
-    pipe = host.build()
-    baseline = host.run(pipe)
-    expected = host.run(apply_tgate(pipe, GATE))
+    pipe = apply_tgate(host.build(), GATE)
+    baseline, expected = host.plain(), host.gated(GATE)
     gates = {name: layer.processor for name, layer in attention_modules(pipe.unet).items()}
 
     def stop(pipe, step, timestep, kwargs):

@@ -109,9 +109,10 @@ def kill_last_child(running):
 def whole(tmp_path_factory):
     """A run that nothing breaks off."""
     output = tmp_path_factory.mktemp("whole")
-    done = run(output, *SOME, "--method", "fewer-steps", "--method", "cache-dit")
-    assert done.returncode == 0, done.stderr
-    return output, done.stdout
+    arguments = [*SHORT, "--output", str(output), *SOME, "--method", "fewer-steps", "--method", "cache-dit"]
+    done = CliRunner().invoke(APP, arguments, env=ENVIRONMENT)
+    assert done.exit_code == 0, done.output
+    return output, done.output
 
 
 def test_a_run_writes_tables_and_pictures(whole):
@@ -262,7 +263,7 @@ def drawing_of(pipe, folder, methods, captions):
     return drawing
 
 
-@pytest.mark.parametrize("build", [load, pixart], ids=["unet", "transformer"])
+@pytest.mark.parametrize("build", [load, pytest.param(pixart, marks=pytest.mark.slow)], ids=["unet", "transformer"])
 def test_after_every_method_the_baseline_is_what_it_was(tmp_path, build):
     pipe = build()
     drawing = drawing_of(pipe, tmp_path, list(METHODS), held_out_captions(2))

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from tests.ecosystem import HOSTS_BY_NAME
-from tests.pipelines import BY_NAME
+from tests.pipelines import BY_NAME, slow
 from tgate_processors import apply_tgate, remove_tgate
 
-NAMES = ["sd", "sdxl_img2img", "pixart_alpha", "svd", "sd_controlnet", "lcm", "animatediff"]
+NAMES = ["sd", slow("sdxl_img2img"), "pixart_alpha", "svd", slow("sd_controlnet"), "lcm", "animatediff"]
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
 
 
@@ -97,8 +97,11 @@ def test_wrong_arguments_get_the_errors_of_the_pipeline(case):
     assert torch.equal(first(call(case, pipe)), baseline)
 
 
-@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
-def test_sequential_offload(case, when):
+# Every way of placing a pipeline is in test_placement.
+@pytest.mark.parametrize("name", ["svd", *map(slow, ("sd", "pixart_alpha", "sd_controlnet", "lcm", "animatediff"))])
+@pytest.mark.parametrize("when", [slow("before"), "after"])
+def test_sequential_offload(name, when):
+    case = ALL[name]
     pipe = case.build()
     baseline = first(call(case, pipe))
     gated = first(call(case, apply_tgate(pipe, 2)))

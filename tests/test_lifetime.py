@@ -117,6 +117,7 @@ def work(pickled, answers):
     answers.put((latents.numpy(), get_tgate_report(pipe).half_batch_forwards))
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_takes_a_gated_pipeline():
     case = BY_NAME["sd"]
     pipe = apply_tgate(case.build(), GATE)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.ecosystem import load_lora, lora, text_encoder
-from tests.pipelines import BY_NAME
+from tests.pipelines import BY_NAME, slow
 from tests.test_laws import distance
 from tgate_processors import apply_tgate, remove_tgate
 
@@ -74,8 +74,13 @@ if HOTSWAP:
     DEEDS["hotswap"] = (swap, {})
 
 
-@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("deed", "arguments"), DEEDS.values(), ids=DEEDS)
+# What is undone, deleted or exchanged was loaded.
+PARTS = ("load", "two", "unfuse")
+ROWS = [pytest.param(*row, id=deed, marks=[pytest.mark.slow] if deed in PARTS else []) for deed, row in DEEDS.items()]
+
+
+@pytest.mark.parametrize("name", ["sd", slow("sdxl")])
+@pytest.mark.parametrize(("deed", "arguments"), ROWS)
 def test_before_and_after_are_the_same(name, deed, arguments):
     case = BY_NAME[name]
     before, after = case.build(), case.build()
@@ -96,7 +101,7 @@ def test_before_and_after_are_the_same(name, deed, arguments):
 def test_removal_before_the_lora_leaves(deed):
     case = BY_NAME["sd"]
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     apply_tgate(pipe, GATE)
     deed(pipe)
     case.run(pipe)

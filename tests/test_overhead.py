@@ -7,11 +7,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.pipelines import BY_NAME
+from tests.pipelines import BY_NAME, slow
 from tgate_processors import apply_tgate, get_tgate_report
 from tgate_processors.processor import mean_of_halves
 
-NAMES = ["sd", "sdxl", "pixart_alpha", "svd", "sd_controlnet", "lcm", "lcm_pixart"]
+NAMES = ["sd", slow("sdxl"), "pixart_alpha", "svd", slow("sd_controlnet"), "lcm", "lcm_pixart"]
 # What waits for the device: they bring a number to the host.
 WAITING = ("aten._local_scalar_dense", "aten.equal", "aten.is_nonzero", "aten.nonzero")
 

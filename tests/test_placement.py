@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.pipelines.pipeline_utils import SUPPORTED_DEVICE_MAP
 
-from tests.pipelines import BY_NAME
+from tests.pipelines import BY_NAME, slow
 from tgate_processors import apply_tgate, remove_tgate
 
 CPU = torch.device("cpu")
@@ -60,7 +60,20 @@ WAYS = [
 ]
 
 
-@pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
+# The transformer runs in a fifth of the time.
+QUICK = {"sd": (sequential_offload, layerwise_casting, device_map), "sdxl_controlnet": (), "pixart_alpha": WAYS}
+EVERYWHERE = pytest.mark.parametrize(
+    ("case", "place"),
+    [
+        pytest.param(name, way, id=f"{name}-{way.__name__}", marks=[] if way in quick else [pytest.mark.slow])
+        for name, quick in QUICK.items()
+        for way in WAYS
+    ],
+    indirect=True,
+)
+
+
+@pytest.fixture
 def place(request):
     if request.param.__name__.startswith("group") and not hasattr(diffusers.ModelMixin, "enable_group_offload"):
         pytest.skip("this diffusers has no group offload")
@@ -69,7 +82,7 @@ def place(request):
     return request.param
 
 
-@pytest.fixture(params=["sd", pytest.param("sdxl_controlnet", marks=pytest.mark.slow), "pixart_alpha"])
+@pytest.fixture
 def case(request):
     return BY_NAME[request.param]
 
@@ -95,6 +108,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@EVERYWHERE
 def test_placed_first(case, place, tmp_path):
     pipe = case.build()
     place(pipe, case, tmp_path)
@@ -112,6 +126,7 @@ def test_placed_first(case, place, tmp_path):
     close(case.run(pipe), plain)
 
 
+@EVERYWHERE
 def test_placed_between_two_calls_and_after_removal(case, place, tmp_path):
     pipe = case.build()
     place(pipe, case, tmp_path / "first")
@@ -129,10 +144,12 @@ def test_placed_between_two_calls_and_after_removal(case, place, tmp_path):
     close(case.run(apply_tgate(pipe, 3)), expected)
 
 
-@pytest.mark.parametrize("place", [model_offload, sequential_offload], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("place", [model_offload, sequential_offload], ids=lambda way: way.__name__, indirect=True)
+@pytest.mark.parametrize("case", ["sd", slow("sdxl_controlnet"), "pixart_alpha"], indirect=True)
 def test_undone_while_applied(case, place, tmp_path):
     pipe = case.build()
-    expected = case.run(apply_tgate(pipe, 3))
+    expected = case.gated(3)
+    apply_tgate(pipe, 3)
     place(pipe, case, tmp_path)
     close(case.run(pipe), expected)
     pipe.remove_all_hooks()
@@ -165,7 +182,7 @@ def test_a_pipeline_loaded_with_a_device_map(tmp_path):
     absent = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, device_map="cpu", **absent)
     pipe.set_progress_bar_config(disable=True)
-    expected = case.run(apply_tgate(case.build(), 3))
+    expected = case.gated(3)
     close(case.run(apply_tgate(pipe, 3)), expected)
     plain = case.run(remove_tgate(pipe))
     pipe.reset_device_map()

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import quickstart
 import torch
+import typer
 from diffusers import DiffusionPipeline
 from PIL import Image
+from typer.testing import CliRunner
 
 from tgate_processors import apply_tgate
 
@@ -18,17 +21,22 @@ ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "quickstart.py"
 
 
+# Rich and typer measure the terminal by these.
+ENVIRONMENT = {"COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
+
+
 def run(*arguments):
-    # Rich and typer measure the terminal by these.
-    environment = {**os.environ, "COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, check=False)
 
 
 def test_the_quickstart_draws_both_pictures_and_prints_what_they_cost(tmp_path):
     output = tmp_path / "pictures.png"
-    done = run("--steps", "6", "--gate-step", "2", "--seeds", "1", "--output", str(output))
-    assert done.returncode == 0, done.stderr
+    app = typer.Typer()
+    app.command()(quickstart.main)
+    arguments = ("--steps", "6", "--gate-step", "2", "--seeds", "1", "--output", str(output))
+    done = CliRunner().invoke(app, arguments, env=ENVIRONMENT)
+    assert done.exit_code == 0, done.output
     assert "4 pictures, gate at step 2 of 6" in done.stdout
     plain, gated = (re.split(r"\s*[│|]\s*", line) for line in done.stdout.splitlines() if " T-GATE " in line)
     assert plain[1:2] == ["without T-GATE"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
-from tests.pipelines import BY_NAME
+from tests.pipelines import BY_NAME, slow
 from tests.test_laws import distance
 from tgate_processors import TGateAttnProcessor, apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors.families import attention_modules
@@ -63,26 +63,28 @@ def processors(pipe):
     return [layer.processor for layer in attention_modules(pipe.unet).values()]
 
 
-@pytest.mark.parametrize("called", [True, False], ids=["after_a_call", "before_any_call"])
+@pytest.mark.parametrize(
+    "called", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["after_a_call", "before_any_call"]
+)
 @pytest.mark.parametrize(("deed", "undo"), DEEDS.values(), ids=DEEDS)
-@pytest.mark.parametrize("name", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sd", slow("sdxl")])
 def test_before_and_after_are_the_same(name, deed, undo, called):
     case = BY_NAME[name]
     before, after = case.build(), case.build()
-    untouched = case.run(after)
+    untouched = case.plain()
     deed(before)
     remove_tgate(before)
     baseline, types = case.run(before), [type(p) for p in processors(before)]
     expected = case.run(apply_tgate(before, GATE))
     apply_tgate(after, GATE)
-    gated = case.run(after) if called else None
+    gated = case.run(after) if called else case.gated(GATE)
     deed(after)
     assert torch.equal(case.run(after), expected)
     assert all(isinstance(processor, TGateAttnProcessor) for processor in processors(after))
     assert get_tgate_report(after).cross_attention_reused == 4
     if undo is not None:
         undo(after)
-        assert gated is None or torch.equal(case.run(after), gated)
+        assert torch.equal(case.run(after), gated)
         assert distance(case.run(remove_tgate(after)), untouched) < 1e-6
         assert not any(isinstance(processor, TGateAttnProcessor) for processor in processors(after))
         apply_tgate(after, GATE)

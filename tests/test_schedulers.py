@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from tests.pipelines import BY_NAME, with_scheduler
+from tests.pipelines import BY_NAME, slow, with_scheduler
 from tests.test_steps import check, watch
 from tgate_processors import apply_tgate, get_tgate_report
 
@@ -20,7 +20,7 @@ def compatible(name):
     return [(name, kind.__name__) for kind in sorted(BY_NAME[name].build().scheduler.compatibles, key=str)]
 
 
-@pytest.mark.parametrize(("name", "scheduler"), compatible("sd") + compatible("sdxl"))
+@pytest.mark.parametrize(("name", "scheduler"), [*compatible("sd"), *(slow(*row) for row in compatible("sdxl"))])
 def test_steps_are_ticks_and_a_late_gate_changes_no_bit(name, scheduler):
     case = BY_NAME[name]
     pipe = with_scheduler(case.build(), scheduler, **CONFIG.get(scheduler, {}))

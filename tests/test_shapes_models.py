@@ -11,7 +11,8 @@ from shapes.scorer import score
 MODELS = Path(__file__).parent.parent / "examples" / "models"
 
 
-@pytest.mark.parametrize("name", ["shapes-sd", pytest.param("shapes-pixart", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["shapes-sd", "shapes-pixart"])
 def test_prompts_that_training_has_not_seen(name):
     pipe = DiffusionPipeline.from_pretrained(MODELS / name, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

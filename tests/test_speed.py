@@ -10,7 +10,7 @@ from cost_table import load_denoiser
 from random_pipelines import random_pipeline
 from typer.testing import CliRunner
 
-from tests.pipelines import GOLDEN
+from tests.pipelines import GOLDEN, slow
 from tgate_processors import TGateSchedule, estimate_cost
 
 APP = typer.Typer()
@@ -26,8 +26,8 @@ def call(*arguments):
     return CliRunner().invoke(APP, [*map(str, arguments)], env={"COLUMNS": "200"})
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("name", [slow("sd"), slow("sdxl"), "pixart_alpha"])
+@pytest.mark.parametrize("batch_size", [slow(1), 2])
 def test_a_denoiser_with_random_weights(name, batch_size, tmp_path):
     arguments = ("--model", CONFIGS[name], "--size", 64, "--steps", 6, "--gate-step", 3, "--batch-size", batch_size)
     result = call(*arguments, "--rounds", 2, "--narrow-rounds", 2, "--output", tmp_path)
@@ -52,6 +52,7 @@ def test_a_denoiser_with_random_weights(name, batch_size, tmp_path):
     assert "ratio to bound" in result.output
 
 
+@pytest.mark.slow
 def test_a_pipeline_with_its_weights(tmp_path):
     model = "examples/models/shapes-sd"
     arguments = ("--model", model, "--size", 32, "--steps", 3, "--gate-step", 1)

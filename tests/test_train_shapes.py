@@ -56,7 +56,8 @@ def trained(tmp_path_factory):
     return folder_of
 
 
-@pytest.mark.parametrize("model", [pytest.param("sd", marks=pytest.mark.slow), "pixart"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sd", "pixart"])
 def test_a_short_run_gives_a_pipeline_that_draws(trained, model):
     folder = trained(model) / "pipeline"
     assert sum(file.stat().st_size for file in folder.rglob("*")) <= 12 * 2**20
@@ -125,8 +126,13 @@ def test_two_processes_train_one_model(tmp_path):
     assert weights(tmp_path)["step"] == 6
 
 
-def test_going_on_with_other_settings_is_refused(trained):
-    done = train("--model", "sd", "--output", str(trained("pixart")))
+def test_going_on_with_other_settings_is_refused(tmp_path, monkeypatch):
+    def broken_off(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_shapes.tokens, "make", broken_off)
+    assert train("--model", "pixart", "--output", str(tmp_path)).exit_code != 0
+    done = train("--model", "sd", "--output", str(tmp_path))
     assert done.exit_code == 2
     assert "model='sd', but the run in" in done.output
     assert "has 'pixart': give the same to go on with it, or another --output" in " ".join(

@@ -50,8 +50,9 @@ def test_loading_before_and_after_are_the_same(name, kind, shape):
 def test_unloading_with_tgate_on(name):
     case = BY_NAME[name]
     pipe = case.build()
-    baseline, untouched = case.run(pipe), types(pipe)
-    expected = case.run(apply_tgate(pipe, GATE))
+    baseline, untouched = case.plain(), types(pipe)
+    expected = case.gated(GATE)
+    apply_tgate(pipe, GATE)
     load_ip_adapter(pipe, "plus")
     call(case, pipe, KINDS["plus"][1])
     pipe.unload_ip_adapter()

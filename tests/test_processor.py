@@ -75,7 +75,8 @@ def test_a_copy_has_an_original_of_its_own(clone):
 def test_processors_that_were_replaced_after_apply_are_found_at_the_next_call():
     case = BY_NAME["sd"]
     pipe = case.build()
-    expected = case.run(apply_tgate(pipe, 3))
+    expected = case.gated(3)
+    apply_tgate(pipe, 3)
     # In all layers, and in a single one.
     for replace in (
         lambda: pipe.unet.set_attn_processor(ap.AttnProcessor()),

@@ -127,8 +127,8 @@ def test_denoising_end_of_a_pipeline_that_does_not_tell_its_steps():
 
 def test_a_control_image_of_the_wrong_batch_gets_the_error_of_diffusers_and_leaves_nothing():
     case = BY_NAME["sd_controlnet"]
-    pipe = case.build()
-    expected = case.run(apply_tgate(pipe, GATE))
+    pipe = apply_tgate(case.build(), GATE)
+    expected = case.gated(GATE)
     with pytest.raises(ValueError, match="image batch size"):
         case.run(pipe, image=images([50, 51, 52]))
     assert torch.equal(case.run(pipe), expected)
@@ -138,7 +138,7 @@ def test_a_control_image_of_the_wrong_batch_gets_the_error_of_diffusers_and_leav
 def test_text_that_is_exchanged_after_the_gate_is_stale_and_warned_of_once(step, caplog):
     case = BY_NAME["sd"]
     pipe = apply_tgate(case.build(), GATE)
-    expected = case.run(pipe)
+    expected = case.gated(GATE)
     inputs = ["latents", "prompt_embeds"]
 
     def exchange(pipe, index, timestep, kwargs):

@@ -22,7 +22,7 @@ def helper_of(pipe, interval=3, branch=0):
 def test_enabled_or_not_the_picture_is_the_same_and_the_helper_is_given_back(name, enabled):
     case = BY_NAME[name]
     pipe = case.build()
-    baseline, alone = case.plain(), case.gated(4)
+    baseline, alone = case.run(pipe), case.gated(4)
     other = case.build()
     expected = case.run(apply_tgate(other, 4, deepcache=helper_of(other)))
     assert not torch.equal(expected, alone)

@@ -7,13 +7,17 @@ import pytest
 import torch
 
 from tests.loops import NAMES, Loop, built
-from tests.pipelines import BY_NAME, quiet
+from tests.pipelines import BY_NAME, quiet, slow
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 GATE = 3
 
 
-@pytest.fixture(params=NAMES)
+# Where the order of the halves matters, SDXL has what tells it, and what it matters for.
+BOTH = pytest.mark.parametrize("case", [BY_NAME[name] for name in NAMES], ids=NAMES)
+
+
+@pytest.fixture(params=["sd", slow("sdxl")])
 def case(request):
     return BY_NAME[request.param]
 
@@ -189,6 +193,7 @@ class Reversed(Loop):
         return u + scale * (c - u)
 
 
+@BOTH
 @pytest.mark.parametrize("half", [None, "unconditional", "conditional"])
 @pytest.mark.parametrize("gate", [1, GATE])
 def test_halves_in_the_other_order_are_told_by_the_embeddings(case, half, gate):
@@ -197,6 +202,7 @@ def test_halves_in_the_other_order_are_told_by_the_embeddings(case, half, gate):
     assert close(case.run(apply_tgate(pipe, gate, cfg_half=half), [0, 1]), expected)
 
 
+@BOTH
 @pytest.mark.parametrize("order", [Loop, Reversed])
 def test_where_nobody_tells_the_order_it_is_refused_if_it_matters(case, order):
     class Silent(order):

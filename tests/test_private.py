@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tests.pipelines import BY_NAME
+from tests.pipelines import BY_NAME, slow
 from tests.test_proof import layers
 from tgate_processors import apply_tgate, remove_tgate
 
@@ -12,7 +12,7 @@ GATE = 3
 SETTINGS = [{}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 1}]
 
 
-@pytest.fixture(params=["sd", "sdxl", "pixart_alpha"])
+@pytest.fixture(params=["sd", slow("sdxl"), "pixart_alpha"])
 def case(request):
     return BY_NAME[request.param]
 

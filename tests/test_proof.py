@@ -4,14 +4,14 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tests.pipelines import BY_NAME, quiet
+from tests.pipelines import BY_NAME, quiet, slow
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors.layers import attention_modules
 
 GATE = 3
 
 
-@pytest.fixture(params=["sd", "sdxl", "pixart_alpha"])
+@pytest.fixture(params=["sd", slow("sdxl"), "pixart_alpha"])
 def case(request):
     return BY_NAME[request.param]
 

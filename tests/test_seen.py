@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tests.pipelines import BY_NAME, STEPS, quiet
+from tests.pipelines import BY_NAME, STEPS, quiet, slow
 from tests.test_proof import layers
 from tgate_processors import (
     TGateAttnProcessor,
@@ -23,7 +23,7 @@ GATE = 3
 ordinary = AttnProcessor2_0()
 
 
-@pytest.fixture(params=["sd", "sdxl", "pixart_alpha"])
+@pytest.fixture(params=["sd", slow("sdxl"), "pixart_alpha"])
 def case(request):
     return BY_NAME[request.param]
 

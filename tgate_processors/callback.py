@@ -10,7 +10,7 @@ import torch
 from .call import Call
 from .checkpointing import replayed
 from .companions.others import check_others
-from .families import check_half, find_family
+from .families import check_guidance, check_half, find_family
 from .hooks import DenoiserHooks
 from .layers import Layers
 from .run import Run
@@ -138,6 +138,7 @@ class TGateCallback(StepClock):
         self._place.close()
         found = find_family(pipeline)
         check_half(pipeline, found, self.cfg_half)
+        check_guidance(pipeline, found, self.state.schedule)
         check_others(found.denoiser, self.state.schedule)
         layers = Layers(found.denoiser, self.state, "gate")
         layers.look()

@@ -230,6 +230,10 @@ class _Announced(Call):
         """Whether guidance is on."""
         return self._guides
 
+    def scale(self) -> float:
+        """It is all the same without values."""
+        return 1.0
+
 
 def run_schedule(
     profile: Profile,
@@ -267,5 +271,5 @@ def run_schedule(
             picture = whole[:batch_size] if run.half else whole
             denoiser(picture)
             taken += profile.forwards[not denoiser.cross.ran, not denoiser.own.ran].macs * len(picture)
-            run.after_forward()
+            run.after_forward(picture)
     return taken, run.report

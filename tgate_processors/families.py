@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .layers import attention_modules
-from .schedule import CFGHalf
+from .schedule import CFGHalf, TGateSchedule
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,15 @@ def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
         raise ValueError(
             f"cfg_half={cfg_half!r} has no effect: the guidance of {type(pipe).__name__} is not two halves, so all "
             "of it stays on. Leave cfg_half out."
+        )
+
+
+def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule) -> None:
+    """Refuse to predict guidance that has no two halves."""
+    if schedule.predicts and found.kept_half is None:
+        raise ValueError(
+            f'guidance="predict" has no effect: the guidance of {type(pipe).__name__} is not two halves, so all of it '
+            "stays on. Leave guidance out, and give gate_step as a number of steps."
         )
 
 

@@ -41,11 +41,47 @@ def halve_named(given: Mapping[str, Any], names: Names, batch: int, kept: CFGHal
     return halved
 
 
-def double(output: Any, half: int) -> Any:
-    """Repeat every tensor of the half batch."""
-    if isinstance(output, torch.Tensor):
-        return torch.cat([output, output]) if output.dim() and output.shape[0] == half else output
-    return _mapped(output, lambda item: double(item, half))
+def double(output: Any, half: int, difference: torch.Tensor | None = None, ran: CFGHalf = "unconditional") -> Any:
+    """
+    Make the output of the whole batch of that of one half.
+
+    Args:
+        output (`torch.Tensor` or container): The output of the half.
+        half (`int`): Its samples.
+        difference (`torch.Tensor`, *optional*): What the second half has more than the first. Nothing by default.
+        ran (`str`, *optional*, defaults to `"unconditional"`): The half that it is of, by its place.
+
+    Returns:
+        `torch.Tensor` or container: As `output`, every tensor with both halves.
+    """
+    if not isinstance(output, torch.Tensor):
+        return _mapped(output, lambda item: double(item, half, difference, ran))
+    if not output.dim() or output.shape[0] != half:
+        return output
+    if difference is None:
+        return torch.cat([output, output])
+    other = output.clone()
+    # Channels beyond those of the difference are no prediction of noise (a learned variance).
+    predicted = other[:, : difference.shape[1]]
+    predicted.add_(difference if ran == "unconditional" else -difference)
+    return torch.cat([output, other] if ran == "unconditional" else [other, output])
+
+
+def sample_of(output: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """
+    The prediction in a denoiser's output.
+
+    Args:
+        output (`torch.Tensor` or container): The output.
+        shape (`tuple`): Shape of one sample of the input, channels first. Twice as many channels in the output hold a
+            variance besides, which guidance leaves alone.
+
+    Returns:
+        `torch.Tensor`: The prediction, a view.
+    """
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    return output[:, : shape[0]] if output.shape[1] == 2 * shape[0] else output
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:

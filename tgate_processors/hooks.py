@@ -21,17 +21,18 @@ class DenoiserHooks:
 
     They stand next to the forward, behind the user's hooks, which so see the batch that the pipeline gives and the
     output that it gets. Where a ControlNet has run on one half, the pipeline itself gives its residuals at half, and
-    then the user's hooks see one half of everything. The pipeline's own `uncond + scale * (cond - uncond)` gives the
-    one output back exactly, for any scale and any rescaling. A ControlNet is halved on its way in only: what it gives
-    goes to the denoiser, which needs the same half. The hooks are no part of a compiled denoiser.
+    then the user's hooks see one half of everything. Where guidance is dropped, the halves that are given back are the
+    same, and the pipeline's own `uncond + scale * (cond - uncond)` gives them back exactly, for any scale and any
+    rescaling; where it is predicted, they differ by the predicted difference. A ControlNet is halved on its way in
+    only: what it gives goes to the denoiser, which needs the same half. The hooks are no part of a compiled denoiser.
 
     Args:
         state (`TGateState`): What the gates of the pipeline share.
         denoiser (`torch.nn.Module`): The module that the pipeline calls in every step.
         controlnet (`torch.nn.Module`, *optional*): What it calls before the denoiser in every step.
         kept (`str`, *optional*): The half that stays, `"unconditional"` or `"conditional"`.
-        default (`str`, *optional*): The half that stays if none is given; with a ControlNet that sees the conditional
-            half only (`guess_mode`) it is that one, because the other has no control.
+        default (`str`, *optional*): The half that stays if none is given and guidance is dropped; with a ControlNet
+            that sees the conditional half only (`guess_mode`) it is that one, because the other has no control.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class DenoiserHooks:
         innermost = self._is_innermost()
         # For the hooks after this forward, and for the next one: some may have come since the last.
         self.stand_inside()
-        run.before_forward(seen, may_halve=innermost or run.control.halved)
+        run.before_forward(seen, self._kept_half(run), may_halve=innermost or run.control.halved)
         if not run.half:
             run.control.see(rows_of(seen.given.get("mid_block_additional_residual")))
             if run.control.halved:
@@ -144,13 +145,14 @@ class DenoiserHooks:
         positional = dict(zip(names, args, strict=False))
         new_args = list(halve_named(positional, wanted, batch, kept).values())
         new_kwargs = halve_named(kwargs, wanted, batch, kept)
-        run.whole = _Whole(batch // 2, args, kwargs, new_args, new_kwargs)
+        run.whole = _Whole(batch // 2, kept, args, kwargs, new_args, new_kwargs)
         run.control.halved = False
         return new_args, new_kwargs
 
     def _kept_half(self, run: Any) -> CFGHalf:
         """The half that stays, in the order of this pipeline's batch."""
-        kept = self._kept or ("conditional" if run.control.conditional_only else self._default)
+        conditional = run.control.conditional_only or self._state.schedule.predicts
+        kept = self._kept or ("conditional" if conditional else self._default)
         if run.batch.unconditional_first:
             return kept  # type: ignore[return-value]
         return "unconditional" if kept == "conditional" else "conditional"
@@ -178,7 +180,7 @@ class DenoiserHooks:
         if run is None or run.waiting:
             return None
         whole, run.whole = run.whole, None
-        run.after_forward()
+        difference = run.after_forward(output)
         if whole is None:
             return None
         if rows_of(output) != whole.rows:
@@ -188,14 +190,17 @@ class DenoiserHooks:
                 "remove_tgate(pipe) to use this pipeline."
             )
         whole.give_back()
-        return double(output, whole.rows)
+        return double(output, whole.rows, difference, whole.kept)
 
 
 class _Whole:
     """The whole arguments of a forward that runs on half of them."""
 
-    def __init__(self, rows: int, args: Any, kwargs: dict[str, Any], now_args: list[Any], now_kwargs: Any) -> None:
+    def __init__(
+        self, rows: int, kept: CFGHalf, args: Any, kwargs: dict[str, Any], now_args: list[Any], now_kwargs: Any
+    ) -> None:
         self.rows = rows
+        self.kept = kept
         self._args, self._kwargs = args, kwargs
         self._now_args, self._now_kwargs = now_args, now_kwargs
 

@@ -11,7 +11,7 @@ from typing import Any
 from .callback import StepClock
 from .companions.deepcache import DeepCacheOrder
 from .companions.others import check_others
-from .families import Found, check_half, check_mode, find_family
+from .families import Found, check_guidance, check_half, check_mode, find_family
 from .hooks import DenoiserHooks
 from .layers import CustomProcessors, Layers
 from .schedule import CFGHalf
@@ -114,6 +114,7 @@ class Installation:
             here.follow()
             return here
         check_half(pipe, found, self.cfg_half)
+        check_guidance(pipe, found, state.schedule)
         hooks = DenoiserHooks(state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half)
         here = Place(found, hooks, Layers(found.denoiser, state, self.custom))
         self._places.append(here)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .layers import Layers
-from .processor import UNFIT, mean_of_halves
+from .processor import UNFIT, part_of
 from .schedule import Action
 from .state import Signals, Slot, TGateState
 
@@ -125,7 +125,7 @@ class Outputs:
         if action is Action.COMPUTE:
             self.kept.pop(slot, None)
             return
-        tensor = mean_of_halves(output) if self.signals.averaging else output
+        tensor = part_of(output, self.signals.part)
         if tensor is output and _is_exposed(attn, slot):
             tensor = output.clone()
         self._keep(slot, tensor, is_self)

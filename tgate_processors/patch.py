@@ -11,12 +11,12 @@ import torch
 
 from .callback import StepClock, checked_half
 from .companions.deepcache import DeepCacheOrder, check_helper
-from .families import check_half, find_family
+from .families import check_guidance, check_half, find_family
 from .installation import Installation
 from .layers import CustomProcessors
 from .pipeline import install, installed, uninstall
 from .report import TGateReport
-from .schedule import CFGHalf, TGateSchedule
+from .schedule import Auto, CFGHalf, GuidanceMode, TGateSchedule
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,11 @@ Pipeline = TypeVar("Pipeline")
 
 def apply_tgate(
     pipe: Pipeline,
-    gate_step: int | float = 10,
+    gate_step: int | float | Auto = 10,
     *,
+    guidance: GuidanceMode | None = None,
+    cfg_interval: int | None = None,
+    tolerance: float | None = None,
     sp_interval: int = 1,
     fi_interval: int = 1,
     warm_up: int = 0,
@@ -37,16 +40,28 @@ def apply_tgate(
     r"""
     Apply T-GATE to a pipeline, in place. Afterwards call the pipeline as ever.
 
-    Cross-attention is computed in the first `gate_step` steps; then its kept output is reused and classifier-free
-    guidance is dropped. Steps are those that really run, so `strength`, `denoising_start`/`denoising_end` and custom
-    timesteps are taken into account. A second call replaces the settings of the first.
+    Cross-attention is computed in the first `gate_step` steps; then its kept output is reused, and half of the batch of
+    classifier-free guidance is left out: guidance is dropped, or predicted. Steps are those that really run, so
+    `strength`, `denoising_start`/`denoising_end` and custom timesteps are taken into account. A second call replaces
+    the settings of the first.
 
     Args:
         pipe (`DiffusionPipeline`):
             The pipeline. Its class, denoiser hooks and attention processors change until [`remove_tgate`].
-        gate_step (`int` or `float`, *optional*, defaults to `10`):
+        gate_step (`int`, `float` or `str`, *optional*, defaults to `10`):
             Number of steps in which cross-attention is computed, or, as a `float` in (0, 1), their share of the steps
-            that really run.
+            that really run. With `"auto"` the run decides which steps are full, by the error of the guidance that is
+            predicted.
+        guidance (`str`, *optional*):
+            What becomes of classifier-free guidance after the gate: `"drop"` ends it, as the published method does;
+            `"predict"` goes on with what the two halves differ by, predicted from the last full steps. Defaults to
+            `"predict"` with `gate_step="auto"`, else to `"drop"`.
+        cfg_interval (`int`, *optional*):
+            With `guidance="predict"`, every `cfg_interval`-th step after the gate is a full step: both halves are
+            computed, and cross-attention and the difference are kept anew. By default none is.
+        tolerance (`float`, *optional*):
+            With `gate_step="auto"`, the error of a predicted guided output, relative to it, that is accepted. Smaller
+            values make more steps full, `0` all of them. Defaults to `0.2`.
         sp_interval (`int`, *optional*, defaults to `1`):
             Before the gate, self-attention is computed every `sp_interval` steps. `1` computes it in every step.
         fi_interval (`int`, *optional*, defaults to `1`):
@@ -55,8 +70,9 @@ def apply_tgate(
             Number of first steps in which self-attention is always computed.
         cfg_half (`str`, *optional*):
             The half of classifier-free guidance that is computed after the gate, `"unconditional"` or `"conditional"`.
-            It matters for what is not cross-attention: SDXL's pooled embeddings and sizes, PixArt's masks, SVD's
-            conditioning. Defaults to what the published implementation does: `"conditional"` for Stable Video
+            Where guidance is dropped, it matters for what is not cross-attention: SDXL's pooled embeddings and sizes,
+            PixArt's masks, SVD's conditioning. Defaults to `"conditional"` where guidance is predicted; where it is
+            dropped, to what the published implementation does: `"conditional"` for Stable Video
             Diffusion, `"unconditional"` for the others; in a ControlNet's `guess_mode` and in GLIGEN to
             `"conditional"`, the half with the control. Guidance of more or other parts (InstructPix2Pix,
             perturbed-attention guidance) stays on whole, and then there is nothing to choose.
@@ -88,12 +104,13 @@ def apply_tgate(
     Source: T-GATE (https://arxiv.org/abs/2404.02747).
     """
     _check_pipeline(pipe, gate_step)
-    schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up)
+    schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance)
     half = checked_half(cfg_half)
     if custom_processors not in (None, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {custom_processors!r}.')
     found = find_family(pipe)
     check_half(pipe, found, half)
+    check_guidance(pipe, found, schedule)
     order = None
     if deepcache is not None:
         check_helper(deepcache, pipe)

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_tgate"
 # In the generated class of such a pipeline: its class before.
 _BASE = "_tgate_base"
-# The published package takes these in the call.
-_SETTINGS = ("gate_step", "sp_interval", "fi_interval", "warm_up")
+# The published package takes the likes of these in the call.
+_SETTINGS = ("gate_step", "sp_interval", "fi_interval", "warm_up", "cfg_interval", "tolerance")
 
 
 def installed(pipe: Any) -> Installation | None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from .schedule import Action
-from .state import Slot, TGateState
+from .state import Part, Slot, TGateState
 
 
 class TGateAttnProcessor:
@@ -44,7 +44,8 @@ class TGateAttnProcessor:
     ```
 
     Source: T-GATE (https://arxiv.org/abs/2404.02747): the output of cross-attention, shape `(batch, tokens, channels)`,
-    is averaged over the halves of classifier-free guidance at the gate step and reused afterwards.
+    is averaged over the halves of classifier-free guidance at the gate step and reused afterwards; where guidance is
+    predicted, it is that of the half that goes on.
     """
 
     # Slots, not attributes: `__dict__` is the one of `original`, and removal must leave nothing in it.
@@ -160,7 +161,7 @@ def _compiled_call(self: Any, is_self: bool, attn: Any, hidden_states: torch.Ten
             raise ValueError(UNFIT)
     output = self.original(attn, hidden_states, *args, **kwargs)
     if action is not Action.COMPUTE:
-        slot.tensor = mean_of_halves(output) if signals.averaging else output
+        slot.tensor = part_of(output, signals.part)
     return output
 
 
@@ -169,6 +170,16 @@ UNFIT = (
     "keeps does not fit: blocks that change their size inside the denoiser cannot be gated. Call remove_tgate(pipe) to "
     "use this pipeline."
 )
+
+
+def part_of(output: torch.Tensor, part: Part) -> torch.Tensor:
+    """What is kept of an output: itself, or a tensor of its own."""
+    if part is Part.ALL:
+        return output
+    if part is Part.MEAN:
+        return mean_of_halves(output)
+    half = output.shape[0] // 2
+    return (output[:half] if part is Part.FIRST else output[half:]).clone()
 
 
 def mean_of_halves(output: torch.Tensor) -> torch.Tensor:

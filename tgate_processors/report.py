@@ -25,7 +25,11 @@ class TGateReport:
         self_attention_reused (`int`): Forwards in which gated layers reused their stored self-attention.
         full_batch_forwards (`int`): Forwards at the batch that the pipeline asked for.
         half_batch_forwards (`int`): Forwards at half that batch, guidance being dropped.
-        peak_bytes (`int`): Most bytes held in stored outputs at the end of a step.
+        full_steps (`tuple` of `int`): The steps that ran on the batch that the pipeline gave.
+        prediction_errors (`tuple` of `tuple`):
+            With `gate_step="auto"`, `(step, error)` for every full step whose guidance had been predicted too: how far
+            the guided output would have been off, relative to it, for the worst picture of the batch.
+        peak_bytes (`int`): Most bytes held in stored outputs and differences of guidance at the end of a step.
     """
 
     num_inference_steps: int = 0
@@ -36,6 +40,8 @@ class TGateReport:
     self_attention_reused: int = 0
     full_batch_forwards: int = 0
     half_batch_forwards: int = 0
+    full_steps: tuple[int, ...] = ()
+    prediction_errors: tuple[tuple[int, float], ...] = ()
     peak_bytes: int = 0
 
     def __str__(self) -> str:

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from typing import Any, NamedTuple
+
+import torch
 
 from .batch import Batch
 from .call import Call
 from .companions.deepcache import DeepCacheOrder
+from .halving import sample_of
 from .layers import Layers
 from .layout import Seen
 from .outputs import Kept, Outputs
 from .report import TGateReport
-from .saying import Text, say_left_alone, say_nothing_was_gated, say_what_is_late
-from .schedule import Action, Phase, StepPlan
-from .state import Slot, TGateState
+from .saying import Text, say_left_alone, say_nothing_was_gated, say_unguided, say_what_is_late
+from .schedule import Action, CFGHalf, Phase, StepPlan
+from .state import Part, Slot, TGateState
 from .steps import Loop
 
 
 class Stored(NamedTuple):
-    """The forward that kept cross-attention: rows of what is kept, shape of a sample, whether it was guided."""
+    """The forward that kept cross-attention: rows of what is kept, shape of a sample, and what part of it is kept."""
 
     rows: int
     shape: tuple[int, ...]
-    guided: bool
+    part: Part
 
 
 # Kept by a forward that no hook has seen. Whether it fits is for the layers to see.
-_UNSEEN = Stored(-1, (), False)
+_UNSEEN = Stored(-1, (), Part.ALL)
 
 
 class Control:
@@ -95,6 +99,8 @@ class Run:
         self._steps_before = 0
         self._ticks = 0
         self._due = False
+        self._part = Part.ALL
+        self._errors: dict[int, float] = {}
         self._seen: Seen | None = None
         self._guided = False
         self._stored: Stored | None = None
@@ -107,8 +113,9 @@ class Run:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held in stored outputs."""
-        return self.outputs.nbytes
+        """Bytes held in stored outputs, and in differences of the halves of guidance."""
+        loop = self._loop
+        return self.outputs.nbytes + (loop.guidance.nbytes if loop is not None and loop.guidance is not None else 0)
 
     @property
     def between_loops(self) -> bool:
@@ -125,15 +132,17 @@ class Run:
         if self._loop is None or self._loop.over or self._stored is None:
             return False
         improving = self._loop.now.phase is Phase.FIDELITY_IMPROVING
-        fits = self._stored.guided and self._stored.shape[-2:] == shape[-2:]
-        return self._droppable and improving and fits and self.call.guided()
+        fits = self._stored.part is not Part.ALL and self._stored.shape[-2:] == shape[-2:]
+        known = self._loop.guidance is None or self._loop.guidance.fits(self._stored.rows, shape)
+        return self._droppable and improving and fits and known and self.call.guided()
 
-    def before_forward(self, seen: Seen, *, may_halve: bool = True) -> None:
+    def before_forward(self, seen: Seen, kept: CFGHalf = "unconditional", *, may_halve: bool = True) -> None:
         """
         The denoiser is called: decide what its layers do.
 
         Args:
             seen (`Seen`): What it is given.
+            kept (`str`, *optional*, defaults to `"unconditional"`): The half that a half step runs on, by its place.
             may_halve (`bool`, *optional*, defaults to `True`): Whether nobody else reads the batch after us.
 
         Raises:
@@ -147,22 +156,35 @@ class Run:
             self.batch.check(seen, guided)
         if self._by_forward and not self.call.vouched:
             self.call.check_timestep(seen.given.get("timestep"), loop.passes)
+        if self._state.schedule.is_auto and not (guided and self._droppable):
+            say_unguided(self._state, self.call)
         self._text.watch(seen.text, loop)
-        self._decide(loop.now, seen, guided, may_halve)
+        self._part = self._part_kept(kept) if guided and self._droppable else Part.ALL
+        self._decide(loop, seen, guided, may_halve)
         self._seen, self._guided = seen, guided
         self.outputs.before_forward()
 
-    def after_forward(self) -> None:
-        """The denoiser has given its output."""
+    def after_forward(self, output: Any = None) -> torch.Tensor | None:
+        """
+        The denoiser has given its output.
+
+        Args:
+            output (`torch.Tensor` or container, *optional*): What it gave.
+
+        Returns:
+            `torch.Tensor`, *optional*: After a half step, what the second half is to have more than the first.
+        """
         self.outputs.after_forward()
         if self.half and self._deepcache is None:
             self._refuse(self.outputs.silent(), "did not give out what they keep, but ran on half of the batch")
         signals = self.outputs.signals
         if signals.cross_attention is Action.STORE and self._seen is not None:
-            rows = self._seen.batch // 2 if signals.averaging else self._seen.batch
-            self._stored = Stored(rows, self._seen.shape, self._guided)
+            rows = self._seen.batch // (1 if signals.part is Part.ALL else 2)
+            self._stored = Stored(rows, self._seen.shape, signals.part)
+        difference = self._difference(output)
         if self._by_forward:
             self.tick()
+        return difference
 
     def tick(self, index: int | None = None, latents: Any = None, tensors: dict[str, Any] | None = None) -> None:
         """
@@ -183,12 +205,13 @@ class Run:
                 "(`num_timesteps`). Call remove_tgate(pipe) to use this pipeline."
             )
         self._last_index = None
-        loop.tick(index)
+        step = loop.step_index
+        loop.tick(index, full=not self.half)
         self._ticks += 1
         if self._droppable:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
             self.batch.settle(self._seen, self._guided, tensors or {}, latents)
-        self._count(loop)
+        self._count(loop, step)
         if not self._by_forward:
             loop.follow(self.call.timeline())
         if self._ticks == 1:
@@ -216,6 +239,7 @@ class Run:
         """The call has ended, however it ended: hold nothing, leave the report."""
         self._state.report = self.report
         self.outputs.kept.clear()
+        self._loop = None
         self._text.forget()
         self._seen = None
         reused = self.report.cross_attention_reused + self.report.self_attention_reused
@@ -244,32 +268,57 @@ class Run:
         self.outputs.signals.rest()
         self.outputs.kept.clear()
 
-    def _decide(self, plan: StepPlan, seen: Seen, guided: bool, may_halve: bool) -> None:
+    def _decide(self, loop: Loop, seen: Seen, guided: bool, may_halve: bool) -> None:
         """Set what the layers do, by the plan and by what they hold."""
+        plan = loop.now
         half = guided and self._droppable and plan.phase is Phase.FIDELITY_IMPROVING
-        averaging = guided and self._droppable and plan.phase is Phase.GATE and seen.batch % 2 == 0
         cross, own, phase = plan.cross_attention, plan.self_attention, plan.phase
         self._due = self._due or Action.REUSE in (cross, own)
-        if cross is Action.REUSE and not (self._fits(seen, half, guided) and (may_halve or not half)):
+        if cross is Action.REUSE and not (self._fits(loop, seen, half, guided) and (may_halve or not half)):
             # As at the gate: the whole batch, everything computed and kept anew.
-            averaging, half = half, False
+            half = False
             cross, phase = Action.STORE, Phase.GATE
             own = Action.STORE if own is Action.REUSE else own
+        part = self._part if phase is Phase.GATE and seen.batch % 2 == 0 else Part.ALL
         if half:
             self._refuse(self.outputs.missing(), "keep no output, so no half of the batch can be left out")
         batch_changes = half and self._phase is not Phase.FIDELITY_IMPROVING
         if self._deepcache is not None and (phase is Phase.GATE or batch_changes):
             self._deepcache.restart()
         self._phase, self.half = phase, half
-        self.outputs.signals.set(cross, own, averaging=averaging, half=half)
+        self.outputs.signals.set(cross, own, part=part, half=half)
 
-    def _fits(self, seen: Seen, half: bool, guided: bool) -> bool:
+    def _part_kept(self, kept: CFGHalf) -> Part:
+        """What a full step keeps of an output for the half steps after it."""
+        if not self._state.schedule.predicts:
+            return Part.MEAN
+        return Part.FIRST if kept == "unconditional" else Part.SECOND
+
+    def _fits(self, loop: Loop, seen: Seen, half: bool, guided: bool) -> bool:
         """Whether what is kept was made for such a forward."""
         stored = self._stored
         if stored is None or stored is _UNSEEN:
             return stored is _UNSEEN and not half
         rows = seen.batch // 2 if half else seen.batch
-        return (stored.rows, stored.shape) == (rows, seen.shape) and (stored.guided or not guided)
+        if half and loop.guidance is not None and not loop.guidance.fits(rows, seen.shape):
+            return False
+        return (stored.rows, stored.shape) == (rows, seen.shape) and (stored.part is self._part or not guided)
+
+    def _difference(self, output: Any) -> torch.Tensor | None:
+        """What the halves of guidance differ by: noted if both were computed, else predicted."""
+        loop, seen = self._loop, self._seen
+        if loop is None or loop.guidance is None or seen is None or not (self._guided and self._droppable):
+            return None
+        if self.half:
+            return loop.guidance.predicted(self.call.position(loop.passes))
+        if loop.may_halve:
+            first, second = sample_of(output, seen.shape).chunk(2)
+            unconditional = 0 if self.batch.unconditional_first else 1
+            scale = self.call.scale() if self._state.schedule.is_auto else None
+            loop.guidance.note(self.call.position(loop.passes), (first, second), unconditional, scale)
+            if loop.guidance.error is not None:
+                self._errors[self._steps_before + loop.step_index] = loop.guidance.error
+        return None
 
     def _refuse(self, layers: list[str], what: str) -> None:
         """Refuse cross-attention layers that go their own way while a half is left out."""
@@ -281,18 +330,27 @@ class Run:
                 "pipeline."
             )
 
-    def _count(self, loop: Loop) -> None:
+    def _gate_step(self, loop: Loop, full_steps: tuple[int, ...]) -> int:
+        """The gate: as told, or the first step that was no full one."""
+        if not self._state.schedule.is_auto:
+            return loop.gate_step
+        return next(step for step in count() if step not in full_steps)
+
+    def _count(self, loop: Loop, step: int) -> None:
         """Add a forward to the report."""
         report, (cross, own) = self.report, self.outputs.counts()
+        full = () if self.half or step + self._steps_before in report.full_steps else (step + self._steps_before,)
         self.report = replace(
             report,
             num_inference_steps=self._steps_before + loop.timeline.steps,
-            gate_step=loop.gate_step,
+            gate_step=self._gate_step(loop, report.full_steps + full),
             full_batch_forwards=report.full_batch_forwards + (not self.half),
             half_batch_forwards=report.half_batch_forwards + self.half,
             cross_attention_computed=report.cross_attention_computed + cross[0],
             cross_attention_reused=report.cross_attention_reused + cross[1],
             self_attention_computed=report.self_attention_computed + own[0],
             self_attention_reused=report.self_attention_reused + own[1],
+            full_steps=report.full_steps + full,
+            prediction_errors=tuple(self._errors.items()),
             peak_bytes=max(report.peak_bytes, self.nbytes),
         )

@@ -72,6 +72,16 @@ def say_what_is_late(state: TGateState, call: Call, loop: Loop) -> None:
         )
 
 
+def say_unguided(state: TGateState, call: Call) -> None:
+    """Warn once that there is no guidance to set the gate by."""
+    if state.say_once("unguided"):
+        logger.warning(
+            'T-GATE: gate_step="auto" is set by the error of predicted guidance, and this call of %s has no guidance '
+            "in which half of the batch could be left out: nothing is gated. Give gate_step as a number of steps.",
+            call.subject,
+        )
+
+
 def say_left_alone(state: TGateState, call: Call, names: list[str]) -> None:
     """Warn once that layers without a gate leave the batch whole."""
     if state.say_once("left alone"):

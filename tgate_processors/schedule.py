@@ -8,7 +8,13 @@ import operator
 from dataclasses import dataclass
 from typing import Literal
 
+from .pace import LEAD, Pace
+
 CFGHalf = Literal["unconditional", "conditional"]
+GuidanceMode = Literal["drop", "predict"]
+Auto = Literal["auto"]
+
+DEFAULT_TOLERANCE = 0.2
 
 
 class Action(enum.Enum):
@@ -45,10 +51,11 @@ class TGateSchedule:
     that call the denoiser twice a step (Heun, KDPM2) or repeat the first timestep (PNDM).
 
     Args:
-        gate_step (`int` or `float`, *optional*, defaults to `10`):
+        gate_step (`int`, `float` or `str`, *optional*, defaults to `10`):
             Number of steps in which cross-attention is computed. Its output is stored in step `gate_step - 1` and
-            reused from step `gate_step` on, where classifier-free guidance ends too. A `float` in (0, 1) is a share of
-            the steps that really run, rounded to the nearest step and at least 1.
+            reused from step `gate_step` on, where half of the guidance batch is left out too. A `float` in (0, 1) is a
+            share of the steps that really run, rounded to the nearest step and at least 1. With `"auto"` the run
+            decides, by the error of the guidance that is predicted: see `tolerance`.
         sp_interval (`int`, *optional*, defaults to `1`):
             In the semantics-planning phase self-attention is computed every `sp_interval` steps. `1` computes it in
             every step.
@@ -57,10 +64,22 @@ class TGateSchedule:
             every step.
         warm_up (`int`, *optional*, defaults to `0`):
             Number of first steps in which self-attention is always computed.
+        guidance (`str`, *optional*):
+            What becomes of classifier-free guidance after the gate. `"drop"`: it ends, and what cross-attention keeps
+            is the mean of the two halves. `"predict"`: one half is computed, the conditional one, with its own
+            cross-attention, and the difference to the other one is predicted from the last full steps. Defaults to
+            `"predict"` with `gate_step="auto"`, else to `"drop"`.
+        cfg_interval (`int`, *optional*):
+            With `guidance="predict"`, every `cfg_interval`-th step after the gate is a full step, in which guidance and
+            cross-attention are computed and kept anew. By default none is.
+        tolerance (`float`, *optional*):
+            With `gate_step="auto"`, the error of a predicted guided output, relative to it, that is accepted. It is
+            measured in every full step, and the step after is full too if it is larger. `0` makes every step a full
+            one. Defaults to `0.2`.
 
     Raises:
         TypeError: If a setting is not a number of the right kind.
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or means nothing beside the others.
 
     Example:
 
@@ -76,15 +95,38 @@ class TGateSchedule:
     *m* is `gate_step`, its *k* is `sp_interval`, its *w* is `warm_up`.
     """
 
-    gate_step: int | float = 10
+    gate_step: int | float | Auto = 10
     sp_interval: int = 1
     fi_interval: int = 1
     warm_up: int = 0
+    guidance: GuidanceMode | None = None
+    cfg_interval: int | None = None
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "gate_step", _checked_gate_step(self.gate_step))
+        checked: dict[str, object] = {"gate_step": _checked_gate_step(self.gate_step)}
         for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
-            object.__setattr__(self, name, checked_int(name, getattr(self, name), least))
+            checked[name] = checked_int(name, getattr(self, name), least)
+        if self.guidance not in (None, "drop", "predict"):
+            raise ValueError(f'guidance={self.guidance!r} is unknown: give "drop" or "predict".')
+        checked["guidance"] = self.guidance or ("predict" if self.is_auto else "drop")
+        if self.cfg_interval is not None:
+            checked["cfg_interval"] = checked_int("cfg_interval", self.cfg_interval, 1)
+        if self.is_auto or self.tolerance is not None:
+            checked["tolerance"] = _checked_tolerance(self.tolerance)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        self._check_together()
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the run itself decides which steps are full."""
+        return self.gate_step == "auto"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether guidance goes on after the gate, predicted."""
+        return self.guidance == "predict"
 
     def resolve_gate_step(self, num_inference_steps: int) -> int:
         """
@@ -94,8 +136,11 @@ class TGateSchedule:
             num_inference_steps (`int`): Number of steps that really run.
 
         Returns:
-            `int`: The first step of the fidelity-improving phase.
+            `int`: The first step of the fidelity-improving phase; with `"auto"` the first one that it can be.
         """
+        if isinstance(self.gate_step, str):
+            halves = (i for i, step in enumerate(self.plan(num_inference_steps)) if step.phase is _HALF)
+            return next(halves, num_inference_steps)
         if isinstance(self.gate_step, int):
             return self.gate_step
         return max(1, math.floor(self.gate_step * num_inference_steps + 0.5))
@@ -104,7 +149,8 @@ class TGateSchedule:
         """
         Give the plan of every step.
 
-        An output is stored only where a later step reuses it, so that no tensor is held in vain.
+        An output is stored only where a later step reuses it, so that no tensor is held in vain. With
+        `gate_step="auto"` it is the plan with the fewest full steps that a run can come to.
 
         Args:
             num_inference_steps (`int`): Number of steps that really run.
@@ -112,34 +158,104 @@ class TGateSchedule:
         Returns:
             `tuple` of `StepPlan`: One entry per step.
         """
+        if isinstance(self.gate_step, str):
+            return self._shortest_plan(num_inference_steps)
         gate = self.resolve_gate_step(num_inference_steps)
         steps = range(num_inference_steps)
         cross = _without_idle_stores([self._cross_attention(step, gate) for step in steps])
         own = _without_idle_stores([self._self_attention(step, gate) for step in steps])
-        return tuple(StepPlan(_phase(step, gate), cross[step], own[step]) for step in steps)
+        return tuple(StepPlan(self._phase(step, gate), cross[step], own[step]) for step in steps)
+
+    def decided(self, step: int, *, full: bool, keeps: bool) -> StepPlan:
+        """
+        Give the plan of a step that the run decides on (`gate_step="auto"`).
+
+        Args:
+            step (`int`): The step.
+            full (`bool`): Whether both halves of guidance are computed.
+            keeps (`bool`): Whether the next step may be one with one half, if this one is full.
+
+        Returns:
+            `StepPlan`: What happens in it.
+        """
+        if not full:
+            return StepPlan(Phase.FIDELITY_IMPROVING, Action.REUSE, self._after_gate(step))
+        if not keeps:
+            return StepPlan(Phase.SEMANTICS_PLANNING, Action.COMPUTE, Action.COMPUTE)
+        own = Action.STORE if self.fi_interval > 1 else Action.COMPUTE
+        return StepPlan(Phase.GATE, Action.STORE, own)
+
+    def _shortest_plan(self, steps: int) -> tuple[StepPlan, ...]:
+        """The plan of a run in which every prediction is right."""
+        assert self.tolerance is not None
+        pace, plan = Pace(self.tolerance), []
+        for step in range(steps):
+            full, judged = pace.full, step >= LEAD
+            plan.append(self.decided(step, full=full, keeps=pace.may_open and judged and step < steps - 1))
+            if full:
+                pace.end_full_step(0.0 if judged else None)
+            else:
+                pace.end_half_step()
+        return tuple(plan)
+
+    def _phase(self, step: int, gate: int) -> Phase:
+        """Phase of a step; full steps after the gate are as the one at it."""
+        if step < gate - 1:
+            return Phase.SEMANTICS_PLANNING
+        refreshes = self.cfg_interval is not None and (step - gate + 1) % self.cfg_interval == 0
+        return Phase.GATE if step == gate - 1 or refreshes else Phase.FIDELITY_IMPROVING
 
     def _cross_attention(self, step: int, gate: int) -> Action:
         """Cross-attention: stored in the last step before the gate, reused from the gate on."""
-        if step < gate - 1:
-            return Action.COMPUTE
-        return Action.STORE if step == gate - 1 else Action.REUSE
+        return _BY_PHASE[self._phase(step, gate)]
 
     def _self_attention(self, step: int, gate: int) -> Action:
         """Self-attention: stored at the gate and at every interval, reused between."""
-        if step == gate - 1:
+        phase = self._phase(step, gate)
+        if phase is Phase.GATE:
             return Action.STORE
-        if step >= gate:
+        if phase is Phase.FIDELITY_IMPROVING:
             return Action.STORE if step % self.fi_interval == 0 else Action.REUSE
         if step < self.warm_up:
             return Action.COMPUTE
         return Action.STORE if step == self.warm_up or step % self.sp_interval == 0 else Action.REUSE
 
+    def _after_gate(self, step: int) -> Action:
+        """Self-attention in a half step that the run decides on."""
+        if self.fi_interval == 1:
+            return Action.COMPUTE
+        return Action.STORE if step % self.fi_interval == 0 else Action.REUSE
 
-def _phase(step: int, gate: int) -> Phase:
-    """Phase of a step."""
-    if step < gate - 1:
-        return Phase.SEMANTICS_PLANNING
-    return Phase.GATE if step == gate - 1 else Phase.FIDELITY_IMPROVING
+    def _check_together(self) -> None:
+        """Refuse settings that mean nothing beside the others."""
+        if self.is_auto and self.guidance == "drop":
+            raise ValueError(
+                'gate_step="auto" is set by the error of predicted guidance, but guidance="drop" predicts none: give '
+                'gate_step as a number of steps, or guidance="predict".'
+            )
+        if self.is_auto and (self.sp_interval > 1 or self.warm_up):
+            raise ValueError(
+                f"sp_interval={self.sp_interval} and warm_up={self.warm_up} are for the steps before the gate, and "
+                'gate_step="auto" does not know how many these will be: leave them out, or give a number of steps.'
+            )
+        if self.is_auto and self.cfg_interval is not None:
+            raise ValueError(
+                f'cfg_interval={self.cfg_interval} and gate_step="auto" both say when guidance is computed: give one.'
+            )
+        if not self.is_auto and self.tolerance is not None:
+            raise ValueError(f'tolerance={self.tolerance} is for gate_step="auto", not gate_step={self.gate_step}.')
+        if self.cfg_interval is not None and not self.predicts:
+            raise ValueError(
+                f'cfg_interval={self.cfg_interval} is for guidance="predict": with "drop" guidance never comes back.'
+            )
+
+
+_HALF = Phase.FIDELITY_IMPROVING
+_BY_PHASE = {
+    Phase.SEMANTICS_PLANNING: Action.COMPUTE,
+    Phase.GATE: Action.STORE,
+    Phase.FIDELITY_IMPROVING: Action.REUSE,
+}
 
 
 def _without_idle_stores(actions: list[Action]) -> list[Action]:
@@ -155,15 +271,33 @@ def _without_idle_stores(actions: list[Action]) -> list[Action]:
     return actions
 
 
-def _checked_gate_step(value: object) -> int | float:
+def _checked_gate_step(value: object) -> int | float | Auto:
     """Validate `gate_step`."""
-    remedy = "give a number of steps (an int of at least 1) or a share of the steps (a float between 0 and 1)"
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    remedy = (
+        "give a number of steps (an int of at least 1), a share of the steps (a float between 0 and 1), or "
+        '"auto" to have the run decide'
+    )
     share = _as_float(value)
     if share is None:
         return checked_int("gate_step", value, 1, remedy)
     if not 0.0 < share < 1.0:
         raise ValueError(f"gate_step={value!r} is not a share of the steps: {remedy}.")
     return share
+
+
+def _checked_tolerance(value: object) -> float:
+    """Validate `tolerance`."""
+    if value is None:
+        return DEFAULT_TOLERANCE
+    remedy = "give the relative error to accept, a number of at least 0 such as 0.2"
+    if isinstance(value, (str, bytes)) or _is_no_number(value) or not hasattr(value, "__float__"):
+        raise TypeError(f"tolerance={value!r} is a {type(value).__name__}: {remedy}.")
+    tolerance = float(value)
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance={value!r} is out of range: {remedy}.")
+    return tolerance
 
 
 def _as_float(value: object) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import threading
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,15 @@ from .report import TGateReport
 from .schedule import Action, TGateSchedule
 
 
+class Part(enum.Enum):
+    """What of a layer's output is kept."""
+
+    ALL = "all"
+    MEAN = "mean of the halves"
+    FIRST = "first half"
+    SECOND = "second half"
+
+
 class Signals:
     """
     What the attention layers do in a forward.
@@ -21,7 +31,7 @@ class Signals:
     Compiled code reads these and nothing else of a run: none of them changes more often than the phase does.
     """
 
-    __slots__ = ("averaging", "cross_attention", "half", "self_attention")
+    __slots__ = ("cross_attention", "half", "part", "self_attention")
 
     def __init__(self) -> None:
         self.rest()
@@ -31,17 +41,17 @@ class Signals:
         self.set(Action.COMPUTE, Action.COMPUTE)
 
     def set(
-        self, cross_attention: Action, self_attention: Action, *, averaging: bool = False, half: bool = False
+        self, cross_attention: Action, self_attention: Action, *, part: Part = Part.ALL, half: bool = False
     ) -> None:
-        """Say what is done; `averaging` stores the mean of the two halves of the batch, `half` runs one of them."""
+        """Say what is done, what of it is stored, and whether one half of the batch runs."""
         self.cross_attention = cross_attention
         self.self_attention = self_attention
-        self.averaging = averaging
+        self.part = part
         self.half = half
 
     def take(self, other: Signals) -> None:
         """Say the same as others."""
-        self.set(other.cross_attention, other.self_attention, averaging=other.averaging, half=other.half)
+        self.set(other.cross_attention, other.self_attention, part=other.part, half=other.half)
 
 
 class Ongoing(Protocol):

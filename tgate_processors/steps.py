@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .schedule import StepPlan, TGateSchedule
+from .guidance import Guidance
+from .schedule import Phase, StepPlan, TGateSchedule
 
 
 class Timeline(NamedTuple):
@@ -42,10 +43,15 @@ class Loop:
     Args:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
         timeline (`Timeline`): What the pipeline says of the loop.
+
+    Attributes:
+        guidance (`Guidance`, *optional*): What the halves of guidance differ by, if that is predicted.
     """
 
     def __init__(self, schedule: TGateSchedule, timeline: Timeline) -> None:
         self._schedule = schedule
+        self.guidance = Guidance(schedule.tolerance) if schedule.predicts else None
+        self._decided: StepPlan | None = None
         self._pass = 0
         self._forwards = 0
         self.last_index: int | None = None
@@ -74,8 +80,21 @@ class Loop:
 
     @property
     def now(self) -> StepPlan:
-        """The plan of the step that runs now."""
-        return self.plan[self.step_index]
+        """The plan of the step that runs now. What the run decides on stands until the step is over."""
+        pace = self.guidance.pace if self.guidance is not None else None
+        if pace is None:
+            return self.plan[self.step_index]
+        if self._decided is None:
+            assert self.guidance is not None
+            keeps = pace.may_open and self.guidance.judges and self.step_index < len(self.plan) - 1
+            self._decided = self._schedule.decided(self.step_index, full=pace.full, keeps=keeps)
+        return self._decided
+
+    @property
+    def may_halve(self) -> bool:
+        """Whether a step to come may run on half of the batch."""
+        rest = self.plan[self.step_index :]
+        return self._schedule.is_auto or any(step.phase is Phase.FIDELITY_IMPROVING for step in rest)
 
     @property
     def over(self) -> bool:
@@ -92,12 +111,13 @@ class Loop:
                 "callback_on_step_end does not come after every step. Call remove_tgate(pipe) to use this pipeline."
             )
 
-    def tick(self, index: int | None = None) -> None:
+    def tick(self, index: int | None = None, *, full: bool = True) -> None:
         """
         A pass has ended.
 
         Args:
             index (`int`, *optional*): The pipeline's own number of the pass.
+            full (`bool`, *optional*, defaults to `True`): Whether it ran on the whole batch.
         """
         if not self._forwards:
             raise ValueError(
@@ -112,4 +132,9 @@ class Loop:
             )
         self.last_index = index
         self._forwards = 0
+        ended = self.step_index
         self._pass += 1
+        if self.over or self.step_index != ended:
+            self._decided = None
+            if self.guidance is not None:
+                self.guidance.end_step(full=full)

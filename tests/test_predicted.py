@@ -1,0 +1,450 @@
+"""Guidance after the gate: predicted in half steps, computed again in full ones."""
+
+import gc
+import logging
+
+import pytest
+import torch
+
+from tests.ecosystem import HOSTS_BY_NAME
+from tests.loops import Loop, built
+from tests.pipelines import BY_NAME, GUIDED, STEPS, Case, with_scheduler
+from tests.test_counts import count
+from tests.test_laws import distance
+from tests.test_overhead import operations
+from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, remove_tgate
+from tgate_processors.families import attention_modules
+from tgate_processors.noise import noise_levels
+from tgate_processors.prediction import Difference, follow, predict, relative_error
+
+FIXED = {"gate_step": 2, "guidance": "predict", "cfg_interval": 2}
+AUTO = {"gate_step": "auto"}
+# Tiny pipelines with random weights predict badly: this accepts whatever comes.
+PATIENT = {**AUTO, "tolerance": 1e6}
+EVERY = [{"gate_step": 3, "guidance": "predict", "cfg_interval": 1}, {**AUTO, "tolerance": 0}]
+# The families once each; their other pipelines take long.
+QUICK = {"sd", "sdxl", "pixart_alpha", "svd", "sd_controlnet"}
+guided = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=[] if case.name in QUICK else [pytest.mark.slow]) for case in GUIDED],
+)
+SOME = pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha", "svd", "sd_controlnet"])
+
+
+def full_steps(steps, settings):
+    """The full steps, written out once more."""
+    if settings["gate_step"] == "auto":
+        return tuple(step for step in (0, 1, 2, 4, 7, 11) if step < steps)
+    gate, interval = settings["gate_step"], settings["cfg_interval"]
+    return tuple(step for step in range(steps) if step < gate or (step - gate + 1) % interval == 0)
+
+
+@guided
+@pytest.mark.parametrize("settings", EVERY, ids=["interval", "tolerance"])
+def test_with_every_step_a_full_one_no_bit_changes(case: Case, settings):
+    pipe = case.build()
+    baseline = case.run(pipe)
+    apply_tgate(pipe, **settings)
+    assert torch.equal(case.run(pipe), baseline)
+    report = get_tgate_report(pipe)
+    assert report.full_steps == tuple(range(report.num_inference_steps))
+    assert report.half_batch_forwards == report.cross_attention_reused == 0
+
+
+@guided
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_full_steps_compute_everything_and_half_steps_one_half(case: Case, settings):
+    pipe = apply_tgate(case.build(), **settings)
+    seen = count(pipe, case)
+    case.run(pipe, [0, 1])
+    report = get_tgate_report(pipe)
+    steps = range(report.num_inference_steps)
+    full = full_steps(len(steps), settings)
+    assert report.full_steps == full
+    assert report.half_batch_forwards == len(steps) - len(full)
+    rows = seen.pop("denoiser")
+    assert rows == [rows[0] // (1 if step in full else 2) for step in steps]
+    for name, batches in seen.items():
+        ran = [step for step in steps if step in full or not name.endswith("attn2")]
+        assert batches == [batches[0] // (1 if step in full else 2) for step in ran], name
+
+
+@guided
+@pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "cfg_half": "unconditional"}], ids=str)
+def test_the_halves_of_a_half_step_differ_by_the_prediction(case: Case, settings):
+    pipe = apply_tgate(case.build(), **settings)
+    outputs, kept, reused = [], {}, []
+    ours = 0 if settings.get("cfg_half") == "unconditional" else 1
+
+    def watch(name):
+        def hook(module, args, output):
+            if len(output) == kept.get(name, output).shape[0]:
+                kept[name] = output
+            else:
+                # A half step reuses the half that goes on.
+                reused.append(torch.equal(output, kept[name].chunk(2)[ours]))
+
+        return hook
+
+    denoiser = getattr(pipe, case.denoiser)
+    for name, layer in attention_modules(denoiser).items():
+        if "attn2" in name:
+            layer.register_forward_hook(watch(name))
+    denoiser.register_forward_hook(lambda module, args, output: outputs.append(output[0].clone()))
+    case.run(pipe)
+    report = get_tgate_report(pipe)
+    assert len(reused) == len(kept) * report.half_batch_forwards > 0
+    assert all(reused)
+    positions = noise_levels(pipe.scheduler)[-len(outputs) :]
+    known, errors = [], []
+    for step, output in enumerate(outputs):
+        first, second = output.chunk(2)
+        if case.denoiser == "transformer":
+            # The other channels are a variance.
+            assert step in report.full_steps or torch.equal(first[:, 4:], second[:, 4:])
+            first, second = first[:, :4], second[:, :4]
+        if step in report.full_steps:
+            if len(known) == 2 and settings is PATIENT:
+                scale = pipe._guidance_scale if case.video else case.guidance
+                right = first + scale * (second - first)
+                error = relative_error(predict(known, positions[step]), second - first, right, scale)
+                errors.append((step, pytest.approx(error.max().item(), rel=1e-3)))
+            known = follow(known, Difference(positions[step], second - first))
+        else:
+            torch.testing.assert_close(second - first, predict(known, positions[step]), rtol=1e-4, atol=1e-5)
+    assert list(report.prediction_errors) == errors
+
+
+@guided
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_two_calls_agree_and_removal_gives_the_plain_picture_back(case: Case, settings):
+    pipe = case.build()
+    baseline = case.run(pipe)
+    apply_tgate(pipe, **settings)
+    first = case.run(pipe)
+    report = get_tgate_report(pipe)
+    assert torch.equal(case.run(pipe), first)
+    assert get_tgate_report(pipe) == report
+    assert not torch.equal(first, baseline)
+    assert torch.equal(case.run(remove_tgate(pipe)), baseline)
+
+
+@guided
+def test_a_batch_of_two_prompts_equals_two_singles(case: Case):
+    pipe = case.build()
+
+    def deviation():
+        return distance(case.run(pipe, [0, 1]), torch.cat([case.run(pipe, [0]), case.run(pipe, [1])]))
+
+    rounding = deviation()
+    apply_tgate(pipe, **FIXED)
+    # A prediction passes a difference on five times as large, as guidance does.
+    assert deviation() < 5e-5 + 5 * rounding
+
+
+@SOME
+def test_the_picture_that_is_off_most_decides_for_the_batch(name):
+    case = BY_NAME[name]
+    pipe = apply_tgate(case.build(), **PATIENT)
+    errors = []
+    for prompts in ([0], [1], [0, 1]):
+        case.run(pipe, prompts)
+        # The first is measured before anything was predicted.
+        errors.append(get_tgate_report(pipe).prediction_errors[0][1])
+    assert errors[2] == pytest.approx(max(errors[:2]), rel=1e-3)
+    assert errors[0] != pytest.approx(errors[1], rel=1e-3)
+
+
+@SOME
+def test_a_tolerance_between_the_errors_of_two_runs_tells_them_apart(name):
+    case = BY_NAME[name]
+    pipe = apply_tgate(case.build(), **PATIENT)
+    case.run(pipe)
+    ((step, error), *_) = get_tgate_report(pipe).prediction_errors
+    assert step == 2
+    case.run(apply_tgate(pipe, "auto", tolerance=error * 1.01))
+    assert 3 not in get_tgate_report(pipe).full_steps
+    case.run(apply_tgate(pipe, "auto", tolerance=error * 0.99))
+    assert get_tgate_report(pipe).full_steps[:4] == (0, 1, 2, 3)
+
+
+@SOME
+def test_predicting_is_nearer_to_the_plain_picture_than_dropping(name):
+    case = BY_NAME[name]
+    pipe = case.build()
+    baseline = case.run(pipe)
+    dropped = distance(case.run(apply_tgate(pipe, 3)), baseline)
+    predicted = distance(case.run(apply_tgate(pipe, 3, guidance="predict", cfg_interval=2)), baseline)
+    assert predicted < dropped
+
+
+@guided
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_what_is_held_is_one_half_of_cross_attention_and_two_differences(case: Case, settings):
+    pipe = apply_tgate(case.build(), **settings)
+    state = vars(pipe)["_tgate"].callback.state
+    sizes, differences = {}, []
+    denoiser = getattr(pipe, case.denoiser)
+    for name, module in attention_modules(denoiser).items():
+        if "attn2" in name:
+            module.register_forward_hook(lambda module, args, output, name=name: sizes.setdefault(name, output.nbytes))
+    denoiser.register_forward_hook(
+        lambda module, args, output: differences.append(output[0].nbytes // (4 if case.denoiser != "unet" else 2))
+    )
+    case.run(pipe)
+    assert get_tgate_report(pipe).peak_bytes == sum(sizes.values()) // 2 + 2 * differences[0]
+    gc.collect()
+    assert state.nbytes == 0
+
+
+class Stop(RuntimeError):
+    """Not an error of diffusers'."""
+
+
+@pytest.mark.parametrize("forward", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", ["sd", "pixart_alpha"])
+def test_a_run_that_breaks_leaves_nothing(name, forward):
+    case = BY_NAME[name]
+    pipe = case.build()
+    baseline = case.run(pipe)
+    expected = case.run(apply_tgate(pipe, **PATIENT))
+    layer = [module for key, module in attention_modules(getattr(pipe, case.denoiser)).items() if "attn1" in key][-1]
+    calls = []
+
+    def fail(module, args):
+        calls.append(1)
+        if len(calls) == forward:
+            raise Stop
+
+    handle = layer.to_q.register_forward_pre_hook(fail)
+    with pytest.raises(Stop):
+        case.run(pipe)
+    handle.remove()
+    assert vars(pipe)["_tgate"].callback.state.nbytes == 0
+    assert torch.equal(case.run(pipe), expected)
+    assert torch.equal(case.run(remove_tgate(pipe)), baseline)
+
+
+@pytest.mark.parametrize("name", ["lcm", "lcm_sdxl", "lcm_pixart", "sd", "svd"])
+def test_without_guidance_there_is_nothing_to_predict(name, caplog):
+    case = BY_NAME[name]
+    scale = {} if case not in GUIDED else {"guidance_scale": 1.0}
+    pipe = case.build()
+    baseline = case.run(pipe, **scale)
+    dropped = case.run(apply_tgate(pipe, 3), **scale)
+    assert torch.equal(case.run(apply_tgate(pipe, 3, guidance="predict"), **scale), dropped)
+    case.run(apply_tgate(pipe, **FIXED), **scale)
+    assert get_tgate_report(pipe).cross_attention_computed == len(full_steps(STEPS, FIXED))
+    assert get_tgate_report(pipe).half_batch_forwards == 0
+    apply_tgate(pipe, **AUTO)
+    caplog.clear()
+    for _ in range(2):
+        assert torch.equal(case.run(pipe, **scale), baseline)
+    (message,) = [record.message for record in caplog.records if "tgate" in record.name]
+    assert message.startswith('T-GATE: gate_step="auto" is set by the error of predicted guidance, and this call of ')
+
+
+def switch_guidance_off_in(step):
+    def callback(pipe, index, timestep, tensors):
+        if index == step - 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 5])
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_guidance_that_a_callback_switches_off(step, settings):
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    baseline = case.run(pipe, **switch_guidance_off_in(step))
+    apply_tgate(pipe, **settings)
+    assert case.run(pipe, **switch_guidance_off_in(step)).isfinite().all()
+    # With everything full up to there, what comes after is the same but for reused cross-attention.
+    apply_tgate(pipe, **EVERY[0])
+    assert torch.equal(case.run(pipe, **switch_guidance_off_in(step)), baseline)
+    apply_tgate(pipe, **EVERY[1])
+    assert torch.equal(case.run(pipe, **switch_guidance_off_in(step)), baseline)
+
+
+def test_latents_of_another_size_begin_anew():
+    case = BY_NAME["sd"]
+
+    def callback(pipe, index, timestep, tensors):
+        if index == 3:
+            tensors["latents"] = torch.nn.functional.interpolate(tensors["latents"], scale_factor=2)
+        return tensors
+
+    pipe = apply_tgate(case.build(), **PATIENT)
+    batches = count(pipe, case)["denoiser"]
+    case.run(pipe, callback_on_step_end=callback)
+    # The size changes after step 3: the step after is full, and so are those until two differences are known.
+    assert get_tgate_report(pipe).full_steps == (0, 1, 2, 4, 5)
+    assert batches == [2, 2, 2, 1, 2, 2]
+
+
+class Reversed(Loop):
+    """The conditional half first."""
+
+    def predict(self, i, x, t, texts, pooled, scale):
+        both = [None, None] if pooled[1] is None else pooled[::-1]
+        c, u = self.denoise(torch.cat([x, x]), t, torch.cat(texts[::-1]), both).chunk(2)
+        return u + scale * (c - u)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "gate_step": 1}], ids=["fixed", "auto", "gate 1"])
+def test_the_order_of_the_halves_is_that_of_the_loop(name, settings):
+    case = BY_NAME[name]
+    pictures = []
+    for loop in (Loop, Reversed):
+        pipe = built(name, loop)
+        plain = case.run(pipe)
+        pictures.append((plain, case.run(apply_tgate(pipe, **settings))))
+    (plain, ours), (turned, theirs) = pictures
+    assert distance(turned, plain) < 1e-4
+    assert distance(ours, plain) > 1e-3
+    if settings["gate_step"] != 1:
+        assert distance(theirs, ours) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "passes"),
+    [("HeunDiscreteScheduler", 2), ("KDPM2DiscreteScheduler", 2), ("PNDMScheduler", 1), ("DDIMScheduler", 1)],
+)
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_steps_are_full_or_half_with_all_their_passes(scheduler, passes, settings):
+    case = BY_NAME["sd"]
+    pipe = with_scheduler(case.build(), scheduler)
+    baseline = case.run(pipe)
+    apply_tgate(pipe, **settings)
+    rows = count(pipe, case)["denoiser"]
+    assert case.run(pipe).isfinite().all()
+    report = get_tgate_report(pipe)
+    steps = [2 if step in report.full_steps else 1 for step in range(report.num_inference_steps)]
+    if passes == 2:
+        assert rows[: 2 * len(steps) : 2] == steps
+        assert all(rows[2 * step + 1] == steps[step] for step in range(len(steps) - 1))
+    assert 1 in steps
+    for every in EVERY:
+        assert torch.equal(case.run(apply_tgate(pipe, **every)), baseline)
+
+
+@pytest.mark.parametrize("name", ["sd_controlnet", "sdxl_controlnet", "union", "adapter", "ip_adapter", "gligen"])
+def test_what_runs_in_a_step_besides_is_halved_with_it(name):
+    case = {**BY_NAME, **HOSTS_BY_NAME}[name]
+    pipe = case.build()
+    baseline = case.run(pipe)
+    for every in EVERY:
+        assert torch.equal(case.run(apply_tgate(pipe, **every)), baseline)
+    apply_tgate(pipe, **FIXED)
+    rows = []
+    if getattr(pipe, "controlnet", None) is not None:
+        pipe.controlnet.conv_in.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    first = case.run(pipe)
+    assert torch.equal(case.run(pipe), first)
+    report = get_tgate_report(pipe)
+    assert report.full_steps == full_steps(report.num_inference_steps, FIXED)
+    one_run = [2 if step in report.full_steps else 1 for step in range(report.num_inference_steps)]
+    assert rows in ([], one_run * 2)
+
+
+@SOME
+def test_self_attention_at_intervals(name):
+    case = BY_NAME[name]
+    settings = {**FIXED, "gate_step": 3, "cfg_interval": 4, "sp_interval": 2, "fi_interval": 2}
+    pipe = apply_tgate(case.build(), **settings)
+    seen = count(pipe, case)
+    first = case.run(pipe, num_inference_steps=9)
+    seen.pop("denoiser")
+    report = get_tgate_report(pipe)
+    assert report.full_steps == (0, 1, 2, 6)
+    # Before the gate every second step; in full steps after it always; in half steps where they are even.
+    ran = [0, 2, 4, 6, 8]
+    assert report.self_attention_computed == len(ran)
+    for key, batches in seen.items():
+        if key.endswith("attn1"):
+            assert batches == [batches[0] // (1 if step in report.full_steps else 2) for step in ran]
+    assert torch.equal(case.run(pipe, num_inference_steps=9), first)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha", "sd_controlnet"])
+def test_one_number_is_read_in_a_full_step_and_none_in_a_half_step(name):
+    case = BY_NAME[name]
+    pipe = case.build()
+    plain = operations(case, pipe).waiting
+    # Once a run, the noise levels are read.
+    assert operations(case, apply_tgate(pipe, **FIXED)).waiting <= plain
+    waiting = operations(case, apply_tgate(pipe, **PATIENT)).waiting
+    assert waiting == plain + len(get_tgate_report(pipe).prediction_errors)
+
+
+@pytest.mark.parametrize(("gate", "more"), [(STEPS, {}), (99, {"cfg_interval": 3})])
+def test_with_a_late_gate_torch_is_asked_for_the_very_same_operations(gate, more):
+    for name in ("sd", "pixart_alpha"):
+        case = BY_NAME[name]
+        pipe = case.build()
+        plain = operations(case, pipe).names
+        assert operations(case, apply_tgate(pipe, gate, guidance="predict", **more)).names == plain
+
+
+@pytest.mark.parametrize("name", ["pag", "pag_pixart", "pix2pix", "sdxl_pix2pix"])
+def test_guidance_of_other_parts_is_refused(name):
+    case = HOSTS_BY_NAME[name]
+    pipe = case.build()
+    for settings in (FIXED, AUTO):
+        with pytest.raises(ValueError, match=r'guidance="predict" has no effect: .* is not two halves'):
+            apply_tgate(pipe, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance": "keep"}, "guidance='keep' is unknown"),
+        ({"gate_step": "auto", "guidance": "drop"}, 'guidance="drop" predicts none'),
+        ({"gate_step": "auto", "cfg_interval": 3}, "cfg_interval=3 and gate_step"),
+        ({"gate_step": "auto", "sp_interval": 2}, "sp_interval=2"),
+        ({"gate_step": "auto", "warm_up": 2}, "warm_up=2"),
+        ({"gate_step": 5, "tolerance": 0.1}, "tolerance=0.1 is for"),
+        ({"cfg_interval": 2}, 'cfg_interval=2 is for guidance="predict"'),
+        ({"guidance": "predict", "cfg_interval": 0}, "cfg_interval=0 is too small"),
+        ({"gate_step": "auto", "tolerance": -0.1}, "tolerance=-0.1 is out of range"),
+        ({"gate_step": "auto", "tolerance": float("nan")}, "tolerance=nan is out of range"),
+    ],
+)
+def test_settings_that_mean_nothing_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TGateSchedule(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"guidance": "predict", "cfg_interval": 2.0}, {"gate_step": "auto", "tolerance": "0.1"}, {"gate_step": "Auto"}],
+    ids=str,
+)
+def test_settings_of_the_wrong_kind(settings):
+    with pytest.raises(TypeError, match="give"):
+        TGateSchedule(**settings)
+
+
+def test_the_plan_of_a_run_that_decides_itself_is_the_shortest():
+    plan = TGateSchedule("auto").plan(12)
+    assert "".join("." if step.cross_attention.value == "reuse" else "F" for step in plan) == "FFF.F..F...F"
+    assert TGateSchedule("auto").resolve_gate_step(12) == 3
+    assert all(step.cross_attention.value == "compute" for step in TGateSchedule("auto", tolerance=0).plan(5))
+
+
+def test_a_published_run_is_what_it_was():
+    # `tests/test_golden.py` holds its pictures; that is what a number alone means.
+    assert TGateSchedule(10) == TGateSchedule(10, guidance="drop")
+    assert TGateSchedule("auto") == TGateSchedule("auto", guidance="predict", tolerance=0.2)
+
+
+def test_it_says_nothing(caplog):
+    case = BY_NAME["sd"]
+    with caplog.at_level(logging.INFO, "tgate_processors"):
+        for settings in (FIXED, PATIENT):
+            case.run(apply_tgate(case.build(), **settings))
+    assert not [record for record in caplog.records if "tgate" in record.name]

@@ -1,0 +1,88 @@
+"""The guidance of one loop: what its two halves differ by, noted in full steps and predicted in half steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .pace import LEAD, Pace
+from .prediction import Difference, follow, predict, relative_error
+
+
+class Guidance:
+    """
+    The difference of the two halves of a denoiser's output, in the last full steps of a loop.
+
+    Args:
+        tolerance (`float`, *optional*): The error above which full steps come at once. Nothing is measured without it.
+
+    Attributes:
+        pace (`Pace`, *optional*): What says which steps are full.
+        error (`float`, *optional*): The largest error that was measured in this step.
+    """
+
+    def __init__(self, tolerance: float | None = None) -> None:
+        self.pace = None if tolerance is None else Pace(tolerance)
+        self.error: float | None = None
+        self._known: list[Difference] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(difference.value.nbytes for difference in self._known)
+
+    @property
+    def judges(self) -> bool:
+        """Whether the next difference that is computed has a prediction to be held against."""
+        return len(self._known) >= LEAD
+
+    def fits(self, rows: int, shape: tuple[int, ...]) -> bool:
+        """Whether a difference is known, of so many samples of this shape. Channels are left out."""
+        if not self._known:
+            return False
+        value = self._known[-1].value
+        return value.shape[0] == rows and value.shape[-2:] == shape[-2:]
+
+    def note(self, position: float, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, scale: Any) -> None:
+        """
+        Both halves were computed.
+
+        Args:
+            position (`float`): Where the pass stands.
+            halves (`tuple` of `torch.Tensor`): The halves of the output.
+            unconditional (`int`): Which of them is the unconditional one, 0 or 1.
+            scale (`float` or `torch.Tensor`): Guidance scale; only needed where errors are measured.
+        """
+        computed = halves[1] - halves[0]
+        if self._known and self._known[-1].value.shape != computed.shape:
+            self._known.clear()
+        if self.pace is not None and self.judges:
+            away = 1 if unconditional == 0 else -1
+            guided = halves[unconditional] + scale * away * computed
+            self._measure(relative_error(predict(self._known, position), computed, guided, scale))
+        self._known = follow(self._known, Difference(position, computed))
+
+    def predicted(self, position: float) -> torch.Tensor:
+        """The second half minus the first, in a later pass."""
+        return predict(self._known, position)
+
+    def end_step(self, *, full: bool) -> None:
+        """A step of the loop has ended."""
+        if self.pace is not None:
+            if full:
+                self.pace.end_full_step(self.error)
+            else:
+                self.pace.end_half_step()
+        self.error = None
+
+    def forget(self) -> None:
+        """The loop has ended."""
+        self._known.clear()
+
+    def _measure(self, errors: torch.Tensor) -> None:
+        """The one wait for the device in a full step: the sample that is off most decides for all."""
+        # Without values, as in `estimate_cost`, every prediction is right, which gives the fewest full steps.
+        error = 0.0 if errors.is_meta else float(errors.detach().max())
+        if self.error is None or not error <= self.error:
+            self.error = error

@@ -1,0 +1,106 @@
+"""The difference of the two halves of guidance, ahead of time: pure functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+# What is left of a trend after as long again, and how much the trend counts beside the decay.
+_DAMPING = 0.8
+_TREND = 0.6
+# Differences that stand closer than this are of one point in time.
+_CLOSE = 1e-6
+
+
+class Difference(NamedTuple):
+    """
+    The difference of the two halves of a denoiser's output, in one pass of the loop.
+
+    Args:
+        position (`float`): Where the pass stands in the run, by its noise.
+        value (`torch.Tensor`): Second half minus first half, the samples in the first dimension.
+    """
+
+    position: float
+    value: torch.Tensor
+
+
+def follow(known: Sequence[Difference], new: Difference) -> list[Difference]:
+    """The last two differences, of two points in time."""
+    apart = [each for each in known[-2:] if new.position - each.position > _CLOSE]
+    return [*apart[-1:], new]
+
+
+def predict(known: Sequence[Difference], position: float) -> torch.Tensor:
+    r"""
+    Predict the difference of a later pass from the last two that are known.
+
+    With `a` and `b` these two and `w` how far ahead the pass is, in distances of `a` and `b`, it is a mean of two
+    predictions, made for every sample by itself:
+
+    - decay, `b * r**w` with `r = clamp(<a, b> / <a, a>, 0, 1)`: what `b` has lost of `a` it goes on to lose (weight
+      0.4);
+    - damped trend, `b + (b - a) * (d + d**2 + ... + d**w)` with `d = 0.8`, no longer than `b` (weight 0.6).
+
+    One difference alone is held.
+
+    Args:
+        known (`Sequence` of `Difference`): The last one or two, in order.
+        position (`float`): Where the pass stands.
+
+    Returns:
+        `torch.Tensor`: The difference, of the shape and type of those that are known.
+    """
+    last = known[-1]
+    if len(known) == 1:
+        return last.value
+    before = known[-2]
+    ahead = max(0.0, position - last.position) / (last.position - before.position)
+    of_before, of_last = _weights(before.value, last.value, ahead)
+    predicted = _times(last.value, of_last) + _times(before.value, of_before)
+    return predicted.to(last.value.dtype)
+
+
+def relative_error(predicted: torch.Tensor, computed: torch.Tensor, guided: torch.Tensor, scale: Any) -> torch.Tensor:
+    """
+    How far the guided output would have been off with a predicted difference, relative to it.
+
+    Args:
+        predicted (`torch.Tensor`): The difference as predicted.
+        computed (`torch.Tensor`): The difference as computed.
+        guided (`torch.Tensor`): The guided output, unconditional half plus `scale` times the difference.
+        scale (`float` or `torch.Tensor`): Guidance scale.
+
+    Returns:
+        `torch.Tensor`: One error for every sample, in `float32`.
+    """
+    off = (predicted.float() - computed.float()) * scale
+    return _norm(off) / _norm(guided.float()).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _weights(a: torch.Tensor, b: torch.Tensor, ahead: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much of the last two differences makes up the prediction, for every sample."""
+    tiny = torch.finfo(torch.float32).tiny
+    aa, ab, bb = _dot(a, a), _dot(a, b), _dot(b, b)
+    decay = (ab / aa.clamp_min(tiny)).clamp(0, 1) ** ahead
+    trend = _DAMPING * (1 - _DAMPING**ahead) / (1 - _DAMPING)
+    length = ((1 + trend) ** 2 * bb - 2 * trend * (1 + trend) * ab + trend**2 * aa).clamp_min(tiny)
+    limit = (bb / length).sqrt().clamp(max=1)
+    return -_TREND * limit * trend, (1 - _TREND) * decay + _TREND * limit * (1 + trend)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Scalar product of every sample, in `float32`: half precision overflows."""
+    return (a.float() * b.float()).flatten(1).sum(1)
+
+
+def _norm(a: torch.Tensor) -> torch.Tensor:
+    """Length of every sample."""
+    return _dot(a, a).sqrt()
+
+
+def _times(value: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Every sample with its own weight."""
+    return value.float() * weights.view(-1, *[1] * (value.dim() - 1))

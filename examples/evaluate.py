@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -25,11 +26,11 @@ import torch
 import typer
 from accelerate import PartialState
 from evaluation.drawing import Drawing, Table, denoiser_of
-from evaluation.methods import METHODS, entries
+from evaluation.methods import METHODS, Settings, entries
 from evaluation.metrics import Extras
-from evaluation.plots import contact_sheet, pareto
+from evaluation.plots import against_reference, contact_sheet, pareto
 from evaluation.prompts import read_captions
-from evaluation.report import COLUMNS, cell, filled, markdown, notes, rows_of, write_csv
+from evaluation.report import COLUMNS, cell, filled, hold_against_fewer_steps, markdown, notes, rows_of, write_csv
 from evaluation.store import clear_parts, write, write_json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -41,6 +42,8 @@ SCHEDULERS = {
     "dpm": diffusers.DPMSolverMultistepScheduler,
     "ddim": diffusers.DDIMScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
 }
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torchmetrics", "DeepCache", "tomesd", "cache-dit")
 
@@ -106,15 +109,18 @@ def tables_of(
     schedulers: list[str],
     steps: list[int],
     methods: list[str],
-    gates: list[int],
-    tuned: list[int],
+    settings: Settings,
+    reference: int | None,
     output: Path,
 ) -> list[Table]:
     """A table for each model, scheduler and number of steps. Gates are those of 25 steps."""
     tables = []
     for name, scheduler, number in itertools.product(models, schedulers, dict.fromkeys(steps)):
-        scaled = [list(dict.fromkeys(max(1, round(gate * number / 25)) for gate in given)) for given in (gates, tuned)]
-        rows = tuple(entries(methods, number, *scaled))
+        gates, tuned = (
+            tuple(dict.fromkeys(max(1, round(gate * number / 25)) for gate in given))
+            for given in (settings.gates, settings.tuned)
+        )
+        rows = tuple(entries(methods, number, replace(settings, gates=gates, tuned=tuned), reference))
         tables.append(Table(name, scheduler, number, rows, output / Path(name).name / f"{scheduler}-{number}"))
     return tables
 
@@ -141,6 +147,11 @@ def report(tables: list[Table], captions: list[str], seed: int, real: Path | Non
     device = about.pop("device")
     extras = Extras(device.type)
     found = {table.name: rows_of(table, captions, seed, real, extras) for table in tables}
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for table in tables:
+        groups.setdefault(f"{Path(table.model).name}, {table.scheduler}", []).extend(found[table.name])
+    for group in groups.values():
+        hold_against_fewer_steps(group)
     rows = [row for part in found.values() for row in part]
     remarks = notes(rows, device, real, extras)
     versions = {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}}
@@ -149,6 +160,8 @@ def report(tables: list[Table], captions: list[str], seed: int, real: Path | Non
     text = "".join(f"## {name}\n\n{markdown(part)}\n" for name, part in found.items())
     write(output / "results.md", (text + "".join(f"- {remark}\n" for remark in remarks)).encode())
     pareto(found, output / "pareto.png")
+    if any(table.reference for table in tables):
+        against_reference(groups, output / "reference.png")
     for number, table in enumerate(tables):
         contact_sheet(table, captions, output / f"sheet-{number}.png")
     return found, remarks
@@ -175,6 +188,11 @@ def main(
     gate_step: Annotated[list[int] | None, typer.Option(min=1, help="Of 25 steps; others in proportion.")] = None,
     tuned_gate: Annotated[
         list[int] | None, typer.Option(min=1, help="The same for T-GATE v2 and for DeepCache with T-GATE.")
+    ] = None,
+    cfg_interval: Annotated[list[int] | None, typer.Option(min=1, help="Full steps of 'predict'; 3 if not.")] = None,
+    tolerance: Annotated[list[float] | None, typer.Option(min=0, help="Of 'auto'; 0.2 if not given.")] = None,
+    reference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Hold every method against the plain picture of so many steps too.")
     ] = None,
     captions: Annotated[str, typer.Option(help="'shapes', a COCO captions file, or a text file.")] = "shapes",
     count: Annotated[int, typer.Option(min=2, help="Number of captions.")] = 500,
@@ -210,9 +228,13 @@ def main(
     state.wait_for_everyone()
 
     models = list(dict.fromkeys(model or [str(MODEL)]))
-    tables = tables_of(
-        models, schedulers, steps or [25], methods, gate_step or [3, 5, 8, 10, 15], tuned_gate or [10], output
+    chosen = Settings(
+        tuple(gate_step or [3, 5, 8, 10, 15]),
+        tuple(tuned_gate or [10]),
+        tuple(cfg_interval or [3]),
+        tuple(tolerance or [0.2]),
     )
+    tables = tables_of(models, schedulers, steps or [25], methods, chosen, reference_steps, output)
     console = Console(quiet=not state.is_main_process)
     draw_all(tables, texts, state, console, settings)
     state.wait_for_everyone()

@@ -20,10 +20,11 @@ import typer
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from evaluation.cutoff import cut_off
 from evaluation.drawing import Drawing, Table, denoiser_of
-from evaluation.methods import METHODS, Entry, entries
+from evaluation.methods import METHODS, Entry, Settings, entries
 from evaluation.metrics import frechet
 from evaluation.plots import front
 from evaluation.prompts import coco_captions, held_out_captions
+from evaluation.report import hold_against_fewer_steps
 from evaluation.store import Shelf
 from PIL import Image
 from shapes import networks
@@ -257,7 +258,7 @@ def pixart():
 
 def drawing_of(pipe, folder, methods, captions):
     call = {"guidance_scale": 3.0, "output_type": "np"} | call_options(pipe)
-    table = Table("model", "dpm", 6, tuple(entries(methods, 6, [3], [3])), folder)
+    table = Table("model", "dpm", 6, tuple(entries(methods, 6, Settings((3,), (3,), (2,), (0.2,)))), folder)
     drawing = Drawing(table, captions, 2, 0)
     drawing.prepare(pipe, call)
     return drawing
@@ -318,9 +319,42 @@ def test_the_cutoff_takes_the_conditional_half_and_guides_as_often_as_the_gate_s
 
 
 def test_the_rows_of_a_table():
-    rows = entries(["fewer-steps", "tgate", "tgate-v2", "deepcache"], 25, [5, 10, 25], [10])
-    names = "baseline 15-steps 17-steps tgate-5 tgate-10 tgate-v2-10 deepcache"
-    assert [row.name for row in rows] == names.split()
+    settings = Settings((5, 10, 25), (10,), (3, 5), (0.2,))
+    rows = entries(["fewer-steps", "tgate", "tgate-v2", "deepcache", "predict", "auto"], 25, settings, 100)
+    names = "baseline 15-steps 17-steps tgate-5 tgate-10 tgate-v2-10 deepcache predict-10-3 predict-10-5 auto-0.2"
+    assert [row.name for row in rows] == [*names.split(), "100-steps"]
+    assert rows[-1].method == "reference"
+
+
+def test_rows_are_held_against_fewer_steps_at_their_macs():
+    plain = [{"method": "fewer-steps", "macs": 10.0 * n, "psnr_reference": 20.0 + n, "ahead": None} for n in (4, 2, 8)]
+    ours = [
+        {"method": "auto", "macs": macs, "psnr_reference": value, "ahead": None}
+        for macs, value in ((30.0, 26.0), (60.0, 25.0), (90.0, 40.0), (40.0, None))
+    ]
+    hold_against_fewer_steps([*plain, *ours])
+    # 23 and 26 lie between; 90 is dearer than any plain run.
+    assert [row["ahead"] for row in ours] == [pytest.approx(3.0), pytest.approx(-1.0), None, None]
+    assert [row["ahead"] for row in plain] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_a_run_with_a_reference(tmp_path):
+    more = ["--steps", "5", "--method", "auto", "--method", "predict", "--tolerance", "10", "--reference-steps", "8"]
+    done = run(tmp_path, *more)
+    assert done.returncode == 0, done.stderr
+    rows = {(row["steps"], row["row"]): row for row in table_of(tmp_path)}
+    names = {3: ["baseline", "auto-10", "predict-1-3", "8-steps"], 5: ["baseline", "auto-10", "predict-2-3", "8-steps"]}
+    assert list(rows) == [(steps, name) for steps, each in names.items() for name in each]
+    assert rows[5, "baseline"]["psnr_reference"] > rows[3, "baseline"]["psnr_reference"] > 10
+    # Both tables have one.
+    assert len(list(tmp_path.rglob("dpm-reference-8/pictures/*.png"))) == 4
+    cost = estimate_cost(load(), TGateSchedule("auto"), 5)
+    # The fourth step is a half one.
+    assert rows[5, "auto-10"]["macs"] == cost.with_tgate.layers
+    assert rows[5, "baseline"]["ahead"] == 0
+    assert -20 < rows[5, "auto-10"]["ahead"] < 20
+    assert len(Image.open(tmp_path / "reference.png").convert("RGB").getcolors(10**6)) > 50
 
 
 def test_the_front_has_what_nothing_else_beats():

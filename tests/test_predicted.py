@@ -14,8 +14,7 @@ from tests.test_laws import distance
 from tests.test_overhead import operations
 from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors.families import attention_modules
-from tgate_processors.noise import noise_levels
-from tgate_processors.prediction import Difference, follow, predict, relative_error
+from tgate_processors.prediction import Difference, predict, relative_error
 
 FIXED = {"gate_step": 2, "guidance": "predict", "cfg_interval": 2}
 AUTO = {"gate_step": "auto"}
@@ -95,7 +94,6 @@ def test_the_halves_of_a_half_step_differ_by_the_prediction(case: Case, settings
     report = get_tgate_report(pipe)
     assert len(reused) == len(kept) * report.half_batch_forwards > 0
     assert all(reused)
-    positions = noise_levels(pipe.scheduler)[-len(outputs) :]
     known, errors = [], []
     for step, output in enumerate(outputs):
         first, second = output.chunk(2)
@@ -107,11 +105,11 @@ def test_the_halves_of_a_half_step_differ_by_the_prediction(case: Case, settings
             if len(known) == 2 and settings is PATIENT:
                 scale = pipe._guidance_scale if case.video else case.guidance
                 right = first + scale * (second - first)
-                error = relative_error(predict(known, positions[step]), second - first, right, scale)
+                error = relative_error(predict(known, step), second - first, right, scale)
                 errors.append((step, pytest.approx(error.max().item(), rel=1e-3)))
-            known = follow(known, Difference(positions[step], second - first))
+            known = [*known[-1:], Difference(step, second - first)]
         else:
-            torch.testing.assert_close(second - first, predict(known, positions[step]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(second - first, predict(known, step), rtol=1e-4, atol=1e-5)
     assert list(report.prediction_errors) == errors
 
 
@@ -375,7 +373,6 @@ def test_one_number_is_read_in_a_full_step_and_none_in_a_half_step(name):
     case = BY_NAME[name]
     pipe = case.build()
     plain = operations(case, pipe).waiting
-    # Once a run, the noise levels are read.
     assert operations(case, apply_tgate(pipe, **FIXED)).waiting <= plain
     waiting = operations(case, apply_tgate(pipe, **PATIENT)).waiting
     assert waiting == plain + len(get_tgate_report(pipe).prediction_errors)

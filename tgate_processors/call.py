@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from .noise import noise_levels
 from .steps import Timeline
 
 # Arguments by which a pipeline exchanges its text embeddings in the middle of a run, at the step that they give.
@@ -34,7 +33,6 @@ class Call:
         self._seen_scale: Any = None
         self._timesteps: Any = None
         self._until: int | None = None
-        self._positions: list[float] = []
 
     @property
     def subject(self) -> str:
@@ -45,7 +43,7 @@ class Call:
         """What the pipeline says of its loop now."""
         scheduler = self._pipe.scheduler
         if scheduler.timesteps is not self._timesteps:
-            self._timesteps, self._until, self._positions = scheduler.timesteps, None, []
+            self._timesteps, self._until = scheduler.timesteps, None
         scheduled = len(scheduler.timesteps)
         order = getattr(scheduler, "order", 1)
         steps = getattr(scheduler, "num_inference_steps", None) or scheduled
@@ -72,22 +70,6 @@ class Call:
             return len(timesteps)
         trained = self._pipe.scheduler.config.num_train_timesteps
         return int((timesteps >= round(trained - denoising_end * trained)).sum())
-
-    def position(self, index: int) -> float:
-        """
-        Where a pass stands in the run: how far the noise is down, and its number where the scheduler does not tell.
-
-        Args:
-            index (`int`): The pass.
-        """
-        if not self._positions:
-            scheduler = self._pipe.scheduler
-            count = len(scheduler.timesteps)
-            # What a strength or a start leaves out is at the beginning, what an end leaves out is behind the passes.
-            skipped = self._cut_off(self._arguments.get("denoising_end")) - (self._passes() or count)
-            levels = noise_levels(scheduler)
-            self._positions = levels[max(0, skipped) :] if levels else [float(number) for number in range(count)]
-        return self._positions[min(index, len(self._positions) - 1)]
 
     def is_over(self) -> bool:
         """Whether the scheduler was set up anew since the loop began: another call has started."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .pace import LEAD, Pace
-from .prediction import Difference, follow, predict, relative_error
+from .prediction import Difference, predict, relative_error
 
 
 class Guidance:
@@ -44,12 +44,12 @@ class Guidance:
         value = self._known[-1].value
         return value.shape[0] == rows and value.shape[-2:] == shape[-2:]
 
-    def note(self, position: float, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, scale: Any) -> None:
+    def note(self, position: int, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, scale: Any) -> None:
         """
         Both halves were computed.
 
         Args:
-            position (`float`): Where the pass stands.
+            position (`int`): The pass of the loop.
             halves (`tuple` of `torch.Tensor`): The halves of the output.
             unconditional (`int`): Which of them is the unconditional one, 0 or 1.
             scale (`float` or `torch.Tensor`): Guidance scale; only needed where errors are measured.
@@ -61,9 +61,9 @@ class Guidance:
             away = 1 if unconditional == 0 else -1
             guided = halves[unconditional] + scale * away * computed
             self._measure(relative_error(predict(self._known, position), computed, guided, scale))
-        self._known = follow(self._known, Difference(position, computed))
+        self._known = [*self._known[1 - LEAD :], Difference(position, computed)]
 
-    def predicted(self, position: float) -> torch.Tensor:
+    def predicted(self, position: int) -> torch.Tensor:
         """The second half minus the first, in a later pass."""
         return predict(self._known, position)
 

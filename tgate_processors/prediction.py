@@ -7,11 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-# What is left of a trend after as long again, and how much the trend counts beside the decay.
-_DAMPING = 0.8
-_TREND = 0.6
-# Differences that stand closer than this are of one point in time.
-_CLOSE = 1e-6
+# What is left of a trend one pass later.
+_DAMPING = 0.7
 
 
 class Difference(NamedTuple):
@@ -19,36 +16,29 @@ class Difference(NamedTuple):
     The difference of the two halves of a denoiser's output, in one pass of the loop.
 
     Args:
-        position (`float`): Where the pass stands in the run, by its noise.
+        position (`int`): The pass.
         value (`torch.Tensor`): Second half minus first half, the samples in the first dimension.
     """
 
-    position: float
+    position: int
     value: torch.Tensor
 
 
-def follow(known: Sequence[Difference], new: Difference) -> list[Difference]:
-    """The last two differences, of two points in time."""
-    apart = [each for each in known[-2:] if new.position - each.position > _CLOSE]
-    return [*apart[-1:], new]
-
-
-def predict(known: Sequence[Difference], position: float) -> torch.Tensor:
+def predict(known: Sequence[Difference], position: int) -> torch.Tensor:
     r"""
     Predict the difference of a later pass from the last two that are known.
 
-    With `a` and `b` these two and `w` how far ahead the pass is, in distances of `a` and `b`, it is a mean of two
-    predictions, made for every sample by itself:
+    With `a` and `b` these two, `h` passes apart, and `k` passes to go, it is the mean of two predictions, made for
+    every sample by itself:
 
-    - decay, `b * r**w` with `r = clamp(<a, b> / <a, a>, 0, 1)`: what `b` has lost of `a` it goes on to lose (weight
-      0.4);
-    - damped trend, `b + (b - a) * (d + d**2 + ... + d**w)` with `d = 0.8`, no longer than `b` (weight 0.6).
+    - decay, `b * r**k` with `r = clamp(<a, b> / <a, a>, 0, 1)**(1 / h)`: what `b` has lost of `a` it goes on to lose;
+    - damped trend, `b + (b - a) / h * (d + d**2 + ... + d**k)` with `d = 0.7`, no longer than `b`.
 
     One difference alone is held.
 
     Args:
         known (`Sequence` of `Difference`): The last one or two, in order.
-        position (`float`): Where the pass stands.
+        position (`int`): The pass.
 
     Returns:
         `torch.Tensor`: The difference, of the shape and type of those that are known.
@@ -57,8 +47,7 @@ def predict(known: Sequence[Difference], position: float) -> torch.Tensor:
     if len(known) == 1:
         return last.value
     before = known[-2]
-    ahead = max(0.0, position - last.position) / (last.position - before.position)
-    of_before, of_last = _weights(before.value, last.value, ahead)
+    of_before, of_last = _weights(before.value, last.value, last.position - before.position, position - last.position)
     predicted = _times(last.value, of_last) + _times(before.value, of_before)
     return predicted.to(last.value.dtype)
 
@@ -80,15 +69,15 @@ def relative_error(predicted: torch.Tensor, computed: torch.Tensor, guided: torc
     return _norm(off) / _norm(guided.float()).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def _weights(a: torch.Tensor, b: torch.Tensor, ahead: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _weights(a: torch.Tensor, b: torch.Tensor, h: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """How much of the last two differences makes up the prediction, for every sample."""
     tiny = torch.finfo(torch.float32).tiny
     aa, ab, bb = _dot(a, a), _dot(a, b), _dot(b, b)
-    decay = (ab / aa.clamp_min(tiny)).clamp(0, 1) ** ahead
-    trend = _DAMPING * (1 - _DAMPING**ahead) / (1 - _DAMPING)
+    decay = (ab / aa.clamp_min(tiny)).clamp(0, 1) ** (k / h)
+    trend = _DAMPING * (1 - _DAMPING**k) / (1 - _DAMPING) / h
     length = ((1 + trend) ** 2 * bb - 2 * trend * (1 + trend) * ab + trend**2 * aa).clamp_min(tiny)
     limit = (bb / length).sqrt().clamp(max=1)
-    return -_TREND * limit * trend, (1 - _TREND) * decay + _TREND * limit * (1 + trend)
+    return -0.5 * limit * trend, 0.5 * (decay + limit * (1 + trend))
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

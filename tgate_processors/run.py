@@ -310,12 +310,12 @@ class Run:
         if loop is None or loop.guidance is None or seen is None or not (self._guided and self._droppable):
             return None
         if self.half:
-            return loop.guidance.predicted(self.call.position(loop.passes))
+            return loop.guidance.predicted(loop.passes)
         if loop.may_halve:
             first, second = sample_of(output, seen.shape).chunk(2)
             unconditional = 0 if self.batch.unconditional_first else 1
             scale = self.call.scale() if self._state.schedule.is_auto else None
-            loop.guidance.note(self.call.position(loop.passes), (first, second), unconditional, scale)
+            loop.guidance.note(loop.passes, (first, second), unconditional, scale)
             if loop.guidance.error is not None:
                 self._errors[self._steps_before + loop.step_index] = loop.guidance.error
         return None

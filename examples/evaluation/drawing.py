@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report
+
 from .macs import counted_layers
 from .methods import METHODS, Entry, unsuited
 from .store import Shelf, write_json
@@ -31,8 +33,15 @@ class Table:
         return f"{Path(self.model).name}, {self.scheduler}, {self.steps} steps"
 
     def shelf(self, entry: Entry) -> Shelf:
-        """Where a row keeps what it makes."""
+        """Where a row keeps what it makes. Tables of one model and scheduler share the reference."""
+        if entry.method == "reference":
+            return Shelf(self.folder.parent / f"{self.scheduler}-reference-{entry.steps}")
         return Shelf(self.folder / entry.name)
+
+    @property
+    def reference(self) -> Entry | None:
+        """The row that the others are held against besides the baseline."""
+        return self.entries[-1] if self.entries[-1].method == "reference" else None
 
 
 class Drawing:
@@ -45,6 +54,7 @@ class Drawing:
         # Times are compared within one process only.
         self.session = uuid.uuid4().hex[:12]
         self.failed: set[Entry] = set()
+        self.full_steps: int | None = None
 
     @property
     def blocks(self) -> range:
@@ -70,7 +80,11 @@ class Drawing:
         numbers = [torch.Generator("cpu").manual_seed(self.seed + index) for index in indices]
         prompts = [self.captions[index] for index in indices]
         with METHODS[entry.method](self.pipe, entry) as options:
-            return self.pipe(prompts, generator=numbers, num_inference_steps=entry.steps, **self.call, **options).images
+            call = {"generator": numbers, "num_inference_steps": entry.steps, **self.call, **options}
+            images = self.pipe(prompts, **call).images
+            # `auto` decides by what it draws.
+            self.full_steps = len(get_tgate_report(self.pipe).full_steps) if entry.method == "auto" else None
+        return images
 
     def prepare(self, pipe: Any, call: dict[str, Any]) -> None:
         """Take a pipeline and draw a picture by every method, untimed: that shows MACs, and what does not run here."""
@@ -81,7 +95,7 @@ class Drawing:
             reason = unsuited(entry.method, self.pipe)
             try:
                 if reason is None:
-                    macs = self.count(entry)
+                    probe = self.count(entry)
             # Whatever a method stumbles over is what its row has to say.
             except Exception as error:
                 if entry.method in ("baseline", "fewer-steps"):
@@ -89,14 +103,17 @@ class Drawing:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
             if reason is not None:
                 self.failed.add(entry)
-            write_json(shelf.folder / "probe.json", {"macs": macs} if reason is None else {"error": reason})
+            write_json(shelf.folder / "probe.json", probe if reason is None else {"error": reason})
 
-    def count(self, entry: Entry) -> int:
-        """MACs of the first picture."""
+    def count(self, entry: Entry) -> dict[str, Any]:
+        """MACs of the first picture; for `auto` those of a full and of a half step."""
+        if entry.method == "auto":
+            cost = estimate_cost(self.pipe, TGateSchedule(1), entry.steps)
+            return {"full": 2 * cost.full.layers, "half": cost.without_cross_attention.layers}
         numbers = torch.Generator("cpu").manual_seed(self.seed)
         with METHODS[entry.method](self.pipe, entry) as options, counted_layers(denoiser_of(self.pipe)) as total:
             self.pipe(self.captions[:1], generator=numbers, num_inference_steps=entry.steps, **self.call, **options)
-        return total[0]
+        return {"macs": total[0]}
 
     def block(self, block: int) -> Iterator[Entry]:
         """Draw what a block lacks, row by row."""
@@ -104,7 +121,7 @@ class Drawing:
             indices = self.indices(block)
             with measured(self.pipe.device) as line:
                 images = self.draw(entry, indices)
-            line["pictures"] = len(images)
+            line |= {"pictures": len(images), "steps": entry.steps, "full_steps": self.full_steps}
             self.table.shelf(entry).add(block, self.session, indices, images, line)
             yield entry
 

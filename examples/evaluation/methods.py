@@ -18,18 +18,20 @@ TOME_RATIO = 0.5
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: a method with its settings. `gate` is 0 where the method has none."""
+    """A row of the table: a method with its settings, 0 where it has none. `interval` is that of full steps."""
 
     method: str
     steps: int
     gate: int = 0
+    interval: int = 0
+    tolerance: float = 0.0
 
     @property
     def name(self) -> str:
         """A name that is a folder too."""
-        if self.method == "fewer-steps":
+        if self.method in ("fewer-steps", "reference"):
             return f"{self.steps}-steps"
-        return f"{self.method}-{self.gate}" if self.gate else self.method
+        return self.method + "".join(f"-{value:g}" for value in (self.gate, self.interval, self.tolerance) if value)
 
 
 def denoiser_kind(pipe: Any) -> str:
@@ -54,6 +56,26 @@ def cutoff(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
 def tgate(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
     """Cross-attention and guidance stop at the gate; in T-GATE v2 self-attention is reused before it, too."""
     apply_tgate(pipe, entry.gate, **(V2[denoiser_kind(pipe)] if entry.method == "tgate-v2" else {}))
+    try:
+        yield {}
+    finally:
+        remove_tgate(pipe)
+
+
+@contextlib.contextmanager
+def predict(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
+    """Cross-attention stops at the gate, guidance goes on: predicted, and computed again at intervals."""
+    apply_tgate(pipe, entry.gate, guidance="predict", cfg_interval=entry.interval)
+    try:
+        yield {}
+    finally:
+        remove_tgate(pipe)
+
+
+@contextlib.contextmanager
+def auto(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
+    """The same where the error of the prediction says so."""
+    apply_tgate(pipe, "auto", tolerance=entry.tolerance)
     try:
         yield {}
     finally:
@@ -95,10 +117,13 @@ def tome(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
 Switch = Callable[[Any, Entry], contextlib.AbstractContextManager[dict[str, Any]]]
 METHODS: dict[str, Switch] = {
     "baseline": plain,
+    "reference": plain,
     "fewer-steps": plain,
     "cutoff": cutoff,
     "tgate": tgate,
     "tgate-v2": tgate,
+    "predict": predict,
+    "auto": auto,
     "deepcache": deepcache,
     "deepcache-tgate": deepcache,
     "tome": tome,
@@ -120,22 +145,44 @@ def unsuited(method: str, pipe: Any) -> str | None:
     return None
 
 
-def entries(methods: list[str], steps: int, gates: list[int], tuned: list[int]) -> list[Entry]:
+@dataclass(frozen=True)
+class Settings:
     """
-    The rows of one table, the baseline first.
+    The settings of the methods.
+
+    `tuned` are the gates of the methods that have other settings besides: T-GATE v2, predicted guidance, DeepCache with
+    T-GATE.
+    """
+
+    gates: tuple[int, ...] = ()
+    tuned: tuple[int, ...] = ()
+    intervals: tuple[int, ...] = ()
+    tolerances: tuple[float, ...] = ()
+
+
+def entries(methods: list[str], steps: int, settings: Settings, reference: int | None = None) -> list[Entry]:
+    """
+    The rows of one table, the baseline first, and last the run of many steps that the others are held against.
 
     Fewer steps are as many as cost what a run with the gate costs, `m` guided steps and `steps - m` at half batch.
-    `tuned` are the gates of the methods that have other settings besides: T-GATE v2 and DeepCache with T-GATE.
     """
     found = {Entry("baseline", steps): None}
-    gates = [gate for gate in gates if gate < steps]
+    gates, tuned = ([gate for gate in given if gate < steps] for given in (settings.gates, settings.tuned))
     for method in methods:
+        if method == "reference":
+            continue
         if method == "fewer-steps":
             found |= dict.fromkeys(Entry(method, (steps + gate) // 2) for gate in gates)
+        elif method == "auto":
+            found |= dict.fromkeys(Entry(method, steps, tolerance=tolerance) for tolerance in settings.tolerances)
+        elif method == "predict":
+            found |= dict.fromkeys(Entry(method, steps, gate, each) for gate in tuned for each in settings.intervals)
         elif method in ("tgate-v2", "deepcache-tgate"):
-            found |= dict.fromkeys(Entry(method, steps, gate) for gate in tuned if gate < steps)
+            found |= dict.fromkeys(Entry(method, steps, gate) for gate in tuned)
         elif method in GATED:
             found |= dict.fromkeys(Entry(method, steps, gate) for gate in gates)
         else:
             found[Entry(method, steps)] = None
+    if reference is not None:
+        found[Entry("reference", reference)] = None
     return list(found)

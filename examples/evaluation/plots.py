@@ -68,6 +68,32 @@ def pareto(tables: dict[str, list[dict[str, Any]]], file: Path) -> None:
     save(figure, file)
 
 
+def against_reference(groups: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Two panels for each model and scheduler: nearness to the reference, and rightness, over what a picture takes."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure = plt.figure(figsize=(10, 4 * len(groups)), layout="constrained")
+    for part, (name, rows) in zip(figure.subfigures(len(groups), squeeze=False)[:, 0], groups.items(), strict=True):
+        part.suptitle(name, fontsize=10)
+        left, right = part.subplots(1, 2)
+        for axis, quality in ((left, "psnr_reference"), (right, "accuracy")):
+            shown = [row for row in rows if row["macs"] and row[quality] is not None and row["method"] != "reference"]
+            kinds = [("fewer-steps" if row["method"] == "baseline" else row["method"]) for row in shown]
+            for kind in dict.fromkeys(kinds):
+                own = [row for row, of in zip(shown, kinds, strict=True) if of == kind]
+                places = sorted((row["macs"] / 1e9, row[quality]) for row in own)
+                look = {"marker": MARKS.get(kind, "^"), "color": f"C{list(METHODS).index(kind) % 10}"}
+                line = front([(-x, y) for x, y in places])
+                axis.plot([-x for x, _ in line], [y for _, y in line], color=look["color"], linewidth=0.8)
+                axis.plot(*zip(*places, strict=True), label=kind, linestyle="", markersize=4, **look)
+            axis.set_xlabel("GMACs a picture")
+        left.set_ylabel("PSNR to the picture of many steps")
+        right.set_ylabel("share of right pictures")
+        left.legend(fontsize=7)
+    save(figure, file)
+
+
 def contact_sheet(table: Table, captions: list[str], file: Path, prompts: int = 6, side: int = 96) -> None:
     """A row a prompt, a column for every method that ran."""
     mpl.use("Agg")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from shapes.scorer import features
 
@@ -32,12 +33,17 @@ COLUMNS = {
     "fid_baseline": "FID baseline",
     "psnr": "PSNR",
     "ssim": "SSIM",
+    "frechet_reference": "Fréchet reference",
+    "psnr_reference": "PSNR reference",
+    "ahead": "ahead, dB",
     "lpips": "LPIPS",
 }
 UNITS = {"macs": 1e9, "peak_bytes": 2**20, "accuracy": 0.01}
 FORMS = {
     "frechet_real": ".3f",
     "frechet_baseline": ".3f",
+    "frechet_reference": ".3f",
+    "ahead": "+.2f",
     "seconds": ".3f",
     "ratio": ".2f",
     "macs": ".2f",
@@ -60,20 +66,32 @@ def times(shelf: Shelf, baseline: Shelf) -> dict[str, float | None]:
     }
 
 
+def macs(shelf: Shelf) -> float | None:
+    """MACs of a picture: of the first one, or the mean where every block decides for itself which steps are full."""
+    probe = shelf.probe
+    if "full" not in probe:
+        return probe.get("macs")
+    # Blocks that another session has timed again are the same.
+    blocks = {block: line for (block, _), line in shelf.lines().items()}.values()
+    each = [line["full_steps"] * (probe["full"] - probe["half"]) + line["steps"] * probe["half"] for line in blocks]
+    return statistics.mean(each) if each else None
+
+
 class Row:
     """What the pictures of one row say, read part by part: ten thousand large ones do not fit into memory."""
 
     def __init__(self, table: Table, entry: Entry, captions: list[str]):
         self.shelf, self.baseline = table.shelf(entry), table.shelf(table.entries[0])
+        self.reference = table.shelf(table.reference) if table.reference else None
         self.captions = captions
         self.parts = [range(len(captions))[start : start + PART] for start in range(0, len(captions), PART)]
         first = as_tensor(self.shelf.images([0]))
         self.scenes = scenes_of(captions) if readable(first) else None
 
-    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The pictures and the baseline's."""
+    def pairs(self, other: Shelf | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The pictures and the baseline's, or another row's."""
         for part in self.parts:
-            yield as_tensor(self.shelf.images(part)), as_tensor(self.baseline.images(part))
+            yield as_tensor(self.shelf.images(part)), as_tensor((other or self.baseline).images(part))
 
     def described(self) -> Iterator[tuple[torch.Tensor, list[str]]]:
         """The pictures and their captions."""
@@ -90,6 +108,15 @@ class Row:
             "frechet_baseline": frechet(own, features(others)),
         }
 
+    def converged(self) -> dict[str, Any]:
+        """How near the pictures are to those of many steps."""
+        pairs = list(self.pairs(self.reference))
+        found = {"psnr_reference": mean_of_finite(torch.cat([psnr(*pair) for pair in pairs]))}
+        if self.scenes:
+            images, others = (torch.cat(each) for each in zip(*pairs, strict=True))
+            found["frechet_reference"] = frechet(features(images), features(others))
+        return found
+
     def compared(self) -> dict[str, Any]:
         """How near the pictures are to the baseline's."""
         peaks, likeness = zip(*((psnr(*pair), ssim(*pair)) for pair in self.pairs()), strict=True)
@@ -102,12 +129,14 @@ def measure_row(
     """All columns of one row."""
     row = Row(table, entry, captions)
     found: dict[str, Any] = times(row.shelf, row.baseline) | {"pictures": len(captions)}
-    found["macs"] = row.shelf.probe.get("macs")
+    found["macs"] = macs(row.shelf)
     if row.scenes:
         found |= row.scored(features(drawn(row.scenes, seed)))
     else:
         found["clip_score"] = extras.clip_score(row.described)
     found["fid_real"] = extras.fid(row.shelf.pictures, real)
+    if table.reference not in (None, entry) and row.reference.complete(len(captions)):
+        found |= row.converged()
     if entry == table.entries[0]:
         # Its distance to itself says nothing.
         found["frechet_baseline"] = None
@@ -125,11 +154,25 @@ def rows_of(table: Table, captions: list[str], seed: int, real: Path | None, ext
         shelf = table.shelf(entry)
         row: dict[str, Any] = {"model": table.model, "scheduler": table.scheduler, "steps": table.steps}
         row |= {"row": entry.name, "method": entry.method, "own_steps": entry.steps, "gate": entry.gate or None}
+        row |= {"interval": entry.interval or None, "tolerance": entry.tolerance or None}
         row |= {"pictures": 0, **dict.fromkeys(COLUMNS), "error": shelf.probe.get("error")}
         if shelf.complete(len(captions)):
             row |= measure_row(table, entry, captions, seed, real, extras)
         rows.append(row)
     return rows
+
+
+def hold_against_fewer_steps(rows: list[dict[str, Any]]) -> None:
+    """
+    How many decibels nearer to the reference a row is than the plain pipeline with as many MACs, between two of whose
+    numbers of steps it lies. Rows of one model and scheduler with all their numbers of steps go in together.
+    """
+    plain = {row["macs"]: row["psnr_reference"] for row in rows if row["method"] in ("baseline", "fewer-steps")}
+    points = sorted((macs, value) for macs, value in plain.items() if value is not None)
+    for row in rows:
+        known = row["psnr_reference"] is not None and len(points) > 1
+        if known and points[0][0] <= row["macs"] <= points[-1][0]:
+            row["ahead"] = row["psnr_reference"] - float(np.interp(row["macs"], *zip(*points, strict=True)))
 
 
 def notes(rows: list[dict[str, Any]], device: torch.device, real: Path | None, extras: Extras) -> list[str]:

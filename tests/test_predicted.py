@@ -1,18 +1,35 @@
 """Guidance after the gate: predicted in half steps, computed again in full ones."""
 
+import copy
 import gc
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
+from DeepCache import DeepCacheSDHelper
+from torch._dynamo.testing import CompileCounter
 
 from tests.ecosystem import HOSTS_BY_NAME
 from tests.loops import Loop, built
 from tests.pipelines import BY_NAME, GUIDED, STEPS, Case, with_scheduler
+from tests.test_compile import compile_in_place, exchange_for_compiled
+from tests.test_cost import sizes, taken
 from tests.test_counts import count
 from tests.test_laws import distance
 from tests.test_overhead import operations
-from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, remove_tgate
+from tests.test_placement import group_offload_by_leaves, layerwise_casting, model_offload, sequential_offload
+from tgate_processors import (
+    TGateAttnProcessor,
+    TGateCallback,
+    TGateSchedule,
+    apply_tgate,
+    estimate_cost,
+    get_tgate_report,
+    remove_tgate,
+)
 from tgate_processors.families import attention_modules
 from tgate_processors.prediction import Difference, predict, relative_error
 
@@ -445,3 +462,128 @@ def test_it_says_nothing(caplog):
         for settings in (FIXED, PATIENT):
             case.run(apply_tgate(case.build(), **settings))
     assert not [record for record in caplog.records if "tgate" in record.name]
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha", "svd"])
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_the_estimate_is_what_a_run_takes(name, settings):
+    case = BY_NAME[name]
+    pipe = case.build()
+    cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, guidance=True, batch_size=2, **sizes(case))
+    assert cost.without_tgate == taken(pipe, case, [0, 1])
+    assert cost.with_tgate == taken(apply_tgate(pipe, **settings), case, [0, 1])
+    report = get_tgate_report(pipe)
+    assert cost.report.peak_bytes == report.peak_bytes
+    assert cost.report.full_steps == report.full_steps
+    # Without values nothing is wrong.
+    assert {error for _, error in cost.report.prediction_errors} <= {0.0}
+    assert replace(cost.report, prediction_errors=report.prediction_errors) == report
+
+
+@pytest.mark.parametrize(
+    ("name", "compile_it"),
+    [
+        ("pixart_alpha", compile_in_place),
+        pytest.param("pixart_alpha", exchange_for_compiled, marks=pytest.mark.slow),
+        pytest.param("sd", compile_in_place, marks=pytest.mark.slow),
+    ],
+)
+def test_three_graphs_and_none_for_other_plans(name, compile_it):
+    case = BY_NAME[name]
+    pipe = case.build()
+    ways = [PATIENT, FIXED, {**FIXED, "cfg_interval": 3}, {**AUTO, "tolerance": 0.5}]
+    expected = [case.run(apply_tgate(pipe, **settings)) for settings in ways]
+    torch._dynamo.reset()
+    remove_tgate(pipe)
+    counter = CompileCounter()
+    compile_it(pipe, case, counter)
+    apply_tgate(pipe, **ways[0])
+    torch.testing.assert_close(case.run(pipe), expected[0])
+    # Compute; compute and store; reuse.
+    assert counter.frame_count == 3
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for settings, plain in zip(ways, expected, strict=True):
+            torch.testing.assert_close(case.run(apply_tgate(pipe, **settings)), plain, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 3
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", [model_offload, sequential_offload, group_offload_by_leaves, layerwise_casting])
+@pytest.mark.parametrize("name", ["sd", "pixart_alpha"])
+def test_placed_elsewhere(name, way, tmp_path):
+    case = BY_NAME[name]
+    pipe = case.build()
+    way(pipe, case, tmp_path)
+    apply_tgate(pipe, **PATIENT)
+    placed = case.run(pipe)
+    report = get_tgate_report(pipe)
+    plain = case.build()
+    if way is layerwise_casting:
+        way(plain, case, tmp_path)
+    assert torch.equal(case.run(apply_tgate(plain, **PATIENT)), placed)
+    assert get_tgate_report(plain) == report
+
+
+def test_two_threads_do_not_mix():
+    case = BY_NAME["sd"]
+    first = apply_tgate(case.build(), **PATIENT)
+    second = copy.copy(first)
+    second.scheduler = copy.deepcopy(first.scheduler)
+    expected = [case.run(first, [0]), case.run(first, [1])]
+    barrier = threading.Barrier(2)
+
+    def run(pipe, prompts):
+        barrier.wait()
+        return case.run(pipe, prompts)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            found = [each.result() for each in (pool.submit(run, first, [0]), pool.submit(run, second, [1]))]
+            assert all(map(torch.equal, found, expected))
+
+
+def test_wired_by_hand():
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    expected = case.run(apply_tgate(pipe, 3, guidance="predict", cfg_interval=2))
+    report = get_tgate_report(pipe)
+    remove_tgate(pipe)
+    callback = TGateCallback(TGateSchedule(3, guidance="predict", cfg_interval=2))
+    before = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor({name: TGateAttnProcessor(p, callback.state) for name, p in before.items()})
+    for _ in range(2):
+        assert torch.equal(case.run(pipe, callback_on_step_end=callback), expected)
+    assert callback.state.report == report
+    # What decides by errors has not seen the first step, so it begins one later.
+    callback = TGateCallback(TGateSchedule("auto", tolerance=1e6))
+    pipe.unet.set_attn_processor({name: TGateAttnProcessor(p, callback.state) for name, p in before.items()})
+    case.run(pipe, callback_on_step_end=callback)
+    assert callback.state.report.full_steps == (0, 1, 2, 3, 5)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_beside_deepcache_every_change_of_the_batch_starts_it_afresh(name):
+    case = BY_NAME[name]
+    pipe = case.build()
+    helper = DeepCacheSDHelper(pipe)
+    helper.set_params(cache_interval=3, cache_branch_id=0)
+    apply_tgate(pipe, 3, guidance="predict", cfg_interval=4, deepcache=helper)
+    deep = []
+    deepest = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    deepest.register_forward_hook(lambda module, args, output: deep.append(len(output)))
+    first = case.run(pipe, num_inference_steps=10)
+    assert get_tgate_report(pipe).full_steps == (0, 1, 2, 6)
+    # Steps 0, 2 (the gate), 3 (the half), 6 (full), 7 (the half); the others are cached, but every third.
+    assert deep == [2, 2, 1, 2, 1]
+    assert torch.equal(case.run(pipe, num_inference_steps=10), first)
+
+
+def test_with_gradients():
+    case = BY_NAME["sd"]
+    pipe = apply_tgate(case.build(), **PATIENT)
+    inputs = case.inputs([0])
+    inputs["prompt_embeds"].requires_grad_()
+    output = type(pipe).__call__.__wrapped__(pipe, **inputs).images
+    output.square().mean().backward()
+    assert inputs["prompt_embeds"].grad.isfinite().all()
+    assert inputs["prompt_embeds"].grad.abs().sum() > 0

@@ -24,7 +24,8 @@ from .twin import InputSize, check_conditions, check_parameters, input_size, mak
 @dataclass(frozen=True)
 class TGateCost:
     r"""
-    What a schedule costs, in multiply-accumulates of the denoiser.
+    What a schedule costs, in multiply-accumulates of the denoiser. With `gate_step="auto"` it is the least: what a run
+    takes in which every prediction is right. `without_tgate` is then the most that it can take.
 
     Args:
         full (`MACs`): One forward of one picture without guidance, all attention computed.

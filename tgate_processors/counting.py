@@ -10,8 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .call import Call
+from .halving import sample_of
 from .layers import Layers, attention_modules
-from .layout import Seen
+from .layout import Seen, see
 from .processor import TGateAttnProcessor
 from .report import TGateReport
 from .run import Run
@@ -66,11 +67,13 @@ class Profile:
         forwards (`dict`): The forwards, by whether cross-attention and self-attention are reused in them.
         cross_width (`int`): Numbers that all cross-attention layers give out.
         self_width (`int`): Numbers that all self-attention layers give out.
+        width (`int`): Numbers that the denoiser itself gives out, a variance left out.
     """
 
     forwards: dict[tuple[bool, bool], Forward]
     cross_width: int
     self_width: int
+    width: int
 
 
 class Recorder:
@@ -134,12 +137,18 @@ def measure(twin: Any, size: InputSize) -> Profile:
         (Action.REUSE, Action.REUSE),
         (Action.REUSE, Action.COMPUTE),
     )
-    forwards, widths = {}, []
+    forwards, widths, given = {}, [], []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        given.append(sample_of(output, see(module, args, kwargs).shape).numel())
+
+    handle = twin.register_forward_hook(note, with_kwargs=True)
     for way, (forward, held) in zip(ways, count_forwards(twin, lambda: make_inputs(twin, 1, size), ways), strict=True):
         forwards[way[0] is Action.REUSE, way[1] is Action.REUSE] = forward
         widths.append(held // twin.dtype.itemsize)
+    handle.remove()
     # What is computed and not stored is let go of: the last forward leaves cross-attention alone.
-    return Profile(forwards, cross_width=widths[-1], self_width=widths[0] - widths[-1])
+    return Profile(forwards, cross_width=widths[-1], self_width=widths[0] - widths[-1], width=given[0])
 
 
 def count_forward(module: torch.nn.Module, inputs: dict[str, Any]) -> Forward:
@@ -263,13 +272,13 @@ def run_schedule(
     layers.follow()
     call = _Announced(timeline, guided=guided, pictures=batch_size)
     run = Run(state, call, layers, droppable=True, by_forward=True)
-    whole = torch.empty((2 if guided else 1) * batch_size, 1, 1, dtype=dtype, device="meta")
+    whole = torch.empty((2 if guided else 1) * batch_size, profile.width, 1, dtype=dtype, device="meta")
     taken = MACs()
     with state.entered(run):
         for _ in range(timeline.passes):
             run.before_forward(Seen(len(whole), tuple(whole.shape[1:]), {"sample": whole}))
             picture = whole[:batch_size] if run.half else whole
-            denoiser(picture)
+            denoiser(picture[:, :1])
             taken += profile.forwards[not denoiser.cross.ran, not denoiser.own.ran].macs * len(picture)
             run.after_forward(picture)
     return taken, run.report

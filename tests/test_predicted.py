@@ -12,7 +12,7 @@ import torch
 from DeepCache import DeepCacheSDHelper
 from torch._dynamo.testing import CompileCounter
 
-from tests.ecosystem import HOSTS_BY_NAME
+from tests.ecosystem import HOSTS, HOSTS_BY_NAME
 from tests.loops import Loop, built
 from tests.pipelines import BY_NAME, GUIDED, STEPS, Case, with_scheduler
 from tests.test_compile import compile_in_place, exchange_for_compiled
@@ -587,3 +587,28 @@ def test_with_gradients():
     output.square().mean().backward()
     assert inputs["prompt_embeds"].grad.isfinite().all()
     assert inputs["prompt_embeds"].grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
+def test_every_pipeline_with_guidance_of_two_halves(host):
+    pipe = host.build()
+    baseline = host.run(pipe)
+    if host.guidance_parts:
+        with pytest.raises(ValueError, match="has no effect"):
+            apply_tgate(pipe, **FIXED)
+        return
+    for every in EVERY:
+        assert torch.equal(host.run(apply_tgate(pipe, **every)), baseline)
+    for settings in (FIXED, PATIENT):
+        apply_tgate(pipe, **settings)
+        first = host.run(pipe)
+        report = get_tgate_report(pipe)
+        assert torch.equal(host.run(pipe), first)
+        assert get_tgate_report(pipe) == report
+        assert first.isfinite().all()
+        if settings is FIXED and "free_init" not in host.name:
+            halved = report.half_batch_forwards > 0
+            full = full_steps(report.num_inference_steps, FIXED)
+            assert report.full_steps == (full if halved else tuple(range(report.num_inference_steps)))
+    assert torch.equal(host.run(remove_tgate(pipe)), baseline)

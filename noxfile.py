@@ -21,7 +21,7 @@ PATIENCE = "--timeout=3600"
 def install_for_tests(session: nox.Session) -> None:
     """The package and all that its tests need."""
     groups = PROJECT["dependency-groups"]
-    extras = ".[cache-dit,evaluate,examples]"
+    extras = ".[cache-dit,evaluate,examples,probe]"
     session.install(*CONSTRAINED, *groups["test"], *groups["quantise"], "-e", extras)
 
 
@@ -58,7 +58,7 @@ def slow(session: nox.Session) -> None:
 def minimums(session: nox.Session) -> None:
     """All tests, slow ones too, with the oldest supported versions, as pyproject.toml states them."""
     floors = [re.sub(r">=([\d.]+)$", r"~=\1.0", dependency) for dependency in PROJECT["project"]["dependencies"]]
-    session.install(*floors, *PROJECT["dependency-groups"]["test"], "-e", ".[evaluate,examples]")
+    session.install(*floors, *PROJECT["dependency-groups"]["test"], "-e", ".[evaluate,examples,probe]")
     session.run("pytest", "-m", "", PATIENCE, *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
 
 

@@ -23,6 +23,7 @@ def test_the_public_names_are_these():
         "MACs",
         "TGateAttnProcessor",
         "TGateCallback",
+        "TGateConvergence",
         "TGateCost",
         "TGateReport",
         "TGateSchedule",
@@ -30,6 +31,7 @@ def test_the_public_names_are_these():
         "estimate_cost",
         "get_tgate_report",
         "is_tgate_applied",
+        "measure_convergence",
         "remove_tgate",
     ]
     assert all(getattr(tgate_processors, name).__doc__ for name in tgate_processors.__all__)

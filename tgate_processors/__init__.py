@@ -1,6 +1,7 @@
 """T-GATE for diffusers pipelines: cross-attention and guidance stop at a gate step."""
 
 from .callback import TGateCallback
+from .convergence import TGateConvergence, measure_convergence
 from .cost import TGateCost, estimate_cost
 from .counting import MACs
 from .patch import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
@@ -14,6 +15,7 @@ __all__ = [
     "MACs",
     "TGateAttnProcessor",
     "TGateCallback",
+    "TGateConvergence",
     "TGateCost",
     "TGateReport",
     "TGateSchedule",
@@ -21,5 +23,6 @@ __all__ = [
     "estimate_cost",
     "get_tgate_report",
     "is_tgate_applied",
+    "measure_convergence",
     "remove_tgate",
 ]

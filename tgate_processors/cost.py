@@ -133,7 +133,7 @@ def estimate_cost(
     dtype = _dtype(denoiser, dtype)
     check_conditions(denoiser)
     denoiser_class: Any = type(denoiser)
-    profile, names = _profile(denoiser_class, denoiser.to_json_string(), size)
+    profile, names = _profile(denoiser_class, _config_of(denoiser), size)
     check_parameters(denoiser, names)
 
     timeline = _timeline(pipe, num_inference_steps)
@@ -150,6 +150,17 @@ def estimate_cost(
         parameters_after_gate=without_cross.parameters,
         report=report,
     )
+
+
+def _config_of(denoiser: Any) -> str:
+    """The configuration as JSON; diffusers writes into what it makes that of."""
+    given = denoiser._internal_dict
+    denoiser._internal_dict = type(given)(given)
+    try:
+        config: str = denoiser.to_json_string()
+        return config
+    finally:
+        denoiser._internal_dict = given
 
 
 @functools.lru_cache(maxsize=16)

@@ -103,7 +103,7 @@ def apply_tgate(
 
     Source: T-GATE (https://arxiv.org/abs/2404.02747).
     """
-    _check_pipeline(pipe, gate_step)
+    check_pipeline(pipe, gate_step)
     schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance)
     half = checked_half(cfg_half)
     if custom_processors not in (None, "leave", "gate"):
@@ -157,7 +157,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     False
     ```
     """
-    _check_pipeline(pipe)
+    check_pipeline(pipe)
     if installed(pipe) is not None:
         uninstall(pipe)
     return pipe
@@ -185,7 +185,7 @@ def is_tgate_applied(pipe: Any) -> bool:
     False
     ```
     """
-    _check_pipeline(pipe)
+    check_pipeline(pipe)
     return installed(pipe) is not None
 
 
@@ -213,7 +213,7 @@ def get_tgate_report(pipe: Any) -> TGateReport:
     15
     ```
     """
-    _check_pipeline(pipe)
+    check_pipeline(pipe)
     installation = installed(pipe)
     if installation is None:
         raise ValueError(f"T-GATE is not applied to this {type(pipe).__name__}: call apply_tgate(pipe) before the run.")
@@ -223,7 +223,7 @@ def get_tgate_report(pipe: Any) -> TGateReport:
     return report
 
 
-def _check_pipeline(pipe: Any, gate_step: Any = None) -> None:
+def check_pipeline(pipe: Any, gate_step: Any = None) -> None:
     """Refuse what is not a pipeline, and say what it is."""
     if isinstance(pipe, diffusers.DiffusionPipeline):
         return

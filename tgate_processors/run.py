@@ -118,6 +118,21 @@ class Run:
         return self.outputs.nbytes + (loop.guidance.nbytes if loop is not None and loop.guidance is not None else 0)
 
     @property
+    def guided(self) -> bool:
+        """Whether the last forward was given both halves of guidance, in one batch."""
+        return self._guided and self._droppable
+
+    @property
+    def step_index(self) -> int:
+        """The step that runs now."""
+        return self._steps_before + (self._loop.step_index if self._loop is not None else 0)
+
+    @property
+    def passes(self) -> int:
+        """Passes of the loop that have ended."""
+        return self._loop.passes if self._loop is not None else 0
+
+    @property
     def between_loops(self) -> bool:
         """Whether no loop is under way."""
         return self._loop is None

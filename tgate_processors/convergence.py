@@ -118,9 +118,9 @@ def measure_convergence(
     ```py
     >>> from tgate_processors import measure_convergence
 
-    >>> seen = measure_convergence(pipe, ["a red square", "two blue circles"], {"num_inference_steps": 25})
-    >>> seen.settings["speedup"]  # by tolerance
-    >>> seen.plot().savefig("convergence.png")
+    >>> seen = measure_convergence(pipe, [prompt], {"num_inference_steps": 12})
+    >>> speedups = seen.settings["speedup"]  # by tolerance
+    >>> figure = seen.plot()
     ```
 
     Source: T-GATE (https://arxiv.org/abs/2404.02747), Section 3 and Figure 2, for cross-attention.

@@ -459,8 +459,9 @@ def test_a_published_run_is_what_it_was():
 def test_it_says_nothing(caplog):
     case = BY_NAME["sd"]
     with caplog.at_level(logging.INFO, "tgate_processors"):
-        for settings in (FIXED, PATIENT):
+        for settings in (FIXED, PATIENT, *EVERY):
             case.run(apply_tgate(case.build(), **settings))
+        case.run(apply_tgate(case.build(), "auto"), num_inference_steps=2)
     assert not [record for record in caplog.records if "tgate" in record.name]
 
 

@@ -13,10 +13,11 @@ import diffusers
 import torch
 
 from .call import Call
+from .checking import checked_int
 from .counting import MACs, Profile, measure, run_schedule
 from .families import FAMILIES, check_attention, family_of, find_family
 from .report import TGateReport
-from .schedule import TGateSchedule, checked_int
+from .schedule import TGateSchedule
 from .steps import Timeline
 from .twin import InputSize, check_conditions, check_parameters, input_size, make_twin
 

@@ -10,13 +10,14 @@ import diffusers
 import torch
 
 from .callback import StepClock, checked_half
+from .checking import Auto
 from .companions.deepcache import DeepCacheOrder, check_helper
 from .families import check_guidance, check_half, find_family
 from .installation import Installation
 from .layers import CustomProcessors
 from .pipeline import install, installed, uninstall
 from .report import TGateReport
-from .schedule import Auto, CFGHalf, GuidanceMode, TGateSchedule
+from .schedule import CFGHalf, GuidanceMode, TGateSchedule
 
 logger = logging.getLogger(__name__)
 

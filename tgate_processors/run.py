@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +9,7 @@ import torch
 from .batch import Batch
 from .call import Call
 from .companions.deepcache import DeepCacheOrder
+from .control import Control
 from .halving import sample_of
 from .layers import Layers
 from .layout import Seen
@@ -20,6 +19,7 @@ from .saying import Text, say_left_alone, say_nothing_was_gated, say_unguided, s
 from .schedule import Action, CFGHalf, Phase, StepPlan
 from .state import Part, Slot, TGateState
 from .steps import Loop
+from .tally import Tally
 
 
 class Stored(NamedTuple):
@@ -32,25 +32,6 @@ class Stored(NamedTuple):
 
 # Kept by a forward that no hook has seen. Whether it fits is for the layers to see.
 _UNSEEN = Stored(-1, (), Part.ALL)
-
-
-class Control:
-    """What the ControlNet ran on in this step: how many rows, and whether they are one half of guidance."""
-
-    def __init__(self) -> None:
-        self.conditional_only = False
-        self.halved = False
-        self._rows = 0
-
-    def enter(self, rows: int) -> None:
-        """The ControlNet is called."""
-        self._rows = rows
-
-    def see(self, residual_rows: int | None) -> None:
-        """The denoiser, on its whole batch, is given what the ControlNet gave."""
-        if residual_rows is not None:
-            # In `guess_mode` it sees the conditional half, and the pipeline adds zeros for the other.
-            self.conditional_only = 2 * self._rows == residual_rows
 
 
 class Run:
@@ -85,7 +66,7 @@ class Run:
         self.batch = Batch(call)
         self.outputs = Outputs(state, layers)
         self.control = Control()
-        self.report = TGateReport()
+        self._tally = Tally(is_auto=state.schedule.is_auto)
         self.whole: Any = None
         self.waiting = False
         self.half = False
@@ -96,15 +77,18 @@ class Run:
         self._text = Text(state)
         self._loop: Loop | None = None
         self._last_index: int | None = None
-        self._steps_before = 0
         self._ticks = 0
         self._due = False
         self._part = Part.ALL
-        self._errors: dict[int, float] = {}
         self._seen: Seen | None = None
         self._guided = False
         self._stored: Stored | None = None
         self._phase = Phase.SEMANTICS_PLANNING
+
+    @property
+    def report(self) -> TGateReport:
+        """What has been done so far."""
+        return self._tally.report
 
     @property
     def kept(self) -> dict[Slot, Kept]:
@@ -125,7 +109,7 @@ class Run:
     @property
     def step_index(self) -> int:
         """The step that runs now."""
-        return self._steps_before + (self._loop.step_index if self._loop is not None else 0)
+        return self._tally.steps_before + (self._loop.step_index if self._loop is not None else 0)
 
     @property
     def passes(self) -> int:
@@ -226,7 +210,7 @@ class Run:
         if self._droppable:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
             self.batch.settle(self._seen, self._guided, tensors or {}, latents)
-        self._count(loop, step)
+        self._tally.add(loop, step, half=self.half, did=self.outputs.counts(), held=self.nbytes)
         if not self._by_forward:
             loop.follow(self.call.timeline())
         if self._ticks == 1:
@@ -252,12 +236,12 @@ class Run:
 
     def close(self, *, completed: bool = True) -> None:
         """The call has ended, however it ended: hold nothing, leave the report."""
-        self._state.report = self.report
+        self._state.report = report = self._tally.report
         self.outputs.kept.clear()
         self._loop = None
         self._text.forget()
         self._seen = None
-        reused = self.report.cross_attention_reused + self.report.self_attention_reused
+        reused = report.cross_attention_reused + report.self_attention_reused
         if completed and not reused and (self._due or not self._ticks):
             say_nothing_was_gated(self.call, steps_seen=self._ticks > 0)
 
@@ -275,7 +259,7 @@ class Run:
 
     def _end(self, loop: Loop) -> None:
         """All passes have ended. Pipelines that run their loop several times in one call start the next one here."""
-        self._steps_before += loop.timeline.steps
+        self._tally.end_loop(loop)
         self._last_index = loop.last_index
         self._loop = self._stored = None
         self.batch.forget()
@@ -332,7 +316,7 @@ class Run:
             scale = self.call.scale() if self._state.schedule.is_auto else None
             loop.guidance.note(loop.passes, (first, second), unconditional, scale)
             if loop.guidance.error is not None:
-                self._errors[self._steps_before + loop.step_index] = loop.guidance.error
+                self._tally.measured(loop.step_index, loop.guidance.error)
         return None
 
     def _refuse(self, layers: list[str], what: str) -> None:
@@ -344,28 +328,3 @@ class Run:
                 "MasaCtrl), or are they skipped by another cache? Undo that, or call remove_tgate(pipe) to use this "
                 "pipeline."
             )
-
-    def _gate_step(self, loop: Loop, full_steps: tuple[int, ...]) -> int:
-        """The gate: as told, or the first step that was no full one."""
-        if not self._state.schedule.is_auto:
-            return loop.gate_step
-        return next(step for step in count() if step not in full_steps)
-
-    def _count(self, loop: Loop, step: int) -> None:
-        """Add a forward to the report."""
-        report, (cross, own) = self.report, self.outputs.counts()
-        full = () if self.half or step + self._steps_before in report.full_steps else (step + self._steps_before,)
-        self.report = replace(
-            report,
-            num_inference_steps=self._steps_before + loop.timeline.steps,
-            gate_step=self._gate_step(loop, report.full_steps + full),
-            full_batch_forwards=report.full_batch_forwards + (not self.half),
-            half_batch_forwards=report.half_batch_forwards + self.half,
-            cross_attention_computed=report.cross_attention_computed + cross[0],
-            cross_attention_reused=report.cross_attention_reused + cross[1],
-            self_attention_computed=report.self_attention_computed + own[0],
-            self_attention_reused=report.self_attention_reused + own[1],
-            full_steps=report.full_steps + full,
-            prediction_errors=tuple(self._errors.items()),
-            peak_bytes=max(report.peak_bytes, self.nbytes),
-        )

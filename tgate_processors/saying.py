@@ -52,7 +52,7 @@ class Text:
 def say_what_is_late(state: TGateState, call: Call, loop: Loop) -> None:
     """Warn once of what the settings make impossible."""
     gate, steps = loop.gate_step, loop.timeline.steps
-    if gate >= steps and state.say_once("late"):
+    if gate >= steps and not state.schedule.is_auto and state.say_once("late"):
         logger.warning(
             "T-GATE: gate_step=%s is not before the last of the %s steps that run: cross-attention is always "
             "computed%s. Give a smaller gate_step, or a share of the steps such as gate_step=0.4.",

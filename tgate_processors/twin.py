@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from .checking import checked_int
 from .families import family_of
-from .schedule import checked_int
 
 Shapes = dict[str, Any]
 

@@ -1,0 +1,70 @@
+"""Settings as they are given: of the right kind and in range, or refused by name."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Literal
+
+Auto = Literal["auto"]
+
+DEFAULT_TOLERANCE = 0.2
+
+
+def checked_gate_step(value: object) -> int | float | Auto:
+    """Validate `gate_step`."""
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    remedy = (
+        "give a number of steps (an int of at least 1), a share of the steps (a float between 0 and 1), or "
+        '"auto" to have the run decide'
+    )
+    share = _as_float(value)
+    if share is None:
+        return checked_int("gate_step", value, 1, remedy)
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"gate_step={value!r} is not a share of the steps: {remedy}.")
+    return share
+
+
+def checked_tolerance(value: object) -> float:
+    """Validate `tolerance`."""
+    if value is None:
+        return DEFAULT_TOLERANCE
+    remedy = "give the relative error to accept, a number of at least 0 such as 0.2"
+    if isinstance(value, (str, bytes)) or _is_no_number(value) or not hasattr(value, "__float__"):
+        raise TypeError(f"tolerance={value!r} is a {type(value).__name__}: {remedy}.")
+    tolerance = float(value)
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance={value!r} is out of range: {remedy}.")
+    return tolerance
+
+
+def _as_float(value: object) -> float | None:
+    """A number that is no whole one by its kind: a float, also numpy's or torch's, a fraction."""
+    if isinstance(value, (str, bytes)) or _is_no_number(value):
+        return None
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return float(value) if hasattr(value, "__float__") else None
+    return None
+
+
+def _is_no_number(value: object) -> bool:
+    """Whether something is a truth value or an array of several, which Python takes for numbers."""
+    return isinstance(value, bool) or bool(getattr(value, "ndim", 0)) or "bool" in str(getattr(value, "dtype", ""))
+
+
+def checked_int(name: str, value: object, least: int, remedy: str | None = None) -> int:
+    """Validate an integer setting."""
+    remedy = remedy or f"give an int of at least {least}"
+    if _is_no_number(value):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: {remedy}.")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: {remedy}.") from None
+    if number < least:
+        raise ValueError(f"{name}={value!r} is too small: {remedy}.")
+    return number

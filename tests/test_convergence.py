@@ -7,13 +7,13 @@ import torch
 from PIL import Image
 
 from tests.ecosystem import HOSTS_BY_NAME
-from tests.pipelines import BY_NAME, STEPS, with_scheduler
+from tests.pipelines import BY_NAME, STEPS, slow, with_scheduler
 from tests.test_laws import assert_same, snapshot
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, measure_convergence
 from tgate_processors.families import attention_modules
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
-SOME = pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha", "svd", "sd_controlnet"])
+SOME = pytest.mark.parametrize("name", ["sd", "pixart_alpha", "svd", *map(slow, ("sdxl", "sd_controlnet"))])
 
 
 def probe(case, pipe, prompts=(0, 1), **options):

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.ecosystem import HOSTS, HOSTS_BY_NAME
 from tests.loops import Loop, built
-from tests.pipelines import BY_NAME, GUIDED, STEPS, Case, with_scheduler
+from tests.pipelines import BY_NAME, GUIDED, STEPS, Case, rows, slow, with_scheduler
 from tests.test_compile import compile_in_place, exchange_for_compiled
 from tests.test_cost import sizes, taken
 from tests.test_counts import count
@@ -39,12 +39,9 @@ AUTO = {"gate_step": "auto"}
 PATIENT = {**AUTO, "tolerance": 1e6}
 EVERY = [{"gate_step": 3, "guidance": "predict", "cfg_interval": 1}, {**AUTO, "tolerance": 0}]
 # The families once each; their other pipelines take long.
-QUICK = {"sd", "sdxl", "pixart_alpha", "svd", "sd_controlnet"}
-guided = pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=case.name, marks=[] if case.name in QUICK else [pytest.mark.slow]) for case in GUIDED],
-)
-SOME = pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha", "svd", "sd_controlnet"])
+QUICK = {"sd", "pixart_alpha", "svd", "sd_controlnet"}
+guided = pytest.mark.parametrize("case", rows(GUIDED, {case.name for case in GUIDED} - QUICK))
+SOME = pytest.mark.parametrize("name", ["sd", "pixart_alpha", "svd", *map(slow, ("sdxl", "sd_controlnet"))])
 
 
 def full_steps(steps, settings):
@@ -59,7 +56,7 @@ def full_steps(steps, settings):
 @pytest.mark.parametrize("settings", EVERY, ids=["interval", "tolerance"])
 def test_with_every_step_a_full_one_no_bit_changes(case: Case, settings):
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     apply_tgate(pipe, **settings)
     assert torch.equal(case.run(pipe), baseline)
     report = get_tgate_report(pipe)
@@ -134,7 +131,7 @@ def test_the_halves_of_a_half_step_differ_by_the_prediction(case: Case, settings
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
 def test_two_calls_agree_and_removal_gives_the_plain_picture_back(case: Case, settings):
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     apply_tgate(pipe, **settings)
     first = case.run(pipe)
     report = get_tgate_report(pipe)
@@ -187,7 +184,7 @@ def test_a_tolerance_between_the_errors_of_two_runs_tells_them_apart(name):
 def test_predicting_is_nearer_to_the_plain_picture_than_dropping(name):
     case = BY_NAME[name]
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     dropped = distance(case.run(apply_tgate(pipe, 3)), baseline)
     predicted = distance(case.run(apply_tgate(pipe, 3, guidance="predict", cfg_interval=2)), baseline)
     assert predicted < dropped
@@ -221,7 +218,7 @@ class Stop(RuntimeError):
 def test_a_run_that_breaks_leaves_nothing(name, forward):
     case = BY_NAME[name]
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     expected = case.run(apply_tgate(pipe, **PATIENT))
     layer = [module for key, module in attention_modules(getattr(pipe, case.denoiser)).items() if "attn1" in key][-1]
     calls = []
@@ -269,7 +266,7 @@ def switch_guidance_off_in(step):
     return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 5])
+@pytest.mark.parametrize("step", [2, 4, *map(slow, (3, 5))])
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
 def test_guidance_that_a_callback_switches_off(step, settings):
     case = BY_NAME["sd"]
@@ -309,7 +306,7 @@ class Reversed(Loop):
         return u + scale * (c - u)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sdxl", slow("sd")])
 @pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "gate_step": 1}], ids=["fixed", "auto", "gate 1"])
 def test_the_order_of_the_halves_is_that_of_the_loop(name, settings):
     case = BY_NAME[name]
@@ -327,7 +324,7 @@ def test_the_order_of_the_halves_is_that_of_the_loop(name, settings):
 
 @pytest.mark.parametrize(
     ("scheduler", "passes"),
-    [("HeunDiscreteScheduler", 2), ("KDPM2DiscreteScheduler", 2), ("PNDMScheduler", 1), ("DDIMScheduler", 1)],
+    [("HeunDiscreteScheduler", 2), slow("KDPM2DiscreteScheduler", 2), ("PNDMScheduler", 1), slow("DDIMScheduler", 1)],
 )
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
 def test_steps_are_full_or_half_with_all_their_passes(scheduler, passes, settings):
@@ -347,11 +344,13 @@ def test_steps_are_full_or_half_with_all_their_passes(scheduler, passes, setting
         assert torch.equal(case.run(apply_tgate(pipe, **every)), baseline)
 
 
-@pytest.mark.parametrize("name", ["sd_controlnet", "sdxl_controlnet", "union", "adapter", "ip_adapter", "gligen"])
+@pytest.mark.parametrize(
+    "name", ["sd_controlnet", "adapter", *map(slow, ("sdxl_controlnet", "union", "ip_adapter", "gligen"))]
+)
 def test_what_runs_in_a_step_besides_is_halved_with_it(name):
     case = {**BY_NAME, **HOSTS_BY_NAME}[name]
     pipe = case.build()
-    baseline = case.run(pipe)
+    baseline = case.plain()
     for every in EVERY:
         assert torch.equal(case.run(apply_tgate(pipe, **every)), baseline)
     apply_tgate(pipe, **FIXED)
@@ -465,7 +464,7 @@ def test_it_says_nothing(caplog):
     assert not [record for record in caplog.records if "tgate" in record.name]
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha", "svd"])
+@pytest.mark.parametrize("name", ["sd", "pixart_alpha", "svd", slow("sdxl")])
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
 def test_the_estimate_is_what_a_run_takes(name, settings):
     case = BY_NAME[name]
@@ -485,8 +484,8 @@ def test_the_estimate_is_what_a_run_takes(name, settings):
     ("name", "compile_it"),
     [
         ("pixart_alpha", compile_in_place),
-        pytest.param("pixart_alpha", exchange_for_compiled, marks=pytest.mark.slow),
-        pytest.param("sd", compile_in_place, marks=pytest.mark.slow),
+        slow("pixart_alpha", exchange_for_compiled),
+        slow("sd", compile_in_place),
     ],
 )
 def test_three_graphs_and_none_for_other_plans(name, compile_it):
@@ -510,7 +509,7 @@ def test_three_graphs_and_none_for_other_plans(name, compile_it):
 
 
 @pytest.mark.parametrize("way", [model_offload, sequential_offload, group_offload_by_leaves, layerwise_casting])
-@pytest.mark.parametrize("name", ["sd", "pixart_alpha"])
+@pytest.mark.parametrize("name", ["pixart_alpha", slow("sd")])
 def test_placed_elsewhere(name, way, tmp_path):
     case = BY_NAME[name]
     pipe = case.build()
@@ -594,7 +593,7 @@ def test_with_gradients():
 @pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
 def test_every_pipeline_with_guidance_of_two_halves(host):
     pipe = host.build()
-    baseline = host.run(pipe)
+    baseline = host.plain()
     if host.guidance_parts:
         with pytest.raises(ValueError, match="has no effect"):
             apply_tgate(pipe, **FIXED)

@@ -34,6 +34,17 @@ PROMPTS = [
 METHODS = ("without T-GATE", "with T-GATE")
 
 
+def gate(value: str) -> int | float | str:
+    """The gate as it is given."""
+    if value == "auto":
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is no number of steps, no share of them, and not 'auto'") from None
+    return int(number) if number.is_integer() else number
+
+
 def macs(pipe: Any, call: dict[str, Any]) -> float:
     """Multiply-accumulates of the denoiser's Linear and Conv layers in one call."""
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
@@ -79,7 +90,12 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Seeds for each prompt.")] = 2,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance_scale: Annotated[float | None, typer.Option(help="The pipeline's own default if not given.")] = None,
-    gate_step: Annotated[float, typer.Option(help="Number of steps, or a share of them below 1.")] = 0.4,
+    gate_step: Annotated[
+        Any, typer.Option(parser=gate, metavar="GATE", help="Number of steps, a share of them below 1, or 'auto'.")
+    ] = "0.4",
+    guidance: Annotated[str | None, typer.Option(help="After the gate: drop or predict; with 'auto' predict.")] = None,
+    cfg_interval: Annotated[int | None, typer.Option(help="With 'predict', every how many steps a full one.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="With 'auto', the error that is accepted.")] = None,
     sp_interval: int = 1,
     fi_interval: int = 1,
     warm_up: int = 0,
@@ -97,7 +113,10 @@ def main(
     pipe.set_progress_bar_config(disable=True)
     prompts = prompt or PROMPTS
     settings = {
-        "gate_step": int(gate_step) if gate_step.is_integer() else gate_step,
+        "gate_step": gate_step,
+        "guidance": guidance,
+        "cfg_interval": cfg_interval,
+        "tolerance": tolerance,
         "sp_interval": sp_interval,
         "fi_interval": fi_interval,
         "warm_up": warm_up,

@@ -50,6 +50,23 @@ def test_the_quickstart_draws_both_pictures_and_prints_what_they_cost(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_quickstart_with_guidance_that_is_predicted(tmp_path):
+    app = typer.Typer()
+    app.command()(quickstart.main)
+    for arguments, forwards in (
+        (("--gate-step", "auto", "--tolerance", "100"), "4 + 2 half"),
+        (("--gate-step", "2", "--guidance", "predict", "--cfg-interval", "4"), "3 + 3 half"),
+    ):
+        output = ("--steps", "6", "--seeds", "1", "--output", str(tmp_path / "pictures.png"))
+        done = CliRunner().invoke(app, [*arguments, *output], env=ENVIRONMENT)
+        assert done.exit_code == 0, done.output
+        assert forwards in done.stdout
+    done = CliRunner().invoke(app, ["--gate-step", "soon"], env=ENVIRONMENT)
+    assert done.exit_code == 2
+    assert "'soon' is no number of steps" in done.output
+
+
+@pytest.mark.slow
 def test_prompts_and_a_folder_of_your_own(tmp_path):
     output = tmp_path / "pictures.png"
     model = str(ROOT / "examples" / "models" / "shapes-sd")

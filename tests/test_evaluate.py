@@ -272,7 +272,9 @@ def test_after_every_method_the_baseline_is_what_it_was(tmp_path, build):
     baseline = fresh.draw(drawing.table.entries[0], range(2))
     denoiser = denoiser_of(pipe)
     ran = [entry for entry in drawing.table.entries if entry not in drawing.failed]
-    assert {"baseline", "tgate", "tgate-v2", "cutoff", "fewer-steps"} <= {entry.method for entry in ran}
+    assert {"baseline", "tgate", "tgate-v2", "cutoff", "fewer-steps", "predict", "auto"} <= {e.method for e in ran}
+    probes = {entry.method: drawing.table.shelf(entry).probe for entry in ran}
+    assert probes["auto"]["full"] * drawing.table.steps == probes["baseline"]["macs"]
     for entry in ran:
         assert (drawing.draw(drawing.table.entries[0], range(2)) == baseline).all(), entry
         other = drawing.draw(entry, range(2))

@@ -69,7 +69,7 @@ def test_with_every_step_a_full_one_no_bit_changes(case: Case, settings):
 def test_full_steps_compute_everything_and_half_steps_one_half(case: Case, settings):
     pipe = apply_tgate(case.build(), **settings)
     seen = count(pipe, case)
-    case.run(pipe, [0, 1])
+    case.run(pipe, [0, 1], num_inference_steps=9)
     report = get_tgate_report(pipe)
     steps = range(report.num_inference_steps)
     full = full_steps(len(steps), settings)
@@ -203,8 +203,16 @@ def test_what_is_held_is_one_half_of_cross_attention_and_two_differences(case: C
     denoiser.register_forward_hook(
         lambda module, args, output: differences.append(output[0].nbytes // (4 if case.denoiser != "unet" else 2))
     )
+    held = []
+    denoiser.register_forward_hook(
+        lambda module, args, output: held.extend(kept.tensor for kept in state.current().kept.values())
+    )
     case.run(pipe)
     assert get_tgate_report(pipe).peak_bytes == sum(sizes.values()) // 2 + 2 * differences[0]
+    # None is a part of a larger tensor, which would be held with it.
+    assert held
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in held)
+    held.clear()
     gc.collect()
     assert state.nbytes == 0
 
@@ -221,10 +229,11 @@ def test_a_run_that_breaks_leaves_nothing(name, forward):
     baseline = case.plain()
     expected = case.run(apply_tgate(pipe, **PATIENT))
     layer = [module for key, module in attention_modules(getattr(pipe, case.denoiser)).items() if "attn1" in key][-1]
-    calls = []
+    calls, runs = [], []
 
     def fail(module, args):
         calls.append(1)
+        runs.append(vars(pipe)["_tgate"].callback.state.current())
         if len(calls) == forward:
             raise Stop
 
@@ -232,6 +241,7 @@ def test_a_run_that_breaks_leaves_nothing(name, forward):
     with pytest.raises(Stop):
         case.run(pipe)
     handle.remove()
+    assert runs[-1].nbytes == 0
     assert vars(pipe)["_tgate"].callback.state.nbytes == 0
     assert torch.equal(case.run(pipe), expected)
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
@@ -310,11 +320,14 @@ class Reversed(Loop):
 @pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "gate_step": 1}], ids=["fixed", "auto", "gate 1"])
 def test_the_order_of_the_halves_is_that_of_the_loop(name, settings):
     case = BY_NAME[name]
-    pictures = []
+    pictures, errors = [], []
     for loop in (Loop, Reversed):
         pipe = built(name, loop)
         plain = case.run(pipe)
         pictures.append((plain, case.run(apply_tgate(pipe, **settings))))
+        errors.append(dict(get_tgate_report(pipe).prediction_errors))
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+    assert bool(errors[0]) is (settings is PATIENT)
     (plain, ours), (turned, theirs) = pictures
     assert distance(turned, plain) < 1e-4
     assert distance(ours, plain) > 1e-3

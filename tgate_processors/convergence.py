@@ -142,7 +142,8 @@ def measure_convergence(
     steps = pd.DataFrame({name: probe.mean(name) for name in ("cross_attention", "difference", "error")})
     steps = steps.reindex(range(probe.steps)).rename_axis("step")
     layers = pd.DataFrame({name: probe.mean(name) for name in probe.layers}).reindex(range(probe.steps))
-    columns = [probe.setting(schedule, _half_share(pipe, probe.steps)) for schedule in schedules]
+    half = _half_share(pipe, {**(call or {}), **calls[0]}, probe.steps)
+    columns = [probe.setting(schedule, half) for schedule in schedules]
     names = ("full_steps", "gate_step", "speedup")
     index = pd.Index([schedule.tolerance for schedule in schedules], name="tolerance")
     return TGateConvergence(steps, layers.rename_axis("step"), pd.DataFrame(columns, index=index, columns=list(names)))
@@ -296,10 +297,11 @@ def _denoiser_hook(probe: _Probe, clock: StepClock) -> Any:
     return hook
 
 
-def _half_share(pipe: Any, steps: int) -> float:
+def _half_share(pipe: Any, call: Mapping[str, Any], steps: int) -> float:
     """What a half step takes of the MACs of a full one."""
+    size = {name: call[name] for name in ("height", "width", "max_sequence_length", "num_frames") if call.get(name)}
     try:
-        cost = estimate_cost(pipe, TGateSchedule(1), steps)
+        cost = estimate_cost(pipe, TGateSchedule(1), steps, **size)
     except ValueError:
         # Adapters and the like: at least one half is left out.
         return 0.5

@@ -37,13 +37,6 @@ class Guidance:
         """Whether the next difference that is computed has a prediction to be held against."""
         return len(self._known) >= LEAD
 
-    def fits(self, rows: int, shape: tuple[int, ...]) -> bool:
-        """Whether a difference is known, of so many samples of this shape. Channels are left out."""
-        if not self._known:
-            return False
-        value = self._known[-1].value
-        return value.shape[0] == rows and value.shape[-2:] == shape[-2:]
-
     def note(self, position: int, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, scale: Any) -> None:
         """
         Both halves were computed.

@@ -132,8 +132,7 @@ class Run:
             return False
         improving = self._loop.now.phase is Phase.FIDELITY_IMPROVING
         fits = self._stored.part is not Part.ALL and self._stored.shape[-2:] == shape[-2:]
-        known = self._loop.guidance is None or self._loop.guidance.fits(self._stored.rows, shape)
-        return self._droppable and improving and fits and known and self.call.guided()
+        return self._droppable and improving and fits and self.call.guided()
 
     def before_forward(self, seen: Seen, kept: CFGHalf = "unconditional", *, may_halve: bool = True) -> None:
         """
@@ -273,7 +272,7 @@ class Run:
         half = guided and self._droppable and plan.phase is Phase.FIDELITY_IMPROVING
         cross, own, phase = plan.cross_attention, plan.self_attention, plan.phase
         self._due = self._due or Action.REUSE in (cross, own)
-        if cross is Action.REUSE and not (self._fits(loop, seen, half, guided) and (may_halve or not half)):
+        if cross is Action.REUSE and not (self._fits(seen, half, guided) and (may_halve or not half)):
             # As at the gate: the whole batch, everything computed and kept anew.
             half = False
             cross, phase = Action.STORE, Phase.GATE
@@ -293,14 +292,12 @@ class Run:
             return Part.MEAN
         return Part.FIRST if kept == "unconditional" else Part.SECOND
 
-    def _fits(self, loop: Loop, seen: Seen, half: bool, guided: bool) -> bool:
+    def _fits(self, seen: Seen, half: bool, guided: bool) -> bool:
         """Whether what is kept was made for such a forward."""
         stored = self._stored
         if stored is None or stored is _UNSEEN:
             return stored is _UNSEEN and not half
         rows = seen.batch // 2 if half else seen.batch
-        if half and loop.guidance is not None and not loop.guidance.fits(rows, seen.shape):
-            return False
         return (stored.rows, stored.shape) == (rows, seen.shape) and (stored.part is self._part or not guided)
 
     def _difference(self, output: Any) -> torch.Tensor | None:

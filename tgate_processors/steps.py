@@ -51,7 +51,6 @@ class Loop:
     def __init__(self, schedule: TGateSchedule, timeline: Timeline) -> None:
         self._schedule = schedule
         self.guidance = Guidance(schedule.tolerance) if schedule.predicts else None
-        self._decided: StepPlan | None = None
         self._pass = 0
         self._forwards = 0
         self.last_index: int | None = None
@@ -80,15 +79,12 @@ class Loop:
 
     @property
     def now(self) -> StepPlan:
-        """The plan of the step that runs now. What the run decides on stands until the step is over."""
-        pace = self.guidance.pace if self.guidance is not None else None
-        if pace is None:
+        """The plan of the step that runs now."""
+        guidance = self.guidance
+        if guidance is None or guidance.pace is None:
             return self.plan[self.step_index]
-        if self._decided is None:
-            assert self.guidance is not None
-            keeps = pace.may_open and self.guidance.judges and self.step_index < len(self.plan) - 1
-            self._decided = self._schedule.decided(self.step_index, full=pace.full, keeps=keeps)
-        return self._decided
+        keeps = guidance.pace.may_open and guidance.judges and self.step_index < len(self.plan) - 1
+        return self._schedule.decided(self.step_index, full=guidance.pace.full, keeps=keeps)
 
     @property
     def may_halve(self) -> bool:
@@ -134,7 +130,5 @@ class Loop:
         self._forwards = 0
         ended = self.step_index
         self._pass += 1
-        if self.over or self.step_index != ended:
-            self._decided = None
-            if self.guidance is not None:
-                self.guidance.end_step(full=full)
+        if self.guidance is not None and (self.over or self.step_index != ended):
+            self.guidance.end_step(full=full)

@@ -108,7 +108,8 @@ class Drawing:
     def count(self, entry: Entry) -> dict[str, Any]:
         """MACs of the first picture; for `auto` those of a full and of a half step."""
         if entry.method == "auto":
-            cost = estimate_cost(self.pipe, TGateSchedule(1), entry.steps)
+            tokens = self.call.get("max_sequence_length")
+            cost = estimate_cost(self.pipe, TGateSchedule(1), entry.steps, max_sequence_length=tokens)
             return {"full": 2 * cost.full.layers, "half": cost.without_cross_attention.layers}
         numbers = torch.Generator("cpu").manual_seed(self.seed)
         with METHODS[entry.method](self.pipe, entry) as options, counted_layers(denoiser_of(self.pipe)) as total:

@@ -320,12 +320,13 @@ class Reversed(Loop):
 @pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "gate_step": 1}], ids=["fixed", "auto", "gate 1"])
 def test_the_order_of_the_halves_is_that_of_the_loop(name, settings):
     case = BY_NAME[name]
-    pictures, errors = [], []
+    pictures, errors, full = [], [], []
     for loop in (Loop, Reversed):
         pipe = built(name, loop)
         plain = case.run(pipe)
         pictures.append((plain, case.run(apply_tgate(pipe, **settings))))
         errors.append(dict(get_tgate_report(pipe).prediction_errors))
+        full.append(get_tgate_report(pipe).full_steps)
     assert errors[1] == pytest.approx(errors[0], rel=0.01)
     assert bool(errors[0]) is (settings is PATIENT)
     (plain, ours), (turned, theirs) = pictures
@@ -333,6 +334,9 @@ def test_the_order_of_the_halves_is_that_of_the_loop(name, settings):
     assert distance(ours, plain) > 1e-3
     if settings["gate_step"] != 1:
         assert distance(theirs, ours) < 1e-3
+    else:
+        # Which half is which is known when the first step is over: what that one kept may be the other one.
+        assert full == [(0, 2, 4), (0, 1, 2, 4)]
 
 
 @pytest.mark.parametrize(

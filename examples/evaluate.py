@@ -26,7 +26,7 @@ import torch
 import typer
 from accelerate import PartialState
 from evaluation.drawing import Drawing, Table, denoiser_of
-from evaluation.methods import METHODS, Settings, entries
+from evaluation.methods import CHOICES, Settings, entries
 from evaluation.metrics import Extras
 from evaluation.plots import against_reference, contact_sheet, pareto
 from evaluation.prompts import read_captions
@@ -182,7 +182,7 @@ def show(console: Console, found: dict[str, list[dict[str, Any]]], remarks: list
 def main(
     output: Annotated[Path, typer.Option(help="Folder for pictures, timings and results.")],
     model: Annotated[list[str] | None, typer.Option(help="Hub id or folder; can be given several times.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(METHODS)}; all if not given.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(CHOICES)}; all if not given.")] = None,
     scheduler: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(SCHEDULERS)}.")] = None,
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Can be given several times; 25 if not.")] = None,
     gate_step: Annotated[list[int] | None, typer.Option(min=1, help="Of 25 steps; others in proportion.")] = None,
@@ -206,7 +206,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
 ) -> None:
     """Draw with every method, measure, and write tables and plots."""
-    methods = one_of("method", list(dict.fromkeys(method or METHODS)), METHODS)
+    methods = one_of("method", list(dict.fromkeys(method or CHOICES)), CHOICES)
     schedulers = one_of("scheduler", scheduler or ["dpm"], SCHEDULERS)
     one_of("device", [device], ("cpu", "cuda"))
     one_of("dtype", [dtype], ("float32", "float16", "bfloat16"))

@@ -20,7 +20,7 @@ import typer
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from evaluation.cutoff import cut_off
 from evaluation.drawing import Drawing, Table, denoiser_of
-from evaluation.methods import METHODS, Entry, Settings, entries
+from evaluation.methods import CHOICES, Entry, Settings, entries
 from evaluation.metrics import frechet
 from evaluation.plots import front
 from evaluation.prompts import coco_captions, held_out_captions
@@ -267,7 +267,7 @@ def drawing_of(pipe, folder, methods, captions):
 @pytest.mark.parametrize("build", [load, pytest.param(pixart, marks=pytest.mark.slow)], ids=["unet", "transformer"])
 def test_after_every_method_the_baseline_is_what_it_was(tmp_path, build):
     pipe = build()
-    drawing = drawing_of(pipe, tmp_path, list(METHODS), held_out_captions(2))
+    drawing = drawing_of(pipe, tmp_path, CHOICES, held_out_captions(2))
     fresh = drawing_of(build(), tmp_path / "fresh", ["baseline"], held_out_captions(2))
     baseline = fresh.draw(drawing.table.entries[0], range(2))
     denoiser = denoiser_of(pipe)

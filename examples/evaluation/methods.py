@@ -130,6 +130,8 @@ METHODS: dict[str, Switch] = {
     "cache-dit": cache_dit,
     **dict.fromkeys(CACHES, diffusers_cache),
 }
+# The reference is drawn where its steps are given.
+CHOICES = [method for method in METHODS if method != "reference"]
 GATED = ("cutoff", "tgate", "tgate-v2", "deepcache-tgate")
 FOR_UNET = ("deepcache", "deepcache-tgate", "tome")
 FOR_TRANSFORMER = ("cache-dit", *CACHES)
@@ -169,8 +171,6 @@ def entries(methods: list[str], steps: int, settings: Settings, reference: int |
     found = {Entry("baseline", steps): None}
     gates, tuned = ([gate for gate in given if gate < steps] for given in (settings.gates, settings.tuned))
     for method in methods:
-        if method == "reference":
-            continue
         if method == "fewer-steps":
             found |= dict.fromkeys(Entry(method, (steps + gate) // 2) for gate in gates)
         elif method == "auto":

@@ -73,12 +73,16 @@ EVERYWHERE = pytest.mark.parametrize(
 )
 
 
+def skip_if_missing(way):
+    if way.__name__.startswith("group") and not hasattr(diffusers.ModelMixin, "enable_group_offload"):
+        pytest.skip("this diffusers has no group offload")
+    if way is layerwise_casting and not hasattr(diffusers.ModelMixin, "enable_layerwise_casting"):
+        pytest.skip("this diffusers has no layerwise casting")
+
+
 @pytest.fixture
 def place(request):
-    if request.param.__name__.startswith("group") and not hasattr(diffusers.ModelMixin, "enable_group_offload"):
-        pytest.skip("this diffusers has no group offload")
-    if request.param is layerwise_casting and not hasattr(diffusers.ModelMixin, "enable_layerwise_casting"):
-        pytest.skip("this diffusers has no layerwise casting")
+    skip_if_missing(request.param)
     return request.param
 
 

@@ -20,7 +20,13 @@ from tests.test_cost import sizes, taken
 from tests.test_counts import count
 from tests.test_laws import distance
 from tests.test_overhead import operations
-from tests.test_placement import group_offload_by_leaves, layerwise_casting, model_offload, sequential_offload
+from tests.test_placement import (
+    group_offload_by_leaves,
+    layerwise_casting,
+    model_offload,
+    sequential_offload,
+    skip_if_missing,
+)
 from tgate_processors import (
     TGateAttnProcessor,
     TGateCallback,
@@ -528,6 +534,7 @@ def test_three_graphs_and_none_for_other_plans(name, compile_it):
 @pytest.mark.parametrize("way", [model_offload, sequential_offload, group_offload_by_leaves, layerwise_casting])
 @pytest.mark.parametrize("name", ["pixart_alpha", slow("sd")])
 def test_placed_elsewhere(name, way, tmp_path):
+    skip_if_missing(way)
     case = BY_NAME[name]
     pipe = case.build()
     way(pipe, case, tmp_path)

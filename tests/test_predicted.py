@@ -47,6 +47,9 @@ EVERY = [{"gate_step": 3, "guidance": "predict", "cfg_interval": 1}, {**AUTO, "t
 # The families once each; their other pipelines take long.
 QUICK = {"sd", "pixart_alpha", "svd", "sd_controlnet"}
 guided = pytest.mark.parametrize("case", rows(GUIDED, {case.name for case in GUIDED} - QUICK))
+families = pytest.mark.parametrize(
+    "case", rows([case for case in GUIDED if case.name in QUICK | {"sdxl", "pixart_sigma"}], {"sdxl", "pixart_sigma"})
+)
 SOME = pytest.mark.parametrize("name", ["sd", "pixart_alpha", "svd", *map(slow, ("sdxl", "sd_controlnet"))])
 
 
@@ -70,7 +73,7 @@ def test_with_every_step_a_full_one_no_bit_changes(case: Case, settings):
     assert report.half_batch_forwards == report.cross_attention_reused == 0
 
 
-@guided
+@families
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
 def test_full_steps_compute_everything_and_half_steps_one_half(case: Case, settings):
     pipe = apply_tgate(case.build(), **settings)
@@ -133,7 +136,7 @@ def test_the_halves_of_a_half_step_differ_by_the_prediction(case: Case, settings
     assert list(report.prediction_errors) == errors
 
 
-@guided
+@families
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
 def test_two_calls_agree_and_removal_gives_the_plain_picture_back(case: Case, settings):
     pipe = case.build()
@@ -147,7 +150,7 @@ def test_two_calls_agree_and_removal_gives_the_plain_picture_back(case: Case, se
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
 
 
-@guided
+@families
 def test_a_batch_of_two_prompts_equals_two_singles(case: Case):
     pipe = case.build()
 
@@ -196,7 +199,7 @@ def test_predicting_is_nearer_to_the_plain_picture_than_dropping(name):
     assert predicted < dropped
 
 
-@guided
+@families
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
 def test_what_is_held_is_one_half_of_cross_attention_and_two_differences(case: Case, settings):
     pipe = apply_tgate(case.build(), **settings)

@@ -316,6 +316,26 @@ def test_latents_of_another_size_begin_anew():
     assert batches == [2, 2, 2, 1, 2, 2]
 
 
+class Inverting(Loop):
+    """Runs the denoiser before its loop, as inversions do."""
+
+    def before_loop(self, x, texts, pooled):
+        for t in self.scheduler.timesteps.flip(0)[:4]:
+            self.denoise(torch.cat([x, x]), t, torch.cat(texts), pooled)
+
+
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_what_runs_before_the_loop_is_no_step(settings):
+    case = BY_NAME["sd"]
+    pictures, reports = [], []
+    for loop in (Loop, Inverting):
+        pipe = apply_tgate(built("sd", loop), **settings)
+        pictures.append(case.run(pipe))
+        reports.append(get_tgate_report(pipe))
+    assert torch.equal(*pictures)
+    assert reports[0] == reports[1]
+
+
 class Reversed(Loop):
     """The conditional half first."""
 

@@ -50,6 +50,9 @@ class Guidance:
         computed = halves[1] - halves[0]
         if self._known and self._known[-1].value.shape != computed.shape:
             self._known.clear()
+        if self._known and self._known[-1].position == position:
+            # What runs before the loop is counted to its first pass.
+            self._known.pop()
         if self.pace is not None and self.judges:
             away = 1 if unconditional == 0 else -1
             guided = halves[unconditional] + scale * away * computed

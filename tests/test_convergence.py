@@ -4,11 +4,14 @@ import csv
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
 from tests.ecosystem import HOSTS_BY_NAME
+from tests.loops import Loop, built
 from tests.pipelines import BY_NAME, STEPS, slow, with_scheduler
 from tests.test_laws import assert_same, snapshot
+from tests.test_predicted import Inverting
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, measure_convergence
 from tgate_processors.families import attention_modules
 
@@ -121,6 +124,36 @@ def test_steps_of_several_passes(scheduler):
     report = get_tgate_report(pipe)
     assert len(found.steps) == report.num_inference_steps
     assert set(dict(report.prediction_errors)) == set(found.steps["error"].dropna().index)
+
+
+def test_what_runs_before_the_loop_is_no_step():
+    case = BY_NAME["sd"]
+    plain, inverting = (probe(case, built("sd", loop), [0]) for loop in (Loop, Inverting))
+    assert len(inverting.steps) == STEPS
+    assert inverting.steps["error"].equals(plain.steps["error"])
+    assert inverting.settings.equals(plain.settings)
+
+
+def test_every_loop_of_a_call_begins_anew():
+    host = HOSTS_BY_NAME["animatediff_free_init"]
+    pipe = host.build()
+    settings = measure_convergence(pipe, [host.inputs([0])], tolerances=(0.0, 1e6)).settings
+    for tolerance in (0.0, 1e6):
+        host.run(apply_tgate(pipe, "auto", tolerance=tolerance))
+        report = get_tgate_report(pipe)
+        assert settings.loc[tolerance, "full_steps"] == len(report.full_steps)
+        assert settings.loc[tolerance, "gate_step"] == report.gate_step
+
+
+def test_processors_of_any_kind_are_measured():
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    own = AttnProcessor2_0()
+    pipe.unet.set_attn_processor(lambda *args, **kwargs: own(*args, **kwargs))
+    before = pipe.unet.attn_processors
+    found = probe(case, pipe, [0])
+    assert found.steps["error"].notna().sum() == STEPS - 2
+    assert all(after is before[name] for name, after in pipe.unet.attn_processors.items())
 
 
 def test_a_table_and_a_figure(tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -486,6 +487,23 @@ def test_settings_that_mean_nothing_together_are_refused(settings, message):
 def test_settings_of_the_wrong_kind(settings):
     with pytest.raises(TypeError, match="give"):
         TGateSchedule(**settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ({"tolerance": 0.3}, 'apply_tgate(pipe, "auto", tolerance=0.3)'),
+        ({"cfg_interval": 3}, 'apply_tgate(pipe, guidance="predict", cfg_interval=3)'),
+        ({"guidance": "predict"}, "apply_tgate(pipe, guidance='predict')"),
+    ],
+)
+def test_settings_in_the_call_are_told_how_to_be_given(setting, remedy):
+    case = BY_NAME["pixart_alpha"]
+    pipe = apply_tgate(case.build(), 3)
+    with pytest.raises(TypeError, match=re.escape(remedy)):
+        case.run(pipe, **setting)
+    # And that works as written.
+    eval(remedy)
 
 
 def test_the_plan_of_a_run_that_decides_itself_is_the_shortest():

@@ -13,6 +13,7 @@ import torch
 
 from .callback import StepClock
 from .cost import estimate_cost
+from .families import find_family
 from .halving import sample_of
 from .installation import Installation
 from .layers import attention_modules
@@ -20,7 +21,7 @@ from .layout import see
 from .pace import Pace
 from .patch import check_pipeline, remove_tgate
 from .pipeline import install, installed
-from .prediction import Difference, predict, relative_error
+from .prediction import Difference, guided_output, predict, relative_error
 from .run import Run
 from .schedule import TGateSchedule
 
@@ -159,7 +160,8 @@ class _Probe:
         self._now = (0, 0)
         self._changes: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._before: dict[str, torch.Tensor] = {}
-        self._passes: list[_Pass] = []
+        # The passes of every loop of a call.
+        self._loops: list[list[_Pass]] = [[]]
         self._plans: dict[float | None, list[tuple[int, int]]] = defaultdict(list)
 
     def mean(self, name: str) -> dict[int, float]:
@@ -169,6 +171,10 @@ class _Probe:
     def layer(self, name: str, run: Run, output: torch.Tensor) -> None:
         """A layer with cross-attention has given its output."""
         step = run.step_index
+        if run.passes < self._now[1]:
+            # Another loop of the call begins (FreeInit).
+            self._before.clear()
+            self._loops.append([])
         self._now = (step, run.passes)
         self.steps = max(self.steps, step + 1)
         before = self._before.get(name)
@@ -182,23 +188,30 @@ class _Probe:
         """The denoiser has given both halves of guidance."""
         (step, number), halves = self._now, prediction.chunk(2)
         difference = Difference(number, halves[1] - halves[0])
-        first = run.batch.unconditional_first
         scale = run.call.scale()
-        guided = halves[0 if first else 1] + scale * (difference.value if first else -difference.value)
-        now = _Pass(step, difference, guided, scale)
-        if self._passes and self._passes[-1].difference.value.shape == difference.value.shape:
-            change = _change(self._passes[-1].difference.value, difference.value)
-            self._changes["difference"][step].append(change)
-            if len(self._passes) > 1:
-                self._changes["error"][step].append(now.error([each.difference for each in self._passes[-2:]]))
-        self._passes.append(now)
+        now = _Pass(step, difference, guided_output(halves, 0 if run.batch.unconditional_first else 1, scale), scale)
+        passes = self._loops[-1]
+        if passes and passes[-1].difference.position == number:
+            # What runs before the loop is counted to its first pass.
+            passes.pop()
+        if passes and passes[-1].difference.value.shape != difference.value.shape:
+            # As another loop: the run begins anew there.
+            self._loops.append(passes := [])
+        if passes:
+            self._changes["difference"][step].append(_change(passes[-1].difference.value, difference.value))
+        if len(passes) > 1:
+            self._changes["error"][step].append(now.error([each.difference for each in passes[-2:]]))
+        passes.append(now)
 
     def end_call(self, schedules: Sequence[TGateSchedule]) -> None:
         """A call has ended: see what each tolerance would have given, and let go of what it held."""
         for schedule in schedules:
-            self._plans[schedule.tolerance].append(self._plan(schedule))
-        self._passes.clear()
+            halves = [step for passes in self._loops for step in self._half_steps(schedule, passes)]
+            plan = self.steps - len(halves), min(halves, default=self.steps)
+            self._plans[schedule.tolerance].append(plan)
+        self._loops = [[]]
         self._before.clear()
+        self._now = (0, 0)
 
     def setting(self, schedule: TGateSchedule, half: float) -> tuple[float, float, float]:
         """Full steps, the first half step, and the speed-up, the means of all calls."""
@@ -206,26 +219,24 @@ class _Probe:
         full, gate = (sum(values) / len(plans) for values in zip(*plans, strict=True))
         return full, gate, self.steps / (full + (self.steps - full) * half)
 
-    def _plan(self, schedule: TGateSchedule) -> tuple[int, int]:
-        """How many steps of the call would have been full, and which would have been the first half step."""
+    @staticmethod
+    def _half_steps(schedule: TGateSchedule, passes: Sequence[_Pass]) -> list[int]:
+        """The steps of a loop that would have been half ones."""
         assert schedule.tolerance is not None
-        pace, full = Pace(schedule.tolerance), []
+        pace, halves = Pace(schedule.tolerance), []
         known: list[Difference] = []
-        steps = sorted({each.step for each in self._passes})
-        for step in steps:
+        for step in sorted({each.step for each in passes}):
             if not pace.full:
+                halves.append(step)
                 pace.end_half_step()
                 continue
-            full.append(step)
             errors = []
-            for each in (each for each in self._passes if each.step == step):
+            for each in (each for each in passes if each.step == step):
                 if len(known) > 1:
                     errors.append(each.error(known))
                 known = [*known[-1:], each.difference]
             pace.end_full_step(max(errors, default=None))
-        if not steps:
-            return self.steps, self.steps
-        return len(full), next((step for step in steps if step not in full), len(steps))
+        return halves
 
 
 @dataclass(frozen=True)
@@ -259,8 +270,9 @@ def _watched(pipe: Any, probe: _Probe) -> Iterator[None]:
     clock.state.said.add("late")
     handles = []
     try:
-        install(pipe, Installation(clock))
-        denoiser = getattr(pipe, "unet", None) or pipe.transformer
+        # Processors of any kind compute as ever, for nothing is reused.
+        install(pipe, Installation(clock, custom="gate"))
+        denoiser = find_family(pipe).denoiser
         for name, layer in attention_modules(denoiser).items():
             if getattr(layer, "is_cross_attention", False):
                 probe.layers.append(name.removesuffix(".processor"))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .pace import LEAD, Pace
-from .prediction import Difference, predict, relative_error
+from .prediction import Difference, guided_output, predict, relative_error
 
 
 class Guidance:
@@ -54,8 +54,7 @@ class Guidance:
             # What runs before the loop is counted to its first pass.
             self._known.pop()
         if self.pace is not None and self.judges:
-            away = 1 if unconditional == 0 else -1
-            guided = halves[unconditional] + scale * away * computed
+            guided = guided_output(halves, unconditional, scale)
             self._measure(relative_error(predict(self._known, position), computed, guided, scale))
         self._known = [*self._known[1 - LEAD :], Difference(position, computed)]
 
@@ -71,10 +70,6 @@ class Guidance:
             else:
                 self.pace.end_half_step()
         self.error = None
-
-    def forget(self) -> None:
-        """The loop has ended."""
-        self._known.clear()
 
     def _measure(self, errors: torch.Tensor) -> None:
         """The one wait for the device in a full step: the sample that is off most decides for all."""

@@ -24,8 +24,12 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_tgate"
 # In the generated class of such a pipeline: its class before.
 _BASE = "_tgate_base"
-# The published package takes the likes of these in the call.
-_SETTINGS = ("gate_step", "sp_interval", "fi_interval", "warm_up", "cfg_interval", "tolerance")
+# The published package takes such settings in the call; some pipelines swallow them. How `apply_tgate` is given them.
+_SETTINGS = {
+    **{name: f"{name}={{!r}}" for name in ("gate_step", "sp_interval", "fi_interval", "warm_up", "guidance")},
+    "cfg_interval": 'guidance="predict", cfg_interval={!r}',
+    "tolerance": '"auto", tolerance={!r}',
+}
 
 
 def installed(pipe: Any) -> Installation | None:
@@ -114,11 +118,11 @@ def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
             "from their start to their end. Await it in a plain function, or call remove_tgate(pipe) to use it."
         )
     signature = inspect.signature(call)
-    for name in _SETTINGS:
+    for name, form in _SETTINGS.items():
         if name in kwargs and name not in signature.parameters:
             raise TypeError(
                 f"{name}={kwargs[name]!r} is no argument of the call: T-GATE takes it beforehand, "
-                f"apply_tgate(pipe, {name}={kwargs[name]!r}), and then every call has it."
+                f"apply_tgate(pipe, {form.format(kwargs[name])}), and then every call has it."
             )
     if "lcm" in kwargs and "lcm" not in signature.parameters:
         raise TypeError(

@@ -52,6 +52,23 @@ def predict(known: Sequence[Difference], position: int) -> torch.Tensor:
     return predicted.to(last.value.dtype)
 
 
+def guided_output(halves: Sequence[torch.Tensor], unconditional: int, scale: Any) -> torch.Tensor:
+    """
+    What the pipeline makes of both halves.
+
+    Args:
+        halves (`Sequence` of `torch.Tensor`): The two halves.
+        unconditional (`int`): Which of them is the unconditional one, 0 or 1.
+        scale (`float` or `torch.Tensor`): Guidance scale.
+
+    Returns:
+        `torch.Tensor`: The unconditional half plus `scale` times the difference of the conditional one to it.
+    """
+    start = halves[unconditional]
+    guided: torch.Tensor = start + scale * (halves[1 - unconditional] - start)
+    return guided
+
+
 def relative_error(predicted: torch.Tensor, computed: torch.Tensor, guided: torch.Tensor, scale: Any) -> torch.Tensor:
     """
     How far the guided output would have been off with a predicted difference, relative to it.

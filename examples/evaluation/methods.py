@@ -52,30 +52,19 @@ def cutoff(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
         yield options
 
 
+def tgate_settings(pipe: Any, entry: Entry) -> dict[str, Any]:
+    """What `apply_tgate` is given: guidance dropped at the gate (v2 reuses self-attention besides), or predicted."""
+    if entry.method == "auto":
+        return {"gate_step": "auto", "tolerance": entry.tolerance}
+    if entry.method == "predict":
+        return {"gate_step": entry.gate, "guidance": "predict", "cfg_interval": entry.interval}
+    return {"gate_step": entry.gate, **(V2[denoiser_kind(pipe)] if entry.method == "tgate-v2" else {})}
+
+
 @contextlib.contextmanager
 def tgate(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
-    """Cross-attention and guidance stop at the gate; in T-GATE v2 self-attention is reused before it, too."""
-    apply_tgate(pipe, entry.gate, **(V2[denoiser_kind(pipe)] if entry.method == "tgate-v2" else {}))
-    try:
-        yield {}
-    finally:
-        remove_tgate(pipe)
-
-
-@contextlib.contextmanager
-def predict(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
-    """Cross-attention stops at the gate, guidance goes on: predicted, and computed again at intervals."""
-    apply_tgate(pipe, entry.gate, guidance="predict", cfg_interval=entry.interval)
-    try:
-        yield {}
-    finally:
-        remove_tgate(pipe)
-
-
-@contextlib.contextmanager
-def auto(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
-    """The same where the error of the prediction says so."""
-    apply_tgate(pipe, "auto", tolerance=entry.tolerance)
+    """T-GATE of every kind."""
+    apply_tgate(pipe, **tgate_settings(pipe, entry))
     try:
         yield {}
     finally:
@@ -120,10 +109,7 @@ METHODS: dict[str, Switch] = {
     "reference": plain,
     "fewer-steps": plain,
     "cutoff": cutoff,
-    "tgate": tgate,
-    "tgate-v2": tgate,
-    "predict": predict,
-    "auto": auto,
+    **dict.fromkeys(("tgate", "tgate-v2", "predict", "auto"), tgate),
     "deepcache": deepcache,
     "deepcache-tgate": deepcache,
     "tome": tome,

@@ -52,15 +52,23 @@ def panel(axis: Any, rows: list[dict[str, Any]], quality: str, label: str) -> No
     axis.set_ylabel(label)
 
 
-def pareto(tables: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """Two panels a table: how right the pictures are, and how near to the baseline's."""
+def panels(groups: dict[str, list[dict[str, Any]]]) -> tuple[Any, list[tuple[Any, Any, list[dict[str, Any]]]]]:
+    """A figure, and for each group of rows two axes side by side."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(10, 4 * len(tables)), layout="constrained")
-    for part, (name, rows) in zip(figure.subfigures(len(tables), squeeze=False)[:, 0], tables.items(), strict=True):
+    figure = plt.figure(figsize=(10, 4 * len(groups)), layout="constrained")
+    found = []
+    for part, (name, rows) in zip(figure.subfigures(len(groups), squeeze=False)[:, 0], groups.items(), strict=True):
         part.suptitle(name, fontsize=10)
-        left, right = part.subplots(1, 2)
+        found.append((*part.subplots(1, 2), rows))
+    return figure, found
+
+
+def pareto(tables: dict[str, list[dict[str, Any]]], file: Path) -> None:
+    """Two panels a table: how right the pictures are, and how near to the baseline's."""
+    figure, found = panels(tables)
+    for left, right, rows in found:
         known = any(row["accuracy"] is not None for row in rows)
         panel(left, rows, "accuracy" if known else "clip_score", "share of right pictures" if known else "CLIP score")
         panel(right, rows, "ssim", "SSIM to the baseline")
@@ -68,28 +76,27 @@ def pareto(tables: dict[str, list[dict[str, Any]]], file: Path) -> None:
     save(figure, file)
 
 
+def over_macs(axis: Any, rows: list[dict[str, Any]], quality: str, label: str) -> None:
+    """One quality over what a picture takes, with the front of each method; the baseline is one of the plain runs."""
+    shown = [row for row in rows if row["macs"] and row[quality] is not None and row["method"] != "reference"]
+    kinds = [("fewer-steps" if row["method"] == "baseline" else row["method"]) for row in shown]
+    for kind in dict.fromkeys(kinds):
+        own = [row for row, of in zip(shown, kinds, strict=True) if of == kind]
+        places = sorted((row["macs"] / 1e9, row[quality]) for row in own)
+        look = {"marker": MARKS.get(kind, "^"), "color": f"C{list(METHODS).index(kind) % 10}"}
+        line = front([(-x, y) for x, y in places])
+        axis.plot([-x for x, _ in line], [y for _, y in line], color=look["color"], linewidth=0.8)
+        axis.plot(*zip(*places, strict=True), label=kind, linestyle="", markersize=4, **look)
+    axis.set_xlabel("GMACs a picture")
+    axis.set_ylabel(label)
+
+
 def against_reference(groups: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """Two panels for each model and scheduler: nearness to the reference, and rightness, over what a picture takes."""
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure = plt.figure(figsize=(10, 4 * len(groups)), layout="constrained")
-    for part, (name, rows) in zip(figure.subfigures(len(groups), squeeze=False)[:, 0], groups.items(), strict=True):
-        part.suptitle(name, fontsize=10)
-        left, right = part.subplots(1, 2)
-        for axis, quality in ((left, "psnr_reference"), (right, "accuracy")):
-            shown = [row for row in rows if row["macs"] and row[quality] is not None and row["method"] != "reference"]
-            kinds = [("fewer-steps" if row["method"] == "baseline" else row["method"]) for row in shown]
-            for kind in dict.fromkeys(kinds):
-                own = [row for row, of in zip(shown, kinds, strict=True) if of == kind]
-                places = sorted((row["macs"] / 1e9, row[quality]) for row in own)
-                look = {"marker": MARKS.get(kind, "^"), "color": f"C{list(METHODS).index(kind) % 10}"}
-                line = front([(-x, y) for x, y in places])
-                axis.plot([-x for x, _ in line], [y for _, y in line], color=look["color"], linewidth=0.8)
-                axis.plot(*zip(*places, strict=True), label=kind, linestyle="", markersize=4, **look)
-            axis.set_xlabel("GMACs a picture")
-        left.set_ylabel("PSNR to the picture of many steps")
-        right.set_ylabel("share of right pictures")
+    figure, found = panels(groups)
+    for left, right, rows in found:
+        over_macs(left, rows, "psnr_reference", "PSNR to the picture of many steps")
+        over_macs(right, rows, "accuracy", "share of right pictures")
         left.legend(fontsize=7)
     save(figure, file)
 

@@ -288,12 +288,14 @@ def switch_guidance_off_in(step):
 
 @pytest.mark.parametrize("step", [2, 4, *map(slow, (3, 5))])
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
-def test_guidance_that_a_callback_switches_off(step, settings):
+def test_guidance_that_a_callback_switches_off(step, settings, caplog):
     case = BY_NAME["sd"]
     pipe = case.build()
     baseline = case.run(pipe, **switch_guidance_off_in(step))
     apply_tgate(pipe, **settings)
     assert case.run(pipe, **switch_guidance_off_in(step)).isfinite().all()
+    # Up to there it was gated as ever.
+    assert not [record for record in caplog.records if "tgate" in record.name]
     # With everything full up to there, what comes after is the same but for reused cross-attention.
     apply_tgate(pipe, **EVERY[0])
     assert torch.equal(case.run(pipe, **switch_guidance_off_in(step)), baseline)

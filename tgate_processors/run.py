@@ -154,7 +154,7 @@ class Run:
             self.batch.check(seen, guided)
         if self._by_forward and not self.call.vouched:
             self.call.check_timestep(seen.given.get("timestep"), loop.passes)
-        if self._state.schedule.is_auto and not (guided and self._droppable):
+        if self._state.schedule.is_auto and not loop.passes and not (guided and self._droppable):
             say_unguided(self._state, self.call)
         self._text.watch(seen.text, loop)
         self._part = self._part_kept(kept) if guided and self._droppable else Part.ALL

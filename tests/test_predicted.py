@@ -37,6 +37,7 @@ from tgate_processors import (
     get_tgate_report,
     remove_tgate,
 )
+from tgate_processors.checking import DEFAULT_TOLERANCE
 from tgate_processors.families import attention_modules
 from tgate_processors.prediction import Difference, predict, relative_error
 
@@ -452,12 +453,19 @@ def test_with_a_late_gate_torch_is_asked_for_the_very_same_operations(gate, more
         assert operations(case, apply_tgate(pipe, gate, guidance="predict", **more)).names == plain
 
 
+@families
+def test_without_settings_the_run_decides(case: Case):
+    pipe = apply_tgate(case.build())
+    assert torch.equal(case.run(pipe), case.gated("auto", tolerance=DEFAULT_TOLERANCE))
+    assert get_tgate_report(pipe).prediction_errors
+
+
 @pytest.mark.parametrize("name", ["pag", "pag_pixart", "pix2pix", "sdxl_pix2pix"])
 def test_guidance_of_other_parts_is_refused(name):
     case = HOSTS_BY_NAME[name]
     pipe = case.build()
-    for settings in (FIXED, AUTO):
-        with pytest.raises(ValueError, match=r'guidance="predict" has no effect: .* is not two halves'):
+    for settings in (FIXED, AUTO, {}):
+        with pytest.raises(ValueError, match=r"guidance, and that of .* is not two halves.*tgate\(pipe, 10\)"):
             apply_tgate(pipe, **settings)
 
 
@@ -470,7 +478,7 @@ def test_guidance_of_other_parts_is_refused(name):
         ({"gate_step": "auto", "sp_interval": 2}, "sp_interval=2"),
         ({"gate_step": "auto", "warm_up": 2}, "warm_up=2"),
         ({"gate_step": 5, "tolerance": 0.1}, "tolerance=0.1 is for"),
-        ({"cfg_interval": 2}, 'cfg_interval=2 is for guidance="predict"'),
+        ({"gate_step": 5, "cfg_interval": 2}, 'cfg_interval=2 is for guidance="predict"'),
         ({"guidance": "predict", "cfg_interval": 0}, "cfg_interval=0 is too small"),
         ({"gate_step": "auto", "tolerance": -0.1}, "tolerance=-0.1 is out of range"),
         ({"gate_step": "auto", "tolerance": float("nan")}, "tolerance=nan is out of range"),

@@ -122,9 +122,10 @@ def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
 def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule) -> None:
     """Refuse to predict guidance that has no two halves."""
     if schedule.predicts and found.kept_half is None:
+        what = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"'
         raise ValueError(
-            f'guidance="predict" has no effect: the guidance of {type(pipe).__name__} is not two halves, so all of it '
-            "stays on. Leave guidance out, and give gate_step as a number of steps."
+            f"{what} predicts guidance, and that of {type(pipe).__name__} is not two halves, so all of it stays on. "
+            "Give gate_step as a number of steps to reuse cross-attention alone, apply_tgate(pipe, 10)."
         )
 
 

@@ -26,7 +26,7 @@ Pipeline = TypeVar("Pipeline")
 
 def apply_tgate(
     pipe: Pipeline,
-    gate_step: int | float | Auto = 10,
+    gate_step: int | float | Auto = "auto",
     *,
     guidance: GuidanceMode | None = None,
     cfg_interval: int | None = None,
@@ -41,18 +41,19 @@ def apply_tgate(
     r"""
     Apply T-GATE to a pipeline, in place. Afterwards call the pipeline as ever.
 
-    Cross-attention is computed in the first `gate_step` steps; then its kept output is reused, and half of the batch of
-    classifier-free guidance is left out: guidance is dropped, or predicted. Steps are those that really run, so
-    `strength`, `denoising_start`/`denoising_end` and custom timesteps are taken into account. A second call replaces
-    the settings of the first.
+    In *full steps* the pipeline computes everything. In *half steps* kept cross-attention is reused, and one half of
+    the batch of classifier-free guidance is left out: guidance is predicted, or dropped. By default the run decides
+    which steps are full, by the measured error of what is predicted. Steps are those that really run, so `strength`,
+    `denoising_start`/`denoising_end` and custom timesteps are taken into account. A second call replaces the settings
+    of the first.
 
     Args:
         pipe (`DiffusionPipeline`):
             The pipeline. Its class, denoiser hooks and attention processors change until [`remove_tgate`].
-        gate_step (`int`, `float` or `str`, *optional*, defaults to `10`):
-            Number of steps in which cross-attention is computed, or, as a `float` in (0, 1), their share of the steps
-            that really run. With `"auto"` the run decides which steps are full, by the error of the guidance that is
-            predicted.
+        gate_step (`int`, `float` or `str`, *optional*, defaults to `"auto"`):
+            With `"auto"` the run decides which steps are full. A number is that of the first full steps, after which
+            come half steps, as in the published method; a `float` in (0, 1) is their share of the steps that really
+            run. A call without guidance needs a number: `"auto"` gates nothing there, and warns.
         guidance (`str`, *optional*):
             What becomes of classifier-free guidance after the gate: `"drop"` ends it, as the published method does;
             `"predict"` goes on with what the two halves differ by, predicted from the last full steps. Defaults to
@@ -97,7 +98,7 @@ def apply_tgate(
     ```py
     >>> from tgate_processors import apply_tgate, remove_tgate
 
-    >>> pipe = apply_tgate(pipe, gate_step=10)
+    >>> pipe = apply_tgate(pipe)
     >>> image = pipe(prompt, num_inference_steps=25).images[0]
     >>> pipe = remove_tgate(pipe)
     ```

@@ -77,7 +77,8 @@ def say_unguided(state: TGateState, call: Call) -> None:
     if state.say_once("unguided"):
         logger.warning(
             'T-GATE: gate_step="auto" is set by the error of predicted guidance, and this call of %s has no guidance '
-            "in which half of the batch could be left out: nothing is gated. Give gate_step as a number of steps.",
+            "in which half of the batch could be left out: nothing is gated. Give gate_step as a number of steps to "
+            "reuse cross-attention alone.",
             call.subject,
         )
 

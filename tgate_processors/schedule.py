@@ -48,11 +48,11 @@ class TGateSchedule:
     that call the denoiser twice a step (Heun, KDPM2) or repeat the first timestep (PNDM).
 
     Args:
-        gate_step (`int`, `float` or `str`, *optional*, defaults to `10`):
-            Number of steps in which cross-attention is computed. Its output is stored in step `gate_step - 1` and
-            reused from step `gate_step` on, where half of the guidance batch is left out too. A `float` in (0, 1) is a
-            share of the steps that really run, rounded to the nearest step and at least 1. With `"auto"` the run
-            decides, by the error of the guidance that is predicted: see `tolerance`.
+        gate_step (`int`, `float` or `str`, *optional*, defaults to `"auto"`):
+            With `"auto"` the run decides which steps are full, by the error of the guidance that is predicted: see
+            `tolerance`. A number is that of the steps in which cross-attention is computed: its output is stored in
+            step `gate_step - 1` and reused from step `gate_step` on, where half of the guidance batch is left out too.
+            A `float` in (0, 1) is a share of the steps that really run, rounded to the nearest step and at least 1.
         sp_interval (`int`, *optional*, defaults to `1`):
             In the semantics-planning phase self-attention is computed every `sp_interval` steps. `1` computes it in
             every step.
@@ -92,7 +92,7 @@ class TGateSchedule:
     *m* is `gate_step`, its *k* is `sp_interval`, its *w* is `warm_up`.
     """
 
-    gate_step: int | float | Auto = 10
+    gate_step: int | float | Auto = "auto"
     sp_interval: int = 1
     fi_interval: int = 1
     warm_up: int = 0
@@ -228,16 +228,18 @@ class TGateSchedule:
         if self.is_auto and self.guidance == "drop":
             raise ValueError(
                 'gate_step="auto" is set by the error of predicted guidance, but guidance="drop" predicts none: give '
-                'gate_step as a number of steps, or guidance="predict".'
+                "gate_step as a number of steps, or leave guidance out."
             )
         if self.is_auto and (self.sp_interval > 1 or self.warm_up):
             raise ValueError(
                 f"sp_interval={self.sp_interval} and warm_up={self.warm_up} are for the steps before the gate, and "
-                'gate_step="auto" does not know how many these will be: leave them out, or give a number of steps.'
+                'gate_step="auto" does not know how many these will be: leave them out, or give gate_step as a number '
+                "of steps."
             )
         if self.is_auto and self.cfg_interval is not None:
             raise ValueError(
-                f'cfg_interval={self.cfg_interval} and gate_step="auto" both say when guidance is computed: give one.'
+                f'cfg_interval={self.cfg_interval} and gate_step="auto" both say when guidance is computed: leave it '
+                'out, or give gate_step as a number of steps and guidance="predict".'
             )
         if not self.is_auto and self.tolerance is not None:
             raise ValueError(f'tolerance={self.tolerance} is for gate_step="auto", not gate_step={self.gate_step}.')

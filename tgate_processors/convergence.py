@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from .callback import StepClock
 from .cost import estimate_cost
@@ -18,11 +15,9 @@ from .halving import sample_of
 from .installation import Installation
 from .layers import attention_modules
 from .layout import see
-from .pace import Pace
 from .patch import check_pipeline, remove_tgate
 from .pipeline import install, installed
-from .prediction import Difference, guided_output, predict, relative_error
-from .run import Run
+from .probing import Probe
 from .schedule import TGateSchedule
 
 if TYPE_CHECKING:
@@ -90,7 +85,7 @@ def measure_convergence(
     prompts: Sequence[str | Mapping[str, Any]],
     call: Mapping[str, Any] | None = None,
     *,
-    tolerances: Sequence[float] = (0.05, 0.1, 0.2, 0.4),
+    tolerances: Sequence[float] = (0.1, 0.2, 0.4, 0.8),
 ) -> TGateConvergence:
     r"""
     Draw some pictures as ever, and tell how cross-attention and guidance settle from step to step.
@@ -103,7 +98,7 @@ def measure_convergence(
         pipe (`DiffusionPipeline`): The pipeline.
         prompts (`list` of `str` or `dict`): What to draw, a call for each: a prompt, or the arguments of the call.
         call (`dict`, *optional*): Arguments that every call gets, such as `num_inference_steps`.
-        tolerances (`list` of `float`, *optional*, defaults to `(0.05, 0.1, 0.2, 0.4)`):
+        tolerances (`list` of `float`, *optional*, defaults to `(0.1, 0.2, 0.4, 0.8)`):
             Values of `tolerance` to tell the settings of.
 
     Returns:
@@ -135,7 +130,7 @@ def measure_convergence(
     if not calls:
         raise ValueError(f"prompts={prompts!r} is empty: give some prompts, with a call for each.")
     schedules = [TGateSchedule("auto", tolerance=tolerance) for tolerance in tolerances]
-    probe = _Probe()
+    probe = Probe()
     with _watched(pipe, probe):
         for each in pipe.progress_bar(calls):
             pipe(**{**(call or {}), **each})
@@ -150,118 +145,8 @@ def measure_convergence(
     return TGateConvergence(steps, layers.rename_axis("step"), pd.DataFrame(columns, index=index, columns=list(names)))
 
 
-class _Probe:
-    """What is seen: sums by what changes and by step, and the differences of one call."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.layers: list[str] = []
-        # Step and pass of the forward that runs: PixArt's has ended when its hooks come.
-        self._now = (0, 0)
-        self._changes: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        self._before: dict[str, torch.Tensor] = {}
-        # The passes of every loop of a call.
-        self._loops: list[list[_Pass]] = [[]]
-        self._plans: dict[float | None, list[tuple[int, int]]] = defaultdict(list)
-
-    def mean(self, name: str) -> dict[int, float]:
-        """Mean change by step."""
-        return {step: sum(values) / len(values) for step, values in sorted(self._changes[name].items())}
-
-    def layer(self, name: str, run: Run, output: torch.Tensor) -> None:
-        """A layer with cross-attention has given its output."""
-        step = run.step_index
-        if run.passes < self._now[1]:
-            # Another loop of the call begins (FreeInit).
-            self._before.clear()
-            self._loops.append([])
-        self._now = (step, run.passes)
-        self.steps = max(self.steps, step + 1)
-        before = self._before.get(name)
-        if before is not None and before.shape == output.shape:
-            change = _change(before, output)
-            self._changes[name][step].append(change)
-            self._changes["cross_attention"][step].append(change)
-        self._before[name] = output.detach().clone()
-
-    def both_halves(self, prediction: torch.Tensor, run: Run) -> None:
-        """The denoiser has given both halves of guidance."""
-        (step, number), halves = self._now, prediction.chunk(2)
-        difference = Difference(number, halves[1] - halves[0])
-        scale = run.call.scale()
-        now = _Pass(step, difference, guided_output(halves, 0 if run.batch.unconditional_first else 1, scale), scale)
-        passes = self._loops[-1]
-        if passes and passes[-1].difference.position == number:
-            # What runs before the loop is counted to its first pass.
-            passes.pop()
-        if passes and passes[-1].difference.value.shape != difference.value.shape:
-            # As another loop: the run begins anew there.
-            self._loops.append(passes := [])
-        if passes:
-            self._changes["difference"][step].append(_change(passes[-1].difference.value, difference.value))
-        if len(passes) > 1:
-            self._changes["error"][step].append(now.error([each.difference for each in passes[-2:]]))
-        passes.append(now)
-
-    def end_call(self, schedules: Sequence[TGateSchedule]) -> None:
-        """A call has ended: see what each tolerance would have given, and let go of what it held."""
-        for schedule in schedules:
-            halves = [step for passes in self._loops for step in self._half_steps(schedule, passes)]
-            plan = self.steps - len(halves), min(halves, default=self.steps)
-            self._plans[schedule.tolerance].append(plan)
-        self._loops = [[]]
-        self._before.clear()
-        self._now = (0, 0)
-
-    def setting(self, schedule: TGateSchedule, half: float) -> tuple[float, float, float]:
-        """Full steps, the first half step, and the speed-up, the means of all calls."""
-        plans = self._plans[schedule.tolerance]
-        full, gate = (sum(values) / len(plans) for values in zip(*plans, strict=True))
-        return full, gate, self.steps / (full + (self.steps - full) * half)
-
-    @staticmethod
-    def _half_steps(schedule: TGateSchedule, passes: Sequence[_Pass]) -> list[int]:
-        """The steps of a loop that would have been half ones."""
-        assert schedule.tolerance is not None
-        pace, halves = Pace(schedule.tolerance), []
-        known: list[Difference] = []
-        for step in sorted({each.step for each in passes}):
-            if not pace.full:
-                halves.append(step)
-                pace.end_half_step()
-                continue
-            errors = []
-            for each in (each for each in passes if each.step == step):
-                if len(known) > 1:
-                    errors.append(each.error(known))
-                known = [*known[-1:], each.difference]
-            pace.end_full_step(max(errors, default=None))
-        return halves
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A forward with both halves of guidance."""
-
-    step: int
-    difference: Difference
-    guided: torch.Tensor
-    scale: Any
-
-    def error(self, known: Sequence[Difference]) -> float:
-        """How far a prediction would have been off, for the worst picture of the batch."""
-        predicted = predict(known, self.difference.position)
-        return float(relative_error(predicted, self.difference.value, self.guided, self.scale).max())
-
-
-def _change(before: torch.Tensor, now: torch.Tensor) -> float:
-    """How far two tensors are apart, relative to the later one; the mean of the samples."""
-    apart = (now.float() - before.float()).flatten(1).norm(dim=1)
-    return float((apart / now.float().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).mean())
-
-
 @contextmanager
-def _watched(pipe: Any, probe: _Probe) -> Iterator[None]:
+def _watched(pipe: Any, probe: Probe) -> Iterator[None]:
     """Have T-GATE follow the calls of a pipeline without gating anything, and everything as it was afterwards."""
     before = installed(pipe)
     remove_tgate(pipe)
@@ -287,7 +172,7 @@ def _watched(pipe: Any, probe: _Probe) -> Iterator[None]:
             install(pipe, before)
 
 
-def _layer_hook(probe: _Probe, name: str, clock: StepClock) -> Any:
+def _layer_hook(probe: Probe, name: str, clock: StepClock) -> Any:
     """Tell the probe what a layer gives out."""
 
     def hook(module: Any, args: Any, output: Any) -> None:
@@ -298,7 +183,7 @@ def _layer_hook(probe: _Probe, name: str, clock: StepClock) -> Any:
     return hook
 
 
-def _denoiser_hook(probe: _Probe, clock: StepClock) -> Any:
+def _denoiser_hook(probe: Probe, clock: StepClock) -> Any:
     """Tell the probe what the denoiser gives out."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

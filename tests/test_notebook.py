@@ -27,9 +27,10 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
     notebook = nbformat.read(FILE, as_version=4)
     NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(FILE.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     assert "s without, " in printed
+    assert "tolerance=0.8: full steps" in printed
     assert " none " in printed
 
 

@@ -190,7 +190,7 @@ def main(
         list[int] | None, typer.Option(min=1, help="The same for T-GATE v2 and for DeepCache with T-GATE.")
     ] = None,
     cfg_interval: Annotated[list[int] | None, typer.Option(min=1, help="Full steps of 'predict'; 3 if not.")] = None,
-    tolerance: Annotated[list[float] | None, typer.Option(min=0, help="Of 'auto'; 0.2 if not given.")] = None,
+    tolerance: Annotated[list[float] | None, typer.Option(min=0, help="Of 'auto'; 0.6 if not given.")] = None,
     reference_steps: Annotated[
         int | None, typer.Option(min=1, help="Hold every method against the plain picture of so many steps too.")
     ] = None,
@@ -232,7 +232,7 @@ def main(
         tuple(gate_step or [3, 5, 8, 10, 15]),
         tuple(tuned_gate or [10]),
         tuple(cfg_interval or [3]),
-        tuple(tolerance or [0.2]),
+        tuple(tolerance or [0.6]),
     )
     tables = tables_of(models, schedulers, steps or [25], methods, chosen, reference_steps, output)
     console = Console(quiet=not state.is_main_process)

@@ -8,7 +8,7 @@ from typing import Literal
 
 Auto = Literal["auto"]
 
-DEFAULT_TOLERANCE = 0.2
+DEFAULT_TOLERANCE = 0.6
 
 
 def checked_gate_step(value: object) -> int | float | Auto:
@@ -31,7 +31,7 @@ def checked_tolerance(value: object) -> float:
     """Validate `tolerance`."""
     if value is None:
         return DEFAULT_TOLERANCE
-    remedy = "give the relative error to accept, a number of at least 0 such as 0.2"
+    remedy = "give the relative error to accept, a number of at least 0 such as 0.6"
     if isinstance(value, (str, bytes)) or _is_no_number(value) or not hasattr(value, "__float__"):
         raise TypeError(f"tolerance={value!r} is a {type(value).__name__}: {remedy}.")
     tolerance = float(value)

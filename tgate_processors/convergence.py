@@ -85,7 +85,7 @@ def measure_convergence(
     prompts: Sequence[str | Mapping[str, Any]],
     call: Mapping[str, Any] | None = None,
     *,
-    tolerances: Sequence[float] = (0.1, 0.2, 0.4, 0.8),
+    tolerances: Sequence[float] = (0.1, 0.2, 0.4, 0.6),
 ) -> TGateConvergence:
     r"""
     Draw some pictures as ever, and tell how cross-attention and guidance settle from step to step.
@@ -98,7 +98,7 @@ def measure_convergence(
         pipe (`DiffusionPipeline`): The pipeline.
         prompts (`list` of `str` or `dict`): What to draw, a call for each: a prompt, or the arguments of the call.
         call (`dict`, *optional*): Arguments that every call gets, such as `num_inference_steps`.
-        tolerances (`list` of `float`, *optional*, defaults to `(0.1, 0.2, 0.4, 0.8)`):
+        tolerances (`list` of `float`, *optional*, defaults to `(0.1, 0.2, 0.4, 0.6)`):
             Values of `tolerance` to tell the settings of.
 
     Returns:

@@ -63,7 +63,7 @@ def apply_tgate(
             computed, and cross-attention and the difference are kept anew. By default none is.
         tolerance (`float`, *optional*):
             With `gate_step="auto"`, the error of a predicted guided output, relative to it, that is accepted. Smaller
-            values make more steps full, `0` all of them. Defaults to `0.2`.
+            values make more steps full, `0` all of them. Defaults to `0.6`.
         sp_interval (`int`, *optional*, defaults to `1`):
             Before the gate, self-attention is computed every `sp_interval` steps. `1` computes it in every step.
         fi_interval (`int`, *optional*, defaults to `1`):

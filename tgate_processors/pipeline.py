@@ -26,8 +26,9 @@ _ATTRIBUTE = "_tgate"
 _BASE = "_tgate_base"
 # The published package takes such settings in the call; some pipelines swallow them. How `apply_tgate` is given them.
 _SETTINGS = {
-    **{name: f"{name}={{!r}}" for name in ("gate_step", "sp_interval", "fi_interval", "warm_up", "guidance")},
-    "cfg_interval": 'guidance="predict", cfg_interval={!r}',
+    **{name: f"{name}={{!r}}" for name in ("gate_step", "fi_interval")},
+    **{name: f"10, {name}={{!r}}" for name in ("sp_interval", "warm_up", "guidance")},
+    "cfg_interval": '10, guidance="predict", cfg_interval={!r}',
     "tolerance": '"auto", tolerance={!r}',
 }
 

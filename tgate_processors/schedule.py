@@ -72,7 +72,7 @@ class TGateSchedule:
         tolerance (`float`, *optional*):
             With `gate_step="auto"`, the error of a predicted guided output, relative to it, that is accepted. It is
             measured in every full step, and the step after is full too if it is larger. `0` makes every step a full
-            one. Defaults to `0.2`.
+            one. Defaults to `0.6`.
 
     Raises:
         TypeError: If a setting is not a number of the right kind.

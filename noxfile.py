@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "docs", "tests"]
 nox.options.error_on_external_run = True
 nox.options.reuse_existing_virtualenvs = True
 
@@ -38,6 +38,13 @@ def types(session: nox.Session) -> None:
     """Types."""
     session.install(*CONSTRAINED, *PROJECT["dependency-groups"]["types"], "-e", ".")
     session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation site, in site/, without a warning; `-- serve` shows it while you write."""
+    session.install(*PROJECT["dependency-groups"]["docs"], *PROJECT["dependency-groups"]["lint"])
+    session.run("mkdocs", *(session.posargs or ["build"]), "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

@@ -2,6 +2,7 @@
 
 import doctest
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ PROMPT = "a large red circle at the top left, on a white background"
 
 
 def snippets(page):
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(snippet) for _, snippet in found]
 
 
 @pytest.fixture
@@ -86,10 +88,43 @@ def test_the_commands_of_the_readme_are_those_of_ci_and_nox():
     assert {"quickstart", "tests"} <= set(sessions)
 
 
-def test_links_between_pages_lead_somewhere():
-    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
-        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-            assert link.startswith("https://") or (page.parent / link).exists(), (page.name, link)
+def prose(page):
+    """A page without its code."""
+    return re.sub(r"^( *)```.*?^\1```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """The anchors of a page's headings, as a code host makes them and the site too."""
+    found = []
+    for heading in re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE):
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        anchor = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        found.append(anchor if anchor not in found else f"{anchor}-{found.count(anchor)}")
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^()\s]+)\)", prose(page))
+    links += re.findall(r"\b(?:src|srcset|href)=\"([^\"]+)\"", prose(page))
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_site_has_every_page_and_the_reference_everything_that_is_public():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in navigation
+    reference = (ROOT / "docs/api.md").read_text()
+    entries = re.findall(r"^::: tgate_processors\.(\w+)$", reference, flags=re.MULTILINE)
+    assert sorted(entries) == sorted(tgate_processors.__all__)
 
 
 def test_the_support_matrix_lists_the_pipelines_of_the_tests():

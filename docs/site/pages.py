@@ -1,9 +1,9 @@
 """
 README, CHANGELOG and CONTRIBUTING as pages of the site, and links that work there.
 
-The files are written for a code host: README links to `docs/cost.md`, pages link to `../CHANGELOG.md`. Here links between
-two pages are made to fit the site. The site has no page for a module or a test. With `repo_url` such links lead to the
-code host; without it only their text is left.
+The files are written for a code host: README links to `docs/cost.md`, pages link to `../CHANGELOG.md`. Here links
+between two pages are made to fit the site. The site has no page for a module or a test. With `repo_url` such links lead
+to the code host; without it only their text is left.
 """
 
 import posixpath

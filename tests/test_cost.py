@@ -23,8 +23,6 @@ from tests.ecosystem import FRAMES, HOSTS_BY_NAME
 from tests.pipelines import BY_NAME, GUIDED, SIZE, STEPS, slow
 from tests.test_counts import SETTINGS
 from tgate_processors import MACs, TGateSchedule, apply_tgate, estimate_cost, get_tgate_report
-from tgate_processors.families import FAMILIES
-from tgate_processors.twin import INPUTS
 
 ROOT = Path(__file__).parent.parent
 DEAR = {"sd_img2img", "lcm_sdxl"}
@@ -253,10 +251,6 @@ def test_bytes_are_counted_in_the_given_type():
     assert held[0] == held[1] == 2 * held[2]
     pipe.unet.half()
     assert estimate_cost(pipe, TGateSchedule(2), STEPS, **sizes(case)).report.peak_bytes == held[2]
-
-
-def test_the_inputs_of_every_family_are_known():
-    assert set(INPUTS) == {family.denoiser_class for family in FAMILIES}
 
 
 def _other_conditions(**config):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .call import Call
-from .layout import DENOISER_ARGUMENTS, Seen, unconditional_first
+from .layout import Layout, Seen, unconditional_first
 
 
 class Batch:
@@ -16,13 +16,15 @@ class Batch:
 
     Args:
         call (`Call`): What the pipeline tells.
+        layout (`Layout`): What the batch of its denoiser is.
 
     Attributes:
         unconditional_first (`bool`): Whether the first half of a guided batch is the unconditional one.
     """
 
-    def __init__(self, call: Call) -> None:
-        self.unconditional_first = True
+    def __init__(self, call: Call, layout: Layout) -> None:
+        self.unconditional_first = not layout.conditional_first
+        self._layout = layout
         self._call = call
         self._pictures: int | None = None
         # A loop of diffusers' own needs no look.
@@ -69,7 +71,7 @@ class Batch:
                 self._looked_at = True
                 negative, positive = self._call.told(told)
                 self.unconditional_first = unconditional_first(
-                    seen, DENOISER_ARGUMENTS, negative, positive, self._call.subject
+                    seen, self._layout.of_denoiser, negative, positive, self._call.subject
                 )
         after = latents if isinstance(latents, torch.Tensor) else before
         if isinstance(after, torch.Tensor):

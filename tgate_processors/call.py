@@ -23,12 +23,26 @@ class Call:
             The arguments of the call, for pipelines that keep in local variables what others tell.
         vouched (`bool`, *optional*, defaults to `True`):
             Whether the loop is diffusers' own, so that the tables here hold for it.
+        guides (`bool`, *optional*, defaults to `True`):
+            Whether it can have guidance of two halves at all.
+        scale_beyond (`float`, *optional*, defaults to 0):
+            What guidance multiplies the difference of its halves with more than its scale says.
     """
 
-    def __init__(self, pipe: Any, arguments: Mapping[str, Any] | None = None, *, vouched: bool = True) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        vouched: bool = True,
+        guides: bool = True,
+        scale_beyond: float = 0.0,
+    ) -> None:
         self._pipe = pipe
         self._arguments = dict(arguments or {})
         self.vouched = vouched
+        self._guides = guides
+        self._scale_beyond = scale_beyond
         self._guided: bool | None = None
         self._seen_scale: Any = None
         self._timesteps: Any = None
@@ -77,6 +91,8 @@ class Call:
 
     def guided(self) -> bool:
         """Whether the denoiser's batch holds both halves of classifier-free guidance now."""
+        if not self._guides:
+            return False
         if not hasattr(type(self._pipe), "do_classifier_free_guidance"):
             return self._guided_by_argument()
         # Callbacks may change the scale between two steps. Where it is a tensor (SVD), asking the pipeline waits for
@@ -93,7 +109,7 @@ class Call:
 
     def scale(self) -> Any:
         """
-        The guidance scale now, a number or a tensor.
+        What guidance multiplies the difference of its halves with now, a number or a tensor.
 
         Raises:
             ValueError: If the pipeline does not tell it.
@@ -107,7 +123,7 @@ class Call:
                 "needs a `guidance_scale` in its call, or `_guidance_scale` set on the pipeline. Give gate_step as a "
                 "number of steps."
             )
-        return scale
+        return scale + self._scale_beyond
 
     def _guided_by_argument(self) -> bool:
         """Whether the call asks for guidance."""
@@ -129,8 +145,8 @@ class Call:
             prompts = 1 if isinstance(prompt, str) else len(prompt)
         else:
             return None
-        each = self._arguments.get("num_images_per_prompt")
-        return prompts * (each if isinstance(each, int) else 1)
+        each = (self._arguments.get(f"num_{kind}_per_prompt") for kind in ("images", "videos", "waveforms"))
+        return prompts * next((number for number in each if isinstance(number, int)), 1)
 
     def told(self, callback_tensors: Mapping[str, Any]) -> tuple[Any, Any]:
         """The embeddings of the negative prompt and of the prompt, where the pipeline tells them."""

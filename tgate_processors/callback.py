@@ -140,11 +140,12 @@ class TGateCallback(StepClock):
         check_half(pipeline, found, self.cfg_half)
         check_guidance(pipeline, found, self.state.schedule)
         check_others(found.denoiser, self.state.schedule)
-        layers = Layers(found.denoiser, self.state, "gate")
+        layout = found.family.layout
+        layers = Layers(found.denoiser, self.state, "gate", layout)
         layers.look()
         self._run, self.state.waiting = self.state.waiting, None
         assert self._run is not None
-        hooks = DenoiserHooks(self.state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half)
+        hooks = DenoiserHooks(self.state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
         forget = found.denoiser.register_forward_pre_hook(self._forget_a_broken_run)
         hooks.install()
         self._place.callback(forget.remove)
@@ -152,7 +153,7 @@ class TGateCallback(StepClock):
         self._place.enter_context(replayed(found.denoiser, self.state))
         self.state.enter(self._run)
         self._place.callback(self.state.leave)
-        call = Call(pipeline, vouched=found.vouched)
+        call = found.call(pipeline)
         self._run.adopt(call, layers, droppable=found.kept_half is not None)
         if call.guided() and self._run.gates_first_step:
             raise ValueError(

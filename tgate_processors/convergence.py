@@ -157,9 +157,10 @@ def _watched(pipe: Any, probe: Probe) -> Iterator[None]:
     try:
         # Processors of any kind compute as ever, for nothing is reused.
         install(pipe, Installation(clock, custom="gate"))
-        denoiser = find_family(pipe).denoiser
+        found = find_family(pipe)
+        denoiser, layout = found.denoiser, found.family.layout
         for name, layer in attention_modules(denoiser).items():
-            if getattr(layer, "is_cross_attention", False):
+            if layout.is_cross(name, layer):
                 probe.layers.append(name.removesuffix(".processor"))
                 handles.append(layer.register_forward_hook(_layer_hook(probe, probe.layers[-1], clock)))
         handles.append(denoiser.register_forward_hook(_denoiser_hook(probe, clock), with_kwargs=True))

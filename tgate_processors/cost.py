@@ -15,11 +15,12 @@ import torch
 from .call import Call
 from .checking import checked_int
 from .counting import MACs, Profile, measure, run_schedule
-from .families import FAMILIES, check_attention, family_of, find_family
+from .families import check_attention, family_of, find_family, known
+from .families.family import InputSize
 from .report import TGateReport
 from .schedule import TGateSchedule
 from .steps import Timeline
-from .twin import InputSize, check_conditions, check_parameters, input_size, make_twin
+from .twin import check_conditions, check_parameters, input_size, make_twin
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,7 @@ def _pipe_and_denoiser(given: Any) -> tuple[Any, Any]:
     if not isinstance(given, torch.nn.Module):
         raise TypeError(f"pipe_or_denoiser is a {name}: give a diffusers pipeline, or its denoiser.")
     if family_of(given) is None:
-        known = ", ".join(family.denoiser_class for family in FAMILIES)
-        raise ValueError(f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {known}.")
+        raise ValueError(f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {known()}.")
     check_attention(given, name)
     return None, getattr(given, "_orig_mod", given)
 

@@ -10,16 +10,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .call import Call
+from .families import family_of
+from .families.family import InputSize
 from .halving import sample_of
 from .layers import Layers, attention_modules
-from .layout import Seen, see
+from .layout import Layout, Seen, see
 from .processor import TGateAttnProcessor
 from .report import TGateReport
 from .run import Run
 from .schedule import Action, TGateSchedule
 from .state import Signals, Slot, TGateState
 from .steps import Timeline
-from .twin import InputSize, make_inputs
+from .twin import make_inputs
 
 # The layers that published MACs count.
 _LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -106,7 +108,10 @@ class Recorder:
 
 
 def count_forwards(
-    module: Any, make: Callable[[], dict[str, Any]], ways: Sequence[tuple[Action, Action]]
+    module: Any,
+    make: Callable[[], dict[str, Any]],
+    ways: Sequence[tuple[Action, Action]],
+    layout: Layout | None = None,
 ) -> Iterator[tuple[Forward, int]]:
     """
     Run a module with T-GATE's processors, one way of doing cross- and self-attention after the other.
@@ -115,13 +120,16 @@ def count_forwards(
         module (`torch.nn.Module`): The module.
         make (`Callable`): Makes the inputs of a forward.
         ways (`Sequence` of `tuple`): What cross-attention and self-attention do.
+        layout (`Layout`, *optional*): Which layers are never gated.
 
     Yields:
         `tuple` of `Forward` and `int`: What the forward took, and the bytes held after it.
     """
     state, recorder = TGateState(TGateSchedule()), Recorder()
     layers = attention_modules(module)
-    module.set_attn_processor({name: TGateAttnProcessor(layer.processor, state) for name, layer in layers.items()})
+    for name, layer in layers.items():
+        if layout is None or layout.is_gated(name):
+            layer.set_processor(TGateAttnProcessor(layer.processor, state))
     for cross, own in ways:
         recorder.signals.set(cross, own)
         with state.entered(recorder):
@@ -143,7 +151,10 @@ def measure(twin: Any, size: InputSize) -> Profile:
         given.append(sample_of(output, see(module, args, kwargs).shape).numel())
 
     handle = twin.register_forward_hook(note, with_kwargs=True)
-    for way, (forward, held) in zip(ways, count_forwards(twin, lambda: make_inputs(twin, 1, size), ways), strict=True):
+    family = family_of(twin)
+    assert family is not None
+    counted = count_forwards(twin, lambda: make_inputs(twin, 1, size), ways, family.layout)
+    for way, (forward, held) in zip(ways, counted, strict=True):
         forwards[way[0] is Action.REUSE, way[1] is Action.REUSE] = forward
         widths.append(held // twin.dtype.itemsize)
     handle.remove()

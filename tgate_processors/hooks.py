@@ -10,7 +10,7 @@ import torch
 
 from .checkpointing import Differentiated, cannot_replay
 from .halving import double, halve_named
-from .layout import CONTROLNET_ARGUMENTS, DENOISER_ARGUMENTS, RESIDUALS, Names, rows_of, see
+from .layout import Layout, Names, rows_of, see
 from .schedule import CFGHalf
 from .state import TGateState
 
@@ -33,6 +33,7 @@ class DenoiserHooks:
         kept (`str`, *optional*): The half that stays, `"unconditional"` or `"conditional"`.
         default (`str`, *optional*): The half that stays if none is given and guidance is dropped; with a ControlNet
             that sees the conditional half only (`guess_mode`) it is that one, because the other has no control.
+        layout (`Layout`, *optional*): What the batch is.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class DenoiserHooks:
         controlnet: torch.nn.Module | None = None,
         kept: CFGHalf | None = None,
         default: CFGHalf | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self._state = state
         self._denoiser = denoiser
         self._controlnet = controlnet
         self._kept = kept
         self._default = default
+        self._layout = layout or Layout()
         self._handles: list[tuple[Any, Any]] = []
         self._differentiated = Differentiated()
 
@@ -129,7 +132,7 @@ class DenoiserHooks:
         self.stand_inside()
         run.before_forward(seen, self._kept_half(run), may_halve=innermost or run.control.halved)
         if not run.half:
-            run.control.see(rows_of(seen.given.get("mid_block_additional_residual")))
+            run.control.see(rows_of([seen.given.get(name) for name in self._layout.residuals]))
             if run.control.halved:
                 raise ValueError(
                     "T-GATE: the ControlNet ran on half of the batch, but the denoiser has to run on all of it, "
@@ -140,7 +143,8 @@ class DenoiserHooks:
 
     def _halved(self, run: Any, batch: int, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
         """The half of the arguments that stays. The user's hooks after the forward find the whole ones again."""
-        wanted: Names = DENOISER_ARGUMENTS if run.control.halved else {**DENOISER_ARGUMENTS, **RESIDUALS}
+        layout = self._layout
+        wanted: Names = layout.of_denoiser if run.control.halved else {**layout.of_denoiser, **layout.residuals}
         kept = self._kept_half(run)
         positional = dict(zip(names, args, strict=False))
         new_args = list(halve_named(positional, wanted, batch, kept).values())
@@ -171,8 +175,9 @@ class DenoiserHooks:
         kept = self._kept_half(run)
         names = list(seen.given)
         positional = dict(zip(names, args, strict=False))
-        new_args = list(halve_named(positional, CONTROLNET_ARGUMENTS, seen.batch, kept).values())
-        return new_args, halve_named(kwargs, CONTROLNET_ARGUMENTS, seen.batch, kept)
+        names_of_batch = self._layout.of_controlnet
+        new_args = list(halve_named(positional, names_of_batch, seen.batch, kept).values())
+        return new_args, halve_named(kwargs, names_of_batch, seen.batch, kept)
 
     def _after(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """A forward has ended: tell the run, and give the output of the half back as both halves."""

@@ -115,8 +115,9 @@ class Installation:
             return here
         check_half(pipe, found, self.cfg_half)
         check_guidance(pipe, found, state.schedule)
-        hooks = DenoiserHooks(state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half)
-        here = Place(found, hooks, Layers(found.denoiser, state, self.custom))
+        layout = found.family.layout
+        hooks = DenoiserHooks(state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
+        here = Place(found, hooks, Layers(found.denoiser, state, self.custom, layout))
         self._places.append(here)
         self._owners.append(weakref.WeakSet([pipe]))
         try:

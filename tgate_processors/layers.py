@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from .layout import Layout
 from .processor import TGateAttnProcessor, is_bare, is_own
 from .state import Slot, TGateState
 
@@ -32,10 +33,18 @@ class Layers:
         custom (`str`, *optional*):
             What becomes of processors that are not diffusers' own, `"leave"` or `"gate"`. `None` leaves them too, but
             refuses mere callables.
+        layout (`Layout`, *optional*): Which of them attend to the text, and which are never gated.
     """
 
-    def __init__(self, denoiser: Any, state: TGateState, custom: CustomProcessors | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: Any,
+        state: TGateState,
+        custom: CustomProcessors | None = None,
+        layout: Layout | None = None,
+    ) -> None:
         self.denoiser = denoiser
+        self.layout = layout or Layout()
         self._state = state
         self._custom = custom
         self._modules: dict[str, Any] = {}
@@ -71,12 +80,12 @@ class Layers:
         return [
             name
             for name, layer in self._modules.items()
-            if gates[name] is None and (self._is_cross(layer) or not is_own(layer.processor))
+            if gates[name] is None and (self.layout.is_cross(name, layer) or not is_own(layer.processor))
         ]
 
     def expected(self) -> dict[str, Slot]:
         """The gates of all cross-attention: each has to hold an output before a half of the batch is left out."""
-        return {name: slot for slot, name in self._by_slot.items() if self._is_cross(self._modules[name])}
+        return {name: slot for slot, name in self._by_slot.items() if self.layout.is_cross(name, self._modules[name])}
 
     def of(self, slot: Slot) -> Any:
         """The layer of a gate."""
@@ -84,7 +93,7 @@ class Layers:
 
     def is_cross(self, slot: Slot) -> bool:
         """Whether the layer of a gate has cross-attention."""
-        return self._is_cross(self.of(slot))
+        return self.layout.is_cross(self._by_slot[slot], self.of(slot))
 
     def check(self) -> None:
         """Refuse processors that were exchanged between two steps."""
@@ -139,7 +148,7 @@ class Layers:
         gates = {}
         for name in names:
             processor = self._modules[name].processor
-            if self._gate_of(processor) is None and self._may_gate(name, processor):
+            if self._gate_of(processor) is None and self.layout.is_gated(name) and self._may_gate(name, processor):
                 gates[name] = TGateAttnProcessor(processor, self._state)
         self._set(gates)
 
@@ -156,12 +165,7 @@ class Layers:
 
     def _cross(self) -> list[str]:
         """The layers with cross-attention."""
-        return [name for name, layer in self._modules.items() if self._is_cross(layer)]
-
-    @staticmethod
-    def _is_cross(layer: Any) -> bool:
-        """Whether a layer attends to the text."""
-        return bool(getattr(layer, "is_cross_attention", False))
+        return [name for name, layer in self._modules.items() if self.layout.is_cross(name, layer)]
 
     def _keeps_gate(self, old: Any, new: Any) -> bool:
         """Whether our processor stays, and another pipeline's came before it or went."""
@@ -182,9 +186,12 @@ class Layers:
 
     def _set(self, processors: dict[str, Any]) -> None:
         """Set the given attention processors and leave the others."""
-        if processors:
+        if processors and hasattr(self.denoiser, "set_attn_processor"):
             current = {name: layer.processor for name, layer in self._modules.items()}
             self.denoiser.set_attn_processor({**current, **processors})
+            return
+        for name, processor in processors.items():
+            self._modules[name].set_processor(processor)
 
 
 def _bypass(processor: Any, gate: TGateAttnProcessor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,58 @@ DENOISER_ARGUMENTS: Names = {
 }
 CONTROLNET_ARGUMENTS: Names = {
     **_SHARED,
-    **dict.fromkeys(("sample", "controlnet_cond", "control_type", "conditioning_mask")),
+    **dict.fromkeys(("sample", "hidden_states", "controlnet_cond", "control_type", "conditioning_mask")),
 }
 # What a ControlNet gives. It is one half already if the ControlNet ran on one half.
 RESIDUALS: Names = dict.fromkeys(("down_block_additional_residuals", "mid_block_additional_residual"))
 # What cross-attention alone reads, besides the sample and the time, which are the same in both halves.
 _NEUTRAL = ("sample", "hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """
+    What the batch of a family of denoisers is, and which of their layers attend to the text.
+
+    Args:
+        arguments (`tuple` of `str`): Arguments with the guidance batch that other families do not have.
+        residuals (`Mapping`): The arguments that a ControlNet gives.
+        cross (`tuple` of `str`): How the names of layers with cross-attention end. Without any, their own flag says it.
+        never (`tuple` of `str`): Parts of the names of layers that are never gated: what they attend to is no text, or
+            changes from step to step.
+        conditional_first (`bool`): Whether the first half of the batch is the conditional one.
+        mean (`bool`): Whether the mean of both halves is kept where guidance is dropped. Else it is the one that stays.
+        scale_beyond (`float`): What guidance multiplies the difference with more than `guidance_scale`, counted from
+            the unconditional half.
+    """
+
+    arguments: tuple[str, ...] = ()
+    residuals: Names = field(default_factory=lambda: RESIDUALS)
+    cross: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+    conditional_first: bool = False
+    mean: bool = True
+    scale_beyond: float = 0.0
+
+    @property
+    def of_denoiser(self) -> Names:
+        """The denoiser's arguments with the guidance batch, those that a ControlNet gives left out."""
+        return {**DENOISER_ARGUMENTS, **dict.fromkeys(self.arguments)}
+
+    @property
+    def of_controlnet(self) -> Names:
+        """The ControlNet's arguments with the guidance batch."""
+        return {**CONTROLNET_ARGUMENTS, **dict.fromkeys(self.arguments)}
+
+    def is_gated(self, name: str) -> bool:
+        """Whether the layer of this name may be gated."""
+        return not any(part in name for part in self.never)
+
+    def is_cross(self, name: str, layer: Any) -> bool:
+        """Whether the layer of this name attends to the text."""
+        if self.cross:
+            return self.is_gated(name) and name.removesuffix(".processor").endswith(self.cross)
+        return self.is_gated(name) and bool(getattr(layer, "is_cross_attention", False))
 
 
 class Seen(NamedTuple):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from .call import Call
 from .chaining import chain, suspending
 from .checkpointing import replayed
 from .companions.others import has_cache_dit
@@ -146,7 +145,7 @@ def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateSt
         stack.enter_context(installation.running(pipe))
         place = installation.follow(pipe)
         found = place.found
-        call = Call(pipe, _given(bound), vouched=found.vouched)
+        call = found.call(pipe, _given(bound))
         if not found.by_forward:
             chain(pipe, installation.callback, bound, vouched=found.vouched)
         elif bound.arguments.get("callback") is not None:

@@ -63,7 +63,7 @@ class Run:
         deepcache: DeepCacheOrder | None = None,
     ) -> None:
         self.call = call
-        self.batch = Batch(call)
+        self.batch = Batch(call, layers.layout)
         self.outputs = Outputs(state, layers)
         self.control = Control()
         self._tally = Tally(is_auto=state.schedule.is_auto)
@@ -225,7 +225,7 @@ class Run:
 
     def adopt(self, call: Call, layers: Layers, *, droppable: bool) -> None:
         """The first pass of a loop has run unannounced, and a callback tells whose it was."""
-        self.call, self.batch, self._droppable = call, Batch(call), droppable
+        self.call, self.batch, self._droppable = call, Batch(call, layers.layout), droppable
         self.outputs.layers = layers
         self.waiting = False
         self._begin().forward()
@@ -288,7 +288,7 @@ class Run:
 
     def _part_kept(self, kept: CFGHalf) -> Part:
         """What a full step keeps of an output for the half steps after it."""
-        if not self._state.schedule.predicts:
+        if not self._state.schedule.predicts and self.outputs.layers.layout.mean:
             return Part.MEAN
         return Part.FIRST if kept == "unconditional" else Part.SECOND
 

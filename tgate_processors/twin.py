@@ -3,91 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Set
-from dataclasses import dataclass
+from collections.abc import Set
 from typing import Any
 
 import torch
 
 from .checking import checked_int
 from .families import family_of
-
-Shapes = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class InputSize:
-    """What a denoiser's inputs are as large as, for one picture: pixels of the latent, tokens, frames."""
-
-    height: int
-    width: int
-    tokens: int
-    frames: int
-
-
-def _unet_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
-    shapes: Shapes = {
-        "sample": (batch, config.in_channels, size.height, size.width),
-        "timestep": (),
-        "encoder_hidden_states": (batch, size.tokens, config.encoder_hid_dim or _first(config.cross_attention_dim)),
-    }
-    if config.time_cond_proj_dim is not None:
-        shapes["timestep_cond"] = (batch, config.time_cond_proj_dim)
-    if config.addition_embed_type == "text_time":
-        # Of the embedding only the width counts, not which part of it is text and which the sizes of the picture.
-        text = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        shapes["added_cond_kwargs"] = {"text_embeds": (batch, text), "time_ids": (batch, 6)}
-    return shapes
-
-
-def _video_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
-    ids = config.projection_class_embeddings_input_dim // config.addition_time_embed_dim
-    return {
-        "sample": (batch, size.frames, config.in_channels, size.height, size.width),
-        "timestep": (),
-        "encoder_hidden_states": (batch, size.tokens, _first(config.cross_attention_dim)),
-        "added_time_ids": (batch, ids),
-    }
-
-
-def _motion_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
-    shapes = _unet_shapes(config, batch, size)
-    _, *text = shapes["encoder_hidden_states"]
-    # Every frame has the text for itself.
-    return shapes | {
-        "sample": (batch, config.in_channels, size.frames, size.height, size.width),
-        "encoder_hidden_states": (batch * size.frames, *text),
-    }
-
-
-def _pixart_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
-    return {
-        "hidden_states": (batch, config.in_channels, size.height, size.width),
-        "timestep": (batch,),
-        "encoder_hidden_states": (batch, size.tokens, config.caption_channels),
-        "encoder_attention_mask": (batch, size.tokens),
-        # Unused by those that have no condition on size.
-        "added_cond_kwargs": {"resolution": (batch, 2), "aspect_ratio": (batch, 1)},
-    }
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The shapes that the denoisers of a family take, and the tokens and frames if nothing says how many."""
-
-    shapes: Callable[[Any, int, InputSize], Shapes]
-    tokens: int
-    frames: int | None = None
-    text: bool = True
-
-
-# By `Family.denoiser_class`.
-INPUTS = {
-    "UNet2DConditionModel": Inputs(_unet_shapes, tokens=77),
-    "UNetMotionModel": Inputs(_motion_shapes, tokens=77, frames=16),
-    "UNetSpatioTemporalConditionModel": Inputs(_video_shapes, tokens=1, frames=25, text=False),
-    "PixArtTransformer2DModel": Inputs(_pixart_shapes, tokens=120),
-}
+from .families.family import Inputs, InputSize, Shapes
 
 # Settings that ask for an input which is not among these shapes, with the values that do not.
 _KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
@@ -103,7 +26,7 @@ def family_inputs(denoiser: torch.nn.Module) -> Inputs:
     """The inputs of a denoiser of a known family."""
     family = family_of(denoiser)
     assert family is not None
-    return INPUTS[family.denoiser_class]
+    return family.inputs
 
 
 def input_size(
@@ -123,7 +46,7 @@ def input_size(
     ):
         if value is not None and senseless:
             raise ValueError(f"{argument}={value!r} means nothing for a {name}: leave it out.")
-    factor = getattr(pipe, "vae_scale_factor", 8) if vae_scale_factor is None else vae_scale_factor
+    factor = _scale(pipe, inputs) if vae_scale_factor is None else vae_scale_factor
     factor = checked_int("vae_scale_factor", factor, 1)
     sides = []
     for axis, (argument, value) in enumerate((("height", height), ("width", width))):
@@ -140,20 +63,28 @@ def input_size(
     frames = num_frames
     if frames is None and inputs.frames is not None:
         frames = getattr(denoiser.config, "num_frames", None) or _call_default(pipe, "num_frames") or inputs.frames
+    frames = checked_int("num_frames", 1 if frames is None else frames, 1)
     return InputSize(
         height=sides[0],
         width=sides[1],
         tokens=checked_int("max_sequence_length", tokens, 1),
-        frames=checked_int("num_frames", 1 if frames is None else frames, 1),
+        frames=(frames - 1) // inputs.frame_scale + 1,
     )
 
 
 def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
     """A side of the latent as the configuration has it."""
-    size = denoiser.config.sample_size
+    # Some name the sides one by one.
+    size = getattr(denoiser.config, "sample_size", None) or getattr(denoiser.config, f"sample_{argument}", None)
     if size is None:
         raise ValueError(f"{type(denoiser).__name__} has no config.sample_size: give `{argument}`.")
     return int(size if isinstance(size, int) else size[axis])
+
+
+def _scale(pipe: Any, inputs: Inputs) -> int:
+    """Pixels of the picture for one of the latent."""
+    told = (getattr(pipe, name, None) for name in ("vae_scale_factor", "vae_spatial_compression_ratio"))
+    return next((scale for scale in told if scale is not None), inputs.scale)
 
 
 def _call_default(pipe: Any, argument: str) -> int | None:
@@ -202,11 +133,10 @@ def make_inputs(twin: Any, batch: int, size: InputSize) -> dict[str, Any]:
 def _filled(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:
     """Tensors on meta in the place of shapes."""
     return {
-        name: _filled(shape, dtype) if isinstance(shape, dict) else torch.empty(shape, dtype=dtype, device="meta")
+        name: _filled(shape, dtype)
+        if isinstance(shape, dict)
+        else torch.empty(shape, dtype=dtype, device="meta")
+        if isinstance(shape, tuple)
+        else shape
         for name, shape in shapes.items()
     }
-
-
-def _first(width: Any) -> int:
-    """A width that a configuration may give for every block."""
-    return int(width[0] if isinstance(width, (list, tuple)) else width)

@@ -1,0 +1,19 @@
+"""What differs between pipelines, as data; and whether a pipeline can be gated, with the reason if not."""
+
+from ..layers import attention_modules
+from .finding import Found, check_guidance, check_half, check_mode, find_family
+from .refusing import check_attention
+from .rows import FAMILIES, family_of, known
+
+__all__ = [
+    "FAMILIES",
+    "Found",
+    "attention_modules",
+    "check_attention",
+    "check_guidance",
+    "check_half",
+    "check_mode",
+    "family_of",
+    "find_family",
+    "known",
+]

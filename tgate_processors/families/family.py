@@ -1,0 +1,74 @@
+"""What a family of denoisers is described by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..layout import Layout
+from ..schedule import CFGHalf
+
+Shapes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InputSize:
+    """What a denoiser's inputs are as large as, for one picture: pixels of the latent, tokens, frames of the latent."""
+
+    height: int
+    width: int
+    tokens: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """
+    The inputs of the denoisers of a family, for `estimate_cost`.
+
+    Args:
+        shapes (`Callable`): Shapes of the arguments, by the configuration, the batch and the size. What is no tuple is
+            an argument as it is.
+        tokens (`int`): Text tokens if nothing says how many.
+        frames (`int`, *optional*): Frames likewise; nothing for pictures.
+        text (`bool`): Whether the number of tokens may be told.
+        scale (`int`): Pixels of the picture for one of the latent, if no pipeline says it.
+        frame_scale (`int`): Frames of the video, but for the first one, for one of the latent.
+    """
+
+    shapes: Callable[[Any, int, InputSize], Shapes]
+    tokens: int
+    frames: int | None = None
+    text: bool = True
+    scale: int = 8
+    frame_scale: int = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    A kind of denoiser, and of the pipelines that call it.
+
+    Args:
+        denoiser_class (`str`): Name of its class; subclasses count too.
+        attribute (`str`): Where pipelines have it.
+        kept_half (`str`): The half that stays where guidance is dropped.
+        inputs (`Inputs`): What it takes, for `estimate_cost`.
+        layout (`Layout`): What its batch is.
+        untold (`Mapping`): Pipelines that lack `callback_on_step_end`, `num_timesteps` or
+            `do_classifier_free_guidance`, but are known to call the denoiser once for each of `scheduler.timesteps` and
+            to guide where `guidance_scale > 1`. The value is the half that stays, where it is another one.
+    """
+
+    denoiser_class: str
+    attribute: str
+    kept_half: CFGHalf
+    inputs: Inputs
+    layout: Layout = field(default_factory=Layout)
+    untold: Mapping[str, CFGHalf | None] = field(default_factory=dict)
+
+
+def first(width: Any) -> int:
+    """A width that a configuration may give for every block."""
+    return int(width[0] if isinstance(width, (list, tuple)) else width)

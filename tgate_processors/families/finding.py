@@ -1,0 +1,151 @@
+"""How a pipeline is gated, or the reason why it cannot be."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..call import Call
+from ..schedule import CFGHalf, TGateSchedule
+from .family import Family
+from .refusing import check_attention, why_no_denoiser
+from .rows import family_of, known
+
+# Arguments of a pipeline's call that give away guidance of more or other parts than two halves. It stays on after the
+# gate, every part keeps a cross-attention of its own, and the batch is not touched.
+WHOLE_GUIDANCE_ARGUMENTS = ("image_guidance_scale", "pag_scale")
+
+# Arguments of a pipeline's call that give away a loop, or a batch, of a shape that changes from step to step.
+REFUSED_ARGUMENTS = {
+    "edit_guidance_scale": "semantic guidance adds a part to the batch for every edit",
+    "view_batch_size": "it denoises several views in every step",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """
+    How a pipeline is gated.
+
+    `family` says what is known of its denoiser. `kept_half` is the half of guidance that stays (`None`: all of it),
+    `controlnet` what else runs in a step. `vouched` says whether the loop is diffusers' own, so that the tables here
+    hold for it, `by_forward` whether a pipeline without step callbacks calls its denoiser once for each of
+    `scheduler.timesteps`, and `guides` whether it can have guidance of two halves.
+    """
+
+    denoiser: torch.nn.Module
+    family: Family
+    kept_half: CFGHalf | None
+    controlnet: torch.nn.Module | None
+    vouched: bool
+    by_forward: bool
+    guides: bool = True
+
+    def call(self, pipe: Any, arguments: Mapping[str, Any] | None = None) -> Call:
+        """What the pipeline tells of the call that it is in."""
+        beyond = self.family.layout.scale_beyond
+        return Call(pipe, arguments, vouched=self.vouched, guides=self.guides, scale_beyond=beyond)
+
+    def is_of(self, pipe: Any) -> bool:
+        """Whether the pipeline still has these parts."""
+        controlnet = getattr(pipe, "controlnet", None)
+        return getattr(pipe, self.family.attribute, None) is self.denoiser and controlnet is self.controlnet
+
+
+def find_family(pipe: Any) -> Found:
+    """Find out how a pipeline is gated, or raise a `ValueError` with the reason why it cannot be."""
+    subject = type(pipe).__name__
+    parameters = _parameters(type(pipe))
+    for argument, reason in REFUSED_ARGUMENTS.items():
+        if argument in parameters:
+            raise ValueError(f"{subject} cannot be gated: {reason}. Use it without T-GATE.")
+    family, denoiser = _find_denoiser(pipe, subject)
+    check_attention(denoiser, subject)
+    check_mode(pipe)
+    call = inspect.unwrap(type(pipe).__call__)
+    vouched = call.__module__.split(".")[0] == "diffusers"
+    legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.untold]
+    ticks = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    if not legacy:
+        _check_loop(type(pipe), ticks, subject)
+    kept_half: CFGHalf | None = (family.untold[legacy[0]] if legacy else None) or family.kept_half
+    if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
+        kept_half = None
+    controlnet = getattr(pipe, "controlnet", None)
+    return Found(denoiser, family, kept_half, controlnet, vouched, by_forward=not ticks)
+
+
+def _parameters(pipeline_class: type) -> set[str]:
+    """Arguments of a pipeline's call, and of those that it may hand them on to."""
+    calls = (vars(base)["__call__"] for base in pipeline_class.__mro__ if "__call__" in vars(base))
+    return {name for call in calls for name in inspect.signature(call).parameters}
+
+
+def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
+    """Refuse the choice of a half where guidance has none."""
+    if cfg_half is not None and found.kept_half is None:
+        raise ValueError(
+            f"cfg_half={cfg_half!r} has no effect: the guidance of {type(pipe).__name__} is not two halves, so all "
+            "of it stays on. Leave cfg_half out."
+        )
+
+
+def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule) -> None:
+    """Refuse to predict guidance that has no two halves."""
+    if schedule.predicts and found.kept_half is None:
+        what = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"'
+        raise ValueError(
+            f"{what} predicts guidance, and that of {type(pipe).__name__} is not two halves, so all of it stays on. "
+            "Give gate_step as a number of steps to reuse cross-attention alone, apply_tgate(pipe, 10)."
+        )
+
+
+def check_mode(pipe: Any) -> None:
+    """Refuse a mode that a pipeline can be switched to at any time."""
+    if getattr(pipe, "free_noise_enabled", False):
+        raise ValueError(
+            f"{type(pipe).__name__} cannot be gated with FreeNoise: its attention layers run once for every window of "
+            "frames, so there is no one output to keep. Call pipe.disable_free_noise() or remove_tgate(pipe)."
+        )
+
+
+def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
+    """The part of a pipeline that is called in every step."""
+    seen = []
+    for attribute in ("unet", "transformer"):
+        denoiser = getattr(pipe, attribute, None)
+        if denoiser is None:
+            continue
+        family = family_of(denoiser)
+        if family is not None and family.attribute == attribute:
+            return family, denoiser
+        inner = getattr(denoiser, "_orig_mod", denoiser)
+        check_attention(inner, subject)
+        seen.append(f"{attribute}={type(inner).__name__}")
+    if not seen:
+        raise ValueError(f"{subject} cannot be gated: {why_no_denoiser(pipe)}")
+    raise ValueError(
+        f"{subject} cannot be gated: T-GATE does not know how {' and '.join(seen)} does guidance. It knows {known()}."
+    )
+
+
+def _check_loop(pipeline_class: type, ticks: bool, subject: str) -> None:
+    """Refuse a pipeline that does not tell its steps or its guidance."""
+    missing = [
+        name
+        for name, there in (
+            ("callback_on_step_end", ticks),
+            ("num_timesteps", hasattr(pipeline_class, "num_timesteps")),
+            ("do_classifier_free_guidance", hasattr(pipeline_class, "do_classifier_free_guidance")),
+        )
+        if not there
+    ]
+    if missing:
+        raise ValueError(
+            f"{subject} cannot be gated: it has no {', no '.join(missing)}, so its steps and its guidance are not "
+            "known. Use it without T-GATE."
+        )

@@ -1,0 +1,48 @@
+"""Why a denoiser has no cross-attention to keep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..layers import attention_modules
+
+
+def why_no_denoiser(pipe: Any) -> str:
+    """Why a pipeline has neither a UNet nor a transformer."""
+    # `T2IAdapter` and the like have no attention; text encoders are not diffusers' own.
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    others = [f"{name}={type(part).__name__}" for name, part in parts.items() if attention_modules(part)]
+    if "unet" in pipe.components or "transformer" in pipe.components:
+        return "it has no `unet` or `transformer` at present. Load one first."
+    if others:
+        return (
+            f"it denoises with {' and '.join(others)}, whose attention joins the text with other keys, so there is no "
+            "cross-attention output to keep. Use it without T-GATE."
+        )
+    return "it has no denoiser that T-GATE knows, `unet` or `transformer`. Use it without T-GATE."
+
+
+def check_attention(denoiser: torch.nn.Module, subject: str) -> None:
+    """Refuse a denoiser that has no cross-attention of its own to keep."""
+    modules = list(attention_modules(denoiser).values())
+    inner = getattr(denoiser, "_orig_mod", denoiser)
+    name = type(inner).__name__
+    if any(_is_joint(module) for module in (*modules, *inner.modules())):
+        raise ValueError(
+            f"{subject} cannot be gated: {name} has joint attention (text and image share one softmax), so there is no "
+            "cross-attention output to keep. What helps there are diffusers' own caches, where the model has them "
+            "(pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
+        )
+    if not modules:
+        raise ValueError(f"{subject} cannot be gated: {name} has no attention layers.")
+    if not any(getattr(module, "is_cross_attention", True) for module in modules):
+        raise ValueError(f"{subject} cannot be gated: {name} has no cross-attention layers.")
+
+
+def _is_joint(module: Any) -> bool:
+    """Whether a layer mixes keys of text and image, or its output with the residual."""
+    if getattr(module, "added_kv_proj_dim", None) is not None or getattr(module, "add_k_proj", None) is not None:
+        return True
+    return "Joint" in type(getattr(module, "processor", None)).__name__

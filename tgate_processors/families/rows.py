@@ -1,0 +1,23 @@
+"""All families, and which of them a denoiser is of."""
+
+from __future__ import annotations
+
+import torch
+
+from .family import Family
+from .pixart import PIXART
+from .unets import UNETS
+
+FAMILIES: tuple[Family, ...] = (*UNETS, *PIXART)
+
+
+def family_of(denoiser: torch.nn.Module) -> Family | None:
+    """The family of a denoiser, if it is known."""
+    # `torch.compile(pipe.unet)` wraps the module.
+    names = [base.__name__ for base in type(getattr(denoiser, "_orig_mod", denoiser)).__mro__]
+    return next((family for family in FAMILIES if family.denoiser_class in names), None)
+
+
+def known() -> str:
+    """The denoisers that are known, for messages."""
+    return ", ".join(family.denoiser_class for family in FAMILIES)

@@ -1,0 +1,69 @@
+"""UNets: Stable Diffusion, SDXL and what is built around them, AnimateDiff, Stable Video Diffusion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .family import Family, Inputs, InputSize, Shapes, first
+
+
+def _unet(config: Any, batch: int, size: InputSize) -> Shapes:
+    shapes: Shapes = {
+        "sample": (batch, config.in_channels, size.height, size.width),
+        "timestep": (),
+        "encoder_hidden_states": (batch, size.tokens, config.encoder_hid_dim or first(config.cross_attention_dim)),
+    }
+    if config.time_cond_proj_dim is not None:
+        shapes["timestep_cond"] = (batch, config.time_cond_proj_dim)
+    if config.addition_embed_type == "text_time":
+        # Of the embedding only the width counts, not which part of it is text and which the sizes of the picture.
+        text = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        shapes["added_cond_kwargs"] = {"text_embeds": (batch, text), "time_ids": (batch, 6)}
+    return shapes
+
+
+def _motion(config: Any, batch: int, size: InputSize) -> Shapes:
+    shapes = _unet(config, batch, size)
+    _, *text = shapes["encoder_hidden_states"]
+    # Every frame has the text for itself.
+    return shapes | {
+        "sample": (batch, config.in_channels, size.frames, size.height, size.width),
+        "encoder_hidden_states": (batch * size.frames, *text),
+    }
+
+
+def _video(config: Any, batch: int, size: InputSize) -> Shapes:
+    ids = config.projection_class_embeddings_input_dim // config.addition_time_embed_dim
+    return {
+        "sample": (batch, size.frames, config.in_channels, size.height, size.width),
+        "timestep": (),
+        "encoder_hidden_states": (batch, size.tokens, first(config.cross_attention_dim)),
+        "added_time_ids": (batch, ids),
+    }
+
+
+UNETS = (
+    Family(
+        "UNet2DConditionModel",
+        "unet",
+        "unconditional",
+        Inputs(_unet, tokens=77),
+        untold={
+            "StableDiffusionAdapterPipeline": None,
+            # Its unconditional half has no boxes.
+            "StableDiffusionGLIGENPipeline": "conditional",
+            "StableDiffusionImageVariationPipeline": None,
+            "StableDiffusionLatentUpscalePipeline": None,
+            "StableDiffusionUpscalePipeline": None,
+            "StableDiffusionXLAdapterPipeline": None,
+            "StableDiffusionXLInstructPix2PixPipeline": None,
+        },
+    ),
+    Family("UNetMotionModel", "unet", "unconditional", Inputs(_motion, tokens=77, frames=16)),
+    Family(
+        "UNetSpatioTemporalConditionModel",
+        "unet",
+        "conditional",
+        Inputs(_video, tokens=1, frames=25, text=False),
+    ),
+)

@@ -42,10 +42,13 @@ class Inside:
 class Layers(Inside, TorchDispatchMode):
     """Counts in a module what `FlopCounterMode` counts, by its formulas, but not for each part of it: in less time."""
 
+    linear = False
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         if self.inside and (count := flop_registry.get(function._overloadpacket)):
-            assert "bmm" not in str(function)
+            # Linear attention alone multiplies by itself.
+            assert "bmm" not in str(function) or self.linear
             assert "attention" not in str(function)
             self.macs += count(*args, **(kwargs or {}), out_val=output) // 2
         return output
@@ -58,13 +61,17 @@ class Products(Inside, TorchFunctionMode):
         if self.inside and function is torch.nn.functional.scaled_dot_product_attention:
             query, key, value = args[:3] if args else (kwargs[name] for name in ("query", "key", "value"))
             self.macs += query[..., 0].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1])
+        if self.inside and function is torch.nn.functional.multi_head_attention_forward:
+            query, key = args[:2]
+            self.macs += 2 * query.numel() * key.shape[0]
         return function(*args, **(kwargs or {}))
 
 
-def taken(pipe, case, prompts, **call):
+def taken(pipe, case, prompts, linear=False, **call):
     """MACs of a real run. On the CPU torch counts attention's products as nothing."""
     denoiser = getattr(pipe, case.denoiser)
     with Layers(denoiser) as layers, Products(denoiser) as products:
+        layers.linear = linear
         case.run(pipe, prompts, **call)
     return MACs(layers.macs, products.macs)
 

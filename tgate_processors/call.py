@@ -58,7 +58,7 @@ class Call:
         scheduler = self._pipe.scheduler
         if scheduler.timesteps is not self._timesteps:
             self._timesteps, self._until = scheduler.timesteps, None
-        scheduled = len(scheduler.timesteps)
+        scheduled = self._scheduled()
         order = getattr(scheduler, "order", 1)
         steps = getattr(scheduler, "num_inference_steps", None) or scheduled
         # The same difference as in the pipelines' `num_warmup_steps`; a shortened loop keeps it.
@@ -67,6 +67,11 @@ class Call:
         if passes is None:
             passes, told = scheduled, False
         return Timeline(passes, order, repeats, told)
+
+    def _scheduled(self) -> int:
+        """Passes that the scheduler has prepared; the last timestep of one kind is but the end of the last pass."""
+        scheduler = self._pipe.scheduler
+        return len(scheduler.timesteps) - (type(scheduler).__name__ == "SCMScheduler")
 
     def _passes(self) -> int | None:
         """Passes of the loop, if the pipeline says how many."""
@@ -81,7 +86,7 @@ class Call:
         """Number of timesteps up to a share of the noise schedule, as SDXL's pipelines cut it off."""
         timesteps = self._pipe.scheduler.timesteps
         if not isinstance(denoising_end, float) or not 0 < denoising_end < 1:
-            return len(timesteps)
+            return self._scheduled()
         trained = self._pipe.scheduler.config.num_train_timesteps
         return int((timesteps >= round(trained - denoising_end * trained)).sum())
 

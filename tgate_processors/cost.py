@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import json
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -196,11 +197,12 @@ def _guided(denoiser: Any, guidance: bool | None) -> bool:
     """Whether guidance is on; pipelines never double the batch of a denoiser that embeds the guidance scale."""
     if guidance is not None and not isinstance(guidance, bool):
         raise TypeError(f"guidance={guidance!r} is a {type(guidance).__name__}: give True or False.")
-    embedded = getattr(denoiser.config, "time_cond_proj_dim", None) is not None
+    settings = ("time_cond_proj_dim", "guidance_embeds")
+    embedded = next((name for name in settings if getattr(denoiser.config, name, None) not in (None, False)), None)
     if guidance and embedded:
         raise ValueError(
-            f"guidance=True, but this {type(denoiser).__name__} embeds the guidance scale (config.time_cond_proj_dim), "
-            "so its batch is never two halves: leave out `guidance`."
+            f"guidance=True, but this {type(denoiser).__name__} embeds the guidance scale (config.{embedded}), so its "
+            "batch is never two halves: leave out `guidance`."
         )
     return not embedded if guidance is None else guidance
 
@@ -220,5 +222,8 @@ def _timeline(pipe: Any, num_inference_steps: int) -> Timeline:
     if pipe is None:
         return Timeline(num_inference_steps)
     scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(num_inference_steps)
+    # What some schedulers take for two steps only, as their pipelines leave it out.
+    odd = "intermediate_timesteps" in inspect.signature(scheduler.set_timesteps).parameters
+    more = {"intermediate_timesteps": None} if odd and num_inference_steps != 2 else {}
+    scheduler.set_timesteps(num_inference_steps, **more)
     return Call(SimpleNamespace(scheduler=scheduler)).timeline()

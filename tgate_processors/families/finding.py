@@ -70,13 +70,15 @@ def find_family(pipe: Any) -> Found:
     vouched = call.__module__.split(".")[0] == "diffusers"
     legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.untold]
     ticks = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    # Such a denoiser is guided by what it is told (Sana Sprint), in a batch of one half.
+    embedded = bool(getattr(denoiser.config, "guidance_embeds", False))
     if not legacy:
-        _check_loop(type(pipe), ticks, subject)
+        _check_loop(type(pipe), ticks, subject, guides=not embedded)
     kept_half: CFGHalf | None = (family.untold[legacy[0]] if legacy else None) or family.kept_half
     if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
         kept_half = None
     controlnet = getattr(pipe, "controlnet", None)
-    return Found(denoiser, family, kept_half, controlnet, vouched, by_forward=not ticks)
+    return Found(denoiser, family, kept_half, controlnet, vouched, by_forward=not ticks, guides=not embedded)
 
 
 def _parameters(pipeline_class: type) -> set[str]:
@@ -133,14 +135,14 @@ def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
     )
 
 
-def _check_loop(pipeline_class: type, ticks: bool, subject: str) -> None:
+def _check_loop(pipeline_class: type, ticks: bool, subject: str, *, guides: bool) -> None:
     """Refuse a pipeline that does not tell its steps or its guidance."""
     missing = [
         name
         for name, there in (
             ("callback_on_step_end", ticks),
             ("num_timesteps", hasattr(pipeline_class, "num_timesteps")),
-            ("do_classifier_free_guidance", hasattr(pipeline_class, "do_classifier_free_guidance")),
+            ("do_classifier_free_guidance", not guides or hasattr(pipeline_class, "do_classifier_free_guidance")),
         )
         if not there
     ]

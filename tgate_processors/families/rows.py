@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 
 from .family import Family
+from .hunyuan import HUNYUAN
+from .ltx import LTX
 from .pixart import PIXART
+from .sana import SANA
 from .unets import UNETS
 
-FAMILIES: tuple[Family, ...] = (*UNETS, *PIXART)
+FAMILIES: tuple[Family, ...] = (*UNETS, *PIXART, *SANA, *LTX, *HUNYUAN)
 
 
 def family_of(denoiser: torch.nn.Module) -> Family | None:

@@ -1,0 +1,316 @@
+"""Tiny real pipelines of the families beyond UNets and PixArt: random weights, a few numbers wide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+
+from tests.pipelines import STEPS, Case, images, quiet, seeded
+
+TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Kind(Case):
+    """
+    A pipeline of a family.
+
+    `pipeline` is its class, which older versions of diffusers may lack. `first` is the layer of the denoiser that sees
+    the batch first, `cross` how the names of layers that attend to the text end, `guided_channels` how many channels of
+    the output guidance is about (`None`: all). Where guidance is dropped, layers keep the mean of both halves unless
+    `mean` is false. Guidance multiplies the difference with its scale and `scale_beyond`.
+    """
+
+    pipeline: str = ""
+    denoiser: str = "transformer"
+    kept: str = "conditional"
+    first: str = ""
+    cross: str = "attn2"
+    guided_channels: int | None = None
+    mean: bool = True
+    scale_beyond: float = 0.0
+    conditional_first: bool = False
+    size: dict[str, int] = field(default_factory=dict)
+    batches: bool = True
+
+    def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
+        scale = overrides.get("guidance_scale", self.guidance)
+        inputs: dict[str, Any] = {
+            "num_inference_steps": STEPS,
+            "output_type": "latent",
+            "generator": [torch.Generator().manual_seed(500 + p) for p in prompts],
+            "guidance_scale": scale,
+            **self.conditioning(prompts, scale > 1),
+            **self.size,
+            **self.extra,
+        }
+        if self.image:
+            inputs["image"] = images(prompts)
+        return inputs | overrides
+
+    def run(self, pipe: Any, prompts: list[int] | None = None, **overrides: Any) -> torch.Tensor:
+        # Encoders of pictures draw from torch's own generator.
+        torch.manual_seed(0)
+        output = pipe(**self.inputs([0] if prompts is None else prompts, **overrides))
+        return next(iter(output.values()))
+
+    @property
+    def is_there(self) -> bool:
+        """Whether this diffusers has it."""
+        return hasattr(diffusers, self.pipeline)
+
+    @property
+    def is_guided(self) -> bool:
+        return bool(self.kept)
+
+
+def text(width: int, masked: bool = True, suffix: str = "", tokens: int = TOKENS) -> Callable[..., dict[str, Any]]:
+    """Text embeddings, with masks that differ from prompt to prompt."""
+
+    def inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
+        given = {}
+        for name, seed in (("", 100), ("negative_", 200)) if guided else (("", 100),):
+            given[f"{name}prompt_embeds{suffix}"] = torch.stack([seeded((tokens, width), seed + p) for p in prompts])
+            if masked:
+                masks = [(torch.arange(tokens) < 3 + (p + seed // 100) % 3).long() for p in prompts]
+                given[f"{name}prompt_attention_mask{suffix}"] = torch.stack(masks)
+        return given
+
+    return inputs
+
+
+def together(*parts: Callable[..., dict[str, Any]], **more: Any) -> Callable[..., dict[str, Any]]:
+    """Several kinds of conditioning in one call."""
+
+    def inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
+        return {key: value for part in parts for key, value in part(prompts, guided).items()} | more
+
+    return inputs
+
+
+def assemble(name: str, **components: Any) -> Any:
+    """A pipeline of these components; what is not given is left out."""
+    cls = getattr(diffusers, name)
+    required, optional = cls._get_signature_keys(cls)
+    given = {**dict.fromkeys(required), **components}
+    if "requires_safety_checker" in optional:
+        given["requires_safety_checker"] = False
+    return quiet(cls(**given))
+
+
+def model(name: str, **config: Any) -> Any:
+    """A model with random weights that are the same every time."""
+    torch.manual_seed(0)
+    made = getattr(diffusers, name)(**config).eval()
+    for parameter in made.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            # What starts at nothing shall have a say.
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+_SANA = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 4,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 4,
+    "cross_attention_dim": 8,
+    "caption_channels": 8,
+    "sample_size": 4,
+}
+
+
+def _flow(**config: Any) -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
+
+
+def sana(name: str = "SanaPipeline", scheduler: Any = None, **config: Any) -> Any:
+    transformer = model("SanaTransformer2DModel", **_SANA, **config)
+    return assemble(name, transformer=transformer, scheduler=scheduler or _flow(shift=3.0))
+
+
+def sana_controlnet() -> Any:
+    vae = model(
+        "AutoencoderDC",
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=[1, 1],
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+    controlnet = model("SanaControlNetModel", **{**_SANA, "num_layers": 1})
+    pipe = sana()
+    components = {"vae": vae, "controlnet": controlnet, "transformer": pipe.transformer, "scheduler": pipe.scheduler}
+    return assemble("SanaControlNetPipeline", **components)
+
+
+def _control(prompts: list[int], guided: bool) -> dict[str, Any]:
+    return {"control_image": [image.resize((32, 32)) for image in images([p + 50 for p in prompts])]}
+
+
+def ltx(name: str = "LTXPipeline") -> Any:
+    transformer = model(
+        "LTXVideoTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=8,
+    )
+    vae = None
+    if name != "LTXPipeline":
+        vae = model(
+            "AutoencoderKLLTXVideo",
+            in_channels=3,
+            out_channels=3,
+            latent_channels=4,
+            block_out_channels=(4, 4, 4, 4),
+            decoder_block_out_channels=(4, 4, 4, 4),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            patch_size=1,
+            patch_size_t=1,
+            encoder_causal=True,
+            decoder_causal=False,
+        )
+        # As in the real one, an image is one frame of the latent.
+        vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    return assemble(name, transformer=transformer, vae=vae, scheduler=_flow())
+
+
+_HUNYUAN = {
+    "in_channels": 4,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "hidden_size": 16,
+    "cross_attention_dim": 8,
+    "cross_attention_dim_t5": 8,
+    "pooled_projection_dim": 4,
+    "text_len": TOKENS,
+    "text_len_t5": 4,
+    "activation_fn": "gelu-approximate",
+}
+
+
+def hunyuan(name: str = "HunyuanDiTPipeline", **components: Any) -> Any:
+    transformer = model("HunyuanDiT2DModel", **_HUNYUAN, num_layers=4)
+    return assemble(name, transformer=transformer, scheduler=diffusers.DDIMScheduler(clip_sample=False), **components)
+
+
+def hunyuan_controlnet() -> Any:
+    vae = model(
+        "AutoencoderKL",
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=2,
+    )
+    controlnet = model("HunyuanDiT2DControlNetModel", **_HUNYUAN, transformer_num_layers=4)
+    return hunyuan("HunyuanDiTControlNetPipeline", vae=vae, controlnet=controlnet)
+
+
+_PICTURE = {"height": 128, "width": 128}
+_CLIP = {"height": 64, "width": 64, "num_frames": 9}
+_SANA_CALL = {"use_resolution_binning": False, "negative_prompt": None}
+_HUNYUAN_CALL = {"use_resolution_binning": False}
+_hunyuan_text = together(text(8), text(8, suffix="_2", tokens=4))
+
+KINDS = [
+    Kind("sana", sana, text(8), pipeline="SanaPipeline", first="patch_embed.proj", size=_PICTURE, extra=_SANA_CALL),
+    Kind(
+        "sana_controlnet",
+        sana_controlnet,
+        together(text(8), _control),
+        pipeline="SanaControlNetPipeline",
+        first="patch_embed.proj",
+        size={"height": 32, "width": 32},
+        extra=_SANA_CALL,
+        control="control_image",
+    ),
+    Kind(
+        "sana_sprint",
+        lambda: sana(
+            "SanaSprintPipeline",
+            diffusers.SCMScheduler(),
+            guidance_embeds=True,
+            qk_norm="rms_norm_across_heads",
+        ),
+        lambda prompts, guided: text(8)(prompts, False),
+        pipeline="SanaSprintPipeline",
+        first="patch_embed.proj",
+        kept="",
+        size=_PICTURE,
+        extra={"use_resolution_binning": False, "intermediate_timesteps": None},
+    ),
+    Kind("ltx", ltx, text(8), pipeline="LTXPipeline", first="proj_in", guidance=3.0, size=_CLIP),
+    Kind(
+        "ltx_image",
+        lambda: ltx("LTXImageToVideoPipeline"),
+        text(8),
+        pipeline="LTXImageToVideoPipeline",
+        first="proj_in",
+        guidance=3.0,
+        size={"height": 32, "width": 32, "num_frames": 9},
+        image=True,
+        extra={"guidance_rescale": 0.7},
+    ),
+    Kind(
+        "ltx_condition",
+        lambda: ltx("LTXConditionPipeline"),
+        text(8),
+        pipeline="LTXConditionPipeline",
+        first="proj_in",
+        guidance=3.0,
+        size={"height": 32, "width": 32, "num_frames": 9},
+        image=True,
+        batches=False,
+    ),
+    Kind(
+        "hunyuan",
+        hunyuan,
+        _hunyuan_text,
+        pipeline="HunyuanDiTPipeline",
+        first="pos_embed.proj",
+        guided_channels=4,
+        size={"height": 64, "width": 64},
+        extra=_HUNYUAN_CALL,
+    ),
+    Kind(
+        "hunyuan_controlnet",
+        hunyuan_controlnet,
+        together(_hunyuan_text, _control),
+        pipeline="HunyuanDiTControlNetPipeline",
+        first="pos_embed.proj",
+        guided_channels=4,
+        size={"height": 32, "width": 32},
+        extra=_HUNYUAN_CALL,
+        control="control_image",
+        batches=False,
+    ),
+]
+BY_KIND = {kind.name: kind for kind in KINDS}

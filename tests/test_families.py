@@ -1,0 +1,287 @@
+"""The laws of the core for the families beyond UNets and PixArt."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.families import BY_KIND, KINDS, TOKENS, Kind
+from tests.pipelines import STEPS
+from tests.test_cost import taken
+from tests.test_counts import SETTINGS, computed
+from tests.test_laws import Stop, assert_same, distance, snapshot
+from tests.test_predicted import EVERY, FIXED, PATIENT, full_steps
+from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, remove_tgate
+from tgate_processors.families import attention_modules
+from tgate_processors.prediction import Difference, predict, relative_error
+
+GATE = 3
+DROP = {"gate_step": GATE}
+# Others stand for these by default: their denoiser is the same.
+SECOND = {"sana_controlnet", "sana_sprint", "ltx_image", "ltx_condition", "hunyuan_controlnet"}
+
+
+def rows(kinds, slow=SECOND):
+    """Parameters of a test, those named in `slow` in the slow session only; all skipped where diffusers has none."""
+    return [
+        pytest.param(
+            kind,
+            id=kind.name,
+            marks=[
+                *([pytest.mark.slow] if kind.name in slow else []),
+                pytest.mark.skipif(not kind.is_there, reason=f"this diffusers has no {kind.pipeline}"),
+            ],
+        )
+        for kind in kinds
+    ]
+
+
+ALL = {kind.name for kind in KINDS}
+GUIDED = [kind for kind in KINDS if kind.is_guided]
+every = pytest.mark.parametrize("kind", rows(KINDS))
+every_slow = pytest.mark.parametrize("kind", rows(KINDS, ALL))
+guided = pytest.mark.parametrize("kind", rows(GUIDED))
+guided_slow = pytest.mark.parametrize("kind", rows(GUIDED, ALL))
+
+
+def denoiser_of(pipe, kind):
+    return getattr(pipe, kind.denoiser)
+
+
+def sample_of(output):
+    """The prediction in what a denoiser gives, in whatever form."""
+    while not torch.is_tensor(output):
+        output = next(iter(output.values() if hasattr(output, "values") else output))
+    return output
+
+
+def is_cross(kind, name):
+    return name.removesuffix(".processor").endswith(kind.cross)
+
+
+@every
+def test_apply_and_remove_change_nothing_else_and_two_calls_agree(kind: Kind):
+    pipe = kind.build()
+    baseline = kind.run(pipe)
+    before = snapshot(pipe, kind)
+    apply_tgate(pipe, GATE)
+    gated = kind.run(pipe)
+    assert not torch.equal(gated, baseline)
+    assert torch.equal(kind.run(pipe), gated)
+    remove_tgate(pipe)
+    after = snapshot(pipe, kind)
+    for made_anew in ("_current_timestep", "_guidance_scale", "_attention_kwargs", "_current_sigma"):
+        for seen in (before, after):
+            seen["pipe"].pop(made_anew, None)
+    assert_same(before, after)
+    assert torch.equal(kind.run(pipe), baseline)
+
+
+def count(pipe, kind):
+    """Batch sizes that `to_k` of every attention layer was given, and the denoiser's first layer."""
+    denoiser, seen = denoiser_of(pipe, kind), defaultdict(list)
+    for name, module in denoiser.named_modules():
+        if hasattr(module, "get_processor"):
+            module.to_k.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(len(args[0])))
+    first = denoiser.get_submodule(kind.first)
+    first.register_forward_pre_hook(lambda module, args: seen["denoiser"].append(len(args[0])))
+    return seen
+
+
+def check_counts(kind, settings, prompts, plan, share):
+    """Every layer runs as often, and on as much, as planned."""
+    pipe = apply_tgate(kind.build(), **settings)
+    seen = count(pipe, kind)
+    kind.run(pipe, prompts)
+    report = get_tgate_report(pipe)
+    assert report.num_inference_steps == STEPS
+    full = seen.pop("denoiser")
+    assert full == [full[0] // part for part in share]
+    kinds = {is_cross(kind, name) for name in seen}
+    assert kinds == {True, False}
+    for name, batches in seen.items():
+        of_kind = 0 if is_cross(kind, name) else 1
+        assert batches == [batches[0] // part for part, ran in zip(share, plan, strict=True) if ran[of_kind]], name
+    crossed = sum(cross for cross, _ in plan)
+    assert (report.cross_attention_computed, report.cross_attention_reused) == (crossed, STEPS - crossed)
+    assert report.half_batch_forwards == share.count(2)
+    assert report.full_batch_forwards == STEPS - share.count(2)
+    return report
+
+
+@every
+@pytest.mark.parametrize("name", ["v2", pytest.param("gate_1", marks=pytest.mark.slow)])
+def test_to_k_runs_exactly_as_the_schedule_says(kind: Kind, name):
+    settings = SETTINGS[name]
+    plan = [computed(step, STEPS, **settings) for step in range(STEPS)]
+    halves = 2 if kind.is_guided else 1
+    prompts = [0, 1] if kind.batches else [0]
+    check_counts(kind, settings, prompts, plan, [1 if cross else halves for cross, _ in plan])
+
+
+@guided
+@pytest.mark.parametrize("settings", [FIXED, pytest.param(PATIENT, marks=pytest.mark.slow)], ids=["fixed", "auto"])
+def test_full_steps_compute_everything_and_half_steps_one_half(kind: Kind, settings):
+    full = full_steps(STEPS, settings)
+    plan = [(step in full, True) for step in range(STEPS)]
+    report = check_counts(kind, settings, [0], plan, [1 if step in full else 2 for step in range(STEPS)])
+    assert report.full_steps == full
+
+
+@every_slow
+def test_full_steps_alone_change_no_bit(kind: Kind):
+    pipe, baseline = kind.build(), kind.plain()
+    for settings in ({"gate_step": STEPS}, *(EVERY if kind.is_guided else ())):
+        assert torch.equal(kind.run(apply_tgate(pipe, **settings)), baseline)
+        assert get_tgate_report(pipe).half_batch_forwards == get_tgate_report(pipe).cross_attention_reused == 0
+
+
+@pytest.mark.parametrize("kind", rows([kind for kind in KINDS if kind.batches], ALL))
+def test_a_batch_of_two_prompts_equals_two_singles(kind: Kind):
+    rounding = distance(kind.plain([0, 1]), torch.cat([kind.plain([0]), kind.plain([1])]))
+    assert rounding < 1e-4
+    for settings in (DROP, *([FIXED] if kind.is_guided else [])):
+        pipe = apply_tgate(kind.build(), **settings)
+        singles = torch.cat([kind.run(pipe, [0]), kind.run(pipe, [1])])
+        assert distance(kind.run(pipe, [0, 1]), singles) < 5e-5 + 5 * rounding
+
+
+@every_slow
+@pytest.mark.parametrize("forward", [1, GATE, GATE + 1])
+def test_a_run_that_breaks_leaves_nothing(kind: Kind, forward):
+    settings = FIXED if kind.is_guided else DROP
+    pipe, baseline = kind.build(), kind.plain()
+    expected = kind.run(apply_tgate(pipe, **settings))
+    layer = [module for name, module in attention_modules(denoiser_of(pipe, kind)).items() if not is_cross(kind, name)]
+    calls = []
+
+    def fail(module, args):
+        calls.append(1)
+        if len(calls) == forward:
+            raise Stop
+
+    handle = layer[-1].to_q.register_forward_pre_hook(fail)
+    with pytest.raises(Stop):
+        kind.run(pipe)
+    handle.remove()
+    assert vars(pipe)["_tgate"].callback.state.nbytes == 0
+    assert torch.equal(kind.run(pipe), expected)
+    assert torch.equal(kind.run(remove_tgate(pipe)), baseline)
+
+
+@guided_slow
+@pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "cfg_half": "unconditional"}], ids=str)
+def test_the_halves_of_a_half_step_differ_by_the_prediction(kind: Kind, settings):
+    pipe = apply_tgate(kind.build(), **settings)
+    outputs, known, errors = [], [], []
+    hook = denoiser_of(pipe, kind).register_forward_hook
+    hook(lambda module, args, output: outputs.append(sample_of(output).clone()))
+    kind.run(pipe)
+    report = get_tgate_report(pipe)
+    assert report.half_batch_forwards > 0
+    channels = kind.guided_channels
+    for step, output in enumerate(outputs):
+        first, second = output.chunk(2)
+        if channels:
+            assert step in report.full_steps or torch.equal(first[:, channels:], second[:, channels:])
+            first, second = first[:, :channels], second[:, :channels]
+        if step in report.full_steps:
+            if len(known) == 2 and settings is PATIENT:
+                text, start = (first, second) if kind.conditional_first else (second, first)
+                scale = kind.guidance + kind.scale_beyond
+                right = start + scale * (text - start)
+                error = relative_error(predict(known, step), second - first, right, scale)
+                errors.append((step, pytest.approx(error.max().item(), rel=1e-3)))
+            known = [*known[-1:], Difference(step, second - first)]
+        else:
+            torch.testing.assert_close(second - first, predict(known, step), rtol=1e-4, atol=1e-5)
+    assert list(report.prediction_errors) == errors
+    assert bool(errors) is (settings is PATIENT)
+
+
+@guided_slow
+@pytest.mark.parametrize("half", [None, "unconditional"])
+def test_after_the_gate_the_denoiser_gives_what_it_gives_with_what_is_kept_in_the_place_of_cross_attention(
+    kind: Kind, half
+):
+    pipe = kind.build()
+    denoiser = denoiser_of(pipe, kind)
+    stays = half or kind.kept
+    place = 1 if (stays == "conditional") is not kind.conditional_first else 0
+    calls, kept, outputs = [], {}, []
+    layers = {name: layer for name, layer in attention_modules(denoiser).items() if is_cross(kind, name)}
+
+    def keep(name):
+        def hook(module, args, output):
+            if len(calls) == GATE:
+                halves = output.chunk(2)
+                kept[name] = (halves[0] + halves[1]) / 2 if kind.mean else halves[place]
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    # Registered before T-GATE's: sees what the pipeline gives.
+
+    def note(module, args, kwargs):
+        # HunyuanDiT empties the list of what its ControlNet gave.
+        calls.append(
+            (tuple(args), {key: list(value) if isinstance(value, list) else value for key, value in kwargs.items()})
+        )
+
+    handles.append(denoiser.register_forward_pre_hook(note, with_kwargs=True))
+    apply_tgate(pipe, GATE, cfg_half=half)
+    denoiser.register_forward_hook(lambda module, args, output: outputs.append(sample_of(output)))
+    kind.run(pipe)
+    remove_tgate(pipe)
+    for handle in handles:
+        handle.remove()
+    args, kwargs = calls[GATE]
+    # After a ControlNet on one half all of it is that half.
+    halves = 1 if kind.control else 2
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda module, args, output, name=name: torch.cat([kept[name]] * halves))
+    with torch.no_grad():
+        expected = sample_of(denoiser(*args, **kwargs)).chunk(halves)[place if halves == 2 else 0]
+    torch.testing.assert_close(outputs[GATE], torch.cat([expected] * 2), rtol=1e-4, atol=1e-5)
+
+
+@every_slow
+def test_without_guidance_nothing_is_averaged_or_halved(kind: Kind):
+    pipe = apply_tgate(kind.build(), GATE)
+    seen = count(pipe, kind)
+    off = {"guidance_scale": 1.0}
+    prompts = [0, 1] if kind.batches else [0]
+    together = kind.run(pipe, prompts, **off)
+    assert seen.pop("denoiser") == [len(prompts)] * STEPS
+    for name, batches in seen.items():
+        assert batches == [batches[0]] * (GATE if is_cross(kind, name) else STEPS)
+    assert get_tgate_report(pipe).half_batch_forwards == 0
+    singles = torch.cat([kind.run(pipe, [prompt], **off) for prompt in prompts])
+    assert distance(together, singles) < 5e-5
+
+
+# What the configuration does not say, as arguments of `estimate_cost`.
+COSTS = {name: {"max_sequence_length": TOKENS} for name in ("sana", "sana_sprint", "ltx")} | {"hunyuan": {}}
+
+
+@pytest.mark.parametrize("kind", rows([BY_KIND[name] for name in COSTS], ALL))
+@pytest.mark.parametrize("settings", [SETTINGS["v2"], FIXED], ids=["v2", "fixed"])
+def test_the_estimate_is_what_a_run_takes(kind: Kind, settings):
+    pipe = kind.build()
+    given = {**kind.size, **COSTS[kind.name], "batch_size": 2}
+    cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **given)
+    # What is a layer and what attention differs where attention is not the usual one.
+    assert cost.without_tgate.total == taken(pipe, kind, [0, 1], linear=True).total
+    assert cost.with_tgate.total == taken(apply_tgate(pipe, **settings), kind, [0, 1], linear=True).total
+    assert cost.report == get_tgate_report(pipe)
+    assert cost.report.peak_bytes > 0
+
+
+def test_the_support_matrix_has_a_row_for_every_family():
+    page = (Path(__file__).parent.parent / "docs/pipelines.md").read_text()
+    page = page[page.index("## Other families") :]
+    page = page[: page.index("\n## ", 1)]
+    found = dict(re.findall(r"^\| `(\w+Pipeline)` \| (.+) \|$", page, flags=re.MULTILINE))
+    assert found == {kind.pipeline: kind.kept or "no guidance" for kind in KINDS}

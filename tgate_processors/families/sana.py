@@ -1,0 +1,31 @@
+"""Sana: a small latent, linear self-attention, and cross-attention as the only one whose cost is quadratic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..layout import Layout
+from .family import Family, Inputs, InputSize, Shapes
+
+
+def _sana(config: Any, batch: int, size: InputSize) -> Shapes:
+    shapes: Shapes = {
+        "hidden_states": (batch, config.in_channels, size.height, size.width),
+        "timestep": (batch,),
+        "encoder_hidden_states": (batch, size.tokens, config.caption_channels),
+        "encoder_attention_mask": (batch, size.tokens),
+    }
+    if getattr(config, "guidance_embeds", False):
+        shapes["guidance"] = (batch,)
+    return shapes
+
+
+SANA = (
+    Family(
+        "SanaTransformer2DModel",
+        "transformer",
+        "conditional",
+        Inputs(_sana, tokens=300, scale=32),
+        Layout(residuals={"controlnet_block_samples": None}),
+    ),
+)

@@ -36,6 +36,8 @@ class Kind(Case):
     conditional_first: bool = False
     size: dict[str, int] = field(default_factory=dict)
     batches: bool = True
+    # Rows of its first layer for each sample.
+    rows: int = 1
 
     def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
         scale = overrides.get("guidance_scale", self.guidance)
@@ -234,6 +236,86 @@ def hunyuan_controlnet() -> Any:
     return hunyuan("HunyuanDiTControlNetPipeline", vae=vae, controlnet=controlnet)
 
 
+def latte() -> Any:
+    transformer = model(
+        "LatteTransformer3DModel",
+        sample_size=4,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=4,
+        num_attention_heads=2,
+        caption_channels=8,
+        in_channels=4,
+        cross_attention_dim=8,
+        out_channels=8,
+        attention_bias=True,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        video_length=2,
+    )
+    return assemble("LattePipeline", transformer=transformer, scheduler=diffusers.DDIMScheduler(clip_sample=False))
+
+
+def allegro() -> Any:
+    transformer = model(
+        "AllegroTransformer3DModel",
+        num_attention_heads=2,
+        attention_head_dim=6,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        cross_attention_dim=12,
+        sample_width=4,
+        sample_height=4,
+        sample_frames=2,
+        caption_channels=8,
+    )
+    scheduler = diffusers.EulerAncestralDiscreteScheduler()
+    return assemble("AllegroPipeline", transformer=transformer, scheduler=scheduler)
+
+
+def stable_audio() -> Any:
+    transformer = model(
+        "StableAudioDiTModel",
+        sample_size=8,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_key_value_attention_heads=2,
+        num_attention_heads=2,
+        out_channels=4,
+        cross_attention_dim=8,
+        time_proj_dim=8,
+        global_states_input_dim=16,
+        cross_attention_input_dim=8,
+    )
+    vae = model(
+        "AutoencoderOobleck",
+        encoder_hidden_size=4,
+        downsampling_ratios=[1, 2],
+        decoder_channels=3,
+        decoder_input_channels=3,
+        audio_channels=2,
+        channel_multiples=[2, 4],
+        sampling_rate=4,
+    )
+    # What is drawn ends before it, and its weights cannot be copied.
+    vae.encoder = vae.decoder = torch.nn.Linear(1, 1)
+    projection = model("StableAudioProjectionModel", text_encoder_dim=8, conditioning_dim=8, min_value=0, max_value=32)
+    scheduler = diffusers.EDMDPMSolverMultistepScheduler(
+        solver_order=2, prediction_type="v_prediction", sigma_data=1.0, sigma_schedule="exponential"
+    )
+    components = {"transformer": transformer, "vae": vae, "projection_model": projection, "scheduler": scheduler}
+    return assemble("StableAudioPipeline", **components)
+
+
+def _positive(prompts: list[int], guided: bool) -> dict[str, Any]:
+    return text(8, masked=False)(prompts, False)
+
+
 _PICTURE = {"height": 128, "width": 128}
 _CLIP = {"height": 64, "width": 64, "num_frames": 9}
 _SANA_CALL = {"use_resolution_binning": False, "negative_prompt": None}
@@ -311,6 +393,36 @@ KINDS = [
         extra=_HUNYUAN_CALL,
         control="control_image",
         batches=False,
+    ),
+    Kind(
+        "latte",
+        latte,
+        text(8, masked=False),
+        pipeline="LattePipeline",
+        first="pos_embed.proj",
+        rows=2,
+        guided_channels=4,
+        size={"height": 32, "width": 32, "video_length": 2},
+        extra={"negative_prompt": None, "mask_feature": False, "clean_caption": False},
+    ),
+    Kind(
+        "allegro",
+        allegro,
+        text(8),
+        pipeline="AllegroPipeline",
+        first="pos_embed.proj",
+        rows=2,
+        size={"height": 32, "width": 32, "num_frames": 8},
+        extra={"negative_prompt": None, "clean_caption": False},
+    ),
+    Kind(
+        "stable_audio",
+        stable_audio,
+        _positive,
+        pipeline="StableAudioPipeline",
+        first="proj_in",
+        mean=False,
+        extra={"audio_end_in_s": 2.0},
     ),
 ]
 BY_KIND = {kind.name: kind for kind in KINDS}

@@ -43,6 +43,8 @@ def input_size(
     for argument, value, senseless in (
         ("num_frames", num_frames, inputs.frames is None),
         ("max_sequence_length", max_sequence_length, not inputs.text),
+        ("height", height, not inputs.sized),
+        ("width", width, not inputs.sized),
     ):
         if value is not None and senseless:
             raise ValueError(f"{argument}={value!r} means nothing for a {name}: leave it out.")
@@ -50,6 +52,8 @@ def input_size(
     factor = checked_int("vae_scale_factor", factor, 1)
     sides = []
     for axis, (argument, value) in enumerate((("height", height), ("width", width))):
+        if not inputs.sized:
+            value = factor
         if value is None:
             value = _call_default(pipe, argument) or _sample_size(denoiser, axis, argument) * factor
         value = checked_int(argument, value, factor)
@@ -83,7 +87,10 @@ def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
 
 def _scale(pipe: Any, inputs: Inputs) -> int:
     """Pixels of the picture for one of the latent."""
-    told = (getattr(pipe, name, None) for name in ("vae_scale_factor", "vae_spatial_compression_ratio"))
+    told = (
+        getattr(pipe, name, None)
+        for name in ("vae_scale_factor", "vae_spatial_compression_ratio", "vae_scale_factor_spatial")
+    )
     return next((scale for scale in told if scale is not None), inputs.scale)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from .audio import AUDIO
 from .family import Family
 from .hunyuan import HUNYUAN
+from .latte import LATTE
 from .ltx import LTX
 from .pixart import PIXART
 from .sana import SANA
 from .unets import UNETS
 
-FAMILIES: tuple[Family, ...] = (*UNETS, *PIXART, *SANA, *LTX, *HUNYUAN)
+FAMILIES: tuple[Family, ...] = (*UNETS, *PIXART, *SANA, *LTX, *HUNYUAN, *LATTE, *AUDIO)
 
 
 def family_of(denoiser: torch.nn.Module) -> Family | None:

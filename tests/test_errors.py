@@ -167,6 +167,7 @@ def flux():
         joint_attention_dim=16,
         pooled_projection_dim=16,
         axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
     )
     return diffusers.FluxPipeline(
         transformer=transformer,
@@ -227,21 +228,29 @@ def added_keys():
     return diffusers.IFPipeline(unet=unet, scheduler=diffusers.DDPMScheduler(), requires_safety_checker=False, **absent)
 
 
-def sana():
-    transformer = diffusers.SanaTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
+def text_to_video():
+    unet = diffusers.UNet3DConditionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=4,
         attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
-        sample_size=8,
+        norm_num_groups=2,
     )
-    return diffusers.SanaPipeline(None, None, None, transformer, diffusers.FlowMatchEulerDiscreteScheduler())
+    return diffusers.TextToVideoSDPipeline(None, None, None, unet, diffusers.DDIMScheduler())
+
+
+def ledits():
+    components = CASE.build().components
+    return diffusers.LEditsPPPipelineStableDiffusion(
+        **{key: value for key, value in components.items() if key != "image_encoder"}, requires_safety_checker=False
+    )
+
+
+def kandinsky():
+    movq = diffusers.VQModel(block_out_channels=(4,), norm_num_groups=2)
+    return diffusers.KandinskyV22Pipeline(unet=added_keys().unet, scheduler=diffusers.DDPMScheduler(), movq=movq)
 
 
 def mochi():
@@ -292,6 +301,7 @@ def without_denoiser():
     [
         (sd3, "SD3Transformer2DModel has joint attention"),
         (flux, "FluxTransformer2DModel has joint attention"),
+        (flux, "its guidance is distilled into it, so there is no half to leave out"),
         (lambda: ddpm(attention=True), "UNet2DModel has no cross-attention"),
         (lambda: ddpm(attention=False), "UNet2DModel has no attention"),
         (semantic, "semantic guidance adds a part to the batch for every edit"),
@@ -299,14 +309,17 @@ def without_denoiser():
         (attention_guidance, "it has no callback_on_step_end, no num_timesteps, no do_classifier_free_guidance"),
         (free_noise, "with FreeNoise: its attention layers run once for every window"),
         (added_keys, "UNet2DConditionModel has joint attention"),
-        (sana, "T-GATE does not know how transformer=SanaTransformer2DModel does guidance"),
+        (kandinsky, "UNet2DConditionModel has joint attention"),
+        (ledits, "semantic guidance adds a part to the batch for every edit"),
+        (text_to_video, "T-GATE does not know how unet=UNet3DConditionModel does guidance"),
         (mochi, "MochiTransformer3DModel has joint attention"),
         (stable_cascade, "it denoises with decoder=StableCascadeUNet, whose attention joins the text with other keys"),
-        (without_denoiser, "it has no `unet` or `transformer` at present. Load one first."),
+        (without_denoiser, "it has no `unet` or `transformer` at present."),
     ],
     ids=[
         "sd3",
         "flux",
+        "distilled",
         "no_cross_attention",
         "no_attention",
         "semantic",
@@ -314,6 +327,8 @@ def without_denoiser():
         "attention_guidance",
         "free_noise",
         "added_keys",
+        "kandinsky",
+        "ledits",
         "unknown",
         "mochi",
         "stable_cascade",
@@ -323,7 +338,8 @@ def without_denoiser():
 def test_a_pipeline_that_cannot_be_gated_is_refused_with_the_reason(build, reason):
     pipe = build()
     before = dict(vars(pipe))
-    with pytest.raises(ValueError, match=f"^{type(pipe).__name__} cannot be gated:? .*{re.escape(reason)}"):
+    instead = r"(What helps there are|Load one|Call pipe\.disable_free_noise\(\))"
+    with pytest.raises(ValueError, match=f"^{type(pipe).__name__} cannot be gated:? .*{re.escape(reason)}.*{instead}"):
         apply_tgate(pipe)
     assert vars(pipe) == before
     assert not is_tgate_applied(pipe)

@@ -12,7 +12,7 @@ import torch
 from ..call import Call
 from ..schedule import CFGHalf, TGateSchedule
 from .family import Family
-from .refusing import check_attention, why_no_denoiser
+from .refusing import INSTEAD, check_attention, why_no_denoiser
 from .rows import family_of, known
 
 # Arguments of a pipeline's call that give away guidance of more or other parts than two halves. It stays on after the
@@ -62,7 +62,7 @@ def find_family(pipe: Any) -> Found:
     parameters = _parameters(type(pipe))
     for argument, reason in REFUSED_ARGUMENTS.items():
         if argument in parameters:
-            raise ValueError(f"{subject} cannot be gated: {reason}. Use it without T-GATE.")
+            raise ValueError(f"{subject} cannot be gated: {reason}. {INSTEAD}")
     family, denoiser = _find_denoiser(pipe, subject)
     check_attention(denoiser, subject)
     check_mode(pipe)
@@ -131,7 +131,8 @@ def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
     if not seen:
         raise ValueError(f"{subject} cannot be gated: {why_no_denoiser(pipe)}")
     raise ValueError(
-        f"{subject} cannot be gated: T-GATE does not know how {' and '.join(seen)} does guidance. It knows {known()}."
+        f"{subject} cannot be gated: T-GATE does not know how {' and '.join(seen)} does guidance. It knows {known()}. "
+        f"{INSTEAD}"
     )
 
 
@@ -149,5 +150,5 @@ def _check_loop(pipeline_class: type, ticks: bool, subject: str, *, guides: bool
     if missing:
         raise ValueError(
             f"{subject} cannot be gated: it has no {', no '.join(missing)}, so its steps and its guidance are not "
-            "known. Use it without T-GATE."
+            f"known. {INSTEAD}"
         )

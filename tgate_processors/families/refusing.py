@@ -8,6 +8,9 @@ import torch
 
 from ..layers import attention_modules
 
+# What makes a pipeline faster that T-GATE cannot gate.
+INSTEAD = "What helps there are fewer steps, half precision and torch.compile."
+
 
 def why_no_denoiser(pipe: Any) -> str:
     """Why a pipeline has neither a UNet nor a transformer."""
@@ -19,9 +22,9 @@ def why_no_denoiser(pipe: Any) -> str:
     if others:
         return (
             f"it denoises with {' and '.join(others)}, whose attention joins the text with other keys, so there is no "
-            "cross-attention output to keep. Use it without T-GATE."
+            f"cross-attention output to keep. {INSTEAD}"
         )
-    return "it has no denoiser that T-GATE knows, `unet` or `transformer`. Use it without T-GATE."
+    return f"it has no denoiser that T-GATE knows, `unet` or `transformer`. {INSTEAD}"
 
 
 def check_attention(denoiser: torch.nn.Module, subject: str) -> None:
@@ -30,15 +33,17 @@ def check_attention(denoiser: torch.nn.Module, subject: str) -> None:
     inner = getattr(denoiser, "_orig_mod", denoiser)
     name = type(inner).__name__
     if any(_is_joint(module) for module in (*modules, *inner.modules())):
+        distilled = getattr(getattr(inner, "config", None), "guidance_embeds", False)
+        more = ", and its guidance is distilled into it, so there is no half to leave out" if distilled else ""
         raise ValueError(
             f"{subject} cannot be gated: {name} has joint attention (text and image share one softmax), so there is no "
-            "cross-attention output to keep. What helps there are diffusers' own caches, where the model has them "
-            "(pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
+            f"cross-attention output to keep{more}. What helps there are diffusers' own caches, where the model has "
+            "them (pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
         )
     if not modules:
-        raise ValueError(f"{subject} cannot be gated: {name} has no attention layers.")
+        raise ValueError(f"{subject} cannot be gated: {name} has no attention layers. {INSTEAD}")
     if not any(getattr(module, "is_cross_attention", True) for module in modules):
-        raise ValueError(f"{subject} cannot be gated: {name} has no cross-attention layers.")
+        raise ValueError(f"{subject} cannot be gated: {name} has no cross-attention layers. {INSTEAD}")
 
 
 def _is_joint(module: Any) -> bool:

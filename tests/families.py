@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 import torch
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
 from tests.pipelines import STEPS, Case, images, quiet, seeded
 
@@ -52,6 +53,9 @@ class Kind(Case):
         }
         if self.image:
             inputs["image"] = images(prompts)
+        if not self.batches and not self.image:
+            # Some take no list.
+            inputs["generator"] = inputs["generator"][0]
         return inputs | overrides
 
     def run(self, pipe: Any, prompts: list[int] | None = None, **overrides: Any) -> torch.Tensor:
@@ -104,9 +108,9 @@ def assemble(name: str, **components: Any) -> Any:
     return quiet(cls(**given))
 
 
-def model(name: str, **config: Any) -> Any:
+def model(name: str, seed: int = 0, **config: Any) -> Any:
     """A model with random weights that are the same every time."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     made = getattr(diffusers, name)(**config).eval()
     for parameter in made.parameters():
         if parameter.dim() > 1 and not parameter.any():
@@ -425,4 +429,149 @@ KINDS = [
         extra={"audio_end_in_s": 2.0},
     ),
 ]
-BY_KIND = {kind.name: kind for kind in KINDS}
+
+
+WAN_CONFIG = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 8,
+    "freq_dim": 16,
+    "ffn_dim": 16,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 32,
+}
+
+
+def wan(name: str = "WanPipeline", seconds: bool = False, **changed: Any) -> Any:
+    config = WAN_CONFIG | changed
+    kind = "WanVACETransformer3DModel" if "vace_layers" in changed else "WanTransformer3DModel"
+    parts = {"transformer": model(kind, **config), "scheduler": _flow()}
+    if seconds:
+        parts["transformer_2"] = model("WanTransformer3DModel", seed=1, **config)
+        parts["boundary_ratio"] = 0.6
+    if name != "WanPipeline":
+        parts["vae"] = model(
+            "AutoencoderKLWan",
+            base_dim=2,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        )
+    if name == "WanImageToVideoPipeline":
+        sizes = {"image_size": 32, "patch_size": 16, "hidden_size": 8, "intermediate_size": 8}
+        vision = CLIPVisionConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
+        torch.manual_seed(0)
+        parts["image_encoder"] = CLIPVisionModel(vision).eval()
+        parts["image_processor"] = CLIPImageProcessor(crop_size=32, size=32)
+    return assemble(name, **parts)
+
+
+class _Safe(torch.nn.Module):
+    """In the place of a checker that is downloaded."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+
+def cosmos(name: str, **config: Any) -> Any:
+    transformer = model(
+        "CosmosTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        mlp_ratio=1,
+        text_embed_dim=8,
+        adaln_lora_dim=4,
+        max_size=(4, 8, 8),
+        rope_scale=(2.0, 1.0, 1.0),
+        concat_padding_mask=False,
+        extra_pos_embed_type="learnable",
+    )
+    if name == "CosmosTextToWorldPipeline":
+        scheduler = diffusers.EDMEulerScheduler(
+            sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", final_sigmas_type="sigma_min"
+        )
+    else:
+        scheduler = _flow(use_karras_sigmas=True)
+    return assemble(name, transformer=transformer, scheduler=scheduler, safety_checker=_Safe(), **config)
+
+
+def skyreels() -> Any:
+    pipe = wan()
+    transformer = model("SkyReelsV2Transformer3DModel", **WAN_CONFIG)
+    return assemble("SkyReelsV2Pipeline", transformer=transformer, scheduler=pipe.scheduler)
+
+
+_SHORT = {"height": 32, "width": 32, "num_frames": 5}
+
+# Guidance of these is two calls.
+TWO_CALLS = [
+    Kind("wan", wan, text(8, masked=False), pipeline="WanPipeline", first="patch_embedding", size=_SHORT),
+    Kind(
+        "wan_experts",
+        lambda: wan(seconds=True),
+        text(8, masked=False),
+        pipeline="WanPipeline",
+        first="patch_embedding",
+        size=_SHORT,
+        extra={"guidance_scale_2": 3.0},
+    ),
+    Kind(
+        "wan_image",
+        lambda: wan("WanImageToVideoPipeline", in_channels=12, image_dim=8, added_kv_proj_dim=24, num_layers=1),
+        # Its layers count 512 tokens of text from the end.
+        text(8, masked=False, tokens=512),
+        pipeline="WanImageToVideoPipeline",
+        first="patch_embedding",
+        size=_SHORT,
+        extra={"image": images([0])[0]},
+    ),
+    Kind(
+        "wan_vace",
+        lambda: wan("WanVACEPipeline", vace_layers=[0], vace_in_channels=72),
+        text(8, masked=False),
+        pipeline="WanVACEPipeline",
+        first="patch_embedding",
+        size=_SHORT,
+        batches=False,
+    ),
+    Kind(
+        "skyreels",
+        skyreels,
+        text(8, masked=False),
+        pipeline="SkyReelsV2Pipeline",
+        first="patch_embedding",
+        size=_SHORT,
+    ),
+    Kind(
+        "cosmos",
+        lambda: cosmos("CosmosTextToWorldPipeline"),
+        text(8, masked=False),
+        pipeline="CosmosTextToWorldPipeline",
+        first="patch_embed.proj",
+        scale_beyond=1.0,
+        size={"height": 32, "width": 32, "num_frames": 9},
+    ),
+    Kind(
+        "cosmos2",
+        lambda: cosmos("Cosmos2TextToImagePipeline"),
+        text(8, masked=False),
+        pipeline="Cosmos2TextToImagePipeline",
+        first="patch_embed.proj",
+        scale_beyond=1.0,
+        size={"height": 32, "width": 32},
+    ),
+]
+
+BY_KIND = {kind.name: kind for kind in KINDS + TWO_CALLS}

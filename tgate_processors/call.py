@@ -112,14 +112,19 @@ class Call:
             self._seen_scale = scale
         return self._guided
 
-    def scale(self) -> Any:
+    def scale(self, expert: int = 0) -> Any:
         """
         What guidance multiplies the difference of its halves with now, a number or a tensor.
+
+        Args:
+            expert (`int`, *optional*, defaults to 0): Which of several denoisers runs, as each may have a scale.
 
         Raises:
             ValueError: If the pipeline does not tell it.
         """
-        scale = getattr(self._pipe, "_guidance_scale", None)
+        scale = getattr(self._pipe, f"_guidance_scale_{expert + 1}", None) if expert else None
+        if scale is None:
+            scale = getattr(self._pipe, "_guidance_scale", None)
         if scale is None:
             scale = self._arguments.get("guidance_scale")
         if scale is None:

@@ -139,6 +139,11 @@ class TGateCallback(StepClock):
         found = find_family(pipeline)
         check_half(pipeline, found, self.cfg_half)
         check_guidance(pipeline, found, self.state.schedule)
+        if found.family.layout.calls > 1:
+            raise ValueError(
+                f"T-GATE: the guidance of {type(pipeline).__name__} is two calls of its denoiser, and a callback alone "
+                "cannot leave one out: use apply_tgate(pipe, ...)."
+            )
         check_others(found.denoiser, self.state.schedule)
         layout = found.family.layout
         layers = Layers(found.denoiser, self.state, "gate", layout)

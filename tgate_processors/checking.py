@@ -68,3 +68,9 @@ def checked_int(name: str, value: object, least: int, remedy: str | None = None)
     if number < least:
         raise ValueError(f"{name}={value!r} is too small: {remedy}.")
     return number
+
+
+def check_switch(name: str, value: object) -> None:
+    """Refuse what neither leaves a setting open nor is a truth value."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give True or False, or leave it out.")

@@ -127,6 +127,11 @@ def measure_convergence(
     if isinstance(prompts, (str, Mapping)):
         raise TypeError(f"prompts={prompts!r} is a {type(prompts).__name__}: give a list, with a prompt for each call.")
     calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
+    if find_family(pipe).family.layout.calls > 1:
+        raise ValueError(
+            f"the guidance of {type(pipe).__name__} is two calls of its denoiser, and the probe watches guidance in "
+            'one batch: use gate_step="auto" there, whose report tells the errors.'
+        )
     if not calls:
         raise ValueError(f"prompts={prompts!r} is empty: give some prompts, with a call for each.")
     schedules = [TGateSchedule("auto", tolerance=tolerance) for tolerance in tolerances]

@@ -72,6 +72,7 @@ def estimate_cost(
     num_frames: int | None = None,
     vae_scale_factor: int | None = None,
     dtype: torch.dtype | None = None,
+    cross_attention: bool | None = None,
 ) -> TGateCost:
     r"""
     Tell what a schedule costs, without running the model: it is run on the meta device, which has neither memory nor
@@ -102,6 +103,7 @@ def estimate_cost(
             Pixels of the picture for one of the latent. Defaults to that of the pipeline; for a denoiser alone to 8.
         dtype (`torch.dtype`, *optional*):
             The type that the bytes held are counted in. Defaults to that of the denoiser.
+        cross_attention (`bool`, *optional*): Whether cross-attention is reused, as in [`apply_tgate`].
 
     Returns:
         `TGateCost`: MACs of a forward and of the run, parameters, and the report of the run.
@@ -140,7 +142,18 @@ def estimate_cost(
     check_parameters(denoiser, names)
 
     timeline = _timeline(pipe, num_inference_steps)
-    with_tgate, report = run_schedule(profile, schedule, timeline, batch_size=batch_size, guided=guided, dtype=dtype)
+    if cross_attention is None:
+        family = family_of(denoiser)
+        cross_attention = family is None or family.layout.keeps_cross
+    with_tgate, report = run_schedule(
+        profile,
+        schedule,
+        timeline,
+        batch_size=batch_size,
+        guided=guided,
+        dtype=dtype,
+        cross_attention=cross_attention,
+    )
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
     return TGateCost(
         full=full.macs,
@@ -187,9 +200,10 @@ def _pipe_and_denoiser(given: Any) -> tuple[Any, Any]:
     name = type(given).__name__
     if not isinstance(given, torch.nn.Module):
         raise TypeError(f"pipe_or_denoiser is a {name}: give a diffusers pipeline, or its denoiser.")
-    if family_of(given) is None:
+    family = family_of(given)
+    if family is None:
         raise ValueError(f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {known()}.")
-    check_attention(given, name)
+    check_attention(given, name, apart=family.layout.apart)
     return None, getattr(given, "_orig_mod", given)
 
 

@@ -250,7 +250,7 @@ class _Announced(Call):
         """Whether guidance is on."""
         return self._guides
 
-    def scale(self) -> float:
+    def scale(self, expert: int = 0) -> float:
         """It is all the same without values."""
         return 1.0
 
@@ -263,6 +263,7 @@ def run_schedule(
     batch_size: int,
     guided: bool,
     dtype: torch.dtype,
+    cross_attention: bool = True,
 ) -> tuple[MACs, TGateReport]:
     """
     Go through a run, step by step, with T-GATE's own run and processors and these two layers.
@@ -274,6 +275,7 @@ def run_schedule(
         batch_size (`int`): Number of pictures.
         guided (`bool`): Whether classifier-free guidance is on.
         dtype (`torch.dtype`): The type of what is stored.
+        cross_attention (`bool`, *optional*, defaults to `True`): Whether cross-attention is reused.
 
     Returns:
         `tuple` of `MACs` and `TGateReport`: What the run takes, and what T-GATE says of it.
@@ -282,7 +284,7 @@ def run_schedule(
     layers = Layers(denoiser, state, "gate")
     layers.follow()
     call = _Announced(timeline, guided=guided, pictures=batch_size)
-    run = Run(state, call, layers, droppable=True, by_forward=True)
+    run = Run(state, call, layers, droppable=True, by_forward=True, cross_attention=cross_attention)
     whole = torch.empty((2 if guided else 1) * batch_size, profile.width, 1, dtype=dtype, device="meta")
     taken = MACs()
     with state.entered(run):

@@ -67,6 +67,26 @@ def double(output: Any, half: int, difference: torch.Tensor | None = None, ran: 
     return torch.cat([output, other] if ran == "unconditional" else [other, output])
 
 
+def second_of(output: Any, rows: int, difference: torch.Tensor | None) -> Any:
+    """
+    Make the output of the second call of guidance of that of the first.
+
+    Args:
+        output (`torch.Tensor` or container): The output of the first call.
+        rows (`int`): Its samples.
+        difference (`torch.Tensor`, *optional*): What the second has more than the first. Nothing by default.
+
+    Returns:
+        `torch.Tensor` or container: As `output`, in tensors of its own.
+    """
+    if not isinstance(output, torch.Tensor):
+        return _mapped(output, lambda item: second_of(item, rows, difference))
+    other = output.clone()
+    if difference is not None and other.dim() and other.shape[0] == rows:
+        other[:, : difference.shape[1]].add_(difference)
+    return other
+
+
 def sample_of(output: Any, shape: tuple[int, ...]) -> torch.Tensor:
     """
     The prediction in a denoiser's output.

@@ -130,8 +130,9 @@ class DenoiserHooks:
         innermost = self._is_innermost()
         # For the hooks after this forward, and for the next one: some may have come since the last.
         self.stand_inside()
-        run.before_forward(seen, self._kept_half(run), may_halve=innermost or run.control.halved)
-        if not run.half:
+        may_halve = innermost or run.control.halved or self._layout.calls > 1
+        run.before_forward(seen, self._kept_half(run), may_halve=may_halve, denoiser=module)
+        if not run.halves_batch:
             run.control.see(rows_of([seen.given.get(name) for name in self._layout.residuals]))
             if run.control.halved:
                 raise ValueError(
@@ -155,7 +156,8 @@ class DenoiserHooks:
 
     def _kept_half(self, run: Any) -> CFGHalf:
         """The half that stays, in the order of this pipeline's batch."""
-        conditional = run.control.conditional_only or self._state.schedule.predicts
+        # What is computed anew from one half of the text is of that half.
+        conditional = run.control.conditional_only or self._state.schedule.predicts or not run.gates_cross
         kept = self._kept or ("conditional" if conditional else self._default)
         if run.batch.unconditional_first:
             return kept  # type: ignore[return-value]

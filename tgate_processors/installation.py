@@ -18,27 +18,35 @@ from .schedule import CFGHalf
 
 
 class Place:
-    """The gates and hooks of one pipeline in one denoiser."""
+    """The gates and hooks of one pipeline in its denoiser, or in both that it has."""
 
-    def __init__(self, found: Found, hooks: DenoiserHooks, layers: Layers) -> None:
+    def __init__(self, found: Found, hooks: list[DenoiserHooks], layers: list[Layers]) -> None:
         self.found = found
         self.hooks = hooks
         self.layers = layers
 
     def install(self) -> None:
         """Put in what is not there yet."""
-        self.layers.follow()
-        self.hooks.install()
+        for layers, hooks in zip(self.layers, self.hooks, strict=True):
+            layers.follow()
+            hooks.install()
 
     def follow(self) -> None:
         """A call starts: processors and hooks may have come since the last one."""
-        self.layers.follow()
-        self.hooks.stand_inside()
+        for layers, hooks in zip(self.layers, self.hooks, strict=True):
+            layers.follow()
+            hooks.stand_inside()
+
+    def recover(self) -> None:
+        """After a failure, put back what the pipeline itself exchanges for a call."""
+        for layers in self.layers:
+            layers.recover()
 
     def remove(self) -> None:
         """The inverse of `install`."""
-        self.hooks.remove()
-        self.layers.remove()
+        for layers, hooks in zip(self.layers, self.hooks, strict=True):
+            hooks.remove()
+            layers.remove()
 
 
 class Installation:
@@ -52,6 +60,7 @@ class Installation:
         cfg_half (`str`, *optional*): The half of guidance that stays.
         custom (`str`, *optional*): What becomes of processors that are not diffusers' own.
         deepcache (`DeepCacheOrder`, *optional*): The order of a DeepCache helper.
+        cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
     """
 
     def __init__(
@@ -60,7 +69,9 @@ class Installation:
         cfg_half: CFGHalf | None = None,
         custom: CustomProcessors | None = None,
         deepcache: DeepCacheOrder | None = None,
+        cross_attention: bool | None = None,
     ) -> None:
+        self.cross_attention = cross_attention
         self.callback = callback
         self.cfg_half = cfg_half
         self.custom = custom
@@ -107,7 +118,8 @@ class Installation:
         here = next((place for place in self._places if place.found.is_of(pipe)), None)
         found = here.found if here is not None else find_family(pipe)
         state = self.callback.state
-        check_others(found.denoiser, state.schedule, self.deepcache.helper if self.deepcache else None)
+        for denoiser in found.denoisers:
+            check_others(denoiser, state.schedule, self.deepcache.helper if self.deepcache else None)
         self._let_go(pipe, but=here)
         if here is not None:
             self._owners[self._places.index(here)].add(pipe)
@@ -116,8 +128,11 @@ class Installation:
         check_half(pipe, found, self.cfg_half)
         check_guidance(pipe, found, state.schedule)
         layout = found.family.layout
-        hooks = DenoiserHooks(state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
-        here = Place(found, hooks, Layers(found.denoiser, state, self.custom, layout))
+        hooks = [
+            DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
+            for denoiser in found.denoisers
+        ]
+        here = Place(found, hooks, [Layers(denoiser, state, self.custom, layout) for denoiser in found.denoisers])
         self._places.append(here)
         self._owners.append(weakref.WeakSet([pipe]))
         try:

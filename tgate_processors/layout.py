@@ -48,6 +48,9 @@ class Layout:
             changes from step to step.
         conditional_first (`bool`): Whether the first half of the batch is the conditional one.
         mean (`bool`): Whether the mean of both halves is kept where guidance is dropped. Else it is the one that stays.
+        calls (`int`): Calls of the denoiser that guidance is made of: 1, or 2, the conditional one first.
+        apart (`bool`): Whether added keys (of a picture) have a softmax of their own beside that of the text.
+        keeps_cross (`bool`): Whether cross-attention is gated by default: what it keeps of a video is large.
         scale_beyond (`float`): What guidance multiplies the difference with more than `guidance_scale`, counted from
             the unconditional half.
     """
@@ -59,6 +62,9 @@ class Layout:
     conditional_first: bool = False
     mean: bool = True
     scale_beyond: float = 0.0
+    calls: int = 1
+    apart: bool = False
+    keeps_cross: bool = True
 
     @property
     def of_denoiser(self) -> Names:

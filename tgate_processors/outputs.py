@@ -10,6 +10,7 @@ import torch
 from .layers import Layers
 from .processor import UNFIT, part_of
 from .schedule import Action
+from .skipping import is_compiled
 from .state import Signals, Slot, TGateState
 
 
@@ -144,7 +145,7 @@ class Outputs:
         if self._is_compiled is None:
             denoiser = self.layers.denoiser
             parts = [denoiser, *getattr(denoiser, "_orig_mod", denoiser).modules()]
-            in_place = any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+            in_place = any(is_compiled(part) for part in parts)
             self._is_compiled = in_place or hasattr(denoiser, "_orig_mod")
         return self._is_compiled
 

@@ -10,7 +10,7 @@ import diffusers
 import torch
 
 from .callback import StepClock, checked_half
-from .checking import Auto
+from .checking import Auto, check_switch
 from .companions.deepcache import DeepCacheOrder, check_helper
 from .families import check_guidance, check_half, find_family
 from .installation import Installation
@@ -35,6 +35,7 @@ def apply_tgate(
     fi_interval: int = 1,
     warm_up: int = 0,
     cfg_half: CFGHalf | None = None,
+    cross_attention: bool | None = None,
     custom_processors: CustomProcessors | None = None,
     deepcache: Any = None,
 ) -> Pipeline:
@@ -78,6 +79,10 @@ def apply_tgate(
             Diffusion, `"unconditional"` for the others; in a ControlNet's `guess_mode` and in GLIGEN to
             `"conditional"`, the half with the control. Guidance of more or other parts (InstructPix2Pix,
             perturbed-attention guidance) stays on whole, and then there is nothing to choose.
+        cross_attention (`bool`, *optional*):
+            Whether cross-attention is reused after the gate. With `False` it is computed in every step, nothing of it
+            is kept, and guidance alone is gated. Defaults to `True`, but for denoisers of videos whose guidance is two
+            calls (Wan): what they keep is gigabytes, for a few percent of speed.
         custom_processors (`str`, *optional*):
             What becomes of attention processors that are not diffusers' own. They may mix the pictures of a batch or
             count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone
@@ -108,6 +113,7 @@ def apply_tgate(
     check_pipeline(pipe, gate_step)
     schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance)
     half = checked_half(cfg_half)
+    check_switch("cross_attention", cross_attention)
     if custom_processors not in (None, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {custom_processors!r}.')
     found = find_family(pipe)
@@ -120,7 +126,7 @@ def apply_tgate(
     before = installed(pipe)
     remove_tgate(pipe)
     try:
-        install(pipe, Installation(StepClock(schedule), half, custom_processors, order))
+        install(pipe, Installation(StepClock(schedule), half, custom_processors, order, cross_attention))
     except BaseException:
         if before is not None:
             install(pipe, before)

@@ -15,6 +15,7 @@ from .companions.others import has_cache_dit
 from .compilation import room_for_graphs
 from .installation import Installation
 from .run import Run
+from .skipping import skipping
 from .state import TGateState
 
 logger = logging.getLogger(__name__)
@@ -157,9 +158,13 @@ def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateSt
             droppable=found.kept_half is not None,
             by_forward=found.by_forward,
             deepcache=installation.deepcache,
+            cross_attention=installation.cross_attention,
         )
         stack.enter_context(room_for_graphs())
-        stack.enter_context(replayed(found.denoiser, state))
+        for denoiser in found.denoisers:
+            stack.enter_context(replayed(denoiser, state))
+        if found.family.layout.calls > 1:
+            stack.enter_context(skipping(found.denoisers, state))
         if installation.deepcache is not None:
             stack.enter_context(installation.deepcache.running())
         completed = False
@@ -167,7 +172,7 @@ def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateSt
             yield state, run
             completed = True
         except BaseException:
-            place.layers.recover()
+            place.recover()
             raise
         finally:
             run.close(completed=completed)

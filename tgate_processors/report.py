@@ -12,7 +12,8 @@ class TGateReport:
 
     Counts are denoiser forwards: one per step, two per step with Heun or KDPM2. Where some layers computed and others
     reused in one forward, the forward counts as both. Layers inside compiled code do not report; their forwards are
-    counted as they were announced to them.
+    counted as they were announced to them. Where guidance is two calls of the denoiser (Wan), the two count as one
+    forward, at half the batch if the second one is left out.
 
     Args:
         num_inference_steps (`int`):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -10,7 +11,8 @@ from .batch import Batch
 from .call import Call
 from .companions.deepcache import DeepCacheOrder
 from .control import Control
-from .halving import sample_of
+from .experts import Experts, Stored
+from .halving import sample_of, second_of
 from .layers import Layers
 from .layout import Seen
 from .outputs import Kept, Outputs
@@ -20,15 +22,6 @@ from .schedule import Action, CFGHalf, Phase, StepPlan
 from .state import Part, Slot, TGateState
 from .steps import Loop
 from .tally import Tally
-
-
-class Stored(NamedTuple):
-    """The forward that kept cross-attention: rows of what is kept, shape of a sample, and what part of it is kept."""
-
-    rows: int
-    shape: tuple[int, ...]
-    part: Part
-
 
 # Kept by a forward that no hook has seen. Whether it fits is for the layers to see.
 _UNSEEN = Stored(-1, (), Part.ALL)
@@ -41,14 +34,15 @@ class Run:
     Args:
         state (`TGateState`): What the gates of the pipeline share.
         call (`Call`): What the pipeline tells.
-        layers (`Layers`): The attention layers of its denoiser.
+        layers (`Layers` or a sequence of them): The attention layers of its denoiser, or of its denoisers.
         droppable (`bool`): Whether guidance is two halves of one batch, of which one can be left out.
         by_forward (`bool`, *optional*, defaults to `False`):
             Whether the end of a forward is the tick, for pipelines without step callbacks.
         deepcache (`DeepCacheOrder`, *optional*): What has to start afresh where the batch changes.
+        cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
 
     Attributes:
-        half (`bool`): Whether the forward that runs now runs on one half of the batch.
+        half (`bool`): Whether one half of guidance is left out in the step that runs now.
         waiting (`bool`): Whether no call has been announced yet (hand wiring).
     """
 
@@ -56,15 +50,18 @@ class Run:
         self,
         state: TGateState,
         call: Call,
-        layers: Layers,
+        layers: Layers | Sequence[Layers],
         *,
         droppable: bool,
         by_forward: bool = False,
         deepcache: DeepCacheOrder | None = None,
+        cross_attention: bool | None = None,
     ) -> None:
         self.call = call
-        self.batch = Batch(call, layers.layout)
-        self.outputs = Outputs(state, layers)
+        self.experts = Experts(state, [layers] if isinstance(layers, Layers) else layers)
+        self._layout = layout = self.experts.now.layers.layout
+        self.batch = Batch(call, layout)
+        self.gates_cross = layout.keeps_cross if cross_attention is None else cross_attention
         self.control = Control()
         self._tally = Tally(is_auto=state.schedule.is_auto)
         self.whole: Any = None
@@ -82,13 +79,20 @@ class Run:
         self._part = Part.ALL
         self._seen: Seen | None = None
         self._guided = False
-        self._stored: Stored | None = None
+        self._stores = False
+        self._first: torch.Tensor | None = None
+        self._second: Any = None
         self._phase = Phase.SEMANTICS_PLANNING
 
     @property
     def report(self) -> TGateReport:
         """What has been done so far."""
         return self._tally.report
+
+    @property
+    def outputs(self) -> Outputs:
+        """What the layers that run now keep."""
+        return self.experts.outputs
 
     @property
     def kept(self) -> dict[Slot, Kept]:
@@ -99,12 +103,17 @@ class Run:
     def nbytes(self) -> int:
         """Bytes held in stored outputs, and in differences of the halves of guidance."""
         loop = self._loop
-        return self.outputs.nbytes + (loop.guidance.nbytes if loop is not None and loop.guidance is not None else 0)
+        return self.experts.nbytes + (loop.guidance.nbytes if loop is not None and loop.guidance is not None else 0)
 
     @property
     def guided(self) -> bool:
         """Whether the last forward was given both halves of guidance, in one batch."""
         return self._guided and self._droppable
+
+    @property
+    def halves_batch(self) -> bool:
+        """Whether the forward that runs now runs on half of the batch that the pipeline gives."""
+        return self.half and self._layout.calls == 1
 
     @property
     def step_index(self) -> int:
@@ -128,13 +137,16 @@ class Run:
 
     def halves_next(self, shape: tuple[int, ...]) -> bool:
         """Whether the step that runs now will run on half the batch, if its latents are of this shape."""
-        if self._loop is None or self._loop.over or self._stored is None:
+        stored = self.experts.now.stored
+        if self._loop is None or self._loop.over or stored is None:
             return False
         improving = self._loop.now.phase is Phase.FIDELITY_IMPROVING
-        fits = self._stored.part is not Part.ALL and self._stored.shape[-2:] == shape[-2:]
+        fits = stored.part is not Part.ALL and stored.shape[-2:] == shape[-2:]
         return self._droppable and improving and fits and self.call.guided()
 
-    def before_forward(self, seen: Seen, kept: CFGHalf = "unconditional", *, may_halve: bool = True) -> None:
+    def before_forward(
+        self, seen: Seen, kept: CFGHalf = "unconditional", *, may_halve: bool = True, denoiser: Any = None
+    ) -> None:
         """
         The denoiser is called: decide what its layers do.
 
@@ -142,22 +154,29 @@ class Run:
             seen (`Seen`): What it is given.
             kept (`str`, *optional*, defaults to `"unconditional"`): The half that a half step runs on, by its place.
             may_halve (`bool`, *optional*, defaults to `True`): Whether nobody else reads the batch after us.
+            denoiser (`torch.nn.Module`, *optional*): Which of several it is.
 
         Raises:
             ValueError: If the batch is not what guidance makes it, or what layers keep is not what it takes.
         """
         loop = self._loop or self._begin()
-        loop.forward()
-        self.outputs.layers.check()
         guided = self.call.guided()
+        loop.forward(guided=guided)
+        if self._layout.calls > 1 and loop.forwards > 1:
+            self._before_second(loop, seen, denoiser)
+            return
+        if self.experts.begin(denoiser):
+            self.experts.took_over = loop.passes > 0
+            loop.begin_guidance()
+        self.experts.check()
         if self._droppable and (loop.passes or self._by_forward):
-            self.batch.check(seen, guided)
+            self.batch.check(seen, guided and self._layout.calls == 1)
         if self._by_forward and not self.call.vouched:
             self.call.check_timestep(seen.given.get("timestep"), loop.passes)
         if self._state.schedule.is_auto and not loop.passes and not (guided and self._droppable):
             say_unguided(self._state, self.call)
         self._text.watch(seen.text, loop)
-        self._part = self._part_kept(kept) if guided and self._droppable else Part.ALL
+        self._part = self._part_kept(kept) if guided and self._droppable and self._layout.calls == 1 else Part.ALL
         self._decide(loop, seen, guided, may_halve)
         self._seen, self._guided = seen, guided
         self.outputs.before_forward()
@@ -173,13 +192,19 @@ class Run:
             `torch.Tensor`, *optional*: After a half step, what the second half is to have more than the first.
         """
         self.outputs.after_forward()
-        if self.half and self._deepcache is None:
+        if self.experts.call > 0:
+            self._after_second(output)
+            return None
+        if self.half and self._deepcache is None and self.gates_cross:
             self._refuse(self.outputs.silent(), "did not give out what they keep, but ran on half of the batch")
-        signals = self.outputs.signals
-        if signals.cross_attention is Action.STORE and self._seen is not None:
-            rows = self._seen.batch // (1 if signals.part is Part.ALL else 2)
-            self._stored = Stored(rows, self._seen.shape, signals.part)
+        part = self.outputs.signals.part
+        if self._stores and self._seen is not None:
+            rows = self._seen.batch // (1 if part is Part.ALL else 2)
+            self.experts.now.stored = Stored(rows, self._seen.shape, part)
         difference = self._difference(output)
+        if self.half and self._layout.calls > 1:
+            assert self._seen is not None
+            self._second, difference = second_of(output, self._seen.batch, difference), None
         if self._by_forward:
             self.tick()
         return difference
@@ -204,12 +229,13 @@ class Run:
             )
         self._last_index = None
         step = loop.step_index
-        loop.tick(index, full=not self.half)
+        loop.tick(index, full=not self.half, guided=self._guided)
         self._ticks += 1
         if self._droppable:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
-            self.batch.settle(self._seen, self._guided, tensors or {}, latents)
-        self._tally.add(loop, step, half=self.half, did=self.outputs.counts(), held=self.nbytes)
+            self.batch.settle(self._seen, self._guided and self._layout.calls == 1, tensors or {}, latents)
+        did = self.experts.now.by_call[0].counts()
+        self._tally.add(loop, step, half=self.half, did=did, held=self.nbytes)
         if not self._by_forward:
             loop.follow(self.call.timeline())
         if self._ticks == 1:
@@ -226,28 +252,29 @@ class Run:
     def adopt(self, call: Call, layers: Layers, *, droppable: bool) -> None:
         """The first pass of a loop has run unannounced, and a callback tells whose it was."""
         self.call, self.batch, self._droppable = call, Batch(call, layers.layout), droppable
-        self.outputs.layers = layers
+        self.experts.adopt(layers)
+        self._layout = layers.layout
         self.waiting = False
         self._begin().forward()
         self.outputs.after_forward()
         if self.outputs.signals.cross_attention is Action.STORE:
-            self._stored = _UNSEEN
+            self.experts.now.stored = _UNSEEN
 
     def close(self, *, completed: bool = True) -> None:
         """The call has ended, however it ended: hold nothing, leave the report."""
         self._state.report = report = self._tally.report
-        self.outputs.kept.clear()
+        self.experts.forget()
         self._loop = None
         self._text.forget()
-        self._seen = None
+        self._seen = self._first = self._second = None
         reused = report.cross_attention_reused + report.self_attention_reused
         if completed and not reused and (self._due or not self._ticks):
             say_nothing_was_gated(self.call, steps_seen=self._ticks > 0)
 
     def _begin(self) -> Loop:
         """A loop begins: its steps are told by now, or in its first step."""
-        self._loop = loop = Loop(self._state.schedule, self.call.timeline())
-        left_alone = self.outputs.layers.settle()
+        self._loop = loop = Loop(self._state.schedule, self.call.timeline(), self._layout.calls)
+        left_alone = self.experts.settle()
         if left_alone and self._droppable:
             self._droppable = False
             say_left_alone(self._state, self.call, left_alone)
@@ -260,44 +287,52 @@ class Run:
         """All passes have ended. Pipelines that run their loop several times in one call start the next one here."""
         self._tally.end_loop(loop)
         self._last_index = loop.last_index
-        self._loop = self._stored = None
+        self._loop = None
         self.batch.forget()
         self.half = False
-        self.outputs.signals.rest()
-        self.outputs.kept.clear()
+        self._first = self._second = None
+        self.experts.forget()
 
     def _decide(self, loop: Loop, seen: Seen, guided: bool, may_halve: bool) -> None:
         """Set what the layers do, by the plan and by what they hold."""
         plan = loop.now
         half = guided and self._droppable and plan.phase is Phase.FIDELITY_IMPROVING
+        may_halve = may_halve and self._knows_guidance(loop)
         cross, own, phase = plan.cross_attention, plan.self_attention, plan.phase
-        self._due = self._due or Action.REUSE in (cross, own)
+        self._due = self._due or own is Action.REUSE or (self.gates_cross and cross is Action.REUSE)
         if cross is Action.REUSE and not (self._fits(seen, half, guided) and (may_halve or not half)):
             # As at the gate: the whole batch, everything computed and kept anew.
             half = False
             cross, phase = Action.STORE, Phase.GATE
             own = Action.STORE if own is Action.REUSE else own
         part = self._part if phase is Phase.GATE and seen.batch % 2 == 0 else Part.ALL
-        if half:
+        self._stores = cross is Action.STORE
+        if not self.gates_cross:
+            cross = Action.COMPUTE
+        elif half:
             self._refuse(self.outputs.missing(), "keep no output, so no half of the batch can be left out")
         batch_changes = half and self._phase is not Phase.FIDELITY_IMPROVING
         if self._deepcache is not None and (phase is Phase.GATE or batch_changes):
             self._deepcache.restart()
         self._phase, self.half = phase, half
-        self.outputs.signals.set(cross, own, part=part, half=half)
+        self.outputs.signals.set(cross, own, part=part, half=self.halves_batch and self.gates_cross)
+
+    def _knows_guidance(self, loop: Loop) -> bool:
+        """Whether enough is known to leave a half out; a denoiser that takes over begins with full steps."""
+        return loop.guidance is None or not self.experts.took_over or loop.guidance.judges
 
     def _part_kept(self, kept: CFGHalf) -> Part:
         """What a full step keeps of an output for the half steps after it."""
-        if not self._state.schedule.predicts and self.outputs.layers.layout.mean:
+        if not self._state.schedule.predicts and self._layout.mean:
             return Part.MEAN
         return Part.FIRST if kept == "unconditional" else Part.SECOND
 
     def _fits(self, seen: Seen, half: bool, guided: bool) -> bool:
         """Whether what is kept was made for such a forward."""
-        stored = self._stored
+        stored = self.experts.now.stored
         if stored is None or stored is _UNSEEN:
             return stored is _UNSEEN and not half
-        rows = seen.batch // 2 if half else seen.batch
+        rows = seen.batch // 2 if half and self._layout.calls == 1 else seen.batch
         return (stored.rows, stored.shape) == (rows, seen.shape) and (stored.part is self._part or not guided)
 
     def _difference(self, output: Any) -> torch.Tensor | None:
@@ -307,14 +342,61 @@ class Run:
             return None
         if self.half:
             return loop.guidance.predicted(loop.passes)
-        if loop.may_halve:
-            first, second = sample_of(output, seen.shape).chunk(2)
-            unconditional = 0 if self.batch.unconditional_first else 1
-            scale = self.call.scale() if self._state.schedule.is_auto else None
-            loop.guidance.note(loop.passes, (first, second), unconditional, scale)
-            if loop.guidance.error is not None:
-                self._tally.measured(loop.step_index, loop.guidance.error)
+        if not loop.may_halve:
+            return None
+        sample = sample_of(output, seen.shape)
+        if self._layout.calls > 1:
+            self._first = sample
+        else:
+            first, second = sample.chunk(2)
+            self._note(loop, (first, second), 0 if self.batch.unconditional_first else 1)
         return None
+
+    def _note(self, loop: Loop, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int) -> None:
+        """Both halves of guidance were computed."""
+        assert loop.guidance is not None
+        scale = self.call.scale(self.experts.now.number) if self._state.schedule.is_auto else None
+        loop.guidance.note(loop.passes, halves, unconditional, scale)
+        if loop.guidance.error is not None:
+            self._tally.measured(loop.step_index, loop.guidance.error)
+
+    def _before_second(self, loop: Loop, seen: Seen, denoiser: Any) -> None:
+        """The second call of a full step: as the first one, but what only half steps reuse is not kept of it."""
+        first = self._seen
+        same = first is not None and (first.batch, first.shape) == (seen.batch, seen.shape)
+        if self.half or not same or self.experts.now.layers.denoiser is not denoiser:
+            raise ValueError(
+                f"T-GATE: the second call of the denoiser in step {loop.step_index} is not of the kind of the first "
+                "one, where T-GATE expects two calls for the same latents, the conditional one first. Call "
+                "remove_tgate(pipe) to use this pipeline."
+            )
+        signals = self.outputs.signals
+        cross, own = signals.cross_attention, signals.self_attention
+        self.experts.call = 1
+        if self._droppable and self._phase is Phase.GATE:
+            cross = own = Action.COMPUTE
+        self.outputs.signals.set(cross, own)
+        self.outputs.before_forward()
+
+    def _after_second(self, output: Any) -> None:
+        """The second call of a full step has ended."""
+        loop, seen, first = self._loop, self._seen, self._first
+        self._first = None
+        if loop is not None and loop.guidance is not None and first is not None and seen is not None:
+            self._note(loop, (first, sample_of(output, seen.shape)), 1)
+
+    def skips(self, denoiser: Any) -> bool:
+        """Whether the call of a denoiser that comes now is the one that is left out."""
+        loop = self._loop
+        expected = self._second is not None and loop is not None and loop.forwards == 1
+        return expected and self.experts.now.layers.denoiser is denoiser
+
+    def skipped(self) -> Any:
+        """The output of the call that is left out."""
+        assert self._loop is not None
+        self._loop.forward(guided=True)
+        output, self._second = self._second, None
+        return output
 
     def _refuse(self, layers: list[str], what: str) -> None:
         """Refuse cross-attention layers that go their own way while a half is left out."""

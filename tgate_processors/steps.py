@@ -43,14 +43,16 @@ class Loop:
     Args:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
         timeline (`Timeline`): What the pipeline says of the loop.
+        calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance of two halves is made of.
 
     Attributes:
         guidance (`Guidance`, *optional*): What the halves of guidance differ by, if that is predicted.
     """
 
-    def __init__(self, schedule: TGateSchedule, timeline: Timeline) -> None:
+    def __init__(self, schedule: TGateSchedule, timeline: Timeline, calls: int = 1) -> None:
         self._schedule = schedule
-        self.guidance = Guidance(schedule.tolerance) if schedule.predicts else None
+        self._calls = calls
+        self.begin_guidance()
         self._pass = 0
         self._forwards = 0
         self.last_index: int | None = None
@@ -97,9 +99,21 @@ class Loop:
         """Whether all passes have ended."""
         return self._pass >= self.timeline.passes
 
-    def forward(self) -> None:
+    @property
+    def forwards(self) -> int:
+        """Calls of the denoiser in this pass."""
+        return self._forwards
+
+    def begin_guidance(self) -> None:
+        """Nothing is known of guidance yet, or not any more: another denoiser takes over."""
+        self.guidance = Guidance(self._schedule.tolerance) if self._schedule.predicts else None
+
+    def forward(self, *, guided: bool = False) -> None:
         """The denoiser is called."""
         self._forwards += 1
+        if self._calls > 1:
+            self._check_calls(guided)
+            return
         if self._forwards > 1 and self._pass > 0:
             raise ValueError(
                 f"T-GATE: the denoiser was called a second time in step {self.step_index}, where T-GATE expects one "
@@ -107,14 +121,20 @@ class Loop:
                 "callback_on_step_end does not come after every step. Call remove_tgate(pipe) to use this pipeline."
             )
 
-    def tick(self, index: int | None = None, *, full: bool = True) -> None:
+    def tick(self, index: int | None = None, *, full: bool = True, guided: bool = False) -> None:
         """
         A pass has ended.
 
         Args:
             index (`int`, *optional*): The pipeline's own number of the pass.
             full (`bool`, *optional*, defaults to `True`): Whether it ran on the whole batch.
+            guided (`bool`, *optional*, defaults to `False`): Whether it had both halves of guidance.
         """
+        if self._calls > 1 and guided and self._forwards == 1:
+            raise ValueError(
+                f"T-GATE: step {self.step_index} ended with one call of the denoiser, where T-GATE expects two with "
+                "classifier-free guidance, the conditional one first. Call remove_tgate(pipe) to use this pipeline."
+            )
         if not self._forwards:
             raise ValueError(
                 f"T-GATE: step {self.step_index} ended without a call of the denoiser in this thread, where T-GATE "
@@ -132,3 +152,13 @@ class Loop:
         self._pass += 1
         if self.guidance is not None and (self.over or self.step_index != ended):
             self.guidance.end_step(full=full)
+
+    def _check_calls(self, guided: bool) -> None:
+        """Refuse more calls in a step than guidance is made of."""
+        expected = self._calls if guided else 1
+        if self._forwards > expected:
+            raise ValueError(
+                f"T-GATE: the denoiser was called {self._forwards} times in step {self.step_index}, where T-GATE "
+                f"expects {expected} with classifier-free guidance {'on' if guided else 'off'} (windows, several "
+                "predictions). Call remove_tgate(pipe) to use this pipeline."
+            )

@@ -61,6 +61,7 @@ class Family:
         untold (`Mapping`): Pipelines that lack `callback_on_step_end`, `num_timesteps` or
             `do_classifier_free_guidance`, but are known to call the denoiser once for each of `scheduler.timesteps` and
             to guide where `guidance_scale > 1`. The value is the half that stays, where it is another one.
+        second (`str`, *optional*): Where pipelines have another denoiser of the class, which takes over in the loop.
     """
 
     denoiser_class: str
@@ -69,6 +70,7 @@ class Family:
     inputs: Inputs
     layout: Layout = field(default_factory=Layout)
     untold: Mapping[str, CFGHalf | None] = field(default_factory=dict)
+    second: str | None = None
 
 
 def first(width: Any) -> int:

@@ -23,6 +23,8 @@ WHOLE_GUIDANCE_ARGUMENTS = ("image_guidance_scale", "pag_scale")
 REFUSED_ARGUMENTS = {
     "edit_guidance_scale": "semantic guidance adds a part to the batch for every edit",
     "view_batch_size": "it denoises several views in every step",
+    "overlap_history": "it denoises windows of frames, each with noise of its own (diffusion forcing)",
+    "controls_conditioning_scale": "it denoises a video in pieces, with a ControlNet that runs twice in every step",
 }
 
 
@@ -31,10 +33,10 @@ class Found:
     """
     How a pipeline is gated.
 
-    `family` says what is known of its denoiser. `kept_half` is the half of guidance that stays (`None`: all of it),
-    `controlnet` what else runs in a step. `vouched` says whether the loop is diffusers' own, so that the tables here
-    hold for it, `by_forward` whether a pipeline without step callbacks calls its denoiser once for each of
-    `scheduler.timesteps`, and `guides` whether it can have guidance of two halves.
+    `family` says what is known of its denoiser, `second` is another one that takes over in the loop. `kept_half` is the
+    half of guidance that stays (`None`: all of it), `controlnet` what else runs in a step. `vouched` says whether the
+    loop is diffusers' own, so that the tables here hold for it, `by_forward` whether a pipeline without step callbacks
+    calls its denoiser once for each of `scheduler.timesteps`, and `guides` whether it can have guidance of two halves.
     """
 
     denoiser: torch.nn.Module
@@ -44,6 +46,12 @@ class Found:
     vouched: bool
     by_forward: bool
     guides: bool = True
+    second: torch.nn.Module | None = None
+
+    @property
+    def denoisers(self) -> tuple[torch.nn.Module, ...]:
+        """What is called in the steps of the loop."""
+        return (self.denoiser,) if self.second is None else (self.denoiser, self.second)
 
     def call(self, pipe: Any, arguments: Mapping[str, Any] | None = None) -> Call:
         """What the pipeline tells of the call that it is in."""
@@ -52,8 +60,9 @@ class Found:
 
     def is_of(self, pipe: Any) -> bool:
         """Whether the pipeline still has these parts."""
-        controlnet = getattr(pipe, "controlnet", None)
-        return getattr(pipe, self.family.attribute, None) is self.denoiser and controlnet is self.controlnet
+        controlnet, second = getattr(pipe, "controlnet", None), _second(pipe, self.family)
+        same = controlnet is self.controlnet and second is self.second
+        return same and getattr(pipe, self.family.attribute, None) is self.denoiser
 
 
 def find_family(pipe: Any) -> Found:
@@ -64,10 +73,18 @@ def find_family(pipe: Any) -> Found:
         if argument in parameters:
             raise ValueError(f"{subject} cannot be gated: {reason}. {INSTEAD}")
     family, denoiser = _find_denoiser(pipe, subject)
-    check_attention(denoiser, subject)
+    second = _second(pipe, family)
+    for part in (denoiser, second):
+        if part is not None:
+            check_attention(part, subject, apart=family.layout.apart)
     check_mode(pipe)
     call = inspect.unwrap(type(pipe).__call__)
     vouched = call.__module__.split(".")[0] == "diffusers"
+    if family.layout.calls > 1 and not vouched:
+        raise ValueError(
+            f"{subject} cannot be gated: its loop is not diffusers' own, and which of its calls of the denoiser is the "
+            f"unconditional one cannot be told. Use the pipeline of diffusers that it derives from. {INSTEAD}"
+        )
     legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.untold]
     ticks = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
     # Such a denoiser is guided by what it is told (Sana Sprint), in a batch of one half.
@@ -78,7 +95,14 @@ def find_family(pipe: Any) -> Found:
     if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
         kept_half = None
     controlnet = getattr(pipe, "controlnet", None)
-    return Found(denoiser, family, kept_half, controlnet, vouched, by_forward=not ticks, guides=not embedded)
+    return Found(
+        denoiser, family, kept_half, controlnet, vouched, by_forward=not ticks, guides=not embedded, second=second
+    )
+
+
+def _second(pipe: Any, family: Family) -> torch.nn.Module | None:
+    """The denoiser that takes over in the loop, if there is one."""
+    return getattr(pipe, family.second, None) if family.second else None
 
 
 def _parameters(pipeline_class: type) -> set[str]:
@@ -93,6 +117,11 @@ def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
         raise ValueError(
             f"cfg_half={cfg_half!r} has no effect: the guidance of {type(pipe).__name__} is not two halves, so all "
             "of it stays on. Leave cfg_half out."
+        )
+    if cfg_half == "unconditional" and found.family.layout.calls > 1:
+        raise ValueError(
+            f"cfg_half={cfg_half!r} is not possible: the guidance of {type(pipe).__name__} is two calls of its "
+            "denoiser, the conditional one first, and it is the second one that is left out. Leave cfg_half out."
         )
 
 

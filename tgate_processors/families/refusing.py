@@ -27,12 +27,13 @@ def why_no_denoiser(pipe: Any) -> str:
     return f"it has no denoiser that T-GATE knows, `unet` or `transformer`. {INSTEAD}"
 
 
-def check_attention(denoiser: torch.nn.Module, subject: str) -> None:
+def check_attention(denoiser: torch.nn.Module, subject: str, *, apart: bool = False) -> None:
     """Refuse a denoiser that has no cross-attention of its own to keep."""
     modules = list(attention_modules(denoiser).values())
     inner = getattr(denoiser, "_orig_mod", denoiser)
     name = type(inner).__name__
-    if any(_is_joint(module) for module in (*modules, *inner.modules())):
+    # Where added keys are `apart`, they have a softmax of their own.
+    if not apart and any(_is_joint(module) for module in (*modules, *inner.modules())):
         distilled = getattr(getattr(inner, "config", None), "guidance_embeds", False)
         more = ", and its guidance is distilled into it, so there is no half to leave out" if distilled else ""
         raise ValueError(

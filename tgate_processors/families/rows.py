@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .audio import AUDIO
+from .cosmos import COSMOS
 from .family import Family
 from .hunyuan import HUNYUAN
 from .latte import LATTE
@@ -12,8 +13,9 @@ from .ltx import LTX
 from .pixart import PIXART
 from .sana import SANA
 from .unets import UNETS
+from .wan import WAN
 
-FAMILIES: tuple[Family, ...] = (*UNETS, *PIXART, *SANA, *LTX, *HUNYUAN, *LATTE, *AUDIO)
+FAMILIES: tuple[Family, ...] = (*UNETS, *PIXART, *SANA, *LTX, *HUNYUAN, *LATTE, *AUDIO, *WAN, *COSMOS)
 
 
 def family_of(denoiser: torch.nn.Module) -> Family | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, SupportsIndex, TypeVar
 
 import diffusers
 import torch
@@ -19,21 +19,36 @@ from .pipeline import install, installed, uninstall
 from .report import TGateReport
 from .schedule import CFGHalf, GuidanceMode, TGateSchedule
 
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
 logger = logging.getLogger(__name__)
 
-Pipeline = TypeVar("Pipeline")
+
+class _Declared(Protocol):
+    """
+    What mypy takes `from diffusers import StableDiffusionPipeline` for: the stand-in for machines without torch.
+
+    It is told from diffusers' models, which have the method too, by the arguments of any kind that it takes.
+    """
+
+    @classmethod
+    def from_config(cls, *args: object, **kwargs: object) -> Any: ...
+
+
+Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline | _Declared")
 
 
 def apply_tgate(
     pipe: Pipeline,
-    gate_step: int | float | Auto = "auto",
+    gate_step: SupportsIndex | SupportsFloat | Auto = "auto",
     *,
     guidance: GuidanceMode | None = None,
-    cfg_interval: int | None = None,
-    tolerance: float | None = None,
-    sp_interval: int = 1,
-    fi_interval: int = 1,
-    warm_up: int = 0,
+    cfg_interval: SupportsIndex | None = None,
+    tolerance: SupportsFloat | None = None,
+    sp_interval: SupportsIndex = 1,
+    fi_interval: SupportsIndex = 1,
+    warm_up: SupportsIndex = 0,
     cfg_half: CFGHalf | None = None,
     cross_attention: bool | None = None,
     custom_processors: CustomProcessors | None = None,
@@ -111,7 +126,8 @@ def apply_tgate(
     Source: T-GATE (https://arxiv.org/abs/2404.02747).
     """
     check_pipeline(pipe, gate_step)
-    schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance)
+    # The schedule turns numbers of every kind, numpy's too, into ints and floats.
+    schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance)  # type: ignore[arg-type]
     half = checked_half(cfg_half)
     check_switch("cross_attention", cross_attention)
     if custom_processors not in (None, "leave", "gate"):
@@ -171,7 +187,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     return pipe
 
 
-def is_tgate_applied(pipe: Any) -> bool:
+def is_tgate_applied(pipe: DiffusionPipeline | _Declared) -> bool:
     r"""
     Tell whether T-GATE is applied to a pipeline.
 
@@ -197,7 +213,7 @@ def is_tgate_applied(pipe: Any) -> bool:
     return installed(pipe) is not None
 
 
-def get_tgate_report(pipe: Any) -> TGateReport:
+def get_tgate_report(pipe: DiffusionPipeline | _Declared) -> TGateReport:
     r"""
     Tell what T-GATE did in the last call of a pipeline.
 

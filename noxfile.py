@@ -1,7 +1,7 @@
 """Sessions: `nox -l` lists them, `nox -s NAME` runs one."""
 
 import re
-import tomllib
+import shutil
 from pathlib import Path
 
 import nox
@@ -10,7 +10,7 @@ nox.options.sessions = ["lint", "types", "docs", "tests"]
 nox.options.error_on_external_run = True
 nox.options.reuse_existing_virtualenvs = True
 
-PROJECT = tomllib.loads(Path("pyproject.toml").read_text())
+PROJECT = nox.project.load_toml("pyproject.toml")
 CONSTRAINED = ("-c", "constraints.txt")
 # A worker for every core, and a thread for every worker: more wait for each other.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -18,17 +18,20 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PATIENCE = "--timeout=3600"
 
 
+def needs(*groups: str) -> tuple[str, ...]:
+    """What some dependency groups ask for."""
+    return nox.project.dependency_groups(PROJECT, *groups)
+
+
 def install_for_tests(session: nox.Session) -> None:
     """The package and all that its tests need."""
-    groups = PROJECT["dependency-groups"]
-    extras = ".[cache-dit,evaluate,examples,probe]"
-    session.install(*CONSTRAINED, *groups["test"], *groups["quantise"], "-e", extras)
+    session.install(*CONSTRAINED, *needs("test", "quantise", "cache-dit"), "-e", ".[probe]")
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style."""
-    session.install(*PROJECT["dependency-groups"]["lint"])
+    session.install(*needs("lint"))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
 
@@ -36,15 +39,31 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types."""
-    session.install(*CONSTRAINED, *PROJECT["dependency-groups"]["types"], "-e", ".")
+    session.install(*CONSTRAINED, *needs("types"), "-e", ".")
     session.run("mypy")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation site, in site/, without a warning; `-- serve` shows it while you write."""
-    session.install(*PROJECT["dependency-groups"]["docs"], *PROJECT["dependency-groups"]["lint"])
+    session.install(*needs("docs", "lint"))
     session.run("mkdocs", *(session.posargs or ["build"]), "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Wheel and sdist: built, checked, and used in an environment that has nothing else."""
+    shutil.rmtree("dist", ignore_errors=True)
+    session.install(*CONSTRAINED, *needs("package", "types"))
+    session.run("python", "-m", "build")
+    session.run("twine", "check", "--strict", *map(str, Path("dist").iterdir()))
+    (wheel,), (sdist,) = Path("dist").glob("*.whl"), Path("dist").glob("*.tar.gz")
+    session.run("check-wheel-contents", str(wheel))
+    session.install(*CONSTRAINED, str(wheel))
+    session.run("python", "-W", "error", "tests/installed.py", "snippets", str(sdist))
+    session.run("python", "tests/installed.py", "types")
+    session.install(*CONSTRAINED, *needs("examples"))
+    session.run("python", "tests/installed.py", "quickstart", str(sdist))
 
 
 @nox.session
@@ -65,19 +84,19 @@ def slow(session: nox.Session) -> None:
 def minimums(session: nox.Session) -> None:
     """All tests, slow ones too, with the oldest supported versions, as pyproject.toml states them."""
     floors = [re.sub(r">=([\d.]+)$", r"~=\1.0", dependency) for dependency in PROJECT["project"]["dependencies"]]
-    session.install(*floors, *PROJECT["dependency-groups"]["test"], "-e", ".[evaluate,examples,probe]")
+    session.install(*floors, *needs("test"), "-e", ".[probe]")
     session.run("pytest", "-m", "", PATIENCE, *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
 
 
 @nox.session
 def quickstart(session: nox.Session) -> None:
     """The main job: pictures with and without T-GATE; arguments after `--` go to examples/quickstart.py."""
-    session.install(*CONSTRAINED, "-e", ".[examples]")
+    session.install(*CONSTRAINED, *needs("examples"), "-e", ".")
     session.run("python", "examples/quickstart.py", *session.posargs)
 
 
 @nox.session
 def notebook(session: nox.Session) -> None:
     """Run examples/tgate.ipynb and render it, with its outputs, as the page docs/notebook.md."""
-    session.install(*CONSTRAINED, "nbconvert", "ipykernel", "-e", ".[examples]")
+    session.install(*CONSTRAINED, "nbconvert", "ipykernel", *needs("examples"), "-e", ".")
     session.run("python", "examples/render_notebook.py")

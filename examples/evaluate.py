@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import platform
-import warnings
 from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
@@ -32,12 +31,13 @@ from evaluation.plots import against_reference, contact_sheet, pareto
 from evaluation.prompts import read_captions
 from evaluation.report import COLUMNS, cell, filled, hold_against_fewer_steps, markdown, notes, rows_of, write_csv
 from evaluation.store import clear_parts, write, write_json
+from loading import MODELS, check_device, check_dtype, load_pipeline
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as Printed
 from shapes.evaluation import call_options
 
-MODEL = Path(__file__).parent / "models" / "shapes-sd"
+MODEL = MODELS / "shapes-sd"
 SCHEDULERS = {
     "dpm": diffusers.DPMSolverMultistepScheduler,
     "ddim": diffusers.DDIMScheduler,
@@ -73,10 +73,7 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
 
 def load(model: str, scheduler: str, device: torch.device, dtype: str) -> Any:
     """The pipeline with the named scheduler."""
-    # The new name, `dtype`, is unknown to older versions.
-    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_pipeline(model, device, dtype)
     pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
     return pipe
 
@@ -209,9 +206,8 @@ def main(
     methods = one_of("method", list(dict.fromkeys(method or CHOICES)), CHOICES)
     schedulers = one_of("scheduler", scheduler or ["dpm"], SCHEDULERS)
     one_of("device", [device], ("cpu", "cuda"))
-    one_of("dtype", [dtype], ("float32", "float16", "bfloat16"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("device='cuda', but torch finds no CUDA here: give 'cpu'")
+    check_device(device)
+    check_dtype(dtype)
     if guidance_scale is None and captions == "shapes":
         guidance_scale = 3.0
     texts = read_captions(captions, count)

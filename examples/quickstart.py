@@ -2,21 +2,22 @@
 Pictures with and without T-GATE: prompts and seeds side by side, and what each cost.
 
     python examples/quickstart.py                                   # the small pipeline of this repository
-    python examples/quickstart.py --model stabilityai/stable-diffusion-xl-base-1.0 --device cuda --dtype float16
+    python examples/quickstart.py --model stabilityai/stable-diffusion-xl-base-1.0 --device cuda --variant fp16
 """
 
 import inspect
+import math
 import statistics
 import textwrap
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib as mpl
+import numpy as np
 import torch
 import typer
-from diffusers import DiffusionPipeline
+from loading import MODELS, check_device, check_dtype, load_pipeline
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -24,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
-MODEL = Path(__file__).parent / "models" / "shapes-sd"
+MODEL = MODELS / "shapes-sd"
 PROMPTS = [
     "a large red circle at the top left, on a white background",
     "a small yellow triangle in the centre, on a black background",
@@ -65,6 +66,13 @@ def timed(pipe: Any, call: dict[str, Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, image
 
 
+def psnr(one: Any, other: Any) -> float:
+    """How near two pictures are to each other, in decibels; infinitely near if they are the same."""
+    difference = np.asarray(one, dtype=np.float64) - np.asarray(other)
+    mean = float(np.square(difference).mean())
+    return 10 * math.log10(255**2 / mean) if mean else math.inf
+
+
 def draw(rows: dict[str, list[Any]], output: Path) -> None:
     """One row a prompt, a column for every seed and method."""
     mpl.use("Agg")
@@ -92,7 +100,7 @@ def main(
     guidance_scale: Annotated[float | None, typer.Option(help="The pipeline's own default if not given.")] = None,
     gate_step: Annotated[
         Any, typer.Option(parser=gate, metavar="GATE", help="Number of steps, a share of them below 1, or 'auto'.")
-    ] = "0.4",
+    ] = "auto",
     guidance: Annotated[str | None, typer.Option(help="After the gate: drop or predict; with 'auto' predict.")] = None,
     cfg_interval: Annotated[int | None, typer.Option(help="With 'predict', every how many steps a full one.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="With 'auto', the error that is accepted.")] = None,
@@ -103,14 +111,13 @@ def main(
     width: int | None = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Of the files with weights, such as fp16.")] = None,
     output: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("quickstart.png"),
 ) -> None:
     """Make pictures with and without T-GATE and show them side by side."""
-    dtype = dtype or ("float32" if device == "cpu" else "float16")
-    # The new name, `dtype`, is unknown to older versions.
-    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-    pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device)
-    pipe.set_progress_bar_config(disable=True)
+    check_device(device)
+    dtype = check_dtype(dtype or ("float32" if device == "cpu" else "float16"))
+    pipe = load_pipeline(model, device, dtype, variant)
     prompts = prompt or PROMPTS
     settings = {
         "gate_step": gate_step,
@@ -151,21 +158,28 @@ def main(
     draw(rows, output)
 
     ratios = [plain / gated for plain, gated in zip(seconds[METHODS[0]], seconds[METHODS[1]], strict=True)]
+    distances = [psnr(*pair) for images in rows.values() for pair in zip(images[::2], images[1::2], strict=True)]
     table = Table(title=f"{len(ratios)} pictures, gate at step {report.gate_step} of {report.num_inference_steps}")
-    for heading in ("", "seconds", "ratio", "denoiser forwards", "GMACs"):
+    for heading in ("", "seconds", "speed-up", "forwards", "GMACs", "MiB held"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     full, half = report.full_batch_forwards, report.half_batch_forwards
-    for method, ratio, forwards, count in (
-        (METHODS[0], "1", f"{full + half}", baseline_macs),
-        (METHODS[1], f"{statistics.median(ratios):.2f}", f"{full} + {half} half", gated_macs),
+    for method, ratio, forwards, count, held in (
+        (METHODS[0], 1, f"{full + half}", baseline_macs, 0),
+        (METHODS[1], statistics.median(ratios), f"{full} + {half} half", gated_macs, report.peak_bytes),
     ):
-        table.add_row(method, f"{statistics.median(seconds[method]):.3f}", ratio, forwards, f"{count / 1e9:.2f}")
-    console = Console()
+        figures = (f"{statistics.median(seconds[method]):.3f}", f"{ratio:.2f}", forwards)
+        table.add_row(method, *figures, f"{count / 1e9:.2f}", f"{held / 2**20:.1f}")
+    console = Console(highlight=False)
     console.print(table)
-    console.print(
-        f"A picture each, medians; the ratio is the median of pairs. {device}, {dtype}, torch {torch.__version__}."
-    )
-    console.print(f"Pictures: {output.resolve()}", soft_wrap=True)
+    middle, farthest = statistics.median(distances), min(distances)
+    for line in (
+        "All figures are for one picture. Seconds are medians, and the speed-up is the median of the pairs.",
+        "GMACs are those of the denoiser's Linear and Conv layers; MiB held is what T-GATE keeps during the run.",
+        f"Pictures with T-GATE beside those without: PSNR {middle:.1f} dB (median), {farthest:.1f} dB (farthest).",
+        f"{device}, {dtype}, torch {torch.__version__}",
+        f"Pictures: {output.resolve()}",
+    ):
+        console.print(line, soft_wrap=True)
 
 
 if __name__ == "__main__":

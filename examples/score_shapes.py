@@ -5,7 +5,6 @@ How often a pipeline trained by train_shapes.py draws what the prompt says, on p
     python examples/score_shapes.py --model examples/models/shapes-pixart --scheduler EulerDiscreteScheduler --steps 50
 """
 
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ import diffusers
 import numpy as np
 import torch
 import typer
+from loading import MODELS, check_device, load_pipeline
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
@@ -20,16 +20,13 @@ from shapes.evaluation import COLUMNS, held_out_scenes, pictures_of, shares
 from shapes.scenes import Scene
 from shapes.scorer import Score, score
 
-MODELS = Path(__file__).parent / "models"
 TILE, TEXT, BORDER = 96, 40, 3
 
 
 def load(model: str, scheduler: str | None, device: str) -> Any:
     """The pipeline, in float32, with another scheduler if one is named."""
-    # The new name, `dtype`, is unknown to older versions.
-    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32).to(device)
-    pipe.set_progress_bar_config(disable=True)
+    check_device(device)
+    pipe = load_pipeline(model, device, "float32")
     if scheduler is not None:
         kind = getattr(diffusers, scheduler, None)
         if not hasattr(kind, "from_config"):

@@ -27,10 +27,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import diffusers
 import torch
 import typer
 from cost_table import MODELS, load_denoiser
+from loading import check_device, check_dtype, load_pipeline
 from random_pipelines import denoiser_of, narrowed, random_inputs, random_pipeline
 from rich.console import Console
 from rich.progress import track
@@ -216,8 +216,8 @@ def main(
     output: Annotated[Path | None, typer.Option(help="A folder for speed.json and speed.md.")] = None,
 ) -> None:
     """Measure."""
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise typer.BadParameter(f"dtype={dtype!r} is unknown: give float32, float16 or bfloat16")
+    check_dtype(dtype)
+    check_device(device)
     if gate_step >= steps:
         raise typer.BadParameter(f"gate_step={gate_step} is not before the last of {steps} steps: give a smaller one")
     # The gate beyond the last step, of which T-GATE warns, is what the overhead is measured with.
@@ -228,8 +228,7 @@ def main(
         if name in MODELS or name.endswith(".json"):
             pipe = random_pipeline(load_denoiser(name), place, getattr(torch, dtype))
         else:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype)).to(place)
-            pipe.set_progress_bar_config(disable=True)
+            pipe = load_pipeline(name, place, dtype)
         denoiser = denoiser_of(pipe)
         overhead = overhead_us_per_step(denoiser, 64, narrow_rounds, place)
         if compile:

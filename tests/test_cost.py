@@ -237,7 +237,7 @@ def test_the_pipeline_stays_as_it_is_and_may_have_tgate():
 
 
 def test_sizes_default_to_those_of_the_pipeline():
-    pipe = diffusers.DiffusionPipeline.from_pretrained(ROOT / "examples/models/shapes-sd", torch_dtype=torch.float32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(ROOT / "examples/models/shapes-sd", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     apply_tgate(pipe, 2)
     with FlopCounterMode(display=False) as counter:

@@ -25,7 +25,7 @@ def snippets(page):
 
 @pytest.fixture
 def pipe():
-    pipe = DiffusionPipeline.from_pretrained(ROOT / "examples/models/shapes-sd", torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "examples/models/shapes-sd", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -53,7 +53,7 @@ def test_the_diff_of_the_readme_is_the_first_snippet_with_another_model(monkeypa
     added = [line[2:] for line in diff.splitlines() if line.startswith("+ ")]
     assert len(added) == 3
     code = "\n".join(lines).replace(
-        '"stable-diffusion-v1-5/stable-diffusion-v1-5"', '"examples/models/shapes-sd", torch_dtype=torch.float32'
+        '"stable-diffusion-v1-5/stable-diffusion-v1-5"', '"examples/models/shapes-sd", dtype=torch.float32'
     )
     exec("import torch\n" + code, {})
 

@@ -238,7 +238,7 @@ def test_going_on_with_other_settings_is_refused(tmp_path, whole):
 
 
 def load():
-    pipe = DiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     return pipe

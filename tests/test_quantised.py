@@ -47,7 +47,7 @@ def test_a_denoiser_that_is_quantised_as_it_is_loaded(name, tmp_path):
     denoiser = getattr(pipe, case.denoiser)
     denoiser.save_pretrained(tmp_path)
     config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
-    loaded = type(denoiser).from_pretrained(tmp_path, quantization_config=config, torch_dtype=torch.bfloat16)
+    loaded = type(denoiser).from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
     setattr(pipe, case.denoiser, loaded)
     inputs = {key: _to_bfloat16(value) for key, value in case.inputs([0]).items()}
     pipe.vae.to(torch.bfloat16)

@@ -14,7 +14,7 @@ MODELS = Path(__file__).parent.parent / "examples" / "models"
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["shapes-sd", "shapes-pixart"])
 def test_prompts_that_training_has_not_seen(name):
-    pipe = DiffusionPipeline.from_pretrained(MODELS / name, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(MODELS / name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     scenes = held_out_scenes(4, 12)
     guided = score(pictures_of(pipe, scenes, guidance_scale=3.0, num_inference_steps=25), scenes)
@@ -27,7 +27,7 @@ def test_prompts_that_training_has_not_seen(name):
 @pytest.mark.parametrize("name", ["shapes-sd", "shapes-pixart"])
 def test_they_are_small_and_an_ordinary_call_does(name):
     assert sum(file.stat().st_size for file in (MODELS / name).rglob("*")) <= 12 * 10**6
-    pipe = DiffusionPipeline.from_pretrained(MODELS / name, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(MODELS / name, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a large red circle in the centre, on a white background", num_inference_steps=2, **call_options(pipe))
     assert image.images[0].size == (32, 32)

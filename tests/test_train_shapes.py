@@ -61,7 +61,7 @@ def trained(tmp_path_factory):
 def test_a_short_run_gives_a_pipeline_that_draws(trained, model):
     folder = trained(model) / "pipeline"
     assert sum(file.stat().st_size for file in folder.rglob("*")) <= 12 * 2**20
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     image = pipe(CAPTIONS[0], num_inference_steps=2, guidance_scale=3.0, **call_options(pipe)).images[0]
     assert image.size == (32, 32)
@@ -70,7 +70,7 @@ def test_a_short_run_gives_a_pipeline_that_draws(trained, model):
 @pytest.mark.slow
 def test_the_pipeline_has_the_averaged_weights(trained):
     state = weights(trained("sd"))
-    pipe = DiffusionPipeline.from_pretrained(trained("sd") / "pipeline", torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(trained("sd") / "pipeline", dtype=torch.float32)
     saved = [*pipe.text_encoder.parameters(), *pipe.unet.parameters()]
     for average, parameter in zip(state["average"], saved, strict=True):
         assert torch.equal(average.half().float(), parameter)

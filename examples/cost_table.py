@@ -14,7 +14,8 @@ import diffusers
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
+from tables import check_output, print_table, write_table
 
 from tgate_processors import TGateCost, TGateReport, TGateSchedule, estimate_cost
 
@@ -82,16 +83,19 @@ def show(value: float | None, unit: float, form: str = ".3f") -> str:
     return "-" if value is None else f"{value / unit:{form}}"
 
 
-def published_table(console: Console) -> list[dict[str, Any]]:
+Printed = tuple[list[str], list[list[str]]]
+
+
+def published_table(console: Console) -> tuple[list[dict[str, Any]], Printed]:
     """Print the published table with computed beside published."""
     data = json.loads((HERE / "published.json").read_text())
-    rows = [compute_row(row, data["shallow_gmacs"] * 1e9) for row in data["rows"]]
+    waiting = track(data["rows"], "Rows", console=console, transient=True)
+    rows = [compute_row(row, data["shallow_gmacs"] * 1e9) for row in waiting]
     marks = {name: "*" * (place + 1) for place, name in enumerate(data["notes"])}
-    table = Table(title="MACs in 1e12 of Linear and Conv layers, Params in millions; computed beside published")
-    for heading in ("", "gate", "forwards", "MACs", "published", "%", "Params", "published", "%"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    title = "MACs in 1e12 of Linear and Conv layers, Params in millions; computed beside published"
+    headings = ["", "gate", "forwards", "MACs", "published", "%", "Params", "published", "%"]
+    lines = [
+        [
             row["row"] + (f" {marks[row['note']]}" if row["note"] else ""),
             f"{row['gate_step'] or '-'}",
             row["forwards"],
@@ -99,30 +103,34 @@ def published_table(console: Console) -> list[dict[str, Any]]:
             show(row["macs_deviation"], 0.01, "+.3f"),
             *(show(row[name], 1e6) for name in ("params", "published_params")),
             show(row["params_deviation"], 0.01, "+.3f"),
-        )
-    console.print(table)
+        ]
+        for row in rows
+    ]
+    print_table(console, title, headings, lines)
     for name, note in data["notes"].items():
         console.print(f"{marks[name]} {note}", soft_wrap=True)
-    return rows
+    return rows, (headings, lines)
 
 
-def own_row(console: Console, model: str, schedule: TGateSchedule, steps: int, **settings: Any) -> dict[str, Any]:
+def own_row(
+    console: Console, model: str, schedule: TGateSchedule, steps: int, **settings: Any
+) -> tuple[list[dict[str, Any]], Printed]:
     """Print what one schedule costs."""
     cost = estimate_cost(load_denoiser(model), schedule, steps, **settings)
     report = cost.report
-    table = Table(title=f"{model}, gate at step {report.gate_step} of {steps}, MACs in 1e12")
-    for heading in ("", "Linear and Conv", "with attention's products", "Params in millions"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    headings = ["", "Linear and Conv", "and attention", "Params in millions"]
     rows = {"without T-GATE": (cost.without_tgate, cost.parameters)}
     rows["with T-GATE"] = (cost.with_tgate, cost.parameters_after_gate)
-    for name, (macs, params) in rows.items():
-        table.add_row(name, show(macs.layers, 1e12), show(macs.total, 1e12), show(params, 1e6))
-    console.print(table)
+    lines = [
+        [name, show(macs.layers, 1e12), show(macs.total, 1e12), show(params, 1e6)]
+        for name, (macs, params) in rows.items()
+    ]
+    print_table(console, f"{model}, gate at step {report.gate_step} of {steps}, MACs in 1e12", headings, lines)
     console.print(
         f"{report.full_batch_forwards} forwards, {report.half_batch_forwards} at half batch; speed-up bound "
         f"{cost.speedup_bound:.3f}; {report.peak_bytes / 2**20:.1f} MiB held at most."
     )
-    return {
+    figures = {
         "model": model,
         "num_inference_steps": steps,
         "gate_step": report.gate_step,
@@ -133,6 +141,7 @@ def own_row(console: Console, model: str, schedule: TGateSchedule, steps: int, *
         "speedup_bound": cost.speedup_bound,
         "peak_bytes": report.peak_bytes,
     }
+    return [figures], (headings, lines)
 
 
 def main(
@@ -149,22 +158,26 @@ def main(
     width: int | None = None,
     batch_size: int = 1,
     dtype: Annotated[str, typer.Option(help="What the bytes held are counted in.")] = "float16",
-    output: Annotated[Path | None, typer.Option("--json", help="A file for the same figures.")] = None,
+    figures: Annotated[Path | None, typer.Option("--json", help="A file for the same figures in full.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A file for the table, .csv or .md.")] = None,
 ) -> None:
     """Print the published table with computed beside published, or with --model one row for a schedule."""
+    check_output(output)
     console = Console()
     if model is None:
-        rows = published_table(console)
+        rows, printed = published_table(console)
     else:
         try:
             gate = int(gate_step) if gate_step.is_integer() else gate_step
             schedule = TGateSchedule(gate, sp_interval, fi_interval, warm_up)
             settings = {"guidance": guidance, "height": height, "width": width, "batch_size": batch_size}
-            rows = [own_row(console, model, schedule, steps, dtype=getattr(torch, dtype), **settings)]
+            rows, printed = own_row(console, model, schedule, steps, dtype=getattr(torch, dtype), **settings)
         except (AttributeError, TypeError, ValueError) as error:
             raise typer.BadParameter(str(error)) from error
     if output is not None:
-        output.write_text(json.dumps(rows, indent=2) + "\n")
+        write_table(output, *printed)
+    if figures is not None:
+        figures.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from evaluation.store import clear_parts, write, write_json
 from loading import MODELS, check_device, check_dtype, load_pipeline
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table as Printed
 from shapes.evaluation import call_options
+from tables import print_table
 
 MODEL = MODELS / "shapes-sd"
 SCHEDULERS = {
@@ -168,10 +168,8 @@ def show(console: Console, found: dict[str, list[dict[str, Any]]], remarks: list
     """Print the tables."""
     for name, rows in found.items():
         columns = filled(rows)
-        printed = Printed("", *(COLUMNS[column] for column in columns), title=name)
-        for row in rows:
-            printed.add_row(row["row"], *(cell(row, column) for column in columns))
-        console.print(printed)
+        lines = [[row["row"], *(cell(row, column) for column in columns)] for row in rows]
+        print_table(console, name, ["", *(COLUMNS[column] for column in columns)], lines)
     for remark in remarks:
         console.print(remark, soft_wrap=True, highlight=False, markup=False)
 

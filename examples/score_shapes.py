@@ -15,10 +15,11 @@ import typer
 from loading import MODELS, check_device, load_pipeline
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.table import Table
+from rich.progress import track
 from shapes.evaluation import COLUMNS, held_out_scenes, pictures_of, shares
 from shapes.scenes import Scene
 from shapes.scorer import Score, score
+from tables import check_output, print_table, write_table
 
 TILE, TEXT, BORDER = 96, 40, 3
 
@@ -79,21 +80,26 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cuda" if torch.cuda.is_available() else "cpu",
     sheet_file: Annotated[Path | None, typer.Option("--sheet", help="Where a sheet of 40 pictures goes.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A file for the table, .csv or .md.")] = None,
 ) -> None:
     """Score a pipeline's pictures of held-out prompts."""
+    check_output(output)
     pipe = load(model, scheduler, device)
     scenes = held_out_scenes(one_object, two_objects)
     # One-object captions are few: each gets a second picture.
     scenes = scenes[:one_object] + scenes
     guidance_scales = guidance_scale or [1.0, 2.0, 3.0, 4.5]
     title = f"{len(set(scenes))} prompts, {len(scenes)} pictures, {steps} steps, {type(pipe.scheduler).__name__}"
-    table = Table("guidance", *COLUMNS, title=title)
-    for guidance in guidance_scales:
+    console, rows = Console(), []
+    for guidance in track(guidance_scales, "Guidance scales", console=console, transient=True):
         options = {"guidance_scale": guidance, "num_inference_steps": steps, "batch_size": batch_size}
         pictures = pictures_of(pipe, scenes, **options)
         scores = score(pictures, scenes)
-        table.add_row(f"{guidance:g}", *(f"{share:.1%}" for share in shares(scenes, scores).values()))
-    Console().print(table)
+        rows.append([f"{guidance:g}", *(f"{share:.1%}" for share in shares(scenes, scores).values())])
+    headings = ["guidance", *COLUMNS]
+    print_table(console, title, headings, rows)
+    if output is not None:
+        write_table(output, headings, rows)
     if sheet_file is not None:
         # The last guidance scale, and prompts of both kinds.
         chosen = [*range(0, 2 * one_object, 12)][:10] + [*range(2 * one_object, len(scenes), 14)][:30]

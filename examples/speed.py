@@ -34,7 +34,7 @@ from loading import check_device, check_dtype, load_pipeline
 from random_pipelines import denoiser_of, narrowed, random_inputs, random_pipeline
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from tables import print_table, write_table
 from torch.profiler import ProfilerActivity, profile
 
 from tgate_processors import (
@@ -258,18 +258,16 @@ def main(
 def report(rows: list[dict[str, Any]], about: dict[str, Any], console: Console, output: Path | None) -> None:
     """Print, and write JSON and Markdown."""
     shown = [[format(row[column], form) for column, form in COLUMNS.items()] for row in rows]
-    # A line for each figure: the names are wide.
-    table = Table("", *(f"{row['model']}, batch of {row['batch_size']}" for row in rows))
-    for column, *cells in zip(COLUMNS, *shown, strict=True):
-        table.add_row(column.replace("_", " "), *cells)
-    console.print(table)
+    names = [column.replace("_", " ") for column in COLUMNS]
+    # A line for each figure: the names are wide, but for those of the rows, which the first two lines have.
+    headings = ["", *(f"{number}." for number in range(1, len(rows) + 1))]
+    print_table(console, "", headings, [list(line) for line in zip(names, *shown, strict=True)])
     for name, value in about.items():
         console.print(f"{name.replace('_', ' ')}: {value}", highlight=False)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "speed.json").write_text(json.dumps({"rows": rows, **about}, indent=2))
-        lines = [[column.replace("_", " ") for column in COLUMNS], ["---"] * len(COLUMNS), *shown]
-        (output / "speed.md").write_text("".join(f"| {' | '.join(cells)} |\n" for cells in lines))
+        write_table(output / "speed.md", names, shown)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The estimate against what real runs take, what others count, and what is published."""
 
+import csv
 import functools
 import json
 import os
@@ -323,9 +324,15 @@ def test_what_cannot_be_estimated_says_why(given, arguments, error, message):
 @pytest.mark.slow
 def test_the_command_prints_the_published_table(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "cost_table.py"), "--json", str(tmp_path / "rows.json")]
-    environment = {**os.environ, "COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
+    command += ["--output", str(tmp_path / "table.md")]
+    # In a pipe; its width is that of a terminal with 80 columns.
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines() if not line.startswith("*")) <= 80
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert len(table) == 16
     rows = json.loads((tmp_path / "rows.json").read_text())
     known = json.loads((ROOT / "examples" / "published.json").read_text())["rows"]
     assert [row["row"] for row in rows] == [row["row"] for row in known]
@@ -335,9 +342,17 @@ def test_the_command_prints_the_published_table(tmp_path):
         assert abs(row["macs_deviation"]) < 0.001, row
         assert row["note"] or abs(row["params_deviation"]) < 0.001, row
         name = re.escape(row["row"])
-        (line,) = (line for line in done.stdout.splitlines() if re.match(rf"\W {name} \** *[│|]", line))
-        assert f"{row['macs'] / 1e12:.3f}" in line
-        assert ("*" in line) is (row["note"] is not None)
+        lines = [line for line in done.stdout.splitlines() if re.match(rf"\W {name} \** *[│|]", line)]
+        figures = [f"{row[name] / 1e12:.3f}" for name in ("macs", "published_macs")]
+        figures += [f"{row[name] / 1e6:.3f}" for name in ("params", "published_params") if row[name]]
+        figures += [
+            f"{row[name] * 100:+.3f}" for name in ("macs_deviation", "params_deviation") if row[name] is not None
+        ]
+        shown = re.split(r"[│|\s]+", " ".join(lines))
+        assert not set(figures) - set(shown), row
+        assert all(("*" in line) is (row["note"] is not None) for line in lines)
+        (written,) = (line for line in table if re.match(rf"\| {name} \** *\|", line))
+        assert not set(figures) - set(written.split())
         # The page shows what is printed.
         (shown,) = (line for line in page.splitlines() if re.match(rf"\| {name} (\\\*)* *\|", line))
         assert f"| {row['forwards']} | {row['macs'] / 1e12:.3f} |" in shown
@@ -348,7 +363,7 @@ def test_the_command_prints_the_published_table(tmp_path):
 def invoke(*arguments):
     app = typer.Typer()
     app.command()(cost_table.main)
-    return CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(app, arguments)
+    return CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, arguments)
 
 
 def test_the_command_computes_any_other_row(tmp_path):
@@ -356,8 +371,10 @@ def test_the_command_computes_any_other_row(tmp_path):
     done = invoke(
         *("--model", str(config), "--steps", "12", "--gate-step", "0.5", "--sp-interval", "2", "--fi-interval", "3"),
         *("--warm-up", "1", "--no-guidance", "--batch-size", "2", "--json", str(tmp_path / "row.json")),
+        *("--output", str(tmp_path / "row.csv")),
     )
     assert done.exit_code == 0, done.output
+    assert "…" not in done.output
     (row,) = json.loads((tmp_path / "row.json").read_text())
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(json.loads(config.read_text()))
@@ -367,7 +384,11 @@ def test_the_command_computes_any_other_row(tmp_path):
     assert row["with_tgate_macs"] == cost.with_tgate.layers
     assert row["with_tgate_total_macs"] == cost.with_tgate.total
     assert row["speedup_bound"] == cost.speedup_bound
-    assert "12 forwards, 0 at half batch" in done.output
+    assert " ".join(done.output.split()).count("12 forwards, 0 at half batch") == 1
+    with (tmp_path / "row.csv").open(newline="") as stream:
+        written = list(csv.reader(stream))
+    assert written[2][:2] == ["with T-GATE", f"{cost.with_tgate.layers / 1e12:.3f}"]
+    assert all(figure in done.output for line in written[1:] for figure in line)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +397,7 @@ def test_the_command_computes_any_other_row(tmp_path):
         (("--model", "sd99"), "'sd99' is neither one of lcm_sdxl, pixart_alpha, sd15, sd21, sdxl, nor"),
         (("--model", "sd15", "--gate-step", "1.5"), "gate_step=1.5 is not a share of the steps"),
         (("--model", "sd15", "--dtype", "float15"), "has no attribute 'float15'"),
+        (("--output", "table.xlsx"), "output='table.xlsx' is neither CSV nor Markdown"),
     ],
 )
 def test_a_wrong_argument_of_the_command_says_what_is_wrong(arguments, message):

@@ -48,7 +48,7 @@ ENVIRONMENT = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "COLUMNS": "200",
+    "COLUMNS": "80",
     "TERM": "dumb",
     "NO_COLOR": "1",
     "ACCELERATE_USE_CPU": "true",
@@ -127,6 +127,12 @@ def test_a_run_writes_tables_and_pictures(whole):
         assert rows[name]["seconds"] > 0
         assert 0 <= rows[name]["accuracy"] <= 1
         assert name in printed
+    assert "…" not in printed
+    # The page has every figure that is printed, and each is printed whole.
+    page = (output / "results.md").read_text()
+    figures = re.findall(r"\d+\.\d+", "".join(line for line in page.splitlines() if line.startswith("| `")))
+    assert len(figures) > 20
+    assert sorted(figures) == sorted(re.findall(r"(?<= )\d+\.\d+(?= )", "".join(re.findall(r"│.*│|\|.*\|", printed))))
     assert rows["baseline"]["ratio"] == 1
     assert rows["baseline"]["psnr"] is None
     assert rows["tgate-1"]["macs"] < rows["cutoff-1"]["macs"] == rows["2-steps"]["macs"] < rows["baseline"]["macs"]

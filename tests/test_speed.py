@@ -1,6 +1,7 @@
 """The script that measures speed: what it computes, not what it times."""
 
 import json
+import re
 
 import pytest
 import speed
@@ -23,7 +24,7 @@ CONFIGS = {
 
 
 def call(*arguments):
-    return CliRunner().invoke(APP, [*map(str, arguments)], env={"COLUMNS": "200"})
+    return CliRunner().invoke(APP, [*map(str, arguments)], env={"COLUMNS": "80"})
 
 
 @pytest.mark.parametrize("name", [slow("sd"), slow("sdxl"), "pixart_alpha"])
@@ -50,6 +51,9 @@ def test_a_denoiser_with_random_weights(name, batch_size, tmp_path):
     assert set(found["versions"]) == set(speed.PACKAGES)
     assert "ratio to bound" in (tmp_path / "speed.md").read_text()
     assert "ratio to bound" in result.output
+    assert "…" not in result.output
+    written = (tmp_path / "speed.md").read_text().splitlines()[2].strip("| ").split(" | ")
+    assert not set(written[1:]) - set(re.split(r"[│|\s]+", result.output))
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """With its gate beyond the last step, a pipeline is the pipeline: the ideas of diffusers' own pipeline tests."""
 
+import copy
+
 import accelerate
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from tests.ecosystem import HOSTS_BY_NAME
 from tests.pipelines import BY_NAME, slow
-from tgate_processors import apply_tgate, remove_tgate
+from tgate_processors import TGateSchedule, apply_tgate, remove_tgate
 
 NAMES = ["sd", slow("sdxl_img2img"), "pixart_alpha", "svd", slow("sd_controlnet"), "lcm", "animatediff"]
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
@@ -47,13 +49,21 @@ def test_outputs_in_every_form(case, form):
     assert torch.equal(first(gated), first(as_tuple))
 
 
-def test_components_configuration_and_representation(case):
+def test_components_and_configuration(case):
     pipe = case.build()
-    before = repr(pipe), dict(pipe.config), list(pipe.components), pipe.dtype, pipe.device
+    before = dict(pipe.config), list(pipe.components), pipe.dtype, pipe.device
     parts = {key: id(part) for key, part in pipe.components.items()}
     apply_tgate(pipe, 99)
-    assert (repr(pipe), dict(pipe.config), list(pipe.components), pipe.dtype, pipe.device) == before
+    assert (dict(pipe.config), list(pipe.components), pipe.dtype, pipe.device) == before
     assert {key: id(part) for key, part in pipe.components.items()} == parts
+
+
+def test_the_representation_ends_with_the_settings_as_long_as_they_are_there():
+    pipe = BY_NAME["sd"].build()
+    before = repr(pipe)
+    assert repr(apply_tgate(pipe, 0.4)) == f"{before}\nwith T-GATE: {TGateSchedule(0.4)!r}"
+    assert "gate_step=7," in repr(copy.deepcopy(apply_tgate(pipe, 7)))
+    assert repr(remove_tgate(pipe)) == before
 
 
 def test_seeds_mean_the_same(case):

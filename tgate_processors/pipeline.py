@@ -72,8 +72,13 @@ def _gated_class(pipeline_class: Any) -> Any:
         # Not by the name of the class, which is that of the one before.
         return _rebuild, (pipeline_class,), vars(self)
 
+    def __repr__(self: Any) -> str:
+        installation, plain = installed(self), pipeline_class.__repr__(self)
+        return plain if installation is None else f"{plain}\nwith T-GATE: {installation.callback.state.schedule!r}"
+
     body = {
         "__call__": _gated(pipeline_class.__call__),
+        "__repr__": __repr__,
         "__reduce_ex__": __reduce_ex__,
         "__module__": pipeline_class.__module__,
         "__qualname__": pipeline_class.__qualname__,

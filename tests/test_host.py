@@ -1,0 +1,42 @@
+"""What a public host shows beside the README."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def read(name):
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def test_the_citation_is_that_of_the_readme():
+    paper = read("CITATION.cff")["preferred-citation"]
+    (entry,) = re.findall(r"^```bibtex\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    entry = entry.replace('{\\"u}', "ü")
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    for part in (authors, paper["title"], paper["journal"], str(paper["year"])):
+        assert f"{{{part}}}" in entry
+    assert paper["url"].endswith(paper["identifiers"][0]["value"].removeprefix("arXiv:"))
+
+
+def test_the_public_host_runs_what_ci_runs():
+    jobs = read(".github/workflows/ci.yml")["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert "bash .ci/run" in commands
+    sessions = re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), flags=re.MULTILINE)
+    named = {name for line in commands for name in re.findall(r"nox -s (\w+)", line)}
+    assert named == {"package"}
+    assert named <= set(sessions)
+
+
+def test_forms_for_issues_ask_for_what_is_needed():
+    for file in sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")):
+        form = read(file)
+        assert form["name"]
+        assert form["description"]
+        names = [part["id"] for part in form["body"]]
+        assert len(names) == len(set(names)) >= 3
+        assert any(part.get("validations", {}).get("required") for part in form["body"])

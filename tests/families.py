@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPImageProcessor, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from tests.pipelines import STEPS, Case, images, quiet, seeded
 
+SHAPES = Path(__file__).parent.parent / "examples/models/shapes-sd"
 TOKENS = 5
+# The oldest diffusers has other words for some things, and lacks this.
+IS_OLD = not hasattr(diffusers, "LTXConditionPipeline")
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,9 @@ def _flow(**config: Any) -> Any:
 
 def sana(name: str = "SanaPipeline", scheduler: Any = None, **config: Any) -> Any:
     transformer = model("SanaTransformer2DModel", **_SANA, **config)
-    return assemble(name, transformer=transformer, scheduler=scheduler or _flow(shift=3.0))
+    # The oldest diffusers sets a side of the tokenizer, whatever it is.
+    tokenizer = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
+    return assemble(name, transformer=transformer, tokenizer=tokenizer, scheduler=scheduler or _flow(shift=3.0))
 
 
 def sana_controlnet() -> Any:
@@ -183,26 +189,24 @@ def ltx(name: str = "LTXPipeline") -> Any:
         num_layers=2,
         caption_channels=8,
     )
-    vae = None
-    if name != "LTXPipeline":
-        vae = model(
-            "AutoencoderKLLTXVideo",
-            in_channels=3,
-            out_channels=3,
-            latent_channels=4,
-            block_out_channels=(4, 4, 4, 4),
-            decoder_block_out_channels=(4, 4, 4, 4),
-            layers_per_block=(1, 1, 1, 1, 1),
-            decoder_layers_per_block=(1, 1, 1, 1, 1),
-            spatio_temporal_scaling=(True, True, False, False),
-            decoder_spatio_temporal_scaling=(True, True, False, False),
-            patch_size=1,
-            patch_size_t=1,
-            encoder_causal=True,
-            decoder_causal=False,
-        )
-        # As in the real one, an image is one frame of the latent.
-        vae.use_framewise_encoding = vae.use_framewise_decoding = False
+    vae = model(
+        "AutoencoderKLLTXVideo",
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(4, 4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4, 4),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=1,
+        patch_size_t=1,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    # As in the real one, an image is one frame of the latent.
+    vae.use_framewise_encoding = vae.use_framewise_decoding = False
     return assemble(name, transformer=transformer, vae=vae, scheduler=_flow())
 
 
@@ -227,8 +231,8 @@ def hunyuan(name: str = "HunyuanDiTPipeline", **components: Any) -> Any:
     return assemble(name, transformer=transformer, scheduler=diffusers.DDIMScheduler(clip_sample=False), **components)
 
 
-def hunyuan_controlnet() -> Any:
-    vae = model(
+def _picture_vae() -> Any:
+    return model(
         "AutoencoderKL",
         block_out_channels=(4, 4, 4, 4),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -236,6 +240,10 @@ def hunyuan_controlnet() -> Any:
         latent_channels=4,
         norm_num_groups=2,
     )
+
+
+def hunyuan_controlnet() -> Any:
+    vae = _picture_vae()
     controlnet = model("HunyuanDiT2DControlNetModel", **_HUNYUAN, transformer_num_layers=4)
     return hunyuan("HunyuanDiTControlNetPipeline", vae=vae, controlnet=controlnet)
 
@@ -260,7 +268,8 @@ def latte() -> Any:
         norm_eps=1e-6,
         video_length=2,
     )
-    return assemble("LattePipeline", transformer=transformer, scheduler=diffusers.DDIMScheduler(clip_sample=False))
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    return assemble("LattePipeline", transformer=transformer, vae=_picture_vae(), scheduler=scheduler)
 
 
 def allegro() -> Any:
@@ -363,7 +372,7 @@ KINDS = [
         guidance=3.0,
         size={"height": 32, "width": 32, "num_frames": 9},
         image=True,
-        extra={"guidance_rescale": 0.7},
+        extra={} if IS_OLD else {"guidance_rescale": 0.7},
     ),
     Kind(
         "ltx_condition",
@@ -407,7 +416,12 @@ KINDS = [
         rows=2,
         guided_channels=4,
         size={"height": 32, "width": 32, "video_length": 2},
-        extra={"negative_prompt": None, "mask_feature": False, "clean_caption": False},
+        extra={
+            "negative_prompt": None,
+            "mask_feature": False,
+            "clean_caption": False,
+            "output_type": "latents" if IS_OLD else "latent",
+        },
     ),
     Kind(
         "allegro",

@@ -238,7 +238,7 @@ def text_to_video():
         attention_head_dim=4,
         norm_num_groups=2,
     )
-    return diffusers.TextToVideoSDPipeline(None, None, None, unet, diffusers.DDIMScheduler())
+    return diffusers.TextToVideoSDPipeline(CASE.build().vae, None, None, unet, diffusers.DDIMScheduler())
 
 
 def ledits():

@@ -140,3 +140,16 @@ def test_the_support_matrix_lists_the_pipelines_of_the_tests():
     assert rows == tested
     for family in FAMILIES:
         assert f"`{family.denoiser_class}`" in page
+
+
+def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
+    readme, page = ((ROOT / name).read_text() for name in ("README.md", "docs/benchmarks.md"))
+    begin = page.index("## Against fewer steps")
+    measured = cells(page[begin : page.index("## ", begin + 2)])
+    shown = cells(readme[readme.index("| 25 steps | GMACs") :].split("\n\n")[0])[2:]
+    assert len(shown) == 8
+    assert {tuple(row[1:5]) for row in shown} <= {tuple(row[1:5]) for row in measured}
+
+
+def cells(text):
+    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]

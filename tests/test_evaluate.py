@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -20,12 +21,13 @@ import typer
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from evaluation.cutoff import cut_off
 from evaluation.drawing import Drawing, Table, denoiser_of
-from evaluation.methods import CHOICES, Entry, Settings, entries
-from evaluation.metrics import frechet
-from evaluation.plots import front
-from evaluation.prompts import coco_captions, held_out_captions
+from evaluation.methods import CHOICES, METHODS, Entry, Settings, entries
+from evaluation.metrics import drawn, frechet
+from evaluation.plots import LOOKS, SHEET, chosen_for_sheet, contact_sheet, front
+from evaluation.prompts import coco_captions, held_out_captions, scenes_of
 from evaluation.report import hold_against_fewer_steps
 from evaluation.store import Shelf
+from matplotlib.colors import to_rgb
 from PIL import Image
 from shapes import networks
 from shapes.evaluation import call_options
@@ -368,6 +370,39 @@ def test_a_run_with_a_reference(tmp_path):
 def test_the_front_has_what_nothing_else_beats():
     points = [(1.0, 1.0), (1.5, 0.9), (1.4, 0.8), (2.0, 0.9), (2.5, 0.2)]
     assert front(points) == [(2.5, 0.2), (2.0, 0.9), (1.0, 1.0)]
+
+
+def test_each_method_has_a_colour_and_a_marker_of_its_own_that_can_be_told_in_grey():
+    assert set(LOOKS) == set(METHODS)
+    assert set(SHEET) <= set(METHODS)
+    markers, colours = zip(*LOOKS.values(), strict=True)
+    assert len(set(markers)) == len(markers)
+    assert len({to_rgb(colour) for colour in colours}) == len(colours)
+    # On white, also where nobody sees colours.
+    greys = [0.3 * red + 0.59 * green + 0.11 * blue for red, green, blue in map(to_rgb, colours)]
+    assert max(greys) < 0.7
+
+
+def test_the_sheet_frames_in_red_what_is_not_what_the_prompt_says(tmp_path):
+    captions = held_out_captions(3)
+    table = Table("model", "dpm", 12, tuple(entries(["fewer-steps", "tgate"], 12, Settings((4, 6, 8)))), tmp_path)
+    scenes = scenes_of(captions)
+    tgate = [entry for entry in table.entries if entry.method == "tgate"]
+    for entry in table.entries:
+        shelf = table.shelf(entry)
+        shelf.make()
+        # The picture of the next prompt is the wrong one.
+        shown = scenes[1:] + scenes[:1] if entry in tgate else scenes
+        for index, picture in enumerate(drawn(shown, 0)):
+            Image.fromarray((picture.permute(1, 2, 0) * 255).byte().numpy()).save(shelf.picture(index))
+    contact_sheet(table, captions, tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png").convert("RGB")
+    assert sheet.width == 800
+    red = np.argwhere((np.asarray(sheet) == (255, 0, 0)).all(-1))
+    # Three columns of six: the baseline, fewer steps and T-GATE, with the middle one of three gates.
+    assert [entry.name for entry in chosen_for_sheet(list(table.entries))] == ["baseline", "9-steps", "tgate-6"]
+    assert 2 / 6 * 800 - 5 < red[:, 1].min() < red[:, 1].max() < 3 / 6 * 800 + 5
+    assert len(red) > 3 * 4 * 100
 
 
 def test_blocks_are_counted_when_their_pictures_are_whole(tmp_path):

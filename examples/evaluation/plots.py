@@ -1,18 +1,45 @@
 """The Pareto plot and the contact sheet."""
 
 import io
-import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from PIL import Image
 
 from .drawing import Table
-from .methods import METHODS
+from .methods import Entry
+from .metrics import as_tensor, readable, right
+from .prompts import scenes_of
 from .store import write
 
-MARKS = dict(zip(("baseline", "fewer-steps", "cutoff", "tgate", "tgate-v2"), "*oxsD", strict=True))
+# A colour and a marker for each method: what is plain in black and grey, what is ours in blue and orange.
+LOOKS = {
+    "baseline": ("*", "black"),
+    "fewer-steps": ("o", "dimgrey"),
+    "reference": (".", "darkgrey"),
+    "auto": ("^", "navy"),
+    "predict": ("P", "dodgerblue"),
+    "tgate": ("s", "darkorange"),
+    "tgate-v2": ("D", "goldenrod"),
+    "deepcache-tgate": ("<", "teal"),
+    "deepcache": ("v", "limegreen"),
+    "cutoff": ("x", "saddlebrown"),
+    "tome": (">", "olive"),
+    "taylorseer": ("1", "crimson"),
+    "first-block-cache": ("p", "darkviolet"),
+    "cache-dit": ("h", "hotpink"),
+    "pyramid-attention-broadcast": ("d", "indigo"),
+    "faster-cache": ("X", "salmon"),
+    "mag-cache": ("+", "darkred"),
+}
+# A page shows a figure about 800 pixels wide, so that a point of type is 1.4 pixels.
+WIDTH, DPI = 8, 100
+PROMPTS = 5
+# The columns of a sheet: the first six of these that ran.
+SHEET = ("baseline", "fewer-steps", "auto", "tgate", "deepcache", "deepcache-tgate", "taylorseer", "first-block-cache")
+SHEET += ("predict", "tgate-v2", "cutoff", "cache-dit", "tome")
+COLUMNS = 6
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -30,49 +57,74 @@ def save(figure: Any, file: Path) -> None:
     from matplotlib import pyplot as plt
 
     stream = io.BytesIO()
-    figure.savefig(stream, dpi=80, format="png")
+    figure.savefig(stream, dpi=DPI, format="png")
     plt.close(figure)
     write(file, stream.getvalue())
+
+
+def steps_of_equal_cost(axis: Any, rows: list[dict[str, Any]], column: str, unit: float = 1) -> None:
+    """A line for each number of steps of the plain pipeline: what lies on it costs as much."""
+    plain = {row["own_steps"]: row[column] / unit for row in rows if row["method"] in ("baseline", "fewer-steps")}
+    for steps, place in plain.items():
+        axis.axvline(place, color="lightgrey", linewidth=0.8, zorder=0)
+        top = axis.get_xaxis_transform()
+        axis.text(place, 1.01, steps, transform=top, fontsize=7, color="dimgrey", ha="center", va="bottom")
+    axis.set_title("as much as so many plain steps", fontsize=7, color="dimgrey", pad=14)
+
+
+def mark(axis: Any, method: str, points: list[tuple[float, float]], labels: Iterable[Any] = ()) -> None:
+    """The points of a method, with labels beside them."""
+    marker, colour = LOOKS[method]
+    size = 10 if marker in "*1" else 6
+    axis.plot(*zip(*points, strict=True), label=method, linestyle="", marker=marker, color=colour, markersize=size)
+    for point, label in zip(points, labels, strict=False):
+        if label:
+            place = {"xytext": (5, 4), "textcoords": "offset points"}
+            axis.annotate(f"{label:g}", point, fontsize=7, color=colour, **place)
 
 
 def panel(axis: Any, rows: list[dict[str, Any]], quality: str, label: str) -> None:
     """Speed-up against one quality."""
     shown = [row for row in rows if row["ratio"] and row[quality] is not None]
-    for method in dict.fromkeys(row["method"] for row in shown):
+    for method in [method for method in LOOKS if any(row["method"] == method for row in shown)]:
         own = [row for row in shown if row["method"] == method]
-        places = [row["ratio"] for row in own], [row[quality] for row in own]
-        look = {"marker": MARKS.get(method, "^"), "color": f"C{list(METHODS).index(method) % 10}"}
-        axis.plot(*places, label=method, linestyle=":" if len(own) > 1 else "", **look)
-        for row in own:
-            if row["gate"]:
-                axis.annotate(row["gate"], (row["ratio"], row[quality]), fontsize=6)
-    line = front([(row["ratio"], row[quality]) for row in shown])
-    axis.plot(*zip(*line, strict=True) if line else ((), ()), color="lightgrey", zorder=0)
+        points = [(row["ratio"], row[quality]) for row in own]
+        if len(own) > 1:
+            axis.plot(*zip(*sorted(points), strict=True), color=LOOKS[method][1], linewidth=0.8, zorder=1)
+        mark(axis, method, points, [row["gate"] or row["tolerance"] for row in own])
+    steps_of_equal_cost(axis, shown, "ratio")
     axis.set_xlabel("speed-up, median of pairs")
     axis.set_ylabel(label)
 
 
-def panels(groups: dict[str, list[dict[str, Any]]]) -> tuple[Any, list[tuple[Any, Any, list[dict[str, Any]]]]]:
-    """A figure, and for each group of rows two axes side by side."""
+def panels(groups: dict[str, list[dict[str, Any]]]) -> tuple[Any, list[tuple[Any, Any, Any, list[dict[str, Any]]]]]:
+    """A figure, and for each group of rows its part with two axes side by side."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(10, 4 * len(groups)), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, 4.6 * len(groups)), layout="constrained")
     found = []
     for part, (name, rows) in zip(figure.subfigures(len(groups), squeeze=False)[:, 0], groups.items(), strict=True):
         part.suptitle(name, fontsize=10)
-        found.append((*part.subplots(1, 2), rows))
+        found.append((part, *part.subplots(1, 2), rows))
     return figure, found
+
+
+def legend(part: Any, *axes: Any) -> None:
+    """One legend for both axes, below them."""
+    found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    names = [method for method in LOOKS if method in found]
+    part.legend([found[name] for name in names], names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
 def pareto(tables: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """Two panels a table: how right the pictures are, and how near to the baseline's."""
     figure, found = panels(tables)
-    for left, right, rows in found:
+    for part, left, right_hand, rows in found:
         known = any(row["accuracy"] is not None for row in rows)
         panel(left, rows, "accuracy" if known else "clip_score", "share of right pictures" if known else "CLIP score")
-        panel(right, rows, "ssim", "SSIM to the baseline")
-        right.legend(fontsize=7)
+        panel(right_hand, rows, "ssim", "SSIM to the baseline")
+        legend(part, left, right_hand)
     save(figure, file)
 
 
@@ -80,13 +132,13 @@ def over_macs(axis: Any, rows: list[dict[str, Any]], quality: str, label: str) -
     """One quality over what a picture takes, with the front of each method; the baseline is one of the plain runs."""
     shown = [row for row in rows if row["macs"] and row[quality] is not None and row["method"] != "reference"]
     kinds = [("fewer-steps" if row["method"] == "baseline" else row["method"]) for row in shown]
-    for kind in dict.fromkeys(kinds):
+    for kind in [method for method in LOOKS if method in kinds]:
         own = [row for row, of in zip(shown, kinds, strict=True) if of == kind]
         places = sorted((row["macs"] / 1e9, row[quality]) for row in own)
-        look = {"marker": MARKS.get(kind, "^"), "color": f"C{list(METHODS).index(kind) % 10}"}
         line = front([(-x, y) for x, y in places])
-        axis.plot([-x for x, _ in line], [y for _, y in line], color=look["color"], linewidth=0.8)
-        axis.plot(*zip(*places, strict=True), label=kind, linestyle="", markersize=4, **look)
+        axis.plot([-x for x, _ in line], [y for _, y in line], color=LOOKS[kind][1], linewidth=0.8, zorder=1)
+        mark(axis, kind, places)
+    steps_of_equal_cost(axis, shown, "macs", 1e9)
     axis.set_xlabel("GMACs a picture")
     axis.set_ylabel(label)
 
@@ -94,32 +146,46 @@ def over_macs(axis: Any, rows: list[dict[str, Any]], quality: str, label: str) -
 def against_reference(groups: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """Two panels for each model and scheduler: nearness to the reference, and rightness, over what a picture takes."""
     figure, found = panels(groups)
-    for left, right, rows in found:
+    for part, left, right_hand, rows in found:
         over_macs(left, rows, "psnr_reference", "PSNR to the picture of many steps")
-        over_macs(right, rows, "accuracy", "share of right pictures")
-        left.legend(fontsize=7)
+        over_macs(right_hand, rows, "accuracy", "share of right pictures")
+        legend(part, left, right_hand)
     save(figure, file)
 
 
-def contact_sheet(table: Table, captions: list[str], file: Path, prompts: int = 6, side: int = 96) -> None:
-    """A row a prompt, a column for every method that ran."""
+def chosen_for_sheet(ran: list[Entry]) -> list[Entry]:
+    """One row of the table for each method, the middle one of its settings, and no more than a page shows."""
+    own = ([entry for entry in ran if entry.method == method] for method in SHEET)
+    return [entries[len(entries) // 2] for entries in own if entries][:COLUMNS]
+
+
+def contact_sheet(table: Table, captions: list[str], file: Path) -> None:
+    """A row a prompt, a column for each method; a red frame where the scorer finds that a picture is wrong."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    chosen = [number * len(captions) // prompts for number in range(prompts)] if len(captions) > prompts else None
-    chosen = chosen or list(range(len(captions)))
-    ran = [entry for entry in table.entries if table.shelf(entry).complete(len(captions))]
-    figure, axes = plt.subplots(
-        len(chosen), len(ran), figsize=(0.95 * len(ran) + 1.8, 1.15 * len(chosen)), squeeze=False, layout="constrained"
-    )
-    for line, index in zip(axes, chosen, strict=True):
-        for axis, entry in zip(line, ran, strict=True):
-            image = Image.open(table.shelf(entry).picture(index))
-            axis.imshow(image.resize((side, side), Image.Resampling.NEAREST if image.width < side else None))
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if index == chosen[0]:
-                axis.set_title(entry.name.replace("-", "\n", 1), fontsize=6)
-        line[0].set_ylabel(textwrap.fill(captions[index], 26), fontsize=5, rotation=0, ha="right", va="center")
-    figure.suptitle(table.name, fontsize=8)
+    number = min(PROMPTS, len(captions))
+    chosen = [place * len(captions) // number for place in range(number)]
+    ran = chosen_for_sheet([entry for entry in table.entries if table.shelf(entry).complete(len(captions))])
+    scenes = scenes_of([captions[index] for index in chosen])
+    # In inches: a picture, the prompt above it, and the titles above all.
+    side, line, head = WIDTH / COLUMNS * 0.94, 0.3, 0.85
+    height = number * (side + line) + head - line
+    figure, axes = plt.subplots(number, COLUMNS, figsize=(WIDTH, height), squeeze=False)
+    figure.subplots_adjust(0.01, 0.1 / height, 0.99, 1 - head / height + 0.1 / height, 0.06, line / side)
+    for axis in axes[:, len(ran) :].flat:
+        axis.set_axis_off()
+    for place, (row, index) in enumerate(zip(axes, chosen, strict=True)):
+        row[0].annotate(captions[index], (0, 1), (0, 4), "axes fraction", "offset points", fontsize=9)
+        for axis, entry in zip(row, ran, strict=False):
+            images = table.shelf(entry).images([index])
+            wrong = scenes and readable(as_tensor(images)) and not right(as_tensor(images), [scenes[place]])[0]
+            axis.imshow(images[0], interpolation="nearest" if images[0].width < 100 else None)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set(color="red" if wrong else "lightgrey", linewidth=4 if wrong else 1)
+    for axis, entry in zip(axes[0], ran, strict=False):
+        middle = {"fontsize": 8, "fontweight": "bold", "ha": "center"}
+        axis.annotate(entry.name, (0.5, 1), (0, 20), "axes fraction", "offset points", **middle)
+    frames = "; in red frames: not what the prompt says" if scenes else ""
+    figure.text(0.5, 1 - 0.2 / height, f"{table.name}{frames}", fontsize=10, ha="center")
     save(figure, file)

@@ -1,0 +1,15 @@
+"""The picture of the README."""
+
+import comparison
+import numpy as np
+from PIL import Image
+
+
+def test_the_rows_are_in_the_order_of_their_distance():
+    plain, predicted, published = comparison.drawn(12).values()
+    assert 0 < np.square(predicted - plain).mean() < np.square(published - plain).mean() / 4
+
+
+def test_the_picture_is_as_wide_as_a_readme(tmp_path):
+    comparison.main(tmp_path / "comparison.png", steps=1)
+    assert 800 < Image.open(tmp_path / "comparison.png").width < 900

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from tests.ecosystem import HOSTS_BY_NAME
 from tests.pipelines import BY_NAME
 from tgate_processors import apply_tgate, remove_tgate
-from tgate_processors.compilation import room_for_graphs
+from tgate_processors._internal.compilation import room_for_graphs
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
 SLOW = pytest.mark.slow

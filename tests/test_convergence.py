@@ -13,7 +13,7 @@ from tests.pipelines import BY_NAME, STEPS, slow, with_scheduler
 from tests.test_laws import assert_same, snapshot
 from tests.test_predicted import Inverting
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, measure_convergence
-from tgate_processors.families import attention_modules
+from tgate_processors._internal.families import attention_modules
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
 SOME = pytest.mark.parametrize("name", ["sd", "pixart_alpha", "svd", *map(slow, ("sdxl", "sd_controlnet"))])

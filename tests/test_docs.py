@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 import tgate_processors
 from tests.pipelines import CASES, GUIDED
-from tgate_processors.families import FAMILIES
+from tgate_processors._internal.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

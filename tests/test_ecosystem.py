@@ -12,7 +12,7 @@ from tests.pipelines import rows
 from tests.test_counts import computed
 from tests.test_laws import assert_same, distance, snapshot
 from tgate_processors import TGateCallback, TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
-from tgate_processors.families import attention_modules
+from tgate_processors._internal.families import attention_modules
 
 GATE = 2
 SETTINGS = {"v1": {"gate_step": GATE}, "v2": {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 1}}

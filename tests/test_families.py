@@ -14,8 +14,8 @@ from tests.test_counts import SETTINGS, computed
 from tests.test_laws import Stop, assert_same, distance, snapshot
 from tests.test_predicted import EVERY, FIXED, PATIENT, full_steps
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, remove_tgate
-from tgate_processors.families import attention_modules
-from tgate_processors.prediction import Difference, predict, relative_error
+from tgate_processors._internal.families import attention_modules
+from tgate_processors._internal.prediction import Difference, predict, relative_error
 
 GATE = 3
 DROP = {"gate_step": GATE}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from tgate_processors.halving import double, halve, halve_named
-from tgate_processors.layout import DENOISER_ARGUMENTS
+from tgate_processors._internal.halving import double, halve, halve_named
+from tgate_processors._internal.layout import DENOISER_ARGUMENTS
 
 Pair = namedtuple("Pair", ["left", "right"])
 

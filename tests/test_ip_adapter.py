@@ -6,7 +6,7 @@ import torch
 from tests.ecosystem import HOSTS_BY_NAME, IMAGE_EMBEDDING, image_embeds, ip_adapter_weights, load_ip_adapter
 from tests.pipelines import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
-from tgate_processors.families import attention_modules
+from tgate_processors._internal.families import attention_modules
 
 GATE = 2
 KINDS = {

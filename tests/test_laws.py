@@ -9,7 +9,7 @@ import torch
 
 from tests.pipelines import BY_NAME, CASES, STEPS, Case, rows
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
-from tgate_processors.families import attention_modules
+from tgate_processors._internal.families import attention_modules
 
 GATE = 3
 V2 = {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 1}

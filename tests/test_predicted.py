@@ -37,9 +37,9 @@ from tgate_processors import (
     get_tgate_report,
     remove_tgate,
 )
-from tgate_processors.checking import DEFAULT_TOLERANCE
-from tgate_processors.families import attention_modules
-from tgate_processors.prediction import Difference, predict, relative_error
+from tgate_processors._internal.checking import DEFAULT_TOLERANCE
+from tgate_processors._internal.families import attention_modules
+from tgate_processors._internal.prediction import Difference, predict, relative_error
 
 FIXED = {"gate_step": 2, "guidance": "predict", "cfg_interval": 2}
 AUTO = {"gate_step": "auto"}

@@ -7,7 +7,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from tests.pipelines import BY_NAME, slow
 from tests.test_laws import distance
 from tgate_processors import TGateAttnProcessor, apply_tgate, get_tgate_report, remove_tgate
-from tgate_processors.families import attention_modules
+from tgate_processors._internal.families import attention_modules
 
 GATE = 2
 

@@ -24,8 +24,8 @@ from tgate_processors import (
     measure_convergence,
     remove_tgate,
 )
-from tgate_processors.families import attention_modules
-from tgate_processors.prediction import Difference, predict, relative_error
+from tgate_processors._internal.families import attention_modules
+from tgate_processors._internal.prediction import Difference, predict, relative_error
 
 GATE = 3
 DROP = {"gate_step": GATE}

@@ -1,13 +1,13 @@
-"""T-GATE for diffusers pipelines: cross-attention and guidance stop at a gate step."""
+"""T-GATE for diffusers pipelines: cross-attention is kept, and guidance predicted, where both have settled."""
 
-from .callback import TGateCallback
-from .convergence import TGateConvergence, measure_convergence
-from .cost import TGateCost, estimate_cost
-from .counting import MACs
-from .patch import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
-from .processor import TGateAttnProcessor
-from .report import TGateReport
-from .schedule import TGateSchedule
+from ._internal.callback import TGateCallback
+from ._internal.convergence import TGateConvergence, measure_convergence
+from ._internal.cost import TGateCost, estimate_cost
+from ._internal.counting import MACs
+from ._internal.patch import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
+from ._internal.processor import TGateAttnProcessor
+from ._internal.report import TGateReport
+from ._internal.schedule import TGateSchedule
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,1 @@
+"""Everything that is no public name: `tgate_processors` itself has those."""

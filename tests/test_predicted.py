@@ -454,6 +454,25 @@ def test_with_a_late_gate_torch_is_asked_for_the_very_same_operations(gate, more
 
 
 @families
+@pytest.mark.parametrize("settings", [{"gate_step": 3}, FIXED], ids=["drop", "predict"])
+def test_guidance_alone_keeps_nothing_of_cross_attention(case: Case, settings):
+    settings = {**settings, "cross_attention": False}
+    pipe = apply_tgate(case.build(), **settings)
+    seen = count(pipe, case)
+    both = case.run(pipe, [0, 1])
+    report = get_tgate_report(pipe)
+    assert {len(batches) for batches in seen.values()} == {report.num_inference_steps}
+    assert len(set(seen["denoiser"])) == 2
+    assert report.cross_attention_reused == 0
+    assert report.half_batch_forwards == report.num_inference_steps - len(report.full_steps) > 0
+    # The last two differences, of two pictures.
+    held = 2 * both.numel() * both.element_size() if settings.get("guidance") == "predict" else 0
+    assert report.peak_bytes == held
+    assert distance(both, torch.cat([case.gated(prompts=[each], **settings) for each in (0, 1)])) < 1e-4
+    assert torch.equal(case.run(remove_tgate(pipe)), case.plain())
+
+
+@families
 def test_without_settings_the_run_decides(case: Case):
     pipe = apply_tgate(case.build())
     assert torch.equal(case.run(pipe), case.gated("auto", tolerance=DEFAULT_TOLERANCE))

@@ -28,8 +28,8 @@ def still_works(pipe, baseline):
     [
         ({"gate_step": 0}, ValueError, "gate_step=0 is too small: give"),
         ({"gate_step": -1}, ValueError, "gate_step=-1 is too small: give"),
-        ({"gate_step": True}, TypeError, "gate_step=True is a bool: give"),
-        ({"gate_step": "10"}, TypeError, "gate_step='10' is a str: give"),
+        ({"gate_step": True}, TypeError, "gate_step=True is of type bool: give"),
+        ({"gate_step": "10"}, TypeError, "gate_step='10' is of type str: give"),
         ({"gate_step": 1.5}, ValueError, "gate_step=1.5 is not a share of the steps: give"),
         ({"gate_step": math.nan}, ValueError, "gate_step=nan is not a share of the steps: give"),
         ({"sp_interval": 0}, ValueError, "sp_interval=0 is too small: give"),
@@ -37,7 +37,7 @@ def still_works(pipe, baseline):
         ({"warm_up": -1}, ValueError, "warm_up=-1 is too small: give"),
         ({"cfg_half": "negative"}, ValueError, 'cfg_half must be "unconditional" or "conditional", not \'negative\'.'),
         ({"gate": 3}, TypeError, "unexpected keyword argument 'gate'"),
-        ({"deepcache": 3}, TypeError, "deepcache=3 is a int: give a DeepCacheSDHelper"),
+        ({"deepcache": 3}, TypeError, "deepcache=3 is of type int: give a DeepCacheSDHelper"),
     ],
 )
 def test_a_bad_setting(settings, error, message):
@@ -75,7 +75,7 @@ def test_numbers_of_every_kind_are_taken(given, meant):
 
 @pytest.mark.parametrize("given", [torch.tensor([3]), np.array([0.5]), torch.tensor(True), 1j, None, [3]], ids=str)
 def test_what_is_no_number_is_refused(given):
-    with pytest.raises(TypeError, match=r"gate_step=.* is a \w+: give a number of steps"):
+    with pytest.raises(TypeError, match=r"gate_step=.* is of type \w+: give a number of steps"):
         TGateSchedule(given)
 
 
@@ -93,8 +93,8 @@ def test_intervals_are_keywords():
 @pytest.mark.parametrize(
     ("thing", "message"),
     [
-        (None, "pipe is None, a NoneType, not a diffusers pipeline: give a DiffusionPipeline."),
-        (3, "pipe is 3, a int, not a diffusers pipeline: give a DiffusionPipeline."),
+        (None, "pipe is None, of type NoneType, not a diffusers pipeline: give a DiffusionPipeline."),
+        (3, "pipe is 3, of type int, not a diffusers pipeline: give a DiffusionPipeline."),
         (
             "a/folder",
             "pipe is the name 'a/folder', not a diffusers pipeline: load it, DiffusionPipeline.from_pretrained(",
@@ -102,7 +102,7 @@ def test_intervals_are_keywords():
         (Path("a/folder"), "pipe is the name 'a/folder', not a diffusers pipeline: load it, DiffusionPipeline.from_"),
         (
             torch.nn.Linear(2, 2),
-            "pipe is a Linear, not a diffusers pipeline: give the DiffusionPipeline that it is a part",
+            "pipe is of type Linear, not a diffusers pipeline: give the DiffusionPipeline that it is a part",
         ),
         (
             diffusers.StableDiffusionPipeline,

@@ -121,11 +121,19 @@ def test_one_processor_for_several_layers_is_refused():
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: TGateAttnProcessor(3, TGateCallback(TGateSchedule()).state), TypeError, "original=3 is a int, not an"),
-        (lambda: TGateAttnProcessor(len, TGateCallback(TGateSchedule()).state), TypeError, "is a builtin_function"),
-        (lambda: TGateAttnProcessor(AttnProcessor2_0, None), TypeError, "is a type, not an attention"),
-        (lambda: TGateAttnProcessor(AttnProcessor2_0(), None), TypeError, "state=None is a NoneType: give the"),
-        (lambda: TGateCallback(10), TypeError, "schedule=10 is a int: give a TGateSchedule"),
+        (
+            lambda: TGateAttnProcessor(3, TGateCallback(TGateSchedule()).state),
+            TypeError,
+            "original=3 is of type int, not an",
+        ),
+        (
+            lambda: TGateAttnProcessor(len, TGateCallback(TGateSchedule()).state),
+            TypeError,
+            "is of type builtin_function",
+        ),
+        (lambda: TGateAttnProcessor(AttnProcessor2_0, None), TypeError, "is of type type, not an attention"),
+        (lambda: TGateAttnProcessor(AttnProcessor2_0(), None), TypeError, "state=None is of type NoneType: give the"),
+        (lambda: TGateCallback(10), TypeError, "schedule=10 is of type int: give a TGateSchedule"),
         (lambda: TGateCallback(TGateSchedule(), cfg_half="both"), ValueError, "not 'both'"),
     ],
 )

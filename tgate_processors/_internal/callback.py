@@ -32,7 +32,7 @@ class StepClock:
     def __init__(self, schedule: TGateSchedule) -> None:
         if not isinstance(schedule, TGateSchedule):
             raise TypeError(
-                f"schedule={schedule!r} is a {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
+                f"schedule={schedule!r} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
             )
         self.state = TGateState(schedule)
 

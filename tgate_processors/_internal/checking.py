@@ -33,7 +33,7 @@ def checked_tolerance(value: object) -> float:
         return DEFAULT_TOLERANCE
     remedy = "give the relative error to accept, a number of at least 0 such as 0.6"
     if isinstance(value, (str, bytes)) or _is_no_number(value) or not hasattr(value, "__float__"):
-        raise TypeError(f"tolerance={value!r} is a {type(value).__name__}: {remedy}.")
+        raise TypeError(f"tolerance={value!r} is of type {type(value).__name__}: {remedy}.")
     tolerance = float(value)
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"tolerance={value!r} is out of range: {remedy}.")
@@ -60,11 +60,11 @@ def checked_int(name: str, value: object, least: int, remedy: str | None = None)
     """Validate an integer setting."""
     remedy = remedy or f"give an int of at least {least}"
     if _is_no_number(value):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: {remedy}.")
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: {remedy}.")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: {remedy}.") from None
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: {remedy}.") from None
     if number < least:
         raise ValueError(f"{name}={value!r} is too small: {remedy}.")
     return number
@@ -73,4 +73,4 @@ def checked_int(name: str, value: object, least: int, remedy: str | None = None)
 def check_switch(name: str, value: object) -> None:
     """Refuse what neither leaves a setting open nor is a truth value."""
     if value is not None and not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give True or False, or leave it out.")
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: give True or False, or leave it out.")

@@ -125,7 +125,9 @@ def measure_convergence(
 
     check_pipeline(pipe)
     if isinstance(prompts, (str, Mapping)):
-        raise TypeError(f"prompts={prompts!r} is a {type(prompts).__name__}: give a list, with a prompt for each call.")
+        raise TypeError(
+            f"prompts={prompts!r} is of type {type(prompts).__name__}: give a list, with a prompt for each call."
+        )
     calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
     if find_family(pipe).family.layout.calls > 1:
         raise ValueError(

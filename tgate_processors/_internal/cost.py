@@ -130,7 +130,7 @@ def estimate_cost(
     """
     pipe, denoiser = _pipe_and_denoiser(pipe_or_denoiser)
     if not isinstance(schedule, TGateSchedule):
-        raise TypeError(f"schedule is a {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
+        raise TypeError(f"schedule is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
     num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 1)
     batch_size = checked_int("batch_size", batch_size, 1)
     guided = _guided(denoiser, guidance)
@@ -199,7 +199,7 @@ def _pipe_and_denoiser(given: Any) -> tuple[Any, Any]:
         return given, getattr(denoiser, "_orig_mod", denoiser)
     name = type(given).__name__
     if not isinstance(given, torch.nn.Module):
-        raise TypeError(f"pipe_or_denoiser is a {name}: give a diffusers pipeline, or its denoiser.")
+        raise TypeError(f"pipe_or_denoiser is of type {name}: give a diffusers pipeline, or its denoiser.")
     family = family_of(given)
     if family is None:
         raise ValueError(f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {known()}.")
@@ -210,7 +210,7 @@ def _pipe_and_denoiser(given: Any) -> tuple[Any, Any]:
 def _guided(denoiser: Any, guidance: bool | None) -> bool:
     """Whether guidance is on; pipelines never double the batch of a denoiser that embeds the guidance scale."""
     if guidance is not None and not isinstance(guidance, bool):
-        raise TypeError(f"guidance={guidance!r} is a {type(guidance).__name__}: give True or False.")
+        raise TypeError(f"guidance={guidance!r} is of type {type(guidance).__name__}: give True or False.")
     settings = ("time_cond_proj_dim", "guidance_embeds")
     embedded = next((name for name in settings if getattr(denoiser.config, name, None) not in (None, False)), None)
     if guidance and embedded:
@@ -225,7 +225,9 @@ def _dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
     """The type of what is stored."""
     dtype = denoiser.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype={dtype!r} is a {type(dtype).__name__}: give a torch.dtype, such as torch.float16.")
+        raise TypeError(
+            f"dtype={dtype!r} is of type {type(dtype).__name__}: give a torch.dtype, such as torch.float16."
+        )
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is not a floating-point type: give the one that the denoiser computes in.")
     return dtype

@@ -258,7 +258,7 @@ def check_pipeline(pipe: Any, gate_step: Any = None) -> None:
     elif isinstance(pipe, (str, os.PathLike)):
         what, remedy = f"the name {str(pipe)!r}", f"load it, DiffusionPipeline.from_pretrained({str(pipe)!r})"
     elif isinstance(pipe, torch.nn.Module):
-        what, remedy = f"a {type(pipe).__name__}", "give the DiffusionPipeline that it is a part of"
+        what, remedy = f"of type {type(pipe).__name__}", "give the DiffusionPipeline that it is a part of"
     else:
-        what, remedy = f"{pipe!r}, a {type(pipe).__name__}", "give a DiffusionPipeline"
+        what, remedy = f"{pipe!r}, of type {type(pipe).__name__}", "give a DiffusionPipeline"
     raise TypeError(f"pipe is {what}, not a diffusers pipeline: {remedy}.")

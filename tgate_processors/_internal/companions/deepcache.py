@@ -15,7 +15,7 @@ def check_helper(helper: Any, pipe: Any) -> None:
         callable(getattr(helper, name, None)) for name in ("enable", "disable", "set_params")
     ):
         raise TypeError(
-            f"deepcache={helper!r} is a {type(helper).__name__}: give a DeepCacheSDHelper(pipe) "
+            f"deepcache={helper!r} is of type {type(helper).__name__}: give a DeepCacheSDHelper(pipe) "
             "(pip install DeepCache)."
         )
     if getattr(helper, "pipe", None) is not pipe:

@@ -190,7 +190,7 @@ def test_dropped_guidance_leaves_the_conditional_output(kind: Kind, cross):
 
 
 @pytest.mark.parametrize("kind", rows([kind for kind in TWO_CALLS if kind.batches], {kind.name for kind in TWO_CALLS}))
-@pytest.mark.parametrize("settings", [DROP, FIXED, SETTINGS["v2"]], ids=str)
+@pytest.mark.parametrize("settings", [FIXED, SETTINGS["v2"]], ids=str)
 def test_a_batch_of_two_prompts_equals_two_singles(kind: Kind, settings):
     rounding = distance(kind.plain([0, 1]), torch.cat([kind.plain([0]), kind.plain([1])]))
     assert rounding < 1e-4
@@ -220,7 +220,7 @@ def test_self_attention_is_kept_for_each_call(kind: Kind):
 
 
 @kinds_slow
-@pytest.mark.parametrize("call", [1, 2, 5, 7])
+@pytest.mark.parametrize("call", [2, 7])
 def test_a_run_that_breaks_leaves_nothing(kind: Kind, call):
     pipe, baseline = kind.build(), kind.plain()
     expected = kind.run(apply_tgate(pipe, **FIXED, cross_attention=True))

@@ -72,7 +72,7 @@ def input_size(
         height=sides[0],
         width=sides[1],
         tokens=checked_int("max_sequence_length", tokens, 1),
-        frames=(frames - 1) // inputs.frame_scale + 1,
+        frames=(frames - 1) // _frame_scale(pipe, inputs) + 1,
     )
 
 
@@ -92,6 +92,14 @@ def _scale(pipe: Any, inputs: Inputs) -> int:
         for name in ("vae_scale_factor", "vae_spatial_compression_ratio", "vae_scale_factor_spatial")
     )
     return next((scale for scale in told if scale is not None), inputs.scale)
+
+
+def _frame_scale(pipe: Any, inputs: Inputs) -> int:
+    """Frames of the video for one of the latent, if the latent has fewer."""
+    if inputs.frame_scale == 1:
+        return 1
+    told = (getattr(pipe, name, None) for name in ("vae_temporal_compression_ratio", "vae_scale_factor_temporal"))
+    return next((scale for scale in told if scale is not None), inputs.frame_scale)
 
 
 def _call_default(pipe: Any, argument: str) -> int | None:

@@ -472,6 +472,28 @@ def test_guidance_alone_keeps_nothing_of_cross_attention(case: Case, settings):
     assert torch.equal(case.run(remove_tgate(pipe)), case.plain())
 
 
+@pytest.mark.parametrize("settings", [{"gate_step": 3}, AUTO], ids=["number", "auto"])
+def test_guidance_alone_says_that_a_call_without_guidance_has_nothing_to_gate(settings, caplog):
+    case = BY_NAME["sd"]
+    pipe = apply_tgate(case.build(), **settings, cross_attention=False)
+    for _ in range(2):
+        assert torch.equal(case.run(pipe, guidance_scale=1.0), case.plain(guidance_scale=1.0))
+    (message,) = (record.message for record in caplog.records if "tgate" in record.name)
+    assert message.startswith(
+        "T-GATE: guidance alone is gated, and this call of StableDiffusionPipeline has no guidance"
+    )
+    number = "gate_step as a number of steps and " if settings is AUTO else ""
+    assert message.endswith(f"nothing is gated. Give {number}cross_attention=True to reuse cross-attention alone.")
+
+
+@pytest.mark.parametrize("name", ["pag", "pix2pix"])
+def test_guidance_alone_of_other_parts_is_refused(name):
+    with pytest.raises(
+        ValueError, match=r"cross_attention=False gates guidance alone, and that of .* is not two halves"
+    ):
+        apply_tgate(HOSTS_BY_NAME[name].build(), 3, cross_attention=False)
+
+
 @families
 def test_without_settings_the_run_decides(case: Case):
     pipe = apply_tgate(case.build())

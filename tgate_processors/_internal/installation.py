@@ -126,7 +126,7 @@ class Installation:
             here.follow()
             return here
         check_half(pipe, found, self.cfg_half)
-        check_guidance(pipe, found, state.schedule)
+        check_guidance(pipe, found, state.schedule, self.cross_attention)
         layout = found.family.layout
         hooks = [
             DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)

@@ -89,15 +89,11 @@ def apply_tgate(
         cfg_half (`str`, *optional*):
             The half of classifier-free guidance that is computed after the gate, `"unconditional"` or `"conditional"`.
             Where guidance is dropped, it matters for what is not cross-attention: SDXL's pooled embeddings and sizes,
-            PixArt's masks, SVD's conditioning. Defaults to `"conditional"` where guidance is predicted; where it is
-            dropped, to what the published implementation does: `"conditional"` for Stable Video
-            Diffusion, `"unconditional"` for the others; in a ControlNet's `guess_mode` and in GLIGEN to
-            `"conditional"`, the half with the control. Guidance of more or other parts (InstructPix2Pix,
-            perturbed-attention guidance) stays on whole, and then there is nothing to choose.
-        cross_attention (`bool`, *optional*):
-            Whether cross-attention is reused after the gate. With `False` it is computed in every step, nothing of it
-            is kept, and guidance alone is gated. Defaults to `True`, but for denoisers of videos whose guidance is two
-            calls (Wan): what they keep is gigabytes, for a few percent of speed.
+            PixArt's masks, SVD's conditioning. Defaults to `"conditional"` where guidance is predicted or gated alone.
+            Where it is dropped together with cross-attention, it defaults to what the published implementation does:
+            `"conditional"` for Stable Video Diffusion, `"unconditional"` for the other families of the paper; in a
+            ControlNet's `guess_mode`, in GLIGEN and in other families to `"conditional"`. Guidance of more or other
+            parts (InstructPix2Pix, perturbed-attention guidance) stays on whole, and then there is nothing to choose.
         custom_processors (`str`, *optional*):
             What becomes of attention processors that are not diffusers' own. They may mix the pictures of a batch or
             count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone
@@ -134,7 +130,7 @@ def apply_tgate(
         raise ValueError(f'custom_processors must be "leave" or "gate", not {custom_processors!r}.')
     found = find_family(pipe)
     check_half(pipe, found, half)
-    check_guidance(pipe, found, schedule)
+    check_guidance(pipe, found, schedule, cross_attention)
     order = None
     if deepcache is not None:
         check_helper(deepcache, pipe)

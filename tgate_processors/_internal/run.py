@@ -173,8 +173,8 @@ class Run:
             self.batch.check(seen, guided and self._layout.calls == 1)
         if self._by_forward and not self.call.vouched:
             self.call.check_timestep(seen.given.get("timestep"), loop.passes)
-        if self._state.schedule.is_auto and not loop.passes and not (guided and self._droppable):
-            say_unguided(self._state, self.call)
+        if self._needs_guidance() and not loop.passes and not (guided and self._droppable):
+            say_unguided(self._state, self.call, gates_cross=self.gates_cross)
         self._text.watch(seen.text, loop)
         self._part = self._part_kept(kept) if guided and self._droppable and self._layout.calls == 1 else Part.ALL
         self._decide(loop, seen, guided, may_halve)
@@ -316,6 +316,11 @@ class Run:
             self._deepcache.restart()
         self._phase, self.half = phase, half
         self.outputs.signals.set(cross, own, part=part, half=self.halves_batch and self.gates_cross)
+
+    def _needs_guidance(self) -> bool:
+        """Whether nothing is gated in a call without guidance."""
+        schedule = self._state.schedule
+        return schedule.is_auto or not (self.gates_cross or max(schedule.sp_interval, schedule.fi_interval) > 1)
 
     def _knows_guidance(self, loop: Loop) -> bool:
         """Whether enough is known to leave a half out; a denoiser that takes over begins with full steps."""

@@ -72,14 +72,17 @@ def say_what_is_late(state: TGateState, call: Call, loop: Loop) -> None:
         )
 
 
-def say_unguided(state: TGateState, call: Call) -> None:
-    """Warn once that there is no guidance to set the gate by."""
+def say_unguided(state: TGateState, call: Call, *, gates_cross: bool) -> None:
+    """Warn once that there is no guidance, where nothing else is gated."""
     if state.say_once("unguided"):
+        remedies = ["gate_step as a number of steps"] if state.schedule.is_auto else []
+        remedies += [] if gates_cross else ["cross_attention=True"]
         logger.warning(
-            'T-GATE: gate_step="auto" is set by the error of predicted guidance, and this call of %s has no guidance '
-            "in which half of the batch could be left out: nothing is gated. Give gate_step as a number of steps to "
-            "reuse cross-attention alone.",
+            "T-GATE: %s, and this call of %s has no guidance in which half of the batch could be left out: nothing is "
+            "gated. Give %s to reuse cross-attention alone.",
+            'gate_step="auto" is set by the error of predicted guidance' if gates_cross else "guidance alone is gated",
             call.subject,
+            " and ".join(remedies),
         )
 
 

@@ -125,8 +125,13 @@ def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
         )
 
 
-def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule) -> None:
-    """Refuse to predict guidance that has no two halves."""
+def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule, cross_attention: bool | None = None) -> None:
+    """Refuse to predict guidance that has no two halves, or to gate it alone."""
+    if cross_attention is False and found.kept_half is None:
+        raise ValueError(
+            f"cross_attention=False gates guidance alone, and that of {type(pipe).__name__} is not two halves, so all "
+            "of it stays on. Leave cross_attention out."
+        )
     if schedule.predicts and found.kept_half is None:
         what = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"'
         raise ValueError(

@@ -9,13 +9,13 @@ import torch
 
 from tests.families import BY_KIND, KINDS, TOKENS, TWO_CALLS, Kind
 from tests.pipelines import STEPS
+from tests.predicting import errors_of
 from tests.test_cost import taken
 from tests.test_counts import SETTINGS, computed
 from tests.test_laws import Stop, assert_same, distance, snapshot
 from tests.test_predicted import EVERY, FIXED, PATIENT, full_steps
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules
-from tgate_processors._internal.prediction import Difference, predict, relative_error
 
 GATE = 3
 DROP = {"gate_step": GATE}
@@ -178,31 +178,19 @@ def test_a_run_that_breaks_leaves_nothing(kind: Kind, forward):
 
 
 @guided_denoiser
-@pytest.mark.parametrize("settings", [FIXED, {**FIXED, "cfg_half": "unconditional"}], ids=str)
+@pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "cfg_half": "unconditional"}], ids=str)
 def test_the_halves_of_a_half_step_differ_by_the_prediction(kind: Kind, settings):
     pipe = apply_tgate(kind.build(), **settings)
-    outputs, known, errors = [], [], []
+    outputs = []
     hook = denoiser_of(pipe, kind).register_forward_hook
     hook(lambda module, args, output: outputs.append(sample_of(output).clone()))
     kind.run(pipe)
     report = get_tgate_report(pipe)
     assert report.half_batch_forwards > 0
-    channels = kind.guided_channels
-    for step, output in enumerate(outputs):
-        first, second = output.chunk(2)
-        if channels:
-            assert step in report.full_steps or torch.equal(first[:, channels:], second[:, channels:])
-            first, second = first[:, :channels], second[:, :channels]
-        if step in report.full_steps:
-            if len(known) == 2 and settings is PATIENT:
-                text, start = (first, second) if kind.conditional_first else (second, first)
-                scale = kind.guidance + kind.scale_beyond
-                right = start + scale * (text - start)
-                error = relative_error(predict(known, step), second - first, right, scale)
-                errors.append((step, pytest.approx(error.max().item(), rel=1e-3)))
-            known = [*known[-1:], Difference(step, second - first)]
-        else:
-            torch.testing.assert_close(second - first, predict(known, step), rtol=1e-4, atol=1e-5)
+    scale = kind.guidance + kind.scale_beyond
+    judged = settings is PATIENT
+    flipped = {"conditional_first": kind.conditional_first}
+    errors = errors_of(outputs, report.full_steps, kind.guided_channels, scale, judged=judged, **flipped)
     assert list(report.prediction_errors) == errors
     assert bool(errors) is (settings is PATIENT)
 

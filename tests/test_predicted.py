@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from tests.ecosystem import HOSTS, HOSTS_BY_NAME
 from tests.loops import Loop, built
 from tests.pipelines import BY_NAME, GUIDED, STEPS, Case, rows, slow, with_scheduler
+from tests.predicting import errors_of
 from tests.test_compile import compile_in_place, exchange_for_compiled
 from tests.test_cost import sizes, taken
 from tests.test_counts import count
@@ -39,7 +40,6 @@ from tgate_processors import (
 )
 from tgate_processors._internal.checking import DEFAULT_TOLERANCE
 from tgate_processors._internal.families import attention_modules
-from tgate_processors._internal.prediction import Difference, predict, relative_error
 
 FIXED = {"gate_step": 2, "guidance": "predict", "cfg_interval": 2}
 AUTO = {"gate_step": "auto"}
@@ -119,22 +119,10 @@ def test_the_halves_of_a_half_step_differ_by_the_prediction(case: Case, settings
     report = get_tgate_report(pipe)
     assert len(reused) == len(kept) * report.half_batch_forwards > 0
     assert all(reused)
-    known, errors = [], []
-    for step, output in enumerate(outputs):
-        first, second = output.chunk(2)
-        if case.denoiser == "transformer":
-            # The other channels are a variance.
-            assert step in report.full_steps or torch.equal(first[:, 4:], second[:, 4:])
-            first, second = first[:, :4], second[:, :4]
-        if step in report.full_steps:
-            if len(known) == 2 and settings is PATIENT:
-                scale = pipe._guidance_scale if case.video else case.guidance
-                right = first + scale * (second - first)
-                error = relative_error(predict(known, step), second - first, right, scale)
-                errors.append((step, pytest.approx(error.max().item(), rel=1e-3)))
-            known = [*known[-1:], Difference(step, second - first)]
-        else:
-            torch.testing.assert_close(second - first, predict(known, step), rtol=1e-4, atol=1e-5)
+    scale = pipe._guidance_scale if case.video else case.guidance
+    # The other channels are a variance.
+    channels = 4 if case.denoiser == "transformer" else None
+    errors = errors_of(outputs, report.full_steps, channels, scale, judged=settings is PATIENT)
     assert list(report.prediction_errors) == errors
 
 

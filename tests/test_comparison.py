@@ -12,4 +12,5 @@ def test_the_rows_are_in_the_order_of_their_distance():
 
 def test_the_picture_is_as_wide_as_a_readme(tmp_path):
     comparison.main(tmp_path / "comparison.png", steps=1)
-    assert 800 < Image.open(tmp_path / "comparison.png").width < 900
+    with Image.open(tmp_path / "comparison.png") as picture:
+        assert 800 < picture.width < 900

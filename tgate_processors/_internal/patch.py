@@ -94,6 +94,10 @@ def apply_tgate(
             `"conditional"` for Stable Video Diffusion, `"unconditional"` for the other families of the paper; in a
             ControlNet's `guess_mode`, in GLIGEN and in other families to `"conditional"`. Guidance of more or other
             parts (InstructPix2Pix, perturbed-attention guidance) stays on whole, and then there is nothing to choose.
+        cross_attention (`bool`, *optional*):
+            Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True`, but to `False` for video
+            families whose guidance is two calls of the denoiser (Wan, SkyReels V2, Cosmos): what is kept of
+            cross-attention takes gigabytes there and saves little.
         custom_processors (`str`, *optional*):
             What becomes of attention processors that are not diffusers' own. They may mix the pictures of a batch or
             count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone

@@ -144,7 +144,8 @@ class TGateCallback(StepClock):
                 f"T-GATE: the guidance of {type(pipeline).__name__} is two calls of its denoiser, and a callback alone "
                 "cannot leave one out: use apply_tgate(pipe, ...)."
             )
-        check_others(found.denoiser, self.state.schedule)
+        alone = "a callback alone cannot tell it where the batch changes: use apply_tgate(pipe, ...)"
+        check_others(found.denoiser, self.state.schedule, alone=alone)
         layout = found.family.layout
         layers = Layers(found.denoiser, self.state, "gate", layout)
         layers.look()

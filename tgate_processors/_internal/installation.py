@@ -16,6 +16,11 @@ from .hooks import DenoiserHooks
 from .layers import CustomProcessors, Layers
 from .schedule import CFGHalf
 
+_TWO_CALLS = (
+    "guidance of this pipeline is two calls of the denoiser, of which T-GATE leaves one out, and what such a cache "
+    "keeps of a call that is left out is not known here"
+)
+
 
 class Place:
     """The gates and hooks of one pipeline in its denoiser, or in both that it has."""
@@ -118,8 +123,10 @@ class Installation:
         here = next((place for place in self._places if place.found.is_of(pipe)), None)
         found = here.found if here is not None else find_family(pipe)
         state = self.callback.state
+        helper = self.deepcache.helper if self.deepcache else None
+        alone = _TWO_CALLS if found.family.layout.calls > 1 else None
         for denoiser in found.denoisers:
-            check_others(denoiser, state.schedule, self.deepcache.helper if self.deepcache else None)
+            check_others(denoiser, state.schedule, helper, alone=alone)
         self._let_go(pipe, but=here)
         if here is not None:
             self._owners[self._places.index(here)].add(pipe)

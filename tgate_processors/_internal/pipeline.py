@@ -11,7 +11,8 @@ from typing import Any
 
 from .chaining import chain, suspending
 from .checkpointing import replayed
-from .companions.others import has_cache_dit
+from .companions.companion import Companions
+from .companions.others import companions_of, has_cache_dit
 from .compilation import room_for_graphs
 from .installation import Installation
 from .run import Run
@@ -156,13 +157,15 @@ def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateSt
             chain(pipe, installation.callback, bound, vouched=found.vouched)
         elif bound.arguments.get("callback") is not None:
             bound.arguments["callback"] = suspending(state, bound.arguments["callback"])
+        caches = [cache for denoiser in found.denoisers for cache in companions_of(denoiser)]
+        companions = Companions(caches if installation.deepcache is None else [installation.deepcache, *caches])
         run = Run(
             state,
             call,
             place.layers,
             droppable=found.kept_half is not None,
             by_forward=found.by_forward,
-            deepcache=installation.deepcache,
+            companions=companions,
             cross_attention=installation.cross_attention,
         )
         stack.enter_context(room_for_graphs())
@@ -170,8 +173,7 @@ def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateSt
             stack.enter_context(replayed(denoiser, state))
         if found.family.layout.calls > 1:
             stack.enter_context(skipping(found.denoisers, state))
-        if installation.deepcache is not None:
-            stack.enter_context(installation.deepcache.running())
+        stack.enter_context(companions.running())
         completed = False
         try:
             yield state, run

@@ -9,7 +9,7 @@ import torch
 
 from .batch import Batch
 from .call import Call
-from .companions.deepcache import DeepCacheOrder
+from .companions.companion import Companions
 from .control import Control
 from .experts import Experts, Stored
 from .halving import sample_of, second_of
@@ -38,7 +38,7 @@ class Run:
         droppable (`bool`): Whether guidance is two halves of one batch, of which one can be left out.
         by_forward (`bool`, *optional*, defaults to `False`):
             Whether the end of a forward is the tick, for pipelines without step callbacks.
-        deepcache (`DeepCacheOrder`, *optional*): What has to start afresh where the batch changes.
+        companions (`Companions`, *optional*): The caches of others on the denoiser.
         cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
 
     Attributes:
@@ -54,7 +54,7 @@ class Run:
         *,
         droppable: bool,
         by_forward: bool = False,
-        deepcache: DeepCacheOrder | None = None,
+        companions: Companions | None = None,
         cross_attention: bool | None = None,
     ) -> None:
         self.call = call
@@ -70,7 +70,7 @@ class Run:
         self._state = state
         self._droppable = droppable
         self._by_forward = by_forward
-        self._deepcache = deepcache
+        self._companions = companions or Companions()
         self._text = Text(state)
         self._loop: Loop | None = None
         self._last_index: int | None = None
@@ -140,7 +140,7 @@ class Run:
         stored = self.experts.now.stored
         if self._loop is None or self._loop.over or stored is None:
             return False
-        improving = self._loop.now.phase is Phase.FIDELITY_IMPROVING
+        improving = self._planned(self._loop).phase is Phase.FIDELITY_IMPROVING
         fits = stored.part is not Part.ALL and stored.shape[-2:] == shape[-2:]
         return self._droppable and improving and fits and self.call.guided()
 
@@ -178,6 +178,8 @@ class Run:
         self._text.watch(seen.text, loop)
         self._part = self._part_kept(kept) if guided and self._droppable and self._layout.calls == 1 else Part.ALL
         self._decide(loop, seen, guided, may_halve)
+        at_gate = self._phase is Phase.GATE
+        self._companions.before_forward(half=self.halves_batch, kept=int(kept == "conditional"), at_gate=at_gate)
         self._seen, self._guided = seen, guided
         self.outputs.before_forward()
 
@@ -192,10 +194,11 @@ class Run:
             `torch.Tensor`, *optional*: After a half step, what the second half is to have more than the first.
         """
         self.outputs.after_forward()
+        self._companions.after_forward()
         if self.experts.call > 0:
             self._after_second(output)
             return None
-        if self.half and self._deepcache is None and self.gates_cross:
+        if self.half and not self._companions and self.gates_cross:
             self._refuse(self.outputs.silent(), "did not give out what they keep, but ran on half of the batch")
         part = self.outputs.signals.part
         if self._stores and self._seen is not None:
@@ -229,7 +232,7 @@ class Run:
             )
         self._last_index = None
         step = loop.step_index
-        loop.tick(index, full=not self.half, guided=self._guided)
+        loop.tick(index, full=not (self.half or self._companions.repeated()), guided=self._guided)
         self._ticks += 1
         if self._droppable:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
@@ -289,13 +292,14 @@ class Run:
         self._last_index = loop.last_index
         self._loop = None
         self.batch.forget()
+        self._companions.end_loop()
         self.half = False
         self._first = self._second = None
         self.experts.forget()
 
     def _decide(self, loop: Loop, seen: Seen, guided: bool, may_halve: bool) -> None:
         """Set what the layers do, by the plan and by what they hold."""
-        plan = loop.now
+        plan = self._planned(loop)
         half = guided and self._droppable and plan.phase is Phase.FIDELITY_IMPROVING
         may_halve = may_halve and self._knows_guidance(loop)
         cross, own, phase = plan.cross_attention, plan.self_attention, plan.phase
@@ -305,17 +309,22 @@ class Run:
             half = False
             cross, phase = Action.STORE, Phase.GATE
             own = Action.STORE if own is Action.REUSE else own
-        part = self._part if phase is Phase.GATE and seen.batch % 2 == 0 else Part.ALL
+        early = cross is Action.COMPUTE and self._companions.skip_the_gate and loop.may_halve
+        if early:
+            # Whatever layers a cache skips at the gate, what they gave before is there.
+            cross = Action.STORE
+        part = self._part if (phase is Phase.GATE or early) and seen.batch % 2 == 0 else Part.ALL
         self._stores = cross is Action.STORE
         if not self.gates_cross:
             cross = Action.COMPUTE
         elif half:
             self._refuse(self.outputs.missing(), "keep no output, so no half of the batch can be left out")
-        batch_changes = half and self._phase is not Phase.FIDELITY_IMPROVING
-        if self._deepcache is not None and (phase is Phase.GATE or batch_changes):
-            self._deepcache.restart()
         self._phase, self.half = phase, half
         self.outputs.signals.set(cross, own, part=part, half=self.halves_batch and self.gates_cross)
+
+    def _planned(self, loop: Loop) -> StepPlan:
+        """The plan of the step that runs now."""
+        return loop.planned(repeats=self._companions.repeats(), half=self._companions.half)
 
     def _needs_guidance(self) -> bool:
         """Whether nothing is gated in a call without guidance."""
@@ -347,7 +356,8 @@ class Run:
             return None
         if self.half:
             return loop.guidance.predicted(loop.passes)
-        if not loop.may_halve:
+        if not loop.may_halve or (self._state.schedule.is_auto and self._companions.repeated()):
+            # What a cache repeats says nothing new of guidance.
             return None
         sample = sample_of(output, seen.shape)
         if self._layout.calls > 1:

@@ -34,7 +34,7 @@ class Text:
         before, self._before = self._before, text
         # With another batch it is guidance that was switched off, and not the prompt.
         same = before is None or before is text or before.shape[0] != text.shape[0]
-        if same or loop.now.cross_attention is not Action.REUSE:
+        if same or loop.planned().cross_attention is not Action.REUSE:
             return
         if (before.shape != text.shape or not torch.equal(before, text)) and self._state.say_once("exchanged"):
             logger.warning(

@@ -79,14 +79,21 @@ class Loop:
         """Inference step that runs now."""
         return min(self.timeline.step_of(self._pass), max(0, len(self.plan) - 1))
 
-    @property
-    def now(self) -> StepPlan:
-        """The plan of the step that runs now."""
+    def planned(self, *, repeats: bool = False, half: bool = False) -> StepPlan:
+        """
+        Give the plan of the step that runs now.
+
+        Args:
+            repeats (`bool`, *optional*, defaults to `False`):
+                Whether a cache hardly computes anything in it. If the run decides, it then goes on as it was.
+            half (`bool`, *optional*, defaults to `False`): Whether it was on half of the batch.
+        """
         guidance = self.guidance
         if guidance is None or guidance.pace is None:
             return self.plan[self.step_index]
         keeps = guidance.pace.may_open and guidance.judges and self.step_index < len(self.plan) - 1
-        return self._schedule.decided(self.step_index, full=guidance.pace.full, keeps=keeps)
+        full = not half if repeats else guidance.pace.full
+        return self._schedule.decided(self.step_index, full=full, keeps=keeps)
 
     @property
     def may_halve(self) -> bool:

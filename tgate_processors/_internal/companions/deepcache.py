@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .companion import Companion
+
 
 def check_helper(helper: Any, pipe: Any) -> None:
     """Refuse what is not a parametrised helper of this pipeline."""
@@ -31,7 +33,7 @@ def check_helper(helper: Any, pipe: Any) -> None:
         raise ValueError(f"{type(pipe).__name__} has no UNet, and DeepCache knows nothing else: leave out `deepcache`.")
 
 
-class DeepCacheOrder:
+class DeepCacheOrder(Companion):
     """
     When a DeepCache helper starts afresh.
 
@@ -41,6 +43,8 @@ class DeepCacheOrder:
     Args:
         helper (`DeepCacheSDHelper`): The user's helper.
     """
+
+    computes_gate = True
 
     def __init__(self, helper: Any) -> None:
         self.helper = helper
@@ -53,21 +57,33 @@ class DeepCacheOrder:
         modules = list(self.helper.pipe.unet.modules())
         forwards = {module: module.__dict__["forward"] for module in modules if "forward" in module.__dict__}
         if given_enabled:
-            self.restart()
+            self.start()
         try:
             if not given_enabled:
                 self.helper.enable()
             yield
         finally:
             if given_enabled:
-                self.restart()
+                self.start()
             else:
                 self._disable(given, modules, forwards)
 
-    def restart(self) -> None:
+    def start(self) -> None:
         """Make the next step a full one."""
         self.helper.start_timestep = None
         self.helper.cached_output = {}
+
+    def at_gate(self) -> None:
+        """Every layer has to run."""
+        self.start()
+
+    def halve(self, kept: int) -> None:
+        """Start afresh."""
+        self.start()
+
+    def double(self) -> None:
+        """Start afresh."""
+        self.start()
 
     def _disable(self, given: dict[str, Any], modules: list[torch.nn.Module], forwards: dict[Any, Any]) -> None:
         """Disable the helper; `disable()` leaves a `forward` on every module that it has touched."""

@@ -4,19 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 
 from ..schedule import TGateSchedule
+from .broadcast import Broadcast
+from .companion import Companion
+from .first_block import FirstBlock
+from .hooked import HookedCache, stateful_hooks
+from .mag_cache import Magnitude
+from .taylorseer import TaylorSeer
+
+_KNOWN: tuple[type[HookedCache], ...] = (FirstBlock, TaylorSeer, Magnitude, Broadcast)
 
 
-def check_others(denoiser: torch.nn.Module, schedule: TGateSchedule, helper: Any = None) -> None:
+def companions_of(denoiser: torch.nn.Module) -> list[Companion]:
+    """The caches on a denoiser that run together with T-GATE; `check_others` has refused what does not."""
+    inner = getattr(denoiser, "_orig_mod", denoiser)
+    found = [(kind(hook), module) for module, _, hook in stateful_hooks(inner) if (kind := _kind_of(hook)) is not None]
+    hooked = {weight for _, module in found for weight in module.parameters()}
+    is_most = 2 * sum(weight.numel() for weight in hooked) > sum(weight.numel() for weight in inner.parameters())
+    for companion, _ in found:
+        companion.is_most = is_most
+    return [companion for companion, _ in found]
+
+
+def check_others(
+    denoiser: torch.nn.Module, schedule: TGateSchedule, helper: Any = None, *, alone: str | None = None
+) -> None:
     """
-    Refuse what keeps tensors of the whole batch, or exchanges tokens between the layers.
+    Refuse what keeps tensors of the whole batch and is not known, or exchanges tokens between the layers.
 
     Args:
         denoiser (`torch.nn.Module`): The denoiser.
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
         helper (`DeepCacheSDHelper`, *optional*): The DeepCache helper that runs in T-GATE's order.
+        alone (`str`, *optional*): Why no cache of diffusers runs together with T-GATE here, if none does.
 
     Raises:
         ValueError: If there is one. The message names it and says what to do.
@@ -24,10 +47,10 @@ def check_others(denoiser: torch.nn.Module, schedule: TGateSchedule, helper: Any
     inner = getattr(denoiser, "_orig_mod", denoiser)
     _check_cache_dit(inner)
     _check_tome(inner, schedule)
-    for module in inner.modules():
-        _check_hooks(module)
-        if helper is None:
-            _check_deepcache(module)
+    for _, name, hook in stateful_hooks(inner):
+        _check_hook(name, hook, schedule, alone)
+    for module in inner.modules() if helper is None else ():
+        _check_deepcache(module)
 
 
 def has_cache_dit(pipe: Any) -> bool:
@@ -35,16 +58,31 @@ def has_cache_dit(pipe: Any) -> bool:
     return "_original_call" in vars(type(pipe))
 
 
-def _check_hooks(module: torch.nn.Module) -> None:
-    """The stateful hooks of diffusers' hook registry."""
-    registry = vars(module).get("_diffusers_hook")
-    for name, hook in getattr(registry, "hooks", {}).items():
-        if getattr(hook, "_is_stateful", False):
-            raise ValueError(
-                f"T-GATE cannot run beside {type(hook).__name__} ({name!r}) on the same denoiser: that cache keeps "
-                "tensors of the whole batch, and T-GATE halves it. Take it out (disable_cache() where the model has "
-                f"it, else HookRegistry's remove_hook({name!r}) on each module), or call remove_tgate(pipe)."
-            )
+def _kind_of(hook: Any) -> type[HookedCache] | None:
+    """What a hook is known as."""
+    return next((kind for kind in _KNOWN if kind.knows(hook)), None)
+
+
+def _check_hook(name: str, hook: Any, schedule: TGateSchedule, alone: str | None) -> None:
+    """A stateful hook of diffusers' hook registry."""
+    subject, intervals = f"{type(hook).__name__} ({name!r})", (schedule.sp_interval, schedule.fi_interval)
+    if _kind_of(hook) is None:
+        alone = f"how that cache keeps tensors of the batch, which T-GATE halves, is not known here ({version()})"
+    if alone is not None:
+        raise ValueError(
+            f"T-GATE cannot run beside {subject} on the same denoiser: {alone}. Take it out (disable_cache() where the "
+            f"model has it, else HookRegistry's remove_hook({name!r}) on each module), or call remove_tgate(pipe)."
+        )
+    if max(intervals) > 1:
+        raise ValueError(
+            f"T-GATE cannot reuse self-attention (sp_interval={intervals[0]}, fi_interval={intervals[1]}) beside "
+            f"{subject}, which does that itself. Leave both intervals at 1, or take the cache out."
+        )
+
+
+def version() -> str:
+    """The version of diffusers, for messages."""
+    return f"diffusers {diffusers.__version__}"
 
 
 def _check_cache_dit(denoiser: torch.nn.Module) -> None:

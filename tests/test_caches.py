@@ -1,0 +1,258 @@
+"""T-GATE together with the caches in diffusers' hook registry."""
+
+import contextlib
+
+import pytest
+import torch
+
+from tests.families import KINDS, TWO_CALLS
+from tests.pipelines import BY_NAME, STEPS
+from tests.test_laws import distance
+from tgate_processors import (
+    TGateAttnProcessor,
+    TGateCallback,
+    TGateSchedule,
+    apply_tgate,
+    get_tgate_report,
+    remove_tgate,
+)
+from tgate_processors._internal.companions.taylorseer import TaylorSeer
+
+hooks = pytest.importorskip("diffusers.hooks", reason="this diffusers has no caches")
+GATE = 3
+# What applies a cache, its configuration, and whether it decides for every picture by itself.
+CACHES = {
+    "taylorseer": ("apply_taylorseer_cache", "TaylorSeerCacheConfig", True),
+    "first_block": ("apply_first_block_cache", "FirstBlockCacheConfig", False),
+    "mag": ("apply_mag_cache", "MagCacheConfig", True),
+    "pab": ("apply_pyramid_attention_broadcast", "PyramidAttentionBroadcastConfig", True),
+}
+SETTINGS = {
+    "taylorseer": {
+        "cache_interval": 2,
+        "disable_cache_before_step": 1,
+        "taylor_factors_dtype": torch.float32,
+        "cache_identifiers": [r".*transformer_blocks\.\d+\.(attn1|attn2|ff)"],
+    },
+    "first_block": {"threshold": 0.1},
+    "mag": {"mag_ratios": [1.0] * STEPS, "num_inference_steps": STEPS, "max_skip_steps": 1},
+    "pab": {
+        "spatial_attention_block_skip_range": 2,
+        "spatial_attention_block_identifiers": ("transformer_blocks",),
+        "cross_attention_block_skip_range": 3,
+        "cross_attention_block_identifiers": ("transformer_blocks",),
+        "current_timestep_callback": lambda: 500,
+    },
+}
+WAYS = {
+    "drop": {"gate_step": GATE},
+    "predict": {"gate_step": GATE, "guidance": "predict", "cfg_interval": 2},
+    "auto": {"gate_step": "auto", "tolerance": 1e9},
+}
+PAIRS = [("pixart_alpha", cache) for cache in ("taylorseer", "first_block")]
+DEARER = [("pixart_alpha", "pab"), ("pixart_alpha", "mag"), ("ltx", "taylorseer"), ("ltx", "pab"), ("sd", "taylorseer")]
+
+
+class Pair:
+    """A pipeline and a cache, and what is given to every call."""
+
+    def __init__(self, name, cache, **call):
+        self.call = call
+        self.case = BY_NAME.get(name) or next(kind for kind in KINDS + TWO_CALLS if kind.name == name)
+        self.cache = cache
+        self.pipe = self.case.build()
+
+    @property
+    def denoiser(self):
+        return getattr(self.pipe, self.case.denoiser)
+
+    def put_in(self):
+        function, config, _ = CACHES[self.cache]
+        getattr(hooks, function)(self.denoiser, getattr(hooks, config)(**SETTINGS[self.cache]))
+        return self
+
+    def take_out(self):
+        for registry in self.registries():
+            for name in list(registry.hooks):
+                registry.remove_hook(name, recurse=False)
+
+    def registries(self):
+        found = [vars(module).get("_diffusers_hook") for module in self.denoiser.modules()]
+        return [registry for registry in found if registry is not None]
+
+    def run(self, prompts=None, **call):
+        """A call in the context of a cache, which pipelines of a `CacheMixin` open themselves."""
+        with contextlib.ExitStack() as stack:
+            if not hasattr(self.denoiser, "enable_cache") and hasattr(hooks.hooks, "_set_cache_context"):
+                from diffusers import CacheMixin
+
+                stack.enter_context(CacheMixin.cache_context(self.denoiser, "both"))
+            return self.case.run(self.pipe, prompts, **self.call, **call)
+
+    def kept(self):
+        """What the cache has from earlier forwards."""
+        found = [hook for registry in self.registries() for hook in registry.hooks.values()]
+        managers = [value for hook in found for value in vars(hook).values() if hasattr(value, "_state_cache")]
+        own = [hook.state.cache for hook in found if hasattr(getattr(hook, "state", None), "cache")]
+        return [manager._state_cache for manager in managers if manager._state_cache] + [
+            cache for cache in own if cache is not None
+        ]
+
+
+@pytest.fixture(
+    params=[pytest.param(pair, id="-".join(pair)) for pair in PAIRS]
+    + [pytest.param(pair, id="-".join(pair), marks=pytest.mark.slow) for pair in DEARER]
+)
+def pair(request):
+    return Pair(*request.param)
+
+
+def both(pair, order, **settings):
+    """A pair with both, put in in either order."""
+    if order == "cache first":
+        apply_tgate(pair.put_in().pipe, **settings)
+    else:
+        apply_tgate(pair.pipe, **settings)
+        pair.put_in()
+    return pair
+
+
+@pytest.mark.parametrize("order", ["cache first", "T-GATE first"])
+def test_a_gate_beyond_the_last_step_is_the_cache_alone_in_every_call(pair, order):
+    alone = pair.put_in().run()
+    pair.take_out()
+    assert not torch.equal(alone, pair.case.plain())
+    both(pair, order, gate_step=99)
+    assert torch.equal(pair.run(), alone)
+    # PixArt and UNets are no `CacheMixin`: without T-GATE, nobody clears what the last call has left.
+    assert torch.equal(pair.run(), alone)
+    assert not pair.kept()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_both_orders_and_two_calls_agree_and_each_can_be_taken_out(pair, way):
+    settings = WAYS[way]
+    # A run that decides needs two computed steps before the first one that is judged.
+    pair.call = {"num_inference_steps": 12} if way == "auto" else {}
+    first = both(pair, "cache first", **settings).run()
+    report = get_tgate_report(pair.pipe)
+    assert report.half_batch_forwards > 0
+    assert first.isfinite().all()
+    assert torch.equal(pair.run(), first)
+    pair.take_out()
+    gated = pair.run()
+    assert torch.equal(gated, pair.case.gated(**settings, call=pair.call))
+    assert not torch.equal(first, gated)
+    pair.put_in()
+    assert torch.equal(pair.run(), first)
+    before = [(registry, dict(registry.hooks)) for registry in pair.registries()]
+    remove_tgate(pair.pipe)
+    after = [(registry, dict(registry.hooks)) for registry in pair.registries()]
+    assert before == after
+    alone = pair.run()
+    fresh = Pair(pair.case.name, pair.cache, **pair.call).put_in().run()
+    assert torch.equal(alone, fresh)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_prompts_equal_two_singles(pair, way):
+    if not CACHES[pair.cache][2]:
+        pytest.skip("this cache decides for a whole batch")
+    both(pair, "cache first", **WAYS[way])
+    pair.call = {"num_inference_steps": 12} if way == "auto" else {}
+    singles = torch.cat([pair.run([0]), pair.run([1])])
+    assert distance(pair.run([0, 1]), singles) < 1e-4
+
+
+@pytest.mark.parametrize("way", ["drop", "predict"])
+def test_a_run_that_breaks_leaves_both_fresh(pair, way):
+    both(pair, "cache first", **WAYS[way])
+    expected = pair.run()
+    calls = []
+
+    def breaks(module, args):
+        calls.append(1)
+        # In a half step, and in the full step after it, in which a cache is told to compute.
+        if len(calls) == (GATE + 1 if way == "drop" else GATE + 2):
+            raise KeyboardInterrupt
+
+    inner = list(pair.denoiser.modules())[-1]
+    intervals = [vars(hook).get("cache_interval") for each in pair.registries() for hook in each.hooks.values()]
+    handle = inner.register_forward_pre_hook(breaks)
+    with pytest.raises(KeyboardInterrupt):
+        pair.run()
+    handle.remove()
+    assert not pair.kept()
+    left = [vars(hook).get("cache_interval") for each in pair.registries() for hook in each.hooks.values()]
+    assert left == intervals
+    assert torch.equal(pair.run(), expected)
+
+
+def test_full_steps_are_those_that_the_cache_computes():
+    pair = Pair("pixart_alpha", "taylorseer")
+    computed = []
+    both(pair, "cache first", gate_step="auto", tolerance=1e9)
+    pair.denoiser.register_forward_pre_hook(lambda *_: computed.append(0))
+    pair.denoiser.transformer_blocks[0].attn1.to_q.register_forward_hook(
+        lambda module, args, output: computed.__setitem__(-1, len(output))
+    )
+    pair.run(num_inference_steps=16)
+    # What is repeated goes on with the rows that it has; what is computed on two rows is a full step.
+    assert 1 in computed
+    assert computed.count(2) < 8
+    report = get_tgate_report(pair.pipe)
+    assert {step for step, rows in enumerate(computed) if rows == 2} <= set(report.full_steps)
+    measured = [step for step, _ in report.prediction_errors]
+    assert measured
+    assert all(computed[step] == 2 for step in measured)
+
+
+def test_where_they_do_not_go_together_it_is_said():
+    pair = Pair("pixart_alpha", "taylorseer").put_in()
+    with pytest.raises(ValueError, match=r"cannot reuse self-attention \(sp_interval=2, fi_interval=1\) beside Taylor"):
+        apply_tgate(pair.pipe, GATE, sp_interval=2)
+    clock, sd = TGateCallback(TGateSchedule(GATE)), Pair("sd", "taylorseer").put_in()
+    before = sd.pipe.unet.attn_processors
+    sd.pipe.unet.set_attn_processor({name: TGateAttnProcessor(each, clock.state) for name, each in before.items()})
+    with pytest.raises(ValueError, match=r"TaylorSeerCacheHook .* a callback alone cannot tell it where the batch"):
+        sd.run(callback_on_step_end=clock)
+    with pytest.raises(ValueError, match=r"cannot run beside FBCHeadBlockHook .* two calls of the denoiser"):
+        apply_tgate(Pair("wan", "first_block").put_in().pipe, GATE)
+
+
+class Drifts(torch.nn.Module):
+    """Gives for every row what grows evenly from step to step."""
+
+    def __init__(self):
+        super().__init__()
+        self.step, self.pace = 0, torch.tensor([[1.0], [3.0]])
+
+    def forward(self, rows):
+        return self.step * self.pace[rows]
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_grows_evenly_is_extrapolated_rightly_after_half_steps(kept):
+    module = Drifts()
+    settings = {"cache_interval": 3, "disable_cache_before_step": 1, "taylor_factors_dtype": torch.float32}
+    config = hooks.TaylorSeerCacheConfig(**settings, cache_identifiers=[""])
+    hooks.apply_taylorseer_cache(module, config)
+    (hook,) = module._diffusers_hook.hooks.values()
+    hooks.hooks.HookRegistry.check_if_exists_or_initialize(module)
+    for value in vars(hook).values():
+        if hasattr(value, "_state_cache"):
+            value.set_context(hooks.hooks.CacheContext(name="both") if hasattr(hooks.hooks, "CacheContext") else "both")
+    cache, both, one = TaylorSeer(hook), torch.arange(2), torch.tensor([kept])
+    with cache.running():
+        for step in range(12):
+            module.step = step
+            if step == 4:
+                cache.halve(kept)
+            if step == 9:
+                cache.double()
+            rows = one if 4 <= step < 9 else both
+            output = module(rows)
+            cache.settle()
+            # One difference is needed before there is a slope.
+            if step >= 2:
+                torch.testing.assert_close(output, step * module.pace[rows])

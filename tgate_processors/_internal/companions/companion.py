@@ -1,0 +1,129 @@
+"""What runs beside T-GATE on the same denoiser and keeps tensors of its batch: told where the batch changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+
+class Companion:
+    """
+    A cache of somebody else's, for the time of one call.
+
+    Attributes:
+        computes_gate (`bool`): Whether every layer runs in the gate step, whatever the cache has.
+    """
+
+    computes_gate = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Start afresh at the start and at the end of a call, whatever was before and however it ends."""
+        self.start()
+        try:
+            yield
+        finally:
+            self.start()
+
+    def start(self) -> None:
+        """Forget what is kept."""
+        raise NotImplementedError
+
+    def at_gate(self) -> None:
+        """A step begins whose outputs T-GATE keeps."""
+
+    def halve(self, kept: int) -> None:
+        """
+        A forward begins that runs on half of the batch, where the last one ran on all of it.
+
+        Args:
+            kept (`int`): The half that runs, 0 or 1.
+        """
+        raise NotImplementedError
+
+    def double(self) -> None:
+        """The inverse of `halve`: both halves run again, and what the other half has kept is old by now."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """A forward has ended."""
+
+    def repeats(self) -> bool:
+        """Whether it is known that the next forward, as the batch is, hardly computes anything anew."""
+        return False
+
+    def repeated(self) -> bool:
+        """Whether the last forward hardly computed anything anew."""
+        return False
+
+
+class Companions:
+    """
+    All companions of one call.
+
+    Args:
+        companions (`Sequence` of `Companion`): They.
+    """
+
+    def __init__(self, companions: Sequence[Companion] = ()) -> None:
+        self._all = tuple(companions)
+        self._half = False
+
+    def __bool__(self) -> bool:
+        return bool(self._all)
+
+    @property
+    def skip_the_gate(self) -> bool:
+        """Whether layers may not run in the gate step, so that what they give is to be kept in every step before."""
+        return not all(each.computes_gate for each in self._all)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A call runs."""
+        with ExitStack() as stack:
+            for each in self._all:
+                stack.enter_context(each.running())
+            yield
+
+    @property
+    def half(self) -> bool:
+        """Whether what is kept is of half of the batch."""
+        return self._half
+
+    def repeats(self) -> bool:
+        """Whether it is known that the next forward, as the batch is, hardly computes anything anew."""
+        return any(each.repeats() for each in self._all)
+
+    def repeated(self) -> bool:
+        """Whether the last forward hardly computed anything anew."""
+        return any(each.repeated() for each in self._all)
+
+    def before_forward(self, *, half: bool, kept: int, at_gate: bool) -> None:
+        """
+        A forward begins.
+
+        Args:
+            half (`bool`): Whether it runs on half of the batch.
+            kept (`int`): The half that would, 0 or 1.
+            at_gate (`bool`): Whether T-GATE keeps what the layers give.
+        """
+        for each in self._all:
+            if at_gate:
+                each.at_gate()
+            if half and not self._half:
+                each.halve(kept)
+            elif self._half and not half:
+                each.double()
+        self._half = half
+
+    def after_forward(self) -> None:
+        """A forward has ended."""
+        for each in self._all:
+            each.settle()
+
+    def end_loop(self) -> None:
+        """A loop has ended: the next one of the same call has no half of another one's."""
+        if self._half:
+            for each in self._all:
+                each.start()
+        self._half = False

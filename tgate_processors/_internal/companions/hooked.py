@@ -1,0 +1,88 @@
+"""The caches that diffusers puts into its hook registry: the one place that knows how they keep their states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+
+from .companion import Companion
+from .halves import join, split
+
+
+def stateful_hooks(denoiser: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, Any]]:
+    """The hooks of a denoiser that keep something from one forward to the next: module, name and hook."""
+    for module in denoiser.modules():
+        registry = vars(module).get("_diffusers_hook")
+        for name, hook in getattr(registry, "hooks", {}).items():
+            if getattr(hook, "_is_stateful", False):
+                yield module, name, hook
+
+
+class HookedCache(Companion):
+    """
+    One hook of a cache, whose state is one of a manager's, by the context that the pipeline is in, or the hook's own.
+
+    Args:
+        hook (`ModelHook`): The hook.
+
+    Attributes:
+        batch (`tuple` of `str`): The attributes of a state that hold rows of the batch.
+        needs (`tuple` of `str`): All that a state has to have, to be one that is known here.
+        is_most (`bool`): Whether the modules with such hooks hold most weights of the denoiser.
+    """
+
+    batch: ClassVar[tuple[str, ...]]
+    needs: ClassVar[tuple[str, ...]]
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+        self.is_most = False
+        self._other: dict[str, Any] = {}
+        self._kept = 0
+
+    @classmethod
+    def knows(cls, hook: Any) -> bool:
+        """Whether it is a hook of this kind."""
+        manager = _manager_of(hook)
+        if manager is None:
+            return False
+        state = manager._state_cls(*manager._init_args, **manager._init_kwargs)
+        return all(hasattr(state, name) for name in (*cls.batch, *cls.needs))
+
+    @property
+    def state(self) -> Any:
+        """The state of the last forward, if there was one."""
+        states = list(_manager_of(self.hook)._state_cache.values())
+        if len(states) > 1:
+            raise ValueError(
+                f"T-GATE: {type(self.hook).__name__} keeps {len(states)} states, where one is expected for the calls "
+                "of the denoiser with both halves of guidance. Take the cache out, or call remove_tgate(pipe)."
+            )
+        return states[0] if states else None
+
+    def start(self) -> None:
+        """Forget what is kept; the context that the pipeline or its user is in stays."""
+        _manager_of(self.hook)._state_cache.clear()
+        self._other = {}
+
+    def halve(self, kept: int) -> None:
+        """Keep the half that runs, and lay the other one aside."""
+        self._kept = kept
+        state = self.state
+        for name in self.batch if state is not None else ():
+            stayed, self._other[name] = split(getattr(state, name), kept)
+            setattr(state, name, stayed)
+
+    def double(self) -> None:
+        """Put both halves together again."""
+        state, other = self.state, self._other
+        for name in self.batch if state is not None else ():
+            setattr(state, name, join(getattr(state, name), other[name], self._kept))
+        self._other = {}
+
+
+def _manager_of(hook: Any) -> Any:
+    """What keeps the states of a hook."""
+    return next((value for value in vars(hook).values() if hasattr(value, "_state_cache")), None)

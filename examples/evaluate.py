@@ -29,7 +29,17 @@ from evaluation.methods import CHOICES, Settings, entries
 from evaluation.metrics import Extras
 from evaluation.plots import against_reference, contact_sheet, pareto
 from evaluation.prompts import read_captions
-from evaluation.report import COLUMNS, cell, filled, hold_against_fewer_steps, markdown, notes, rows_of, write_csv
+from evaluation.report import (
+    COLUMNS,
+    cell,
+    filled,
+    hold_against_caches,
+    hold_against_fewer_steps,
+    markdown,
+    notes,
+    rows_of,
+    write_csv,
+)
 from evaluation.store import clear_parts, write, write_json
 from loading import MODELS, check_device, check_dtype, load_pipeline
 from rich.console import Console
@@ -149,6 +159,7 @@ def report(tables: list[Table], captions: list[str], seed: int, real: Path | Non
         groups.setdefault(f"{Path(table.model).name}, {table.scheduler}", []).extend(found[table.name])
     for group in groups.values():
         hold_against_fewer_steps(group)
+        hold_against_caches(group)
     rows = [row for part in found.values() for row in part]
     remarks = notes(rows, device, real, extras)
     versions = {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}}
@@ -186,6 +197,12 @@ def main(
     ] = None,
     cfg_interval: Annotated[list[int] | None, typer.Option(min=1, help="Full steps of 'predict'; 3 if not.")] = None,
     tolerance: Annotated[list[float] | None, typer.Option(min=0, help="Of 'auto'; 0.6 if not given.")] = None,
+    cache_interval: Annotated[
+        list[int] | None, typer.Option(min=1, help="Of DeepCache and TaylorSeer; 3 if not given.")
+    ] = None,
+    cache_threshold: Annotated[
+        list[float] | None, typer.Option(min=0, help="Of First Block Cache; 0.1 if not given.")
+    ] = None,
     reference_steps: Annotated[
         int | None, typer.Option(min=1, help="Hold every method against the plain picture of so many steps too.")
     ] = None,
@@ -227,6 +244,8 @@ def main(
         tuple(tuned_gate or [10]),
         tuple(cfg_interval or [3]),
         tuple(tolerance or [0.6]),
+        tuple(cache_interval or [0]),
+        tuple(cache_threshold or [0.0]),
     )
     tables = tables_of(models, schedulers, steps or [25], methods, chosen, reference_steps, output)
     console = Console(quiet=not state.is_main_process)

@@ -70,6 +70,47 @@ def test_the_gate_step_is_full_and_caching_starts_afresh_where_the_batch_changes
     assert full == [step in starts for step in range(len(full))]
 
 
+PREDICTED = {
+    "fixed": {"gate_step": 3, "guidance": "predict", "cfg_interval": 4},
+    "auto": {"gate_step": "auto", "tolerance": 1e9},
+}
+
+
+@pytest.mark.parametrize("name", ["sd", slow("sdxl")])
+@pytest.mark.parametrize("way", PREDICTED)
+def test_where_guidance_is_predicted_what_is_cached_goes_on_at_half(name, way):
+    case = BY_NAME[name]
+    pipe = case.build()
+    apply_tgate(pipe, **PREDICTED[way], deepcache=helper_of(pipe, interval=4))
+    computed = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: computed.append(0))
+    pipe.unet.mid_block.resnets[0].register_forward_hook(
+        lambda module, args, output: computed.__setitem__(-1, len(output))
+    )
+    pictures = case.run(pipe, num_inference_steps=12)
+    # At the gate DeepCache goes on; a full step after half steps starts it afresh.
+    expected = [2, 0, 0, 0, 1, 0, 2, 0, 0, 0, 2, 0] if way == "fixed" else [2, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0]
+    assert computed == expected
+    assert torch.equal(case.run(pipe, num_inference_steps=12), pictures)
+    singles = torch.cat([case.run(pipe, [0], num_inference_steps=12), case.run(pipe, [1], num_inference_steps=12)])
+    assert distance(case.run(pipe, [0, 1], num_inference_steps=12), singles) < 1e-5
+
+
+def test_a_run_that_decides_is_full_only_where_deepcache_computes():
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    apply_tgate(pipe, **PREDICTED["auto"], deepcache=helper_of(pipe, interval=2))
+    computed = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: computed.append(0))
+    pipe.unet.mid_block.resnets[0].register_forward_hook(
+        lambda module, args, output: computed.__setitem__(-1, len(output))
+    )
+    case.run(pipe, num_inference_steps=16)
+    assert {1, 2} <= set(computed)
+    assert [step for step, rows in enumerate(computed) if rows] == list(range(0, 16, 2))
+    assert all(computed[step] == 2 for step, _ in get_tgate_report(pipe).prediction_errors)
+
+
 def test_two_prompts_equal_two_singles():
     case = BY_NAME["sdxl"]
     pipe = case.build()

@@ -25,7 +25,7 @@ from evaluation.methods import CHOICES, METHODS, Entry, Settings, entries
 from evaluation.metrics import drawn, frechet
 from evaluation.plots import LOOKS, SHEET, chosen_for_sheet, contact_sheet, front
 from evaluation.prompts import coco_captions, held_out_captions, scenes_of
-from evaluation.report import hold_against_fewer_steps
+from evaluation.report import hold_against_caches, hold_against_fewer_steps
 from evaluation.store import Shelf
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -334,6 +334,35 @@ def test_the_rows_of_a_table():
     names = "baseline 15-steps 17-steps tgate-5 tgate-10 tgate-v2-10 deepcache predict-10-3 predict-10-5 auto-0.2"
     assert [row.name for row in rows] == [*names.split(), "100-steps"]
     assert rows[-1].method == "reference"
+
+
+def test_caches_have_rows_for_each_of_their_settings():
+    settings = Settings((10,), (10,), (), (0.6,), (2, 3), (0.1,))
+    rows = entries(["deepcache", "deepcache-auto", "taylorseer-auto", "first-block-cache", "tome"], 25, settings)
+    names = "deepcache-2 deepcache-3 deepcache-auto-2-0.6 deepcache-auto-3-0.6 taylorseer-auto-2-0.6"
+    assert [row.name for row in rows] == [
+        "baseline",
+        *names.split(),
+        "taylorseer-auto-3-0.6",
+        "first-block-cache-0.1",
+        "tome",
+    ]
+
+
+def test_a_cache_with_tgate_is_held_against_that_cache_alone():
+    rows = [
+        {"method": method, "macs": macs, "psnr_reference": value, "ahead_of_cache": None}
+        for method, macs, value in (
+            ("baseline", 10.0, 40.0),
+            ("taylorseer", 4.0, 34.0),
+            ("deepcache", 6.0, 39.0),
+            ("taylorseer-auto", 6.0, 37.0),
+            ("taylorseer-auto", 3.0, 37.0),
+            ("auto", 6.0, 37.0),
+        )
+    ]
+    hold_against_caches(rows)
+    assert [row["ahead_of_cache"] for row in rows] == [None, None, None, pytest.approx(1.0), None, None]
 
 
 def test_rows_are_held_against_fewer_steps_at_their_macs():

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 
-def first_block(pipe: Any) -> None:
+def first_block(pipe: Any, threshold: float) -> None:
     """First Block Cache."""
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
-    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=0.1))
+    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=threshold or 0.1))
 
 
-def faster_cache(pipe: Any) -> None:
+def faster_cache(pipe: Any, setting: float) -> None:
     """FasterCache."""
     from diffusers.hooks import FasterCacheConfig, apply_faster_cache
 
@@ -23,7 +23,7 @@ def faster_cache(pipe: Any) -> None:
     apply_faster_cache(pipe.transformer, config)
 
 
-def pyramid_attention_broadcast(pipe: Any) -> None:
+def pyramid_attention_broadcast(pipe: Any, setting: float) -> None:
     """Pyramid Attention Broadcast."""
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
@@ -35,23 +35,26 @@ def pyramid_attention_broadcast(pipe: Any) -> None:
     apply_pyramid_attention_broadcast(pipe.transformer, config)
 
 
-def mag_cache(pipe: Any) -> None:
+def mag_cache(pipe: Any, setting: float) -> None:
     """MagCache; it asks for magnitudes measured on the model."""
     from diffusers.hooks import MagCacheConfig, apply_mag_cache
 
     apply_mag_cache(pipe.transformer, MagCacheConfig())
 
 
-def taylorseer(pipe: Any) -> None:
+def taylorseer(pipe: Any, interval: float) -> None:
     """TaylorSeer; the names that it looks for by itself are not those of PixArt's blocks."""
     from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
 
     names = [r"transformer_blocks\.\d+\.(attn1|attn2|ff)"]
-    config = TaylorSeerCacheConfig(cache_interval=3, taylor_factors_dtype=torch.float32, cache_identifiers=names)
+    config = TaylorSeerCacheConfig(
+        cache_interval=int(interval) or 3, taylor_factors_dtype=torch.float32, cache_identifiers=names
+    )
     apply_taylorseer_cache(pipe.transformer, config)
 
 
-CACHES: dict[str, Callable[[Any], None]] = {
+# A cache is given its interval or threshold, 0 for the default; some have no such setting.
+CACHES: dict[str, Callable[[Any, float], None]] = {
     "first-block-cache": first_block,
     "faster-cache": faster_cache,
     "pyramid-attention-broadcast": pyramid_attention_broadcast,
@@ -104,7 +107,7 @@ def diffusers_cache(pipe: Any, entry: Any) -> Iterator[dict[str, Any]]:
 
     denoiser = pipe.transformer
     try:
-        CACHES[entry.method](pipe)
+        CACHES[entry.method](pipe, entry.cache)
         with CacheMixin.cache_context(denoiser, "both_halves"):
             yield {}
     finally:

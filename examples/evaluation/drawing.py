@@ -13,7 +13,7 @@ import torch
 from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report
 
 from .macs import counted_layers
-from .methods import METHODS, Entry, unsuited
+from .methods import COUNTED, METHODS, Entry, unsuited
 from .store import Shelf, write_json
 
 
@@ -120,8 +120,11 @@ class Drawing:
         """Draw what a block lacks, row by row."""
         for entry in self.pending(block):
             indices = self.indices(block)
-            with measured(self.pipe.device) as line:
+            counts = counted_layers(denoiser_of(self.pipe)) if entry.method in COUNTED else contextlib.nullcontext()
+            with counts as total, measured(self.pipe.device) as line:
                 images = self.draw(entry, indices)
+            if total is not None:
+                line["macs"] = total[0]
             line |= {"pictures": len(images), "steps": entry.steps, "full_steps": self.full_steps}
             self.table.shelf(entry).add(block, self.session, indices, images, line)
             yield entry

@@ -1,8 +1,9 @@
 """What each method does to a pipeline and how it is undone."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tgate_processors import apply_tgate, remove_tgate
@@ -18,20 +19,26 @@ TOME_RATIO = 0.5
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: a method with its settings, 0 where it has none. `interval` is that of full steps."""
+    """
+    A row of the table: a method with its settings, 0 where it has none.
+
+    `interval` is that of full steps. `cache` is the interval or the threshold of a cache, 0 for its default here.
+    """
 
     method: str
     steps: int
     gate: int = 0
     interval: int = 0
     tolerance: float = 0.0
+    cache: float = 0.0
 
     @property
     def name(self) -> str:
         """A name that is a folder too."""
         if self.method in ("fewer-steps", "reference"):
             return f"{self.steps}-steps"
-        return self.method + "".join(f"-{value:g}" for value in (self.gate, self.interval, self.tolerance) if value)
+        settings = (self.cache, self.gate, self.interval, self.tolerance)
+        return self.method + "".join(f"-{value:g}" for value in settings if value)
 
 
 def denoiser_kind(pipe: Any) -> str:
@@ -77,18 +84,27 @@ def deepcache(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
     from DeepCache import DeepCacheSDHelper
 
     helper = DeepCacheSDHelper(pipe)
-    helper.set_params(**DEEPCACHE)
-    if entry.gate:
-        apply_tgate(pipe, entry.gate, deepcache=helper)
-    else:
+    helper.set_params(**DEEPCACHE | ({"cache_interval": int(entry.cache)} if entry.cache else {}))
+    gate = entry.gate or ("auto" if entry.tolerance else None)
+    if gate is None:
         helper.enable()
+    else:
+        apply_tgate(pipe, gate, tolerance=entry.tolerance or None, deepcache=helper)
     try:
         yield {}
     finally:
-        if entry.gate:
-            remove_tgate(pipe)
-        else:
+        if gate is None:
             helper.disable()
+        else:
+            remove_tgate(pipe)
+
+
+@contextlib.contextmanager
+def cache_and_auto(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
+    """One of diffusers' caches together with the default of T-GATE."""
+    alone = replace(entry, method=entry.method.removesuffix("-auto"))
+    with diffusers_cache(pipe, alone), tgate(pipe, replace(entry, method="auto")) as options:
+        yield options
 
 
 @contextlib.contextmanager
@@ -112,15 +128,19 @@ METHODS: dict[str, Switch] = {
     **dict.fromkeys(("tgate", "tgate-v2", "predict", "auto"), tgate),
     "deepcache": deepcache,
     "deepcache-tgate": deepcache,
+    "deepcache-auto": deepcache,
     "tome": tome,
     "cache-dit": cache_dit,
     **dict.fromkeys(CACHES, diffusers_cache),
+    **dict.fromkeys(("taylorseer-auto", "first-block-cache-auto"), cache_and_auto),
 }
 # The reference is drawn where its steps are given.
 CHOICES = [method for method in METHODS if method != "reference"]
 GATED = ("cutoff", "tgate", "tgate-v2", "deepcache-tgate")
-FOR_UNET = ("deepcache", "deepcache-tgate", "tome")
-FOR_TRANSFORMER = ("cache-dit", *CACHES)
+FOR_UNET = ("deepcache", "deepcache-auto", "deepcache-tgate", "tome")
+FOR_TRANSFORMER = ("cache-dit", *CACHES, "taylorseer-auto", "first-block-cache-auto")
+# What these take differs from picture to picture.
+COUNTED = ("first-block-cache", "first-block-cache-auto", "taylorseer-auto", "deepcache-auto")
 
 
 def unsuited(method: str, pipe: Any) -> str | None:
@@ -139,13 +159,21 @@ class Settings:
     The settings of the methods.
 
     `tuned` are the gates of the methods that have other settings besides: T-GATE v2, predicted guidance, DeepCache with
-    T-GATE.
+    T-GATE. `cache_intervals` are those of DeepCache and TaylorSeer, `cache_thresholds` those of First Block Cache.
     """
 
     gates: tuple[int, ...] = ()
     tuned: tuple[int, ...] = ()
     intervals: tuple[int, ...] = ()
     tolerances: tuple[float, ...] = ()
+    cache_intervals: tuple[int, ...] = (0,)
+    cache_thresholds: tuple[float, ...] = (0.0,)
+
+    def of_cache(self, method: str) -> tuple[float, ...]:
+        """The settings of a cache, alone or together with T-GATE; 0 is its own default."""
+        if method.startswith(("deepcache", "taylorseer")):
+            return self.cache_intervals
+        return self.cache_thresholds if method.startswith("first-block-cache") else (0,)
 
 
 def entries(methods: list[str], steps: int, settings: Settings, reference: int | None = None) -> list[Entry]:
@@ -165,10 +193,13 @@ def entries(methods: list[str], steps: int, settings: Settings, reference: int |
             found |= dict.fromkeys(Entry(method, steps, gate, each) for gate in tuned for each in settings.intervals)
         elif method in ("tgate-v2", "deepcache-tgate"):
             found |= dict.fromkeys(Entry(method, steps, gate) for gate in tuned)
+        elif method.endswith("-auto"):
+            pairs = itertools.product(settings.of_cache(method), settings.tolerances)
+            found |= dict.fromkeys(Entry(method, steps, tolerance=each, cache=cache) for cache, each in pairs)
         elif method in GATED:
             found |= dict.fromkeys(Entry(method, steps, gate) for gate in gates)
         else:
-            found[Entry(method, steps)] = None
+            found |= dict.fromkeys(Entry(method, steps, cache=cache) for cache in settings.of_cache(method))
     if reference is not None:
         found[Entry("reference", reference)] = None
     return list(found)

@@ -24,10 +24,13 @@ LOOKS = {
     "tgate-v2": ("D", "goldenrod"),
     "deepcache-tgate": ("<", "teal"),
     "deepcache": ("v", "limegreen"),
+    "deepcache-auto": ("v", "darkgreen"),
     "cutoff": ("x", "saddlebrown"),
     "tome": (">", "olive"),
     "taylorseer": ("1", "crimson"),
+    "taylorseer-auto": ("2", "firebrick"),
     "first-block-cache": ("p", "darkviolet"),
+    "first-block-cache-auto": ("H", "rebeccapurple"),
     "cache-dit": ("h", "hotpink"),
     "pyramid-attention-broadcast": ("d", "indigo"),
     "faster-cache": ("X", "salmon"),
@@ -91,7 +94,7 @@ def panel(axis: Any, rows: list[dict[str, Any]], quality: str, label: str) -> No
         points = [(row["ratio"], row[quality]) for row in own]
         if len(own) > 1:
             axis.plot(*zip(*sorted(points), strict=True), color=LOOKS[method][1], linewidth=0.8, zorder=1)
-        mark(axis, method, points, [row["gate"] or row["tolerance"] for row in own])
+        mark(axis, method, points, [row["gate"] or row["cache"] or row["tolerance"] for row in own])
     steps_of_equal_cost(axis, shown, "ratio")
     axis.set_xlabel("speed-up, median of pairs")
     axis.set_ylabel(label)

@@ -36,6 +36,7 @@ COLUMNS = {
     "frechet_reference": "Fréchet reference",
     "psnr_reference": "PSNR reference",
     "ahead": "ahead, dB",
+    "ahead_of_cache": "ahead of the cache, dB",
     "lpips": "LPIPS",
 }
 UNITS = {"macs": 1e9, "peak_bytes": 2**20, "accuracy": 0.01}
@@ -44,6 +45,7 @@ FORMS = {
     "frechet_baseline": ".3f",
     "frechet_reference": ".3f",
     "ahead": "+.2f",
+    "ahead_of_cache": "+.2f",
     "seconds": ".3f",
     "ratio": ".2f",
     "macs": ".2f",
@@ -69,10 +71,13 @@ def times(shelf: Shelf, baseline: Shelf) -> dict[str, float | None]:
 def macs(shelf: Shelf) -> float | None:
     """MACs of a picture: of the first one, or the mean where every block decides for itself which steps are full."""
     probe = shelf.probe
-    if "full" not in probe:
-        return probe.get("macs")
     # Blocks that another session has timed again are the same.
     blocks = {block: line for (block, _), line in shelf.lines().items()}.values()
+    counted = [line["macs"] / line["pictures"] for line in blocks if "macs" in line]
+    if counted:
+        return statistics.mean(counted)
+    if "full" not in probe:
+        return probe.get("macs")
     each = [line["full_steps"] * (probe["full"] - probe["half"]) + line["steps"] * probe["half"] for line in blocks]
     return statistics.mean(each) if each else None
 
@@ -154,7 +159,7 @@ def rows_of(table: Table, captions: list[str], seed: int, real: Path | None, ext
         shelf = table.shelf(entry)
         row: dict[str, Any] = {"model": table.model, "scheduler": table.scheduler, "steps": table.steps}
         row |= {"row": entry.name, "method": entry.method, "own_steps": entry.steps, "gate": entry.gate or None}
-        row |= {"interval": entry.interval or None, "tolerance": entry.tolerance or None}
+        row |= {"interval": entry.interval or None, "tolerance": entry.tolerance or None, "cache": entry.cache or None}
         row |= {"pictures": 0, **dict.fromkeys(COLUMNS), "error": shelf.probe.get("error")}
         if shelf.complete(len(captions)):
             row |= measure_row(table, entry, captions, seed, real, extras)
@@ -167,12 +172,25 @@ def hold_against_fewer_steps(rows: list[dict[str, Any]]) -> None:
     How many decibels nearer to the reference a row is than the plain pipeline with as many MACs, between two of whose
     numbers of steps it lies. Rows of one model and scheduler with all their numbers of steps go in together.
     """
-    plain = {row["macs"]: row["psnr_reference"] for row in rows if row["method"] in ("baseline", "fewer-steps")}
-    points = sorted((macs, value) for macs, value in plain.items() if value is not None)
+    plain = [row for row in rows if row["method"] in ("baseline", "fewer-steps")]
     for row in rows:
-        known = row["psnr_reference"] is not None and len(points) > 1
-        if known and points[0][0] <= row["macs"] <= points[-1][0]:
-            row["ahead"] = row["psnr_reference"] - float(np.interp(row["macs"], *zip(*points, strict=True)))
+        row["ahead"] = _ahead(row, plain)
+
+
+def hold_against_caches(rows: list[dict[str, Any]]) -> None:
+    """The same for a cache together with T-GATE, against that cache alone, between two of its settings."""
+    for row in rows:
+        if row["method"].endswith("-auto"):
+            alone = row["method"].removesuffix("-auto")
+            row["ahead_of_cache"] = _ahead(row, [other for other in rows if other["method"] in (alone, "baseline")])
+
+
+def _ahead(row: dict[str, Any], others: list[dict[str, Any]]) -> float | None:
+    """Decibels that a row is nearer to the reference than others with as many MACs."""
+    points = sorted({other["macs"]: other["psnr_reference"] for other in others if other["psnr_reference"]}.items())
+    if row["psnr_reference"] is None or len(points) < 2 or not points[0][0] <= row["macs"] <= points[-1][0]:
+        return None
+    return float(row["psnr_reference"] - np.interp(row["macs"], *zip(*points, strict=True)))
 
 
 def notes(rows: list[dict[str, Any]], device: torch.device, real: Path | None, extras: Extras) -> list[str]:

@@ -138,7 +138,7 @@ def apply_tgate(
     order = None
     if deepcache is not None:
         check_helper(deepcache, pipe)
-        order = DeepCacheOrder(deepcache)
+        order = DeepCacheOrder(deepcache, halves=schedule.predicts)
     before = installed(pipe)
     remove_tgate(pipe)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .companion import Companion
+from .halves import split
 
 
 def check_helper(helper: Any, pipe: Any) -> None:
@@ -37,17 +38,19 @@ class DeepCacheOrder(Companion):
     """
     When a DeepCache helper starts afresh.
 
-    Its cached tensors have the batch of the step that made them, so it starts afresh where guidance ends; at the gate
-    step too, because every layer has to be computed there. A helper that is not enabled is enabled for the call only.
+    Its cached tensors have the batch of the step that made them. Where guidance is dropped, it starts afresh where the
+    batch changes, and in the gate step too, in which every layer is computed: that is the published order. Where
+    guidance is predicted, the batch changes often, so what is cached is halved with it. A helper that is not enabled is
+    enabled for the call only.
 
     Args:
         helper (`DeepCacheSDHelper`): The user's helper.
+        halves (`bool`, *optional*, defaults to `False`): Whether what is cached is halved with the batch.
     """
 
-    computes_gate = True
-
-    def __init__(self, helper: Any) -> None:
+    def __init__(self, helper: Any, *, halves: bool = False) -> None:
         self.helper = helper
+        self.computes_gate = not halves
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -75,15 +78,33 @@ class DeepCacheOrder(Companion):
 
     def at_gate(self) -> None:
         """Every layer has to run."""
-        self.start()
+        if self.computes_gate:
+            self.start()
 
     def halve(self, kept: int) -> None:
-        """Start afresh."""
-        self.start()
+        """Start afresh, or keep the half that runs."""
+        if self.computes_gate:
+            self.start()
+        else:
+            self.helper.cached_output, _ = split(self.helper.cached_output, kept)
 
     def double(self) -> None:
         """Start afresh."""
         self.start()
+
+    def repeats(self) -> bool:
+        """Whether the next forward skips the inner blocks."""
+        helper = self.helper
+        if self.computes_gate or not helper.cached_output:
+            return False
+        helper.cur_timestep += 1
+        skips = helper.is_skip_step(0, 0, "mid")
+        helper.cur_timestep -= 1
+        return bool(skips)
+
+    def repeated(self) -> bool:
+        """Whether the last forward skipped the inner blocks."""
+        return not self.computes_gate and bool(self.helper.is_skip_step(0, 0, "mid"))
 
     def _disable(self, given: dict[str, Any], modules: list[torch.nn.Module], forwards: dict[Any, Any]) -> None:
         """Disable the helper; `disable()` leaves a `forward` on every module that it has touched."""

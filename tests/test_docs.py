@@ -1,4 +1,4 @@
-"""Everything that README, docs and docstrings show is run."""
+"""Everything that README, docs and docstrings show is run, and none of it warns."""
 
 import doctest
 import re
@@ -30,6 +30,9 @@ def pipe():
     return pipe
 
 
+# As under `python -W error`: what a reader copies says nothing of deprecations, its own or those of libraries.
+silently = pytest.mark.filterwarnings("error")
+
 # What compiles takes long.
 PARAMS = [
     pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name == "together.md" else [])
@@ -38,6 +41,7 @@ PARAMS = [
 ]
 
 
+@silently
 @pytest.mark.parametrize("page", PARAMS)
 def test_the_snippets_of_a_page_run_one_after_the_other(page, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -46,6 +50,7 @@ def test_the_snippets_of_a_page_run_one_after_the_other(page, monkeypatch):
         exec(compile(snippet, page.name, "exec"), namespace)
 
 
+@silently
 def test_the_diff_of_the_readme_is_the_first_snippet_with_another_model(monkeypatch):
     monkeypatch.chdir(ROOT)
     (diff,) = re.findall(r"^```diff\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
@@ -58,6 +63,7 @@ def test_the_diff_of_the_readme_is_the_first_snippet_with_another_model(monkeypa
     exec("import torch\n" + code, {})
 
 
+@silently
 @pytest.mark.parametrize(
     "name", [name for name in tgate_processors.__all__ if ">>>" in getattr(tgate_processors, name).__doc__]
 )

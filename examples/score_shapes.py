@@ -5,6 +5,7 @@ How often a pipeline trained by train_shapes.py draws what the prompt says, on p
     python examples/score_shapes.py --model examples/models/shapes-pixart --scheduler EulerDiscreteScheduler --steps 50
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ import typer
 from loading import MODELS, check_device, load_pipeline
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from shapes.evaluation import COLUMNS, held_out_scenes, pictures_of, shares
 from shapes.scenes import Scene
 from shapes.scorer import Score, score
@@ -66,6 +67,13 @@ def sheet(pictures: np.ndarray, scenes: list[Scene], scores: list[Score], column
     return paper
 
 
+def progress_on(console: Console) -> Progress:
+    """A bar that counts pictures and tells the time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # A batch may take longer than the 30 seconds that rich measures speed over by default.
+    return Progress(*columns, console=console, transient=True, speed_estimate_period=3600)
+
+
 def main(
     model: Annotated[str, typer.Option(help="Folder of a pipeline trained by train_shapes.py.")] = str(
         MODELS / "shapes-sd"
@@ -91,11 +99,13 @@ def main(
     guidance_scales = guidance_scale or [1.0, 2.0, 3.0, 4.5]
     title = f"{len(set(scenes))} prompts, {len(scenes)} pictures, {steps} steps, {type(pipe.scheduler).__name__}"
     console, rows = Console(), []
-    for guidance in track(guidance_scales, "Guidance scales", console=console, transient=True):
-        options = {"guidance_scale": guidance, "num_inference_steps": steps, "batch_size": batch_size}
-        pictures = pictures_of(pipe, scenes, **options)
-        scores = score(pictures, scenes)
-        rows.append([f"{guidance:g}", *(f"{share:.1%}" for share in shares(scenes, scores).values())])
+    with progress_on(console) as progress:
+        task = progress.add_task("Pictures", total=len(guidance_scales) * len(scenes))
+        options = {"num_inference_steps": steps, "batch_size": batch_size, "advance": partial(progress.advance, task)}
+        for guidance in guidance_scales:
+            pictures = pictures_of(pipe, scenes, guidance_scale=guidance, **options)
+            scores = score(pictures, scenes)
+            rows.append([f"{guidance:g}", *(f"{share:.1%}" for share in shares(scenes, scores).values())])
     headings = ["guidance", *COLUMNS]
     print_table(console, title, headings, rows)
     if output is not None:

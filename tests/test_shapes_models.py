@@ -31,3 +31,11 @@ def test_they_are_small_and_an_ordinary_call_does(name):
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a large red circle in the centre, on a white background", num_inference_steps=2, **call_options(pipe))
     assert image.images[0].size == (32, 32)
+
+
+def test_progress_counts_the_pictures():
+    pipe = DiffusionPipeline.from_pretrained(MODELS / "shapes-sd", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    counts = []
+    pictures = pictures_of(pipe, held_out_scenes(1, 2), batch_size=2, advance=counts.append, num_inference_steps=1)
+    assert (len(pictures), counts) == (3, [2, 1])

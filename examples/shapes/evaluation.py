@@ -1,5 +1,6 @@
 """How often a pipeline draws what a prompt says, on prompts that training has never seen."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,19 @@ def call_options(pipe: Any) -> dict[str, Any]:
     return {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": LENGTH}
 
 
-def pictures_of(pipe: Any, scenes: list[Scene], seed: int = 0, batch_size: int = 64, **options: Any) -> np.ndarray:
-    """A picture of each scene from its caption, N x 32 x 32 x 3; each has a seed of its own, counted from `seed`."""
+def pictures_of(
+    pipe: Any,
+    scenes: list[Scene],
+    seed: int = 0,
+    batch_size: int = 64,
+    advance: Callable[[int], None] = lambda count: None,
+    **options: Any,
+) -> np.ndarray:
+    """
+    A picture of each scene from its caption, N x 32 x 32 x 3; each has a seed of its own, counted from `seed`.
+
+    After each batch `advance` is called with the number of its pictures.
+    """
     parts = []
     for start in range(0, len(scenes), batch_size):
         part = scenes[start : start + batch_size]
@@ -41,6 +53,7 @@ def pictures_of(pipe: Any, scenes: list[Scene], seed: int = 0, batch_size: int =
         prompts = [scene.caption for scene in part]
         call = call_options(pipe) | {"generator": numbers, "output_type": "np"} | options
         parts.append(pipe(prompts, **call).images)
+        advance(len(part))
     return np.concatenate(parts)
 
 

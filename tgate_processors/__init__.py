@@ -1,4 +1,4 @@
-"""T-GATE for diffusers pipelines: cross-attention is kept, and guidance predicted, where both have settled."""
+"""T-GATE for diffusers pipelines: reuse cross-attention, and predict guidance, once both have settled."""
 
 from ._internal.callback import TGateCallback
 from ._internal.convergence import TGateConvergence, measure_convergence

@@ -1,1 +1,1 @@
-"""Everything that is no public name: `tgate_processors` itself has those."""
+"""Internal modules. The public names are in `tgate_processors`."""

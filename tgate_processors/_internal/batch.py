@@ -12,7 +12,7 @@ from .layout import Layout, Seen, unconditional_first
 
 class Batch:
     """
-    The batch of a run, expected from the latents of the last step and held against what the denoiser gets.
+    The batch of a run: what the latents of the last step lead to, compared with what the denoiser gets.
 
     Args:
         call (`Call`): What the pipeline tells.
@@ -27,11 +27,11 @@ class Batch:
         self._layout = layout
         self._call = call
         self._pictures: int | None = None
-        # A loop of diffusers' own needs no look.
+        # diffusers' own loops need no look.
         self._looked_at = call.vouched
 
     def expect(self, pictures: int | None) -> None:
-        """So many pictures are asked for, as far as the arguments say so."""
+        """Note how many pictures are asked for, if the arguments say."""
         if self._pictures is None:
             self._pictures = pictures
 
@@ -41,7 +41,7 @@ class Batch:
 
     def check(self, seen: Seen, guided: bool) -> None:
         """
-        A forward begins: is its batch the one of so many pictures?
+        A forward begins: check that its batch fits the number of pictures.
 
         Raises:
             ValueError: If it is not.
@@ -67,7 +67,7 @@ class Batch:
             if isinstance(before, torch.Tensor):
                 self._compare(seen.batch, int(before.shape[0]), guided)
             if guided and not self._looked_at:
-                # The one wait for the device, and only for a loop that nobody vouches for.
+                # The one wait for the device, and only for a loop that is not diffusers' own.
                 self._looked_at = True
                 negative, positive = self._call.told(told)
                 self.unconditional_first = unconditional_first(

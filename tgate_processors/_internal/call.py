@@ -1,4 +1,4 @@
-"""What a pipeline tells about the call that it is in: its timesteps, its guidance, its prompts."""
+"""What a pipeline says about its current call: timesteps, guidance, prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from .steps import Timeline
 
-# Arguments by which a pipeline exchanges its text embeddings in the middle of a run, at the step that they give.
+# Arguments that give the step in which a pipeline exchanges its text embeddings.
 _EXCHANGING = ("start_merge_step",)
 
 
@@ -20,13 +20,13 @@ class Call:
     Args:
         pipe (`DiffusionPipeline`): The pipeline that runs.
         arguments (`Mapping`, *optional*):
-            The arguments of the call, for pipelines that keep in local variables what others tell.
+            The arguments of the call, for pipelines that keep in local variables what others have as attributes.
         vouched (`bool`, *optional*, defaults to `True`):
             Whether the loop is diffusers' own, so that the tables here hold for it.
         guides (`bool`, *optional*, defaults to `True`):
             Whether it can have guidance of two halves at all.
         scale_beyond (`float`, *optional*, defaults to 0):
-            What guidance multiplies the difference of its halves with more than its scale says.
+            What is added to the scale before guidance multiplies the difference of its halves with it.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class Call:
         return Timeline(passes, order, repeats, told)
 
     def _scheduled(self) -> int:
-        """Passes that the scheduler has prepared; the last timestep of one kind is but the end of the last pass."""
+        """Passes that the scheduler has prepared; in one kind the last timestep is only the end of the last pass."""
         scheduler = self._pipe.scheduler
         return len(scheduler.timesteps) - (type(scheduler).__name__ == "SCMScheduler")
 
     def _passes(self) -> int | None:
         """Passes of the loop, if the pipeline says how many."""
         if hasattr(type(self._pipe), "num_timesteps"):
-            # A loop of one's own may never set what it inherits.
+            # A custom loop may never set what it inherits.
             return getattr(self._pipe, "_num_timesteps", None) or getattr(self._pipe, "num_timesteps", None)
         if self._until is None:
             self._until = self._cut_off(self._arguments.get("denoising_end"))
@@ -107,7 +107,7 @@ class Call:
             try:
                 self._guided = bool(self._pipe.do_classifier_free_guidance)
             except AttributeError:
-                # A loop of one's own may never set what the inherited property reads.
+                # A custom loop may never set what the inherited property reads.
                 self._guided = self._guided_by_argument()
             self._seen_scale = scale
         return self._guided
@@ -129,7 +129,7 @@ class Call:
             scale = self._arguments.get("guidance_scale")
         if scale is None:
             raise ValueError(
-                f'T-GATE: {self.subject} does not tell its guidance scale, by which gate_step="auto" measures: it '
+                f'T-GATE: {self.subject} does not tell its guidance scale, which gate_step="auto" measures with: it '
                 "needs a `guidance_scale` in its call, or `_guidance_scale` set on the pipeline. Give gate_step as a "
                 "number of steps."
             )
@@ -171,7 +171,7 @@ class Call:
         return next((step for step in steps if isinstance(step, int)), None)
 
     def check_timestep(self, timestep: Any, index: int) -> None:
-        """For a loop without step callbacks that nobody vouches for: is this the forward of the pass that it seems?"""
+        """For a custom loop without step callbacks: check that this forward belongs to the pass that is counted."""
         timesteps = self._pipe.scheduler.timesteps
         expected = timesteps[index] if index < len(timesteps) else None
         value = timestep.flatten()[0] if isinstance(timestep, torch.Tensor) and timestep.numel() else timestep

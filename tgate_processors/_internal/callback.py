@@ -17,13 +17,13 @@ from .run import Run
 from .schedule import CFGHalf, TGateSchedule
 from .state import TGateState
 
-# Which outputs of the first step are reused is not known before the number of steps is, so it is that of a long run.
+# Until the number of steps is known, the first step is planned as that of a long run.
 _LONG_RUN = 1000
 
 
 class StepClock:
     """
-    Tells the run that a thread is in that a step has ended. Without a run it does nothing.
+    Tells the run of the current thread that a step has ended. Without a run it does nothing.
 
     Args:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
@@ -62,7 +62,7 @@ class TGateCallback(StepClock):
     Step-counting `callback_on_step_end`: the clock of T-GATE, for wiring it by hand.
 
     [`apply_tgate`] does all of this by itself. Make a clock yourself to choose the layers: put
-    [`TGateAttnProcessor`]s with its `state` into the denoiser and hand it to the call. It then takes its place on the
+    [`TGateAttnProcessor`]s with its `state` into the denoiser and pass it to the call. It then takes its place on the
     denoiser at the end of the first step and leaves it at the end of the last one. Guidance is dropped only if every
     cross-attention layer has a gate; else all of it stays on.
 
@@ -74,7 +74,7 @@ class TGateCallback(StepClock):
 
     Attributes:
         state (`TGateState`): The run, for [`TGateAttnProcessor`]. `state.report` tells what the last run did.
-        tensor_inputs (`list[str]`): What the callback asks of the pipeline, for `MultiPipelineCallbacks`: nothing.
+        tensor_inputs (`list[str]`): What the callback asks for, for `MultiPipelineCallbacks`: nothing.
 
     Raises:
         TypeError: If `schedule` is not a `TGateSchedule`.
@@ -123,7 +123,7 @@ class TGateCallback(StepClock):
         return callback_kwargs
 
     def reset(self) -> None:
-        """Let go of all that a run holds, in particular one that an exception or an interrupt has ended."""
+        """Release everything that a run holds, for example after an exception or an interrupt."""
         self._place.close()
         self._run = None
         self._wait()
@@ -177,7 +177,7 @@ class TGateCallback(StepClock):
 
 
 class _Nobody(Call):
-    """The call of nobody yet."""
+    """Before any call is known."""
 
     def __init__(self) -> None:
         super().__init__(None)

@@ -1,4 +1,4 @@
-"""The clock behind the user's own callback, which sees and may do what it sees and may do without T-GATE."""
+"""The clock behind the user's own callback, which sees and can do the same as without T-GATE."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from .callback import StepClock, TGateCallback
 from .state import TGateState
 
-# What the clock compares the batch with, and what tells the halves of guidance in a loop that nobody vouches for.
+# What the clock compares the batch with, and what tells the halves of guidance apart in a custom loop.
 _WANTED = ("latents",)
 _WANTED_OF_OTHERS = ("latents", "negative_prompt_embeds")
 
@@ -55,7 +55,7 @@ def chain(pipe: Any, clock: StepClock, bound: inspect.BoundArguments, *, vouched
 
 
 def suspending(state: TGateState, function: Any) -> Any:
-    """A function of the user's that may call other pipelines on the same denoiser."""
+    """A user's function that may call other pipelines on the same denoiser."""
 
     @functools.wraps(function, updated=())
     def suspended(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Settings as they are given: of the right kind and in range, or refused by name."""
+"""Validation of settings: of the right type and in range, or an error that names them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def checked_tolerance(value: object) -> float:
 
 
 def _as_float(value: object) -> float | None:
-    """A number that is no whole one by its kind: a float, also numpy's or torch's, a fraction."""
+    """A number whose type is not an integer type: a float (numpy's and torch's too) or a fraction."""
     if isinstance(value, (str, bytes)) or _is_no_number(value):
         return None
     try:
@@ -52,7 +52,7 @@ def _as_float(value: object) -> float | None:
 
 
 def _is_no_number(value: object) -> bool:
-    """Whether something is a truth value or an array of several, which Python takes for numbers."""
+    """Whether a value is a bool or an array, which Python would accept as a number."""
     return isinstance(value, bool) or bool(getattr(value, "ndim", 0)) or "bool" in str(getattr(value, "dtype", ""))
 
 
@@ -71,6 +71,6 @@ def checked_int(name: str, value: object, least: int, remedy: str | None = None)
 
 
 def check_switch(name: str, value: object) -> None:
-    """Refuse what neither leaves a setting open nor is a truth value."""
+    """Refuse anything but `True`, `False` and `None`."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: give True or False, or leave it out.")

@@ -24,7 +24,7 @@ def room_for_graphs() -> Iterator[None]:
     `fullgraph=True` it raises. The repeated blocks of SD-1.5 come to 9 graphs with T-GATE, where 8 are allowed.
     """
     global _raised_to
-    # Whoever has compiled has loaded it; nobody else shall wait for that.
+    # Anyone who compiles has loaded it; nobody else should wait for the import.
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
         yield

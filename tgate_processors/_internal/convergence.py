@@ -32,14 +32,14 @@ class TGateConvergence:
 
     Args:
         steps (`pandas.DataFrame`):
-            By step: `cross_attention`, the change of its outputs against the step before, relative to them, the mean of
-            all layers; `difference`, that of the difference of the two halves of guidance; `error`, how far the guided
-            output would have been off with a difference predicted from the two steps before. Means over the calls;
+            By step: `cross_attention`, the relative change of its outputs since the step before, averaged over the
+            layers; `difference`, the same for the difference of the two halves of guidance; `error`, how far off the
+            guided output would have been with a difference predicted from the two steps before. Means over the calls;
             empty where there is nothing to compare with, and without guidance.
         layers (`pandas.DataFrame`): By step, the change of each cross-attention layer, a column each.
         settings (`pandas.DataFrame`):
             By `tolerance`: the steps that `gate_step="auto"` would have made full, the first half step, and how many
-            times fewer MACs of the denoiser that takes. Means over the calls.
+            times fewer MACs the denoiser takes. Means over the calls.
     """
 
     steps: pd.DataFrame
@@ -88,18 +88,18 @@ def measure_convergence(
     tolerances: Sequence[float] = (0.1, 0.2, 0.4, 0.6),
 ) -> TGateConvergence:
     r"""
-    Draw some pictures as ever, and tell how cross-attention and guidance settle from step to step.
+    Draw some pictures and measure how cross-attention and guidance settle from step to step.
 
-    Nothing is gated: the pictures are those of the pipeline without T-GATE. What was applied to it is applied again
-    afterwards. Of the layers only the last output is held. A compiled denoiser is compiled anew, because its layers are
-    watched by hooks.
+    Nothing is gated: the pictures are those of the pipeline without T-GATE. If T-GATE was applied, it is applied again
+    afterwards, with the same settings. Only the last output of each layer is held. A compiled denoiser is compiled
+    again, because its layers are watched by hooks.
 
     Args:
         pipe (`DiffusionPipeline`): The pipeline.
         prompts (`list` of `str` or `dict`): What to draw, a call for each: a prompt, or the arguments of the call.
         call (`dict`, *optional*): Arguments that every call gets, such as `num_inference_steps`.
         tolerances (`list` of `float`, *optional*, defaults to `(0.1, 0.2, 0.4, 0.6)`):
-            Values of `tolerance` to tell the settings of.
+            The values of `tolerance` to forecast.
 
     Returns:
         `TGateConvergence`: Changes and errors by step, and what each tolerance would give.
@@ -157,12 +157,12 @@ def _watched(pipe: Any, probe: Probe) -> Iterator[None]:
     """Have T-GATE follow the calls of a pipeline without gating anything, and everything as it was afterwards."""
     before = installed(pipe)
     remove_tgate(pipe)
-    # A gate that no run comes to.
+    # A gate that no run reaches.
     clock = StepClock(TGateSchedule(10**9))
     clock.state.said.add("late")
     handles = []
     try:
-        # Processors of any kind compute as ever, for nothing is reused.
+        # Processors of any kind can be gated here, since nothing is reused.
         install(pipe, Installation(clock, custom="gate"))
         found = find_family(pipe)
         denoiser, layout = found.denoiser, found.family.layout

@@ -27,8 +27,8 @@ from .twin import check_conditions, check_parameters, input_size, make_twin
 @dataclass(frozen=True)
 class TGateCost:
     r"""
-    What a schedule costs, in multiply-accumulates of the denoiser. With `gate_step="auto"` it is the least: what a run
-    takes in which every prediction is right. `without_tgate` is then the most that it can take.
+    What a schedule costs, in multiply-accumulates of the denoiser. With `gate_step="auto"` it is a lower bound: the
+    cost of a run in which every prediction is right. `without_tgate` is then the upper bound.
 
     Args:
         full (`MACs`): One forward of one picture without guidance, all attention computed.
@@ -75,7 +75,7 @@ def estimate_cost(
     cross_attention: bool | None = None,
 ) -> TGateCost:
     r"""
-    Tell what a schedule costs, without running the model: it is run on the meta device, which has neither memory nor
+    Count what a schedule costs, without weights. The denoiser runs on the meta device, which has neither memory nor
     arithmetic, with T-GATE's own attention processors, and torch counts.
 
     The denoiser alone is counted: no text encoder, no VAE, no ControlNet, no DeepCache. Nothing of the given pipeline
@@ -89,8 +89,8 @@ def estimate_cost(
             Number of steps that really run. The scheduler of a pipeline says how many forwards these are; a denoiser
             alone has one forward a step.
         guidance (`bool`, *optional*):
-            Whether classifier-free guidance is on. Defaults to `True`, but for a denoiser that embeds the guidance
-            scale (`time_cond_proj_dim`), for which it is always off.
+            Whether classifier-free guidance is on. Defaults to `True`, except for a denoiser that embeds the guidance
+            scale (`time_cond_proj_dim`), where it is always off.
         height (`int`, *optional*):
             Height of the picture in pixels. Defaults to that of the pipeline or of the denoiser's configuration.
         width (`int`, *optional*): Width of the picture in pixels, likewise.
@@ -100,7 +100,7 @@ def estimate_cost(
         num_frames (`int`, *optional*): Number of frames of a video. Defaults to that of the denoiser's configuration
             or of the pipeline.
         vae_scale_factor (`int`, *optional*):
-            Pixels of the picture for one of the latent. Defaults to that of the pipeline; for a denoiser alone to 8.
+            Pixels of the picture for each of the latent. Defaults to that of the pipeline; for a denoiser alone to 8.
         dtype (`torch.dtype`, *optional*):
             The type that the bytes held are counted in. Defaults to that of the denoiser.
         cross_attention (`bool`, *optional*): Whether cross-attention is reused, as in [`apply_tgate`].
@@ -238,7 +238,7 @@ def _timeline(pipe: Any, num_inference_steps: int) -> Timeline:
     if pipe is None:
         return Timeline(num_inference_steps)
     scheduler = copy.deepcopy(pipe.scheduler)
-    # What some schedulers take for two steps only, as their pipelines leave it out.
+    # Some schedulers accept this for two steps only; for any other number their pipelines pass `None`.
     odd = "intermediate_timesteps" in inspect.signature(scheduler.set_timesteps).parameters
     more = {"intermediate_timesteps": None} if odd and num_inference_steps != 2 else {}
     scheduler.set_timesteps(num_inference_steps, **more)

@@ -79,7 +79,7 @@ class Profile:
 
 
 class Recorder:
-    """In the place of a run, for forwards that belong to none: does what it is told and keeps what it is given."""
+    """Takes the place of a run, for forwards that belong to none: does as told and keeps what it is given."""
 
     def __init__(self) -> None:
         self.signals = Signals()

@@ -86,7 +86,7 @@ class Experts:
         The first call of a step begins.
 
         Returns:
-            `bool`: Whether another denoiser takes over. What the one before has kept is let go of.
+            `bool`: Whether another denoiser takes over. What the one before has kept is released.
         """
         self.call = 0
         expert = next((each for each in self._all if each.layers.denoiser is denoiser), self.now)

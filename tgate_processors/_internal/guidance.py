@@ -15,7 +15,7 @@ class Guidance:
     The difference of the two halves of a denoiser's output, in the last full steps of a loop.
 
     Args:
-        tolerance (`float`, *optional*): The error above which full steps come at once. Nothing is measured without it.
+        tolerance (`float`, *optional*): The accepted error of a prediction. Nothing is measured without it.
 
     Attributes:
         pace (`Pace`, *optional*): What says which steps are full.
@@ -34,7 +34,7 @@ class Guidance:
 
     @property
     def judges(self) -> bool:
-        """Whether the next difference that is computed has a prediction to be held against."""
+        """Whether the next difference that is computed has a prediction to be compared with."""
         return len(self._known) >= LEAD
 
     def note(self, position: int, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, scale: Any) -> None:
@@ -51,7 +51,7 @@ class Guidance:
         if self._known and self._known[-1].value.shape != computed.shape:
             self._known.clear()
         if self._known and self._known[-1].position == position:
-            # What runs before the loop is counted to its first pass.
+            # Calls before the loop count as part of its first pass.
             self._known.pop()
         if self.pace is not None and self.judges:
             guided = guided_output(halves, unconditional, scale)
@@ -72,7 +72,7 @@ class Guidance:
         self.error = None
 
     def _measure(self, errors: torch.Tensor) -> None:
-        """The one wait for the device in a full step: the sample that is off most decides for all."""
+        """The one wait for the device in a full step: the sample with the largest error decides for all."""
         # Without values, as in `estimate_cost`, every prediction is right, which gives the fewest full steps.
         error = 0.0 if errors.is_meta else float(errors.detach().max())
         if self.error is None or not error <= self.error:

@@ -16,8 +16,8 @@ def halve(value: Any, batch: int, kept: CFGHalf) -> Any:
     """
     Keep one half of every tensor that holds a whole number of rows per sample, however deep it lies.
 
-    `(1,)` timesteps and scalars stay; `2B * frames` rows are halved like `2B`. What holds nothing to halve is given
-    back as the object that it is.
+    `(1,)` timesteps and scalars stay; `2B * frames` rows are halved like `2B`. A value with nothing to halve is
+    returned as the same object.
     """
     if not isinstance(value, torch.Tensor):
         return _mapped(value, lambda item: halve(item, batch, kept))
@@ -43,13 +43,13 @@ def halve_named(given: Mapping[str, Any], names: Names, batch: int, kept: CFGHal
 
 def double(output: Any, half: int, difference: torch.Tensor | None = None, ran: CFGHalf = "unconditional") -> Any:
     """
-    Make the output of the whole batch of that of one half.
+    Make the output of the whole batch from that of one half.
 
     Args:
         output (`torch.Tensor` or container): The output of the half.
         half (`int`): Its samples.
-        difference (`torch.Tensor`, *optional*): What the second half has more than the first. Nothing by default.
-        ran (`str`, *optional*, defaults to `"unconditional"`): The half that it is of, by its place.
+        difference (`torch.Tensor`, *optional*): The second half minus the first. Zero by default.
+        ran (`str`, *optional*, defaults to `"unconditional"`): Which half it belongs to, by its place.
 
     Returns:
         `torch.Tensor` or container: As `output`, every tensor with both halves.
@@ -61,7 +61,7 @@ def double(output: Any, half: int, difference: torch.Tensor | None = None, ran: 
     if difference is None:
         return torch.cat([output, output])
     other = output.clone()
-    # Channels beyond those of the difference are no prediction of noise (a learned variance).
+    # Channels beyond those of the difference do not predict noise (a learned variance).
     predicted = other[:, : difference.shape[1]]
     predicted.add_(difference if ran == "unconditional" else -difference)
     return torch.cat([output, other] if ran == "unconditional" else [other, output])
@@ -69,12 +69,12 @@ def double(output: Any, half: int, difference: torch.Tensor | None = None, ran: 
 
 def second_of(output: Any, rows: int, difference: torch.Tensor | None) -> Any:
     """
-    Make the output of the second call of guidance of that of the first.
+    Make the output of the second call of guidance from that of the first.
 
     Args:
         output (`torch.Tensor` or container): The output of the first call.
         rows (`int`): Its samples.
-        difference (`torch.Tensor`, *optional*): What the second has more than the first. Nothing by default.
+        difference (`torch.Tensor`, *optional*): The second minus the first. Zero by default.
 
     Returns:
         `torch.Tensor` or container: As `output`, in tensors of its own.

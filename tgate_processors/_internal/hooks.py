@@ -19,12 +19,12 @@ class DenoiserHooks:
     """
     The forward hooks of a denoiser, and of what the pipeline calls before it in every step.
 
-    They stand next to the forward, behind the user's hooks, which so see the batch that the pipeline gives and the
-    output that it gets. Where a ControlNet has run on one half, the pipeline itself gives its residuals at half, and
-    then the user's hooks see one half of everything. Where guidance is dropped, the halves that are given back are the
-    same, and the pipeline's own `uncond + scale * (cond - uncond)` gives them back exactly, for any scale and any
-    rescaling; where it is predicted, they differ by the predicted difference. A ControlNet is halved on its way in
-    only: what it gives goes to the denoiser, which needs the same half. The hooks are no part of a compiled denoiser.
+    They stand next to the forward, inside the user's hooks, which therefore see the batch that the pipeline gives and
+    the output that it gets. Where a ControlNet has run on one half, the pipeline itself gives its residuals at half,
+    and then the user's hooks see one half of everything. Where guidance is dropped, the two halves that are given back
+    are the same, and the pipeline's own `uncond + scale * (cond - uncond)` gives them back exactly, for any scale and
+    any rescaling; where it is predicted, they differ by the predicted difference. Only the inputs of a ControlNet are
+    halved: what it gives goes to the denoiser, which needs the same half. The hooks are not compiled with the denoiser.
 
     Args:
         state (`TGateState`): What the gates of the pipeline share.

@@ -90,7 +90,7 @@ class Installation:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._places: list[Place]
-        # Pipelines, by place: what one of them no longer uses another one may.
+        # Pipelines, by place: one of them may still use what another no longer does.
         self._owners: list[weakref.WeakSet[Any]] = [weakref.WeakSet() for _ in self._places]
         self._calls: set[int] = set()
         self._lock = threading.Lock()

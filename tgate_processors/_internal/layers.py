@@ -31,7 +31,7 @@ class Layers:
         denoiser (`torch.nn.Module`): The denoiser.
         state (`TGateState`): What the gates of the pipeline share.
         custom (`str`, *optional*):
-            What becomes of processors that are not diffusers' own, `"leave"` or `"gate"`. `None` leaves them too, but
+            What happens to processors that are not diffusers' own, `"leave"` or `"gate"`. `None` leaves them too, but
             refuses mere callables.
         layout (`Layout`, *optional*): Which of them attend to the text, and which are never gated.
     """
@@ -153,11 +153,11 @@ class Layers:
         self._set(gates)
 
     def _may_gate(self, name: str, processor: Any) -> bool:
-        """Whether a processor is to be gated; whoever has a processor of his own may have to say so."""
+        """Whether to gate a processor; for some custom ones the user has to say."""
         if self._custom is None and is_bare(processor):
             raise ValueError(
                 f"T-GATE: the attention processor of {name.removesuffix('.processor')} is {processor!r}, and T-GATE "
-                "cannot tell whether it mixes the samples of a batch or counts its calls. Say "
+                "cannot tell whether it mixes the samples of a batch or counts its calls. Call "
                 'apply_tgate(pipe, custom_processors="gate") to gate it like diffusers\' own, or '
                 'custom_processors="leave" to leave it alone.'
             )

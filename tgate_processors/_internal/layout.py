@@ -1,4 +1,4 @@
-"""What is the batch among a denoiser's arguments, and which half of it is which: data, and the check against it."""
+"""Which of a denoiser's arguments hold the batch, and which half is which: data, and how it is checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 # Arguments whose tensors have the guidance batch, or so many rows for each sample of it, as their first dimension.
-# `None`: all tensors inside; a mapping: only those of these keys, the rest of the container is somebody else's.
+# `None`: all tensors inside; a mapping: only those of these keys, since the rest of the container is not ours.
 Names = Mapping[str, "Names | None"]
 
 _CONDITIONS: Names = dict.fromkeys(("text_embeds", "time_ids", "image_embeds", "hint", "resolution", "aspect_ratio"))
@@ -51,8 +51,8 @@ class Layout:
         calls (`int`): Calls of the denoiser that guidance is made of: 1, or 2, the conditional one first.
         apart (`bool`): Whether added keys (of a picture) have a softmax of their own beside that of the text.
         keeps_cross (`bool`): Whether cross-attention is gated by default: what it keeps of a video is large.
-        scale_beyond (`float`): What guidance multiplies the difference with more than `guidance_scale`, counted from
-            the unconditional half.
+        scale_beyond (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
+            counted from the unconditional half.
     """
 
     arguments: tuple[str, ...] = ()
@@ -167,7 +167,7 @@ def conditions(seen: Seen, names: Names) -> list[str]:
 
 def unconditional_first(seen: Seen, names: Names, negative: Any, positive: Any, pipeline: str) -> bool:
     """
-    Find out which half of a batch is the unconditional one, for a loop that nobody vouches for.
+    Find out which half of a batch is the unconditional one, for a loop that is not diffusers' own.
 
     Args:
         seen (`Seen`): What the denoiser was given, with guidance.

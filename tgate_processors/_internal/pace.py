@@ -1,10 +1,10 @@
-"""When guidance is computed again: set by the error of what was predicted. Pure Python, no torch."""
+"""When guidance is computed again, decided by the error of its predictions. Pure Python, no torch."""
 
 from __future__ import annotations
 
 # Half steps in a row, at most.
 LONGEST_GAP = 4
-# Differences of the two halves that a prediction is made from, and that are computed before any is judged.
+# A prediction takes this many differences of the two halves, so as many are computed before one is judged.
 LEAD = 2
 
 
@@ -12,11 +12,12 @@ class Pace:
     """
     The controller of `gate_step="auto"`.
 
-    A full step measures how far the prediction for it was off. Below `tolerance` the next full step comes one half step
-    later than the last one did, below twice that one earlier, else at once.
+    A full step measures how far off the prediction for it was. If the error is below `tolerance`, the next gap of half
+    steps is one longer than the last. If it is below twice `tolerance`, the gap is one shorter. Otherwise there is no
+    gap.
 
     Args:
-        tolerance (`float`): Error of the guided output, relative to it, that is accepted.
+        tolerance (`float`): Accepted error of the guided output, relative to that output.
     """
 
     def __init__(self, tolerance: float) -> None:
@@ -39,9 +40,9 @@ class Pace:
         A step with both halves has ended.
 
         Args:
-            error (`float`, *optional*): How far the prediction was off; nothing if there was none.
+            error (`float`, *optional*): How far off the prediction was; `None` if there was none.
         """
-        # Not a number is above every tolerance.
+        # NaN counts as above every tolerance.
         if error is not None and error < self._tolerance:
             self._gap = min(self._gap + 1, LONGEST_GAP)
         elif error is not None and error < 2 * self._tolerance:

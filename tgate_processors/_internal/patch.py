@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 class _Declared(Protocol):
     """
-    What mypy takes `from diffusers import StableDiffusionPipeline` for: the stand-in for machines without torch.
+    What mypy sees in `from diffusers import StableDiffusionPipeline`: the stand-in for machines without torch.
 
-    It is told from diffusers' models, which have the method too, by the arguments of any kind that it takes.
+    Its arguments of any kind set it apart from diffusers' models, which have the method too.
     """
 
     @classmethod
@@ -55,11 +55,11 @@ def apply_tgate(
     deepcache: Any = None,
 ) -> Pipeline:
     r"""
-    Apply T-GATE to a pipeline, in place. Afterwards call the pipeline as ever.
+    Apply T-GATE to a pipeline, in place. Then call the pipeline as before.
 
     In *full steps* the pipeline computes everything. In *half steps* kept cross-attention is reused, and one half of
     the batch of classifier-free guidance is left out: guidance is predicted, or dropped. By default the run decides
-    which steps are full, by the measured error of what is predicted. Steps are those that really run, so `strength`,
+    which steps are full, by the measured error of its predictions. Steps are those that really run, so `strength`,
     `denoising_start`/`denoising_end` and custom timesteps are taken into account. A second call replaces the settings
     of the first.
 
@@ -67,19 +67,19 @@ def apply_tgate(
         pipe (`DiffusionPipeline`):
             The pipeline. Its class, denoiser hooks and attention processors change until [`remove_tgate`].
         gate_step (`int`, `float` or `str`, *optional*, defaults to `"auto"`):
-            With `"auto"` the run decides which steps are full. A number is that of the first full steps, after which
-            come half steps, as in the published method; a `float` in (0, 1) is their share of the steps that really
-            run. A call without guidance needs a number: `"auto"` gates nothing there, and warns.
+            With `"auto"` the run decides which steps are full. A number is how many steps are full before the half
+            steps begin, as in the published method; a `float` in (0, 1) is their share of the steps that really run.
+            A call without guidance needs a number: `"auto"` gates nothing there, and warns.
         guidance (`str`, *optional*):
-            What becomes of classifier-free guidance after the gate: `"drop"` ends it, as the published method does;
-            `"predict"` goes on with what the two halves differ by, predicted from the last full steps. Defaults to
+            What happens to classifier-free guidance after the gate: `"drop"` ends it, as the published method does;
+            `"predict"` keeps it, with the difference of the two halves predicted from the last full steps. Defaults to
             `"predict"` with `gate_step="auto"`, else to `"drop"`.
         cfg_interval (`int`, *optional*):
             With `guidance="predict"`, every `cfg_interval`-th step after the gate is a full step: both halves are
-            computed, and cross-attention and the difference are kept anew. By default none is.
+            computed, and cross-attention and the difference are kept anew. By default there are none.
         tolerance (`float`, *optional*):
-            With `gate_step="auto"`, the error of a predicted guided output, relative to it, that is accepted. Smaller
-            values make more steps full, `0` all of them. Defaults to `0.6`.
+            With `gate_step="auto"`, the accepted error of the guided output, relative to that output. Smaller values
+            make more steps full, `0` all of them. Defaults to `0.6`.
         sp_interval (`int`, *optional*, defaults to `1`):
             Before the gate, self-attention is computed every `sp_interval` steps. `1` computes it in every step.
         fi_interval (`int`, *optional*, defaults to `1`):
@@ -96,15 +96,16 @@ def apply_tgate(
             parts (InstructPix2Pix, perturbed-attention guidance) stays on whole, and then there is nothing to choose.
         cross_attention (`bool`, *optional*):
             Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True`, but to `False` for video
-            families whose guidance is two calls of the denoiser (Wan, SkyReels V2, Cosmos): what is kept of
-            cross-attention takes gigabytes there and saves little.
+            families whose guidance is two calls of the denoiser (Wan, SkyReels V2, Cosmos): there the kept
+            cross-attention takes gigabytes and saves little.
         custom_processors (`str`, *optional*):
-            What becomes of attention processors that are not diffusers' own. They may mix the pictures of a batch or
+            What happens to attention processors that are not diffusers' own. They may mix the pictures of a batch or
             count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone
             and all of guidance stays on; cross-attention of diffusers' own processors is still gated. `"gate"` treats
-            them like diffusers' own, `"leave"` leaves alone also mere functions, which are refused by default.
+            them like diffusers' own. `"leave"` leaves mere functions alone too, which are refused by default.
         deepcache (`DeepCacheSDHelper`, *optional*):
-            A parametrised DeepCache helper of this pipeline, enabled or not, to run together with T-GATE.
+            A DeepCache helper of this pipeline, with its parameters set, to run together with T-GATE. It may be
+            enabled or not.
 
     Returns:
         `DiffusionPipeline`: `pipe` itself.
@@ -158,9 +159,10 @@ def apply_tgate(
 
 def remove_tgate(pipe: Pipeline) -> Pipeline:
     r"""
-    Take T-GATE out of a pipeline: class, hooks and attention processors are the objects that they were.
+    Take T-GATE out of a pipeline: class, hooks and attention processors are again the objects that they were.
 
-    An attention processor that was installed after [`apply_tgate`] stays. Without T-GATE nothing happens.
+    An attention processor that was installed after [`apply_tgate`] stays. On a pipeline without T-GATE this does
+    nothing.
 
     Args:
         pipe (`DiffusionPipeline`): The pipeline.
@@ -170,7 +172,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
 
     Raises:
         TypeError: If `pipe` is not a pipeline.
-        RuntimeError: If called while the pipeline runs, say by a callback.
+        RuntimeError: If called while the pipeline runs, for example by a callback.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""The pipeline that T-GATE is installed in: its class for the time being, and the call that runs gated."""
+"""The pipeline that T-GATE is installed in: its temporary class, and the call that runs gated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _ATTRIBUTE = "_tgate"
 # In the generated class of such a pipeline: its class before.
 _BASE = "_tgate_base"
-# The published package takes such settings in the call; some pipelines swallow them. How `apply_tgate` is given them.
+# The published package takes these settings in the call, and some pipelines swallow them. How `apply_tgate` takes them.
 _SETTINGS = {
     **{name: f"{name}={{!r}}" for name in ("gate_step", "fi_interval")},
     **{name: f"10, {name}={{!r}}" for name in ("sp_interval", "warm_up", "guidance")},
@@ -144,7 +144,7 @@ def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 @contextmanager
 def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateState, Run]]:
-    """Have a run for a call, whose arguments get the clock, and hold nothing when it ends in whatever way."""
+    """Have a run for a call, whose arguments get the clock, and hold nothing when it ends, however it ends."""
     installation = installed(pipe)
     assert installation is not None
     state = installation.callback.state
@@ -186,7 +186,7 @@ def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateSt
 
 
 def _step_by_step(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArguments) -> Generator[Any, Any, Any]:
-    """Run a call that yields: T-GATE is out of the way whenever its consumer has the word."""
+    """Run a call that yields: T-GATE steps aside whenever the consumer runs."""
     with _running(pipe, bound) as (state, run):
         inner = call(*bound.args, **bound.kwargs)
         resume, value = inner.send, None

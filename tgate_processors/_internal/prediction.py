@@ -1,4 +1,4 @@
-"""The difference of the two halves of guidance, ahead of time: pure functions of tensors."""
+"""Predict the difference of the two halves of guidance: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def predict(known: Sequence[Difference], position: int) -> torch.Tensor:
     r"""
     Predict the difference of a later pass from the last two that are known.
 
-    With `a` and `b` these two, `h` passes apart, and `k` passes to go, it is the mean of two predictions, made for
-    every sample by itself:
+    Let `a` and `b` be these two, `h` passes apart, and `k` the passes from `b` to the one to predict. The result is the
+    mean of two predictions, made for each sample separately:
 
-    - decay, `b * r**k` with `r = clamp(<a, b> / <a, a>, 0, 1)**(1 / h)`: what `b` has lost of `a` it goes on to lose;
+    - decay, `b * r**k` with `r = clamp(<a, b> / <a, a>, 0, 1)**(1 / h)`: the difference shrinks on as it did from `a`
+      to `b`;
     - damped trend, `b + (b - a) / h * (d + d**2 + ... + d**k)` with `d = 0.7`, no longer than `b`.
 
-    One difference alone is held.
+    If only one difference is known, it is the prediction.
 
     Args:
         known (`Sequence` of `Difference`): The last one or two, in order.
@@ -62,7 +63,7 @@ def guided_output(halves: Sequence[torch.Tensor], unconditional: int, scale: Any
         scale (`float` or `torch.Tensor`): Guidance scale.
 
     Returns:
-        `torch.Tensor`: The unconditional half plus `scale` times the difference of the conditional one to it.
+        `torch.Tensor`: The unconditional half, plus `scale` times the conditional half minus the unconditional one.
     """
     start = halves[unconditional]
     guided: torch.Tensor = start + scale * (halves[1 - unconditional] - start)
@@ -71,7 +72,7 @@ def guided_output(halves: Sequence[torch.Tensor], unconditional: int, scale: Any
 
 def relative_error(predicted: torch.Tensor, computed: torch.Tensor, guided: torch.Tensor, scale: Any) -> torch.Tensor:
     """
-    How far the guided output would have been off with a predicted difference, relative to it.
+    How far off the guided output would have been with a predicted difference, relative to that output.
 
     Args:
         predicted (`torch.Tensor`): The difference as predicted.

@@ -1,4 +1,4 @@
-"""What is seen of calls that are watched: changes from step to step, and what a tolerance would have made of them."""
+"""What is seen in watched calls: changes from step to step, and what each tolerance would have made of them."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ class Probe:
         now = Pass(step, difference, guided_output(halves, 0 if run.batch.unconditional_first else 1, scale), scale)
         passes = self._loops[-1]
         if passes and passes[-1].difference.position == number:
-            # What runs before the loop is counted to its first pass.
+            # Calls before the loop count as part of its first pass.
             passes.pop()
         if passes and passes[-1].difference.value.shape != difference.value.shape:
-            # As another loop: the run begins anew there.
+            # Like another loop: the run starts again there.
             self._loops.append(passes := [])
         if passes:
             self._changes["difference"][step].append(change(passes[-1].difference.value, difference.value))
@@ -120,7 +120,7 @@ class Pass:
     scale: Any
 
     def error(self, known: Sequence[Difference]) -> float:
-        """How far a prediction would have been off, for the worst picture of the batch."""
+        """How far off a prediction would have been, for the worst picture of the batch."""
         predicted = predict(known, self.difference.position)
         return float(relative_error(predicted, self.difference.value, self.guided, self.scale).max())
 

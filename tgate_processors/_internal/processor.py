@@ -17,13 +17,13 @@ class TGateAttnProcessor:
     r"""
     Attention processor that calls the processor it stands in front of, keeps its output, or gives back the kept one.
 
-    It is found as what it replaces: its class derives from the class of `original`, it shares the attributes of
-    `original` (scales, weights, attention backend), and its `__call__` has the same signature. Make one for each
-    attention layer.
+    Other code finds the processor that it expects: the class derives from the class of `original`, the attributes
+    (scales, weights, attention backend) are shared with `original`, and `__call__` has the same signature. Make one
+    for each attention layer.
 
     Args:
         original (`AttentionProcessor`):
-            The processor that computes. Remains in charge of all attention mathematics.
+            The processor that computes. It still does all attention mathematics.
         state (`TGateState`):
             The run that the layer belongs to, `TGateCallback(...).state`.
 
@@ -82,7 +82,7 @@ class TGateAttnProcessor:
         return TGateAttnProcessor, (self.original, self.state)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Some classes behind have one of their own.
+        # Some of the classes behind define their own.
         return self.__reduce__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TGateAttnProcessor:
@@ -92,7 +92,7 @@ class TGateAttnProcessor:
 
 
 class _Bare:
-    """In front of what cannot be derived from (a function, an object with slots): its attributes are ours."""
+    """In front of what cannot be subclassed (a function, an object with slots): hands attributes on to it."""
 
     __slots__ = ()
 
@@ -129,7 +129,7 @@ def _behind(processor: Any) -> Any:
 def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Compute, compute and store, or reuse, as the run says."""
     if getattr(attn, "residual_connection", False):
-        # The output holds the residual, which must not stand still.
+        # The output holds the residual, which is another one in every step.
         return self.original(attn, hidden_states, *args, **kwargs)
     context = kwargs.get("encoder_hidden_states", args[0] if args else None)
     # The layer's own flag is missing or wrong in several models; what it attends to is not.
@@ -211,5 +211,5 @@ def _gated_class(base: type) -> type:
     try:
         return type(name, (TGateAttnProcessor, base), body)
     except TypeError:
-        # Nothing can be derived from the class of functions.
+        # Functions cannot be subclassed.
         return type(name, (_Bare, TGateAttnProcessor), body)

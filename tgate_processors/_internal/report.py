@@ -11,25 +11,25 @@ class TGateReport:
     What T-GATE did in the last call of a pipeline, counted by what the gated attention layers really did.
 
     Counts are denoiser forwards: one per step, two per step with Heun or KDPM2. Where some layers computed and others
-    reused in one forward, the forward counts as both. Layers inside compiled code do not report; their forwards are
-    counted as they were announced to them. Where guidance is two calls of the denoiser (Wan), the two count as one
+    reused in one forward, the forward counts as both. Layers inside compiled code do not report; their forwards count
+    as what they were told to do. Where guidance is two calls of the denoiser (Wan), the two count as one
     forward, at half the batch if the second one is left out.
 
     Args:
         num_inference_steps (`int`):
-            Steps of the run, also of an interrupted one; where a call runs several loops (FreeInit), of all together.
-            0 if there was no run yet.
+            Steps of the run, interrupted or not. Where a call runs several loops (FreeInit), those of all of them.
+            0 before the first run.
         gate_step (`int`): First step of the fidelity-improving phase.
         cross_attention_computed (`int`): Forwards in which gated layers computed cross-attention.
         cross_attention_reused (`int`): Forwards in which gated layers reused their stored cross-attention.
         self_attention_computed (`int`): Forwards in which gated layers computed self-attention.
         self_attention_reused (`int`): Forwards in which gated layers reused their stored self-attention.
         full_batch_forwards (`int`): Forwards at the batch that the pipeline asked for.
-        half_batch_forwards (`int`): Forwards at half that batch, guidance being dropped.
-        full_steps (`tuple` of `int`): The steps that ran on the batch that the pipeline gave.
+        half_batch_forwards (`int`): Forwards at half that batch, with guidance dropped or predicted.
+        full_steps (`tuple` of `int`): The steps that ran on the whole batch that the pipeline gave.
         prediction_errors (`tuple` of `tuple`):
             With `gate_step="auto"`, `(step, error)` for every full step whose guidance had been predicted too: how far
-            the guided output would have been off, relative to it, for the worst picture of the batch.
+            off the guided output would have been, relative to that output, for the worst picture of the batch.
         peak_bytes (`int`): Most bytes held in stored outputs and differences of guidance at the end of a step.
     """
 

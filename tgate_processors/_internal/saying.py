@@ -1,4 +1,4 @@
-"""What is said of a run, once: what is left alone, what comes too late, what did not happen."""
+"""Warnings of a run, each given once: what is left alone, what comes too late, what did not happen."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Text:
             return
         if (before.shape != text.shape or not torch.equal(before, text)) and self._state.say_once("exchanged"):
             logger.warning(
-                "T-GATE: the text embeddings were exchanged in step %s, after the gate: cross-attention goes on with "
-                "the outputs of the former ones. Exchange them before gate_step=%s, or give a later gate_step.",
+                "T-GATE: the text embeddings were exchanged in step %s, after the gate: cross-attention still "
+                "reuses the outputs for the old ones. Exchange them before gate_step=%s, or give a later gate_step.",
                 loop.step_index,
                 loop.gate_step,
             )
@@ -91,7 +91,7 @@ def say_left_alone(state: TGateState, call: Call, names: list[str]) -> None:
     if state.say_once("left alone"):
         logger.warning(
             "T-GATE: %s attention layers, %s among them, have a processor that is not gated: they compute as without "
-            "T-GATE%s, because such processors may mix the samples of a batch or count their calls. Say "
+            "T-GATE%s, because such processors may mix the samples of a batch or count their calls. Call "
             'apply_tgate(pipe, custom_processors="gate") if yours do neither.',
             len(names),
             names[0].removesuffix(".processor"),

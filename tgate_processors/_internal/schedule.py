@@ -49,9 +49,9 @@ class TGateSchedule:
 
     Args:
         gate_step (`int`, `float` or `str`, *optional*, defaults to `"auto"`):
-            With `"auto"` the run decides which steps are full, by the error of the guidance that is predicted: see
-            `tolerance`. A number is that of the steps in which cross-attention is computed: its output is stored in
-            step `gate_step - 1` and reused from step `gate_step` on, where half of the guidance batch is left out too.
+            With `"auto"` the run decides which steps are full, by the measured error of predicted guidance: see
+            `tolerance`. A number is how many steps compute cross-attention: its output is stored in step
+            `gate_step - 1` and reused from step `gate_step` on, where half of the guidance batch is left out too.
             A `float` in (0, 1) is a share of the steps that really run, rounded to the nearest step and at least 1.
         sp_interval (`int`, *optional*, defaults to `1`):
             In the semantics-planning phase self-attention is computed every `sp_interval` steps. `1` computes it in
@@ -62,21 +62,21 @@ class TGateSchedule:
         warm_up (`int`, *optional*, defaults to `0`):
             Number of first steps in which self-attention is always computed.
         guidance (`str`, *optional*):
-            What becomes of classifier-free guidance after the gate. `"drop"`: it ends, and what cross-attention keeps
-            is the mean of the two halves. `"predict"`: one half is computed, the conditional one, with its own
-            cross-attention, and the difference to the other one is predicted from the last full steps. Defaults to
-            `"predict"` with `gate_step="auto"`, else to `"drop"`.
+            What happens to classifier-free guidance after the gate. `"drop"`: it ends, and cross-attention keeps the
+            mean of the two halves. `"predict"`: only the conditional half is computed, with its own cross-attention,
+            and its difference from the other half is predicted from the last full steps. Defaults to `"predict"` with
+            `gate_step="auto"`, else to `"drop"`.
         cfg_interval (`int`, *optional*):
             With `guidance="predict"`, every `cfg_interval`-th step after the gate is a full step, in which guidance and
-            cross-attention are computed and kept anew. By default none is.
+            cross-attention are computed and kept anew. By default there are none.
         tolerance (`float`, *optional*):
-            With `gate_step="auto"`, the error of a predicted guided output, relative to it, that is accepted. It is
-            measured in every full step, and the step after is full too if it is larger. `0` makes every step a full
-            one. Defaults to `0.6`.
+            With `gate_step="auto"`, the accepted error of the guided output, relative to that output. Every full step
+            measures it. The larger it is, the sooner the next full step comes. `0` makes every step a full one.
+            Defaults to `0.6`.
 
     Raises:
         TypeError: If a setting is not a number of the right kind.
-        ValueError: If a setting is out of range, or means nothing beside the others.
+        ValueError: If a setting is out of range, or has no meaning together with the others.
 
     Example:
 
@@ -146,8 +146,8 @@ class TGateSchedule:
         """
         Give the plan of every step.
 
-        An output is stored only where a later step reuses it, so that no tensor is held in vain. With
-        `gate_step="auto"` it is the plan with the fewest full steps that a run can come to.
+        An output is stored only where a later step reuses it, so no tensor is held for nothing. With
+        `gate_step="auto"` this is the plan with the fewest full steps that a run can have.
 
         Args:
             num_inference_steps (`int`): Number of steps that really run.
@@ -170,7 +170,7 @@ class TGateSchedule:
         Args:
             step (`int`): The step.
             full (`bool`): Whether both halves of guidance are computed.
-            keeps (`bool`): Whether the next step may be one with one half, if this one is full.
+            keeps (`bool`): Whether the next step may be a half step, if this one is full.
 
         Returns:
             `StepPlan`: What happens in it.
@@ -196,7 +196,7 @@ class TGateSchedule:
         return tuple(plan)
 
     def _phase(self, step: int, gate: int) -> Phase:
-        """Phase of a step; full steps after the gate are as the one at it."""
+        """Phase of a step; full steps after the gate count as the gate."""
         if step < gate - 1:
             return Phase.SEMANTICS_PLANNING
         refreshes = self.cfg_interval is not None and (step - gate + 1) % self.cfg_interval == 0
@@ -224,7 +224,7 @@ class TGateSchedule:
         return Action.STORE if step % self.fi_interval == 0 else Action.REUSE
 
     def _check_together(self) -> None:
-        """Refuse settings that mean nothing beside the others."""
+        """Refuse settings that have no meaning together."""
         if self.is_auto and self.guidance == "drop":
             raise ValueError(
                 'gate_step="auto" is set by the error of predicted guidance, but guidance="drop" predicts none: give '

@@ -12,8 +12,8 @@ import torch
 from .state import TGateState
 
 _lock = threading.Lock()
-# What torch calls a module by where it is there, before hooks and `forward`. A forward hook could not leave the forward
-# out, and a `forward` of one's own is lost where offloading exchanges it. It is part of no copy and no pickle.
+# If a module has this attribute, torch calls it in place of hooks and `forward`. A forward hook could not leave the
+# forward out, and offloading would replace a `forward` of ours. Copies and pickles leave the attribute out.
 _PLACE = "_compiled_call_impl"
 
 
@@ -32,7 +32,7 @@ class Front:
         self._denoiser = denoiser
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the denoiser, or give what a run has in the place of its output."""
+        """Call the denoiser, or give what a run has in place of its output."""
         for state in tuple(self.states):
             run = state.current()
             if run is not None and run.skips(self._denoiser):

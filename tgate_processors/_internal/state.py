@@ -50,12 +50,12 @@ class Signals:
         self.half = half
 
     def take(self, other: Signals) -> None:
-        """Say the same as others."""
+        """Say the same as `other`."""
         self.set(other.cross_attention, other.self_attention, part=other.part, half=other.half)
 
 
 class Ongoing(Protocol):
-    """What a thread can be in: a run, or what stands for one."""
+    """What a thread can be in: a run, or something in its place."""
 
     @property
     def nbytes(self) -> int:
@@ -134,7 +134,7 @@ class TGateState:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Be out of the way, of a pipeline on the same denoiser that a callback calls."""
+        """Step aside while a callback calls another pipeline on the same denoiser."""
         thread = threading.get_ident()
         run = self._runs.pop(thread, None)
         try:

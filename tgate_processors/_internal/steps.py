@@ -1,4 +1,4 @@
-"""The steps of a denoising loop: what the pipeline says of them, held against what is seen."""
+"""The steps of a denoising loop: what the pipeline says of them, checked against what is seen."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Loop:
     """
     One denoising loop of a call: it counts, and raises where what it sees is not what it was told.
 
-    What runs before the loop (an inversion) cannot be told from its first pass, so that one may have several forwards.
+    Calls before the loop (an inversion) look like a part of its first pass, so that one may have several forwards.
 
     Args:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
@@ -112,7 +112,7 @@ class Loop:
         return self._forwards
 
     def begin_guidance(self) -> None:
-        """Nothing is known of guidance yet, or not any more: another denoiser takes over."""
+        """Start with nothing known of guidance: at the beginning, and when another denoiser takes over."""
         self.guidance = Guidance(self._schedule.tolerance) if self._schedule.predicts else None
 
     def forward(self, *, guided: bool = False) -> None:

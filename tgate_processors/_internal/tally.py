@@ -28,7 +28,7 @@ class Tally:
         self._errors: dict[int, float] = {}
 
     def measured(self, step: int, error: float) -> None:
-        """A prediction was held against what was computed, in a step of this loop."""
+        """A prediction was compared with what was computed, in a step of this loop."""
         self._errors[self.steps_before + step] = error
 
     def add(
@@ -50,7 +50,7 @@ class Tally:
         self.report = replace(
             report,
             num_inference_steps=self.steps_before + loop.timeline.steps,
-            # Where the run decides, the gate is the first step that was no full one.
+            # Where the run decides, the gate is the first step that was not full.
             gate_step=next(step for step in count() if step not in full) if self._is_auto else loop.gate_step,
             full_batch_forwards=report.full_batch_forwards + (not half),
             half_batch_forwards=report.half_batch_forwards + half,

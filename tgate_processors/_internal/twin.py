@@ -12,7 +12,7 @@ from .checking import checked_int
 from .families import family_of
 from .families.family import Inputs, InputSize, Shapes
 
-# Settings that ask for an input which is not among these shapes, with the values that do not.
+# Settings that may need an input which is not among these shapes, with the values that do not.
 _KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
     "encoder_hid_dim_type": (None, "text_proj"),
     "addition_embed_type": (None, "text_time"),
@@ -38,7 +38,7 @@ def input_size(
     num_frames: int | None,
     vae_scale_factor: int | None,
 ) -> InputSize:
-    """What the inputs are as large as: as told, else as the pipeline or the configuration has it."""
+    """The size of the inputs: as given, else as the pipeline or the configuration has it."""
     name, inputs = type(denoiser).__name__, family_inputs(denoiser)
     for argument, value, senseless in (
         ("num_frames", num_frames, inputs.frames is None),
@@ -78,7 +78,7 @@ def input_size(
 
 def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
     """A side of the latent as the configuration has it."""
-    # Some name the sides one by one.
+    # Some name the sides separately.
     size = getattr(denoiser.config, "sample_size", None) or getattr(denoiser.config, f"sample_{argument}", None)
     if size is None:
         raise ValueError(f"{type(denoiser).__name__} has no config.sample_size: give `{argument}`.")
@@ -86,7 +86,7 @@ def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
 
 
 def _scale(pipe: Any, inputs: Inputs) -> int:
-    """Pixels of the picture for one of the latent."""
+    """Pixels of the picture for each of the latent."""
     told = (
         getattr(pipe, name, None)
         for name in ("vae_scale_factor", "vae_spatial_compression_ratio", "vae_scale_factor_spatial")
@@ -95,7 +95,7 @@ def _scale(pipe: Any, inputs: Inputs) -> int:
 
 
 def _frame_scale(pipe: Any, inputs: Inputs) -> int:
-    """Frames of the video for one of the latent, if the latent has fewer."""
+    """Frames of the video for each of the latent, if the latent has fewer."""
     if inputs.frame_scale == 1:
         return 1
     told = (getattr(pipe, name, None) for name in ("vae_temporal_compression_ratio", "vae_scale_factor_temporal"))
@@ -146,7 +146,7 @@ def make_inputs(twin: Any, batch: int, size: InputSize) -> dict[str, Any]:
 
 
 def _filled(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:
-    """Tensors on meta in the place of shapes."""
+    """Tensors on meta in place of shapes."""
     return {
         name: _filled(shape, dtype)
         if isinstance(shape, dict)

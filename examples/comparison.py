@@ -1,5 +1,5 @@
 """
-The picture of README: some prompts without T-GATE, with it, and with T-GATE as published. Same seeds, a row each.
+The picture in the README: some prompts without T-GATE, with it, and with T-GATE as published. Same seeds, a row each.
 
     python examples/comparison.py --output docs/images/comparison.png
 """
@@ -23,7 +23,7 @@ ROWS: dict[str, dict[str, Any] | None] = {
     "apply_tgate(pipe)": {},
     "as published,\ngate_step=8": {"gate_step": 8},
 }
-# Every so many of the scenes, so that they are of several kinds.
+# Scenes at equal distances, so that they are of several kinds.
 SCENES = held_out_scenes(14, 70)[5::14]
 # Inches at 100 dots each: the width of a README.
 SIDE = 1.3

@@ -1,5 +1,5 @@
 """
-What T-GATE costs, without weights: the published table with computed beside published, or a row of your own.
+What T-GATE costs, without weights: the published table with computed figures beside it, or a row of your own.
 
     python examples/cost_table.py
     python examples/cost_table.py --model sdxl --steps 25 --gate-step 10 --sp-interval 5 --warm-up 2
@@ -87,7 +87,7 @@ Printed = tuple[list[str], list[list[str]]]
 
 
 def published_table(console: Console) -> tuple[list[dict[str, Any]], Printed]:
-    """Print the published table with computed beside published."""
+    """Print the published table with computed figures beside it."""
     data = json.loads((HERE / "published.json").read_text())
     waiting = track(data["rows"], "Rows", console=console, transient=True)
     rows = [compute_row(row, data["shallow_gmacs"] * 1e9) for row in waiting]
@@ -146,7 +146,7 @@ def own_row(
 
 def main(
     model: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(MODELS)}, or the config.json of a denoiser; for one row.")
+        str | None, typer.Option(help=f"One of {', '.join(MODELS)}, or the config.json of a denoiser, for one row.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     gate_step: Annotated[float, typer.Option(help="Number of steps, or a share of them below 1.")] = 10,
@@ -157,11 +157,11 @@ def main(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 1,
-    dtype: Annotated[str, typer.Option(help="What the bytes held are counted in.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="The type that held bytes are counted in.")] = "float16",
     figures: Annotated[Path | None, typer.Option("--json", help="A file for the same figures in full.")] = None,
     output: Annotated[Path | None, typer.Option(help="A file for the table, .csv or .md.")] = None,
 ) -> None:
-    """Print the published table with computed beside published, or with --model one row for a schedule."""
+    """Print the published table with computed figures beside it, or with --model one row for a schedule."""
     check_output(output)
     console = Console()
     if model is None:

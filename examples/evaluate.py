@@ -1,12 +1,12 @@
 """
-Quality and speed of T-GATE and of its rivals, side by side: models, methods and settings in one run, interleaved.
+Quality and speed of T-GATE and other methods, side by side: models, methods and settings interleaved in one run.
 
     python examples/evaluate.py --output runs/evaluation
     python examples/evaluate.py --model examples/models/shapes-pixart --steps 50 --scheduler euler --output runs/euler
     accelerate launch --num-processes 8 examples/evaluate.py --model stabilityai/stable-diffusion-xl-base-1.0 \
         --captions captions_val2014.json --count 10000 --real val2014 --device cuda --dtype float16 --output runs/sdxl
 
-Broken off, it goes on where it stopped when started again.
+If a run is interrupted, start it again with the same arguments: it resumes where it stopped.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ from evaluation.prompts import read_captions
 from evaluation.report import (
     COLUMNS,
     cell,
+    compare_with_caches,
+    compare_with_fewer_steps,
     filled,
-    hold_against_caches,
-    hold_against_fewer_steps,
     markdown,
     notes,
     rows_of,
@@ -59,7 +59,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torchmetrics", 
 
 
 def one_of(option: str, given: list[str], known: Any) -> list[str]:
-    """The given names, each of which has to be known."""
+    """The given names, if all of them are known."""
     for name in given:
         if name not in known:
             raise typer.BadParameter(f"{option}={name!r} is unknown: give one of {', '.join(known)}")
@@ -67,7 +67,7 @@ def one_of(option: str, given: list[str], known: Any) -> list[str]:
 
 
 def claim(output: Path, settings: dict[str, Any]) -> None:
-    """Make the folder; one whose pictures were drawn with other settings is refused, as going on would mix the two."""
+    """Make the folder, or refuse one that has pictures of other settings: the two would be mixed."""
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"output={str(output)!r} is a file: give a folder")
     file = output / "settings.json"
@@ -77,7 +77,7 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
             if earlier.get(name) != value:
                 raise typer.BadParameter(
                     f"{name}={value!r}, but the run in {str(output)!r} has {earlier.get(name)!r}: "
-                    "give the same to go on with it, or another --output"
+                    "give the same to resume it, or another --output"
                 )
 
 
@@ -89,7 +89,7 @@ def load(model: str, scheduler: str, device: torch.device, dtype: str) -> Any:
 
 
 def call_for(pipe: Any, guidance_scale: float | None) -> dict[str, Any]:
-    """What every call is given."""
+    """The arguments of every call."""
     call = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
     # The testbeds are smaller than any size that PixArt's pipelines know.
     small = denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor <= 64
@@ -158,8 +158,8 @@ def report(tables: list[Table], captions: list[str], seed: int, real: Path | Non
     for table in tables:
         groups.setdefault(f"{Path(table.model).name}, {table.scheduler}", []).extend(found[table.name])
     for group in groups.values():
-        hold_against_fewer_steps(group)
-        hold_against_caches(group)
+        compare_with_fewer_steps(group)
+        compare_with_caches(group)
     rows = [row for part in found.values() for row in part]
     remarks = notes(rows, device, real, extras)
     versions = {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}}
@@ -190,12 +190,12 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="Hub id or folder; can be given several times.")] = None,
     method: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(CHOICES)}; all if not given.")] = None,
     scheduler: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(SCHEDULERS)}.")] = None,
-    steps: Annotated[list[int] | None, typer.Option(min=1, help="Can be given several times; 25 if not.")] = None,
-    gate_step: Annotated[list[int] | None, typer.Option(min=1, help="Of 25 steps; others in proportion.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Can be given several times; 25 if not given.")] = None,
+    gate_step: Annotated[list[int] | None, typer.Option(min=1, help="Of 25 steps; in proportion for others.")] = None,
     tuned_gate: Annotated[
         list[int] | None, typer.Option(min=1, help="The same for T-GATE v2 and for DeepCache with T-GATE.")
     ] = None,
-    cfg_interval: Annotated[list[int] | None, typer.Option(min=1, help="Full steps of 'predict'; 3 if not.")] = None,
+    cfg_interval: Annotated[list[int] | None, typer.Option(min=1, help="Of 'predict'; 3 if not given.")] = None,
     tolerance: Annotated[list[float] | None, typer.Option(min=0, help="Of 'auto'; 0.6 if not given.")] = None,
     cache_interval: Annotated[
         list[int] | None, typer.Option(min=1, help="Of DeepCache and TaylorSeer; 3 if not given.")
@@ -204,7 +204,7 @@ def main(
         list[float] | None, typer.Option(min=0, help="Of First Block Cache; 0.1 if not given.")
     ] = None,
     reference_steps: Annotated[
-        int | None, typer.Option(min=1, help="Hold every method against the plain picture of so many steps too.")
+        int | None, typer.Option(min=1, help="Also compare every method with the plain picture of this many steps.")
     ] = None,
     captions: Annotated[str, typer.Option(help="'shapes', a COCO captions file, or a text file.")] = "shapes",
     count: Annotated[int, typer.Option(min=2, help="Number of captions.")] = 500,
@@ -228,7 +228,7 @@ def main(
     texts = read_captions(captions, count)
     settings = {"captions": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16], "count": count, "seed": seed}
     settings |= {"batch_size": batch_size, "guidance_scale": guidance_scale, "dtype": dtype}
-    # Those who are done early wait at the end, for as long as the others take.
+    # Processes that finish early wait at the end, for as long as the others take.
     state = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     claim(output, settings)
     state.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""How the scripts load a pipeline, and what they say of a device or a type that is not there."""
+"""How the scripts load a pipeline, and what they say if a device or a type is not available."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch
 
 
 def check_dtype(dtype: str) -> str:
-    """One of the types, or an error that names the one that is meant."""
+    """One of the types, or an error that names the one to give."""
     if dtype not in DTYPES:
         name = dtype.removeprefix("torch.").lower()
         meant = OTHER_NAMES.get(name, name if name in DTYPES else f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
@@ -39,7 +39,7 @@ def check_device(device: str) -> str:
 
 
 def load_pipeline(model: str, device: Any, dtype: str, variant: str | None = None) -> Any:
-    """The pipeline in a folder or of the hub, without its progress bar."""
+    """The pipeline from a folder or the hub, without its progress bar."""
     options = {DTYPE: getattr(torch, dtype), **({"variant": variant} if variant else {})}
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, **options)

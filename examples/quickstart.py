@@ -42,7 +42,7 @@ def gate(value: str) -> int | float | str:
     try:
         number = float(value)
     except ValueError:
-        raise typer.BadParameter(f"{value!r} is no number of steps, no share of them, and not 'auto'") from None
+        raise typer.BadParameter(f"{value!r} is not a number of steps, a share of them or 'auto'") from None
     return int(number) if number.is_integer() else number
 
 
@@ -101,9 +101,9 @@ def main(
     gate_step: Annotated[
         Any, typer.Option(parser=gate, metavar="GATE", help="Number of steps, a share of them below 1, or 'auto'.")
     ] = "auto",
-    guidance: Annotated[str | None, typer.Option(help="After the gate: drop or predict; with 'auto' predict.")] = None,
-    cfg_interval: Annotated[int | None, typer.Option(help="With 'predict', every how many steps a full one.")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="With 'auto', the error that is accepted.")] = None,
+    guidance: Annotated[str | None, typer.Option(help="After the gate: drop or predict. 'auto' predicts.")] = None,
+    cfg_interval: Annotated[int | None, typer.Option(help="With 'predict', steps between full steps.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="With 'auto', the accepted error.")] = None,
     sp_interval: int = 1,
     fi_interval: int = 1,
     warm_up: int = 0,
@@ -111,7 +111,7 @@ def main(
     width: int | None = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Of the files with weights, such as fp16.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     output: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("quickstart.png"),
 ) -> None:
     """Make pictures with and without T-GATE and show them side by side."""

@@ -1,4 +1,4 @@
-"""Pipelines whose denoiser has random weights, whole or narrow, and the arguments of a call of theirs."""
+"""Pipelines whose denoiser has random weights, full size or narrow, and arguments to call them with."""
 
 from typing import Any
 

@@ -83,7 +83,7 @@ def main(
     guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be given several times.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     scheduler: Annotated[
-        str | None, typer.Option(help="A class of diffusers; the pipeline's own if not given.")
+        str | None, typer.Option(help="A scheduler class of diffusers; the pipeline's own if not given.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cuda" if torch.cuda.is_available() else "cpu",

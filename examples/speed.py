@@ -5,16 +5,17 @@ How near T-GATE comes to the speed-up that the arithmetic allows, and what it co
     python examples/speed.py --model sdxl --size 1024 --batch-size 1 --batch-size 4 --device cuda --dtype float16 \
         --steps 25 --gate-step 10 --compile --output runs/speed
 
-The denoisers have random weights; any other is named by the folder or the hub's name of its pipeline. The pipeline's
-own denoising loop runs, from text embeddings to latents, in turn: plain, with T-GATE, and plain without guidance.
-Ratios are medians over the rounds.
+The denoisers have random weights. For trained ones, give the folder or the hub id of a pipeline. Each round runs the
+pipeline's own denoising loop, from text embeddings to latents, three times: plain, with T-GATE, and plain without
+guidance. Ratios are medians over the rounds.
 
-The bound takes time to be in proportion to MACs, but half a batch often takes more than half the time. The bound of the
-forwards takes the half batch to last as long as the plain pipeline's steps without guidance do, less cross-attention.
+The bound assumes that time is in proportion to MACs, but half a batch often takes more than half the time. The bound of
+the forwards assumes that a half batch takes as long as a step of the plain pipeline without guidance, less
+cross-attention.
 
-What T-GATE's own code takes does not depend on the size of tensors and is too little to be seen beside a large model's
-arithmetic, so it is measured on a denoiser of the same layers that is narrow: a plain step, and one whose gate lies
-beyond the last step.
+The time of T-GATE's own code does not depend on the size of tensors, and is too short to be seen beside a large model's
+arithmetic. So it is measured on a denoiser of the same layers made narrow: a plain step, and one whose gate lies beyond
+the last step.
 """
 
 import json
@@ -103,13 +104,13 @@ class Run:
         return time.perf_counter() - start
 
     def warm_up(self, modes: list[str]) -> None:
-        """Do all that is done once: the first of each kind of step, and the compilation of what is compiled."""
+        """Do what is done only once: the first of each kind of step, and compilation."""
         short = Run(self.pipe, {**self.inputs, "num_inference_steps": 3}, 2) if self.steps > 3 else self
         for mode in modes:
             short.seconds(mode)
 
     def peak_bytes(self, mode: str) -> int:
-        """Most bytes that torch held at a time in a call, above those that it held before."""
+        """Most bytes that torch held at once during a call, beyond those that it held before."""
         self.set(mode)
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -127,7 +128,7 @@ class Run:
 
 
 def measure(run: Run, cost: TGateCost, rounds: int, console: Console, title: str) -> dict[str, Any]:
-    """All calls in turn, in an order that turns from round to round."""
+    """Time all kinds of calls, in an order that rotates from round to round."""
     modes = ["plain", "gated", "unguided"]
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     run.warm_up(modes)
@@ -160,7 +161,7 @@ def measure(run: Run, cost: TGateCost, rounds: int, console: Console, title: str
 
 
 def overhead_us_per_step(described: Any, size: int, rounds: int, device: torch.device) -> float:
-    """What T-GATE's code takes in a step with a late gate, measured on the same layers made narrow."""
+    """The time of T-GATE's code in a step with a late gate, measured on the same layers made narrow."""
     pipe = random_pipeline(narrowed(described), device, torch.float32)
     run = Run(pipe, random_inputs(pipe, 1, size, 10), 1)
     modes = ["plain", "late"]
@@ -173,7 +174,7 @@ def overhead_us_per_step(described: Any, size: int, rounds: int, device: torch.d
 
 
 def microseconds_per_layer(calls: int = 20000) -> float:
-    """What a gated processor takes besides the one behind it."""
+    """The time that a gated processor adds to the one behind it."""
 
     class Nothing:
         def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None) -> Any:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 
 def blocks(widths: Sequence[int], room: int) -> list[list[int]]:
-    """The columns that go beside each other: the first one leads every block, and no column is ever cut."""
+    """The columns in blocks that fit side by side: the first column leads every block, and none is ever cut."""
     # A column has a border and two blanks.
     left = room - widths[0] - 4
     found: list[list[int]] = [[]]
@@ -23,7 +23,7 @@ def blocks(widths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def print_table(console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose first column names the rows; what is too wide goes on in another one below it."""
+    """Print a table whose first column names the rows; columns that do not fit go into another table below it."""
     widths = [max(cell_len(line[place]) for line in (headings, *rows)) for place in range(len(headings))]
     # Names may go on in the next line, figures are never as long.
     widths[0] = min(widths[0], console.width // 2)

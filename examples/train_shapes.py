@@ -1,11 +1,12 @@
 """
-Train a small but complete text-to-image pipeline from nothing, on drawn scenes with captions.
+Train a small but complete text-to-image pipeline from scratch, on drawn scenes with captions.
 
     python examples/train_shapes.py --model sd --output runs/shapes-sd
     python examples/train_shapes.py --model pixart --output runs/shapes-pixart --mixed-precision bf16
     accelerate launch --num-processes 2 examples/train_shapes.py --model sd --output runs/shapes-sd
 
-Broken off, it goes on from its last checkpoint when started again. At the end the pipeline is in OUTPUT/pipeline.
+If training is interrupted, start it again with the same arguments: it resumes from its last checkpoint. At the end the
+pipeline is in OUTPUT/pipeline.
 """
 
 import contextlib
@@ -55,7 +56,7 @@ def accelerator_for(device: str | None, precision: Precision) -> Accelerator:
 
 
 def claim(output: Path, settings: dict[str, Any]) -> None:
-    """Make the folder; one that holds a run with other settings is refused, as going on would mix the two."""
+    """Make the folder, or refuse one that has a run with other settings: the two would be mixed."""
     file = output / "settings.json"
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"output={str(output)!r} is a file: give a folder")
@@ -65,14 +66,14 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
             if earlier[name] != value:
                 raise typer.BadParameter(
                     f"{name}={value!r}, but the run in {str(output)!r} has {earlier[name]!r}: "
-                    "give the same to go on with it, or another --output"
+                    "give the same to resume it, or another --output"
                 )
     output.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def attention(accelerator: Accelerator) -> contextlib.AbstractContextManager[None]:
-    """On a CPU the fused attention is slower in bfloat16 than plain products."""
+    """On a CPU fused attention is slower in bfloat16 than plain products."""
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
         return sdpa_kernel(SDPBackend.MATH)
     return contextlib.nullcontext()
@@ -101,7 +102,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the denoiser.")] = 2500,
     autoencoder_steps: Annotated[int, typer.Option(min=1)] = 1000,
     reader_steps: Annotated[int, typer.Option(min=1, help="Steps of the text encoder alone.")] = 1500,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures a step and process.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures for each step and process.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Of the denoiser and the text encoder.")] = 1e-3,
     copies: Annotated[int, typer.Option(min=1, help="Pictures drawn of each caption.")] = 8,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -111,7 +112,7 @@ def main(
     mixed_precision: Annotated[Precision, typer.Option(help="While the networks train.")] = Precision.no,
     smoke: Annotated[bool, typer.Option(help="A few scenes only, to see whether it runs.")] = False,
 ) -> None:
-    """Train a small text-to-image pipeline from nothing."""
+    """Train a small text-to-image pipeline from scratch."""
     accelerator = accelerator_for(device, mixed_precision)
     settings = {"model": model.value, "seed": seed, "batch_size": batch_size, "copies": copies, "smoke": smoke}
     if accelerator.is_main_process:

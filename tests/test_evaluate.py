@@ -25,7 +25,7 @@ from evaluation.methods import CHOICES, METHODS, Entry, Settings, entries
 from evaluation.metrics import drawn, frechet
 from evaluation.plots import LOOKS, SHEET, chosen_for_sheet, contact_sheet, front
 from evaluation.prompts import coco_captions, held_out_captions, scenes_of
-from evaluation.report import hold_against_caches, hold_against_fewer_steps
+from evaluation.report import compare_with_caches, compare_with_fewer_steps
 from evaluation.store import Shelf
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -226,7 +226,7 @@ def test_captions_of_coco_with_the_testbed_in_place_of_the_weights(tmp_path):
     [
         (["--method", "teacache"], "method='teacache' is unknown: give one of baseline, fewer-steps, cutoff,"),
         (["--scheduler", "heun"], "scheduler='heun' is unknown: give one of dpm, ddim, euler"),
-        (["--captions", "nowhere.json"], "captions='nowhere.json' is no file: give 'shapes', COCO's"),
+        (["--captions", "nowhere.json"], "captions='nowhere.json' is not a file: give 'shapes', COCO's"),
         (["--captions", str(MODEL / "model_index.json")], "is not in COCO's format"),
         (["--count", "2000"], "count=2000, but captions='shapes' has 1147: give at most as many"),
         (["--output", __file__], "is a file: give a folder"),
@@ -349,7 +349,7 @@ def test_caches_have_rows_for_each_of_their_settings():
     ]
 
 
-def test_a_cache_with_tgate_is_held_against_that_cache_alone():
+def test_a_cache_with_tgate_is_compared_with_that_cache_alone():
     rows = [
         {"method": method, "macs": macs, "psnr_reference": value, "ahead_of_cache": None}
         for method, macs, value in (
@@ -361,17 +361,17 @@ def test_a_cache_with_tgate_is_held_against_that_cache_alone():
             ("auto", 6.0, 37.0),
         )
     ]
-    hold_against_caches(rows)
+    compare_with_caches(rows)
     assert [row["ahead_of_cache"] for row in rows] == [None, None, None, pytest.approx(1.0), None, None]
 
 
-def test_rows_are_held_against_fewer_steps_at_their_macs():
+def test_rows_are_compared_with_fewer_steps_at_their_macs():
     plain = [{"method": "fewer-steps", "macs": 10.0 * n, "psnr_reference": 20.0 + n, "ahead": None} for n in (4, 2, 8)]
     ours = [
         {"method": "auto", "macs": macs, "psnr_reference": value, "ahead": None}
         for macs, value in ((30.0, 26.0), (60.0, 25.0), (90.0, 40.0), (40.0, None))
     ]
-    hold_against_fewer_steps([*plain, *ours])
+    compare_with_fewer_steps([*plain, *ours])
     # 23 and 26 lie between; 90 is dearer than any plain run.
     assert [row["ahead"] for row in ours] == [pytest.approx(3.0), pytest.approx(-1.0), None, None]
     assert [row["ahead"] for row in plain] == [0, 0, 0]

@@ -81,7 +81,7 @@ def test_the_quickstart_with_guidance_that_is_predicted(tmp_path):
         assert forwards in done.stdout
     done = invoke("--gate-step", "soon")
     assert done.exit_code == 2
-    assert "'soon' is no number of steps" in done.output
+    assert "'soon' is not a number of steps" in done.output
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_going_on_with_other_settings_is_refused(tmp_path, monkeypatch):
     done = train("--model", "sd", "--output", str(tmp_path))
     assert done.exit_code == 2
     assert "model='sd', but the run in" in done.output
-    assert "has 'pixart': give the same to go on with it, or another --output" in " ".join(
+    assert "has 'pixart': give the same to resume it, or another --output" in " ".join(
         re.sub(r"[│\s]+", " ", done.output).split()
     )
 

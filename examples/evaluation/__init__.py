@@ -1,1 +1,1 @@
-"""Quality and speed of T-GATE and of its rivals, side by side: the parts of evaluate.py."""
+"""Quality and speed of T-GATE and other methods, side by side: the parts of evaluate.py."""

@@ -116,7 +116,7 @@ def diffusers_cache(pipe: Any, entry: Any) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def cache_dit(pipe: Any, entry: Any) -> Iterator[dict[str, Any]]:
-    """cache-dit's DBCache with its own settings, but for fewer blocks that are always computed in a small denoiser."""
+    """cache-dit's DBCache with its own settings, except that a small denoiser always computes fewer blocks."""
     import cache_dit as library
 
     always = min(8, max(1, len(pipe.transformer.transformer_blocks) // 4))

@@ -1,4 +1,4 @@
-"""Classifier-free guidance cut off after a step, and nothing else: what T-GATE has to be better than."""
+"""Classifier-free guidance cut off after a step, and nothing else: what T-GATE has to beat."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The run: block by block all methods in turn, so that what disturbs the machine disturbs them alike."""
+"""The run: every block by all methods before the next, so that what disturbs the machine disturbs them alike."""
 
 import contextlib
 import time
@@ -40,7 +40,7 @@ class Table:
 
     @property
     def reference(self) -> Entry | None:
-        """The row that the others are held against besides the baseline."""
+        """The row that the others are compared with, besides the baseline."""
         return self.entries[-1] if self.entries[-1].method == "reference" else None
 
 
@@ -96,7 +96,7 @@ class Drawing:
             try:
                 if reason is None:
                     probe = self.count(entry)
-            # Whatever a method stumbles over is what its row has to say.
+            # The row of a method that fails shows the reason.
             except Exception as error:
                 if entry.method in ("baseline", "fewer-steps"):
                     raise

@@ -14,8 +14,8 @@ def counted_layers(denoiser: torch.nn.Module) -> Iterator[list[int]]:
     """
     Count the MACs of the denoiser's Linear and Conv layers, `layers` in `estimate_cost`; the sum is in `[0]`.
 
-    By the shape of what each layer that runs gives out: `FlopCounterMode`, which `estimate_cost` counts with, makes a
-    real run many times slower. The tests hold the two against each other.
+    It goes by the shape of each layer's output: `FlopCounterMode`, which `estimate_cost` counts with, makes a real run
+    many times slower. The tests compare the two.
     """
     total = [0]
 

@@ -60,7 +60,7 @@ def cutoff(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
 
 
 def tgate_settings(pipe: Any, entry: Entry) -> dict[str, Any]:
-    """What `apply_tgate` is given: guidance dropped at the gate (v2 reuses self-attention besides), or predicted."""
+    """The arguments of `apply_tgate`: guidance dropped at the gate (v2 reuses self-attention too), or predicted."""
     if entry.method == "auto":
         return {"gate_step": "auto", "tolerance": entry.tolerance}
     if entry.method == "predict":
@@ -178,7 +178,7 @@ class Settings:
 
 def entries(methods: list[str], steps: int, settings: Settings, reference: int | None = None) -> list[Entry]:
     """
-    The rows of one table, the baseline first, and last the run of many steps that the others are held against.
+    The rows of one table, the baseline first, and last the run of many steps that the others are compared with.
 
     Fewer steps are as many as cost what a run with the gate costs, `m` guided steps and `steps - m` at half batch.
     """

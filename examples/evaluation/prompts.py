@@ -33,8 +33,8 @@ def read_captions(source: str, count: int) -> list[str]:
         path = Path(source)
         if not path.is_file():
             raise typer.BadParameter(
-                f"captions={source!r} is no file: give 'shapes', COCO's captions_val2014.json, or a text file with a "
-                "caption a line"
+                f"captions={source!r} is not a file: give 'shapes', COCO's captions_val2014.json, or a text file with "
+                "a caption a line"
             )
         try:
             text = path.read_text()
@@ -51,6 +51,6 @@ def read_captions(source: str, count: int) -> list[str]:
 
 
 def scenes_of(captions: list[str]) -> list[Scene] | None:
-    """The scenes of captions from the drawn domain, or nothing if one is not."""
+    """The scenes of captions from the testbeds, or nothing if one is from elsewhere."""
     known = {scene.caption: scene for scene in all_scenes()}
     return [known[caption] for caption in captions] if all(caption in known for caption in captions) else None

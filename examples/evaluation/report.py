@@ -104,7 +104,7 @@ class Row:
             yield as_tensor(self.shelf.images(part)), [self.captions[index] for index in part]
 
     def scored(self, real: torch.Tensor) -> dict[str, Any]:
-        """What the scorer of the drawn scenes sees: `real` are the features of real pictures."""
+        """What the scorer of the testbeds sees: `real` are the features of real pictures."""
         images, others = (torch.cat(each) for each in zip(*self.pairs(), strict=True))
         own = features(images)
         return {
@@ -167,7 +167,7 @@ def rows_of(table: Table, captions: list[str], seed: int, real: Path | None, ext
     return rows
 
 
-def hold_against_fewer_steps(rows: list[dict[str, Any]]) -> None:
+def compare_with_fewer_steps(rows: list[dict[str, Any]]) -> None:
     """
     How many decibels nearer to the reference a row is than the plain pipeline with as many MACs, between two of whose
     numbers of steps it lies. Rows of one model and scheduler with all their numbers of steps go in together.
@@ -177,7 +177,7 @@ def hold_against_fewer_steps(rows: list[dict[str, Any]]) -> None:
         row["ahead"] = _ahead(row, plain)
 
 
-def hold_against_caches(rows: list[dict[str, Any]]) -> None:
+def compare_with_caches(rows: list[dict[str, Any]]) -> None:
     """The same for a cache together with T-GATE, against that cache alone, between two of its settings."""
     for row in rows:
         if row["method"].endswith("-auto"):
@@ -197,11 +197,11 @@ def notes(rows: list[dict[str, Any]], device: torch.device, real: Path | None, e
     """Why columns and rows are empty."""
     found = sorted(extras.notes.values())
     if device.type != "cuda":
-        found.append("Peak memory was not measured: torch keeps count of it on CUDA only.")
+        found.append("Peak memory was not measured: torch counts it on CUDA only.")
     if real is None:
         found.append("FID against real pictures was not measured: give their folder with --real.")
     if any(row["accuracy"] is None and not row["error"] for row in rows):
-        found.append("The share of right pictures is known for pictures and captions of the drawn scenes only.")
+        found.append("The share of right pictures is known only for pictures and captions of the testbeds.")
     errors = {f"{row['row']} ({row['model']}): {row['error']}" for row in rows if row["error"]}
     return found + sorted(errors)
 

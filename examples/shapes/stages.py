@@ -1,4 +1,4 @@
-"""A stage of training that can be killed at any moment and goes on from its last checkpoint."""
+"""A stage of training that can be killed at any moment and resumes from its last checkpoint."""
 
 import contextlib
 import hashlib
@@ -63,7 +63,7 @@ class Training:
         self.average = [parameter.clone() for parameter in self.parameters]
 
     def state(self, step: int) -> dict[str, Any]:
-        """All that going on needs."""
+        """All that resuming needs."""
         scaler = self.accelerator.scaler
         return {
             "step": step,
@@ -111,14 +111,14 @@ class Training:
 
 
 def fit(stage: Stage, accelerator: Accelerator, file: Path, seed: int, save_every: int, progress: Progress) -> None:
-    """Train a stage from where `file` stands to its end, and leave the averaged weights in its module."""
+    """Train a stage from the checkpoint in `file` to its end, and leave the averaged weights in its module."""
     stage.module.train()
     training = Training(stage, accelerator)
     first = training.restore(file)
     task = progress.add_task(stage.name, total=stage.steps, completed=first, loss="")
     recent = None
     for step in range(first, stage.steps):
-        # A batch depends on its step alone, so that a run that goes on is the very run that was broken off.
+        # A batch depends on its step alone, so a resumed run is the same as one without interruption.
         loss = training.step(step, generator(seed, stage.name, step, accelerator.process_index))
         recent = loss if recent is None else torch.lerp(recent, loss, 0.02)
         done = step + 1

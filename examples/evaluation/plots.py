@@ -24,7 +24,7 @@ LOOKS = {
     "tgate-v2": ("D", "goldenrod"),
     "deepcache-tgate": ("<", "teal"),
     "deepcache": ("v", "limegreen"),
-    "deepcache-auto": ("v", "darkgreen"),
+    "deepcache-auto": ("4", "darkgreen"),
     "cutoff": ("x", "saddlebrown"),
     "tome": (">", "olive"),
     "taylorseer": ("1", "crimson"),

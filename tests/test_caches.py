@@ -1,6 +1,8 @@
 """T-GATE together with the caches in diffusers' hook registry."""
 
 import contextlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,6 +220,16 @@ def test_where_they_do_not_go_together_it_is_said():
         sd.run(callback_on_step_end=clock)
     with pytest.raises(ValueError, match=r"cannot run beside FBCHeadBlockHook .* two calls of the denoiser"):
         apply_tgate(Pair("wan", "first_block").put_in().pipe, GATE)
+
+
+def test_the_page_says_what_goes_together():
+    page = (Path(__file__).parent.parent / "docs/together.md").read_text()
+    rows = re.findall(r"^\| diffusers' ([^|]+?) *\|([^|]+)\|([^|]+)\|$", page, flags=re.MULTILINE)
+    works = {name for name, batch, _ in rows if batch.strip().startswith("works")}
+    assert works == {"TaylorSeer", "First Block Cache", "MagCache", "Pyramid Attention Broadcast"}
+    assert {calls.strip() for _, _, calls in rows} == {"refused"}
+    assert len(CACHES) == len(works)
+    assert any(name.startswith("FasterCache, SeaCache") and batch.strip() == "refused" for name, batch, _ in rows)
 
 
 class Drifts(torch.nn.Module):

@@ -160,7 +160,7 @@ def test_a_table_and_a_figure(tmp_path):
     case = BY_NAME["sd"]
     found = probe(case, case.build())
     found.to_csv(tmp_path / "steps.csv")
-    rows = list(csv.DictReader((tmp_path / "steps.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "steps.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(STEPS))
     assert float(rows[3]["error"]) == found.steps["error"][3]
     found.plot().savefig(tmp_path / "plot.png")

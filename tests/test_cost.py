@@ -289,7 +289,7 @@ def _with_another_layer():
         (None, {"num_inference_steps": 0}, ValueError, "num_inference_steps=0 is too small"),
         (None, {"batch_size": 0}, ValueError, "batch_size=0 is too small"),
         (None, {"guidance": 7.5}, TypeError, "guidance=7.5 is of type float: give True or False"),
-        (None, {"height": 63}, ValueError, "height=63 is no multiple of 8: give one"),
+        (None, {"height": 63}, ValueError, "height=63 is not a multiple of 8: give one"),
         (None, {"width": 0}, ValueError, "width=0 is too small: give an int of at least 8"),
         (None, {"vae_scale_factor": 0}, ValueError, "vae_scale_factor=0 is too small"),
         (None, {"max_sequence_length": 0}, ValueError, "max_sequence_length=0 is too small"),
@@ -303,7 +303,7 @@ def _with_another_layer():
             ValueError,
             "guidance=True, but this UNet2D",
         ),
-        (lambda: _other_conditions(attention_type="gated"), {}, ValueError, "config.attention_type='gated', and the"),
+        (lambda: _other_conditions(attention_type="gated"), {}, ValueError, "config.attention_type='gated', and"),
         (lambda: _other_conditions(sample_size=None), {}, ValueError, "no config.sample_size: give `height`"),
         (
             lambda: _other_conditions(encoder_hid_dim_type="ip_image_proj"),

@@ -222,7 +222,7 @@ def test_where_nobody_tells_the_order_it_is_refused_if_it_matters(case, order):
         # Nothing but the text differs between the halves, and of that the mean is kept.
         assert close(pipe(words=(texts, pooled)).images, case.gated(GATE))
         return
-    with pytest.raises(ValueError, match=r"cannot be told, where it matters for added_cond_kwargs.*encode_prompt"):
+    with pytest.raises(ValueError, match=r"cannot tell which half .*matters for added_cond_kwargs.*encode_prompt"):
         pipe(words=(texts, pooled))
     assert torch.equal(remove_tgate(pipe)(words=(texts, pooled)).images, baseline)
 

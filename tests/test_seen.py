@@ -130,14 +130,14 @@ def test_settings_in_the_call_are_refused_with_the_remedy(case, setting):
     expected = case.gated(GATE)
     # What `gate_step="auto"` refuses is shown beside a number.
     given = f"10, {setting}=2" if setting in ("sp_interval", "warm_up") else f"{setting}=2"
-    message = rf"{setting}=2 is no argument of the call: .*apply_tgate\(pipe, {given}\)"
+    message = rf"{setting}=2 is not an argument of the call: .*apply_tgate\(pipe, {given}\)"
     with pytest.raises(TypeError, match=message):
         case.run(pipe, **{setting: 2})
     assert torch.equal(case.run(pipe), expected)
 
 
 def test_the_published_flag_for_calls_without_guidance_is_not_needed(case):
-    with pytest.raises(TypeError, match=r"lcm is no argument of the call.*apply_tgate"):
+    with pytest.raises(TypeError, match=r"lcm is not an argument of the call.*apply_tgate"):
         case.run(apply_tgate(case.build(), GATE), lcm=True)
 
 

@@ -158,7 +158,7 @@ def measure(twin: Any, size: InputSize) -> Profile:
         forwards[way[0] is Action.REUSE, way[1] is Action.REUSE] = forward
         widths.append(held // twin.dtype.itemsize)
     handle.remove()
-    # What is computed and not stored is let go of: the last forward leaves cross-attention alone.
+    # What is computed but not stored is released: after the last forward only cross-attention is held.
     return Profile(forwards, cross_width=widths[-1], self_width=widths[0] - widths[-1], width=given[0])
 
 

@@ -156,7 +156,7 @@ class DenoiserHooks:
 
     def _kept_half(self, run: Any) -> CFGHalf:
         """The half that stays, in the order of this pipeline's batch."""
-        # What is computed anew from one half of the text is of that half.
+        # Cross-attention that is computed anew on one half of the text belongs to that half.
         conditional = run.control.conditional_only or self._state.schedule.predicts or not run.gates_cross
         kept = self._kept or ("conditional" if conditional else self._default)
         if run.batch.unconditional_first:
@@ -219,7 +219,7 @@ class _Whole:
 
 @functools.cache
 def _eager(method: str) -> Any:
-    """A method that is no part of a compiled denoiser."""
+    """A method that is not compiled with the denoiser."""
     # Here and not as a decorator, which would load the compiler with this package.
     function = torch.compiler.disable(getattr(DenoiserHooks, f"_{method}"))  # type: ignore[no-untyped-call]
     # Bound methods are pickled by this name.

@@ -198,8 +198,8 @@ def unconditional_first(seen: Seen, names: Names, negative: Any, positive: Any, 
     telling = conditions(seen, names)
     if telling:
         raise ValueError(
-            f"T-GATE: {pipeline} has a loop of its own, and which half of its batch is the unconditional one cannot be "
-            f"told, where it matters for {', '.join(telling)}. Give the call `prompt_embeds` and "
+            f"T-GATE: {pipeline} has a loop of its own, and T-GATE cannot tell which half of its batch is the "
+            f"unconditional one, which matters for {', '.join(telling)}. Give the call `prompt_embeds` and "
             "`negative_prompt_embeds` (pipe.encode_prompt makes them), or call remove_tgate(pipe) to use it."
         )
     return True

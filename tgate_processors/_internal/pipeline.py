@@ -128,13 +128,13 @@ def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     for name, form in _SETTINGS.items():
         if name in kwargs and name not in signature.parameters:
             raise TypeError(
-                f"{name}={kwargs[name]!r} is no argument of the call: T-GATE takes it beforehand, "
-                f"apply_tgate(pipe, {form.format(kwargs[name])}), and then every call has it."
+                f"{name}={kwargs[name]!r} is not an argument of the call: set it beforehand, for all calls, with "
+                f"apply_tgate(pipe, {form.format(kwargs[name])})."
             )
     if "lcm" in kwargs and "lcm" not in signature.parameters:
         raise TypeError(
-            "lcm is no argument of the call: T-GATE sees from the call whether guidance is on. Leave it out; settings "
-            "go to apply_tgate(pipe, gate_step=...)."
+            "lcm is not an argument of the call: T-GATE sees from the call whether guidance is on. Leave it out, and "
+            "give settings to apply_tgate(pipe, gate_step=...)."
         )
     try:
         return signature.bind(pipe, *args, **kwargs)

@@ -58,7 +58,7 @@ def input_size(
             value = _call_default(pipe, argument) or _sample_size(denoiser, axis, argument) * factor
         value = checked_int(argument, value, factor)
         if value % factor:
-            raise ValueError(f"{argument}={value!r} is no multiple of {factor}: give one.")
+            raise ValueError(f"{argument}={value!r} is not a multiple of {factor}: give one.")
         sides.append(value // factor)
     tokens = max_sequence_length
     if tokens is None:
@@ -114,8 +114,8 @@ def check_conditions(denoiser: Any) -> None:
         value = getattr(denoiser.config, setting, None)
         if value not in known:
             raise ValueError(
-                f"{type(denoiser).__name__} has config.{setting}={value!r}, and the input which that takes is not "
-                "known here. If it comes from an IP-Adapter, call pipe.unload_ip_adapter() first."
+                f"{type(denoiser).__name__} has config.{setting}={value!r}, and T-GATE does not know the input that "
+                "this needs. If it comes from an IP-Adapter, call pipe.unload_ip_adapter() first."
             )
 
 

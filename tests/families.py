@@ -9,7 +9,21 @@ from typing import Any
 
 import diffusers
 import torch
-from transformers import CLIPImageProcessor, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+    T5Config,
+    T5EncoderModel,
+)
 
 from tests.pipelines import STEPS, Case, images, quiet, seeded
 
@@ -25,7 +39,8 @@ class Kind(Case):
     A pipeline of a family.
 
     `pipeline` is its class, which older versions of diffusers may lack. `first` is the layer of the denoiser that sees
-    the batch first, `cross` how the names of layers that attend to the text end, `guided_channels` how many channels of
+    the batch first, `cross` how the names of layers that attend to the text end, `never` what is in the names of
+    those that are not gated, `guided_channels` how many channels of
     the output guidance is about (`None`: all). Where guidance is dropped, layers keep the mean of both halves unless
     `mean` is false. Guidance multiplies the difference with its scale and `scale_beyond`.
     """
@@ -34,7 +49,8 @@ class Kind(Case):
     denoiser: str = "transformer"
     kept: str = "conditional"
     first: str = ""
-    cross: str = "attn2"
+    cross: tuple[str, ...] | str = "attn2"
+    never: str = "never"
     guided_channels: int | None = None
     mean: bool = True
     scale_beyond: float = 0.0
@@ -325,6 +341,119 @@ def stable_audio() -> Any:
     return assemble("StableAudioPipeline", **components)
 
 
+def sana_video(name: str = "SanaVideoPipeline", scheduler: Any = None, **components: Any) -> Any:
+    transformer = model("SanaVideoTransformer3DModel", **_SANA, rope_max_seq_len=32)
+    scheduler = scheduler or diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True
+    )
+    return assemble(name, transformer=transformer, scheduler=scheduler, **components)
+
+
+def kandinsky3(name: str = "Kandinsky3Pipeline", **components: Any) -> Any:
+    unet = model(
+        "Kandinsky3UNet",
+        time_embedding_dim=4,
+        groups=2,
+        attention_head_dim=4,
+        layers_per_block=2,
+        block_out_channels=(8, 16),
+        cross_attention_dim=8,
+        encoder_hid_dim=8,
+    )
+    return assemble(name, unet=unet, scheduler=diffusers.DDPMScheduler(clip_sample=False), **components)
+
+
+def _kandinsky3_text(prompts: list[int], guided: bool) -> dict[str, Any]:
+    return {key.replace("prompt_attention", "attention"): value for key, value in text(8)(prompts, guided).items()}
+
+
+def lumina() -> Any:
+    transformer = model(
+        "LuminaNextDiT2DModel",
+        sample_size=4,
+        hidden_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=4,
+        cross_attention_dim=8,
+    )
+    for parameter in transformer.parameters():
+        if not parameter.isfinite().all() or not parameter.any():
+            # A token that is never used is not initialised, and a gate that is closed lets no text in.
+            torch.nn.init.normal_(parameter)
+    return assemble("LuminaPipeline", transformer=transformer, vae=_picture_vae(), scheduler=_flow())
+
+
+_NO_TOKENS = {"vocab_size": 8, "bos_token_id": None, "eos_token_id": None}
+
+
+def audioldm2() -> Any:
+    unet = model(
+        "AudioLDM2UNet2DConditionModel",
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        # As the real ones: one layer attends to itself, one to what a language model made of the text, one to the text.
+        cross_attention_dim=[[None, 8, 16], [None, 8, 16]],
+        attention_head_dim=2,
+    )
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_heads": 1, "d_kv": 4, "d_ff": 4, "vocab_size": 8}
+    encoder = T5EncoderModel(T5Config(d_model=16, **sizes)).eval()
+    language = GPT2LMHeadModel(GPT2Config(n_embd=8, n_head=1, n_layer=1, n_positions=8, **_NO_TOKENS)).eval()
+    vocoder = SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(
+            model_in_dim=16,
+            sampling_rate=16,
+            upsample_initial_channel=4,
+            upsample_rates=[2, 2],
+            upsample_kernel_sizes=[4, 4],
+            resblock_kernel_sizes=[3],
+            resblock_dilation_sizes=[[1]],
+            normalize_before=False,
+        )
+    ).eval()
+    components = {"text_encoder_2": encoder, "language_model": language, "vocoder": vocoder, "vae": _picture_vae()}
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    return assemble("AudioLDM2Pipeline", unet=unet, scheduler=scheduler, **components)
+
+
+def _two_texts(prompts: list[int], guided: bool) -> dict[str, Any]:
+    given = _kandinsky3_text(prompts, guided)
+    for name, seed in (("", 100), ("negative_", 200)) if guided else (("", 100),):
+        given[f"{name}prompt_embeds"] = torch.stack([seeded((TOKENS, 16), seed + p) for p in prompts])
+        given[f"{name}generated_prompt_embeds"] = torch.stack([seeded((8, 8), seed + 50 + p) for p in prompts])
+    return given
+
+
+def picture_video() -> Any:
+    unet = model(
+        "I2VGenXLUNet",
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    vision = CLIPVisionConfig(**sizes, projection_dim=8, image_size=32, patch_size=16)
+    components = {
+        "image_encoder": CLIPVisionModelWithProjection(vision).eval(),
+        "feature_extractor": CLIPImageProcessor(crop_size=32, size=32),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**sizes, **_NO_TOKENS)).eval(),
+        "vae": _picture_vae(),
+    }
+    return assemble("I2VGenXLPipeline", unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False), **components)
+
+
 def _positive(prompts: list[int], guided: bool) -> dict[str, Any]:
     return text(8, masked=False)(prompts, False)
 
@@ -332,6 +461,7 @@ def _positive(prompts: list[int], guided: bool) -> dict[str, Any]:
 _PICTURE = {"height": 128, "width": 128}
 _CLIP = {"height": 64, "width": 64, "num_frames": 9}
 _SANA_CALL = {"use_resolution_binning": False, "negative_prompt": None}
+_KANDINSKY3_CROSS = ("attentions.1.attention", "attentions.2.attention")
 _HUNYUAN_CALL = {"use_resolution_binning": False}
 _hunyuan_text = together(text(8), text(8, suffix="_2", tokens=4))
 
@@ -442,6 +572,71 @@ KINDS = [
         mean=False,
         extra={"audio_end_in_s": 2.0},
     ),
+    Kind(
+        "sana_video",
+        sana_video,
+        text(8),
+        pipeline="SanaVideoPipeline",
+        first="patch_embedding",
+        size={"height": 32, "width": 32, "frames": 5},
+        extra=_SANA_CALL,
+    ),
+    Kind(
+        "sana_video_image",
+        lambda: sana_video("SanaImageToVideoPipeline", _flow(), vae=_wan_vae()),
+        text(8),
+        pipeline="SanaImageToVideoPipeline",
+        first="patch_embedding",
+        size={"height": 32, "width": 32, "frames": 5},
+        extra={**_SANA_CALL, "image": images([0])[0]},
+        batches=False,
+    ),
+    Kind(
+        "kandinsky3",
+        kandinsky3,
+        _kandinsky3_text,
+        pipeline="Kandinsky3Pipeline",
+        denoiser="unet",
+        first="conv_in",
+        cross=_KANDINSKY3_CROSS,
+        never="add_time_condition",
+        scale_beyond=1.0,
+        size={"height": 64, "width": 64},
+    ),
+    Kind(
+        "lumina",
+        lumina,
+        text(8),
+        pipeline="LuminaPipeline",
+        first="patch_embedder.proj",
+        conditional_first=True,
+        guided_channels=4,
+        size={"height": 64, "width": 64},
+        extra={"negative_prompt": None, "clean_caption": False},
+    ),
+    Kind(
+        "audioldm2",
+        audioldm2,
+        _two_texts,
+        pipeline="AudioLDM2Pipeline",
+        denoiser="unet",
+        first="conv_in",
+        cross=tuple(f"attentions.{place}.transformer_blocks.0.attn2" for place in (1, 2, 4, 5)),
+        size={"audio_length_in_s": 16.0},
+    ),
+    Kind(
+        "picture_video",
+        picture_video,
+        text(8, masked=False),
+        pipeline="I2VGenXLPipeline",
+        denoiser="unet",
+        first="conv_in",
+        cross=tuple(f".attentions.{place}.transformer_blocks.0.attn2" for place in (0, 1)),
+        rows=2,
+        size={"height": 64, "width": 64, "num_frames": 2},
+        extra={"image": images([0])[0]},
+        batches=False,
+    ),
 ]
 
 
@@ -460,6 +655,19 @@ WAN_CONFIG = {
 }
 
 
+def _wan_vae() -> Any:
+    return model(
+        "AutoencoderKLWan",
+        base_dim=2,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+
+
 def wan(name: str = "WanPipeline", seconds: bool = False, **changed: Any) -> Any:
     config = WAN_CONFIG | changed
     kind = "WanVACETransformer3DModel" if "vace_layers" in changed else "WanTransformer3DModel"
@@ -468,16 +676,7 @@ def wan(name: str = "WanPipeline", seconds: bool = False, **changed: Any) -> Any
         parts["transformer_2"] = model("WanTransformer3DModel", seed=1, **config)
         parts["boundary_ratio"] = 0.6
     if name != "WanPipeline":
-        parts["vae"] = model(
-            "AutoencoderKLWan",
-            base_dim=2,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        )
+        parts["vae"] = _wan_vae()
     if name == "WanImageToVideoPipeline":
         sizes = {"image_size": 32, "patch_size": 16, "hidden_size": 8, "intermediate_size": 8}
         vision = CLIPVisionConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)

@@ -20,7 +20,9 @@ from tgate_processors._internal.families import attention_modules
 GATE = 3
 DROP = {"gate_step": GATE}
 # Others stand for these by default: their denoiser is the same.
-SECOND = {"sana_controlnet", "sana_sprint", "ltx_image", "ltx_condition", "hunyuan_controlnet"}
+SECOND = {"sana_controlnet", "sana_sprint", "ltx_image", "ltx_condition", "hunyuan_controlnet", "sana_video_image"}
+# One law of each of these by default: they differ from others in little but their data.
+ONCE = {"sana_video", "kandinsky3", "lumina", "audioldm2", "picture_video"}
 
 
 def rows(kinds, slow=SECOND):
@@ -40,8 +42,9 @@ def rows(kinds, slow=SECOND):
 
 ALL = {kind.name for kind in KINDS}
 GUIDED = [kind for kind in KINDS if kind.is_guided]
-every = pytest.mark.parametrize("kind", rows(KINDS))
-guided = pytest.mark.parametrize("kind", rows(GUIDED))
+every = pytest.mark.parametrize("kind", rows(KINDS, SECOND | ONCE))
+every_once = pytest.mark.parametrize("kind", rows(KINDS))
+guided = pytest.mark.parametrize("kind", rows(GUIDED, SECOND | ONCE))
 # What depends on the denoiser alone.
 every_denoiser = pytest.mark.parametrize("kind", rows([kind for kind in KINDS if kind.name not in SECOND], ALL))
 guided_denoiser = pytest.mark.parametrize("kind", rows([kind for kind in GUIDED if kind.name not in SECOND], ALL))
@@ -89,7 +92,7 @@ def count(pipe, kind):
     """Batch sizes that `to_k` of every attention layer was given, and the denoiser's first layer."""
     denoiser, seen = denoiser_of(pipe, kind), defaultdict(list)
     for name, module in denoiser.named_modules():
-        if hasattr(module, "get_processor"):
+        if hasattr(module, "get_processor") and kind.never not in name:
             module.to_k.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(len(args[0])))
     first = denoiser.get_submodule(kind.first)
     first.register_forward_pre_hook(lambda module, args: seen["denoiser"].append(len(args[0])))
@@ -117,7 +120,7 @@ def check_counts(kind, settings, prompts, plan, share):
     return report
 
 
-@every
+@every_once
 @pytest.mark.parametrize("name", ["v2", pytest.param("gate_1", marks=pytest.mark.slow)])
 def test_to_k_runs_exactly_as_the_schedule_says(kind: Kind, name):
     settings = SETTINGS[name]
@@ -134,6 +137,13 @@ def test_full_steps_compute_everything_and_half_steps_one_half(kind: Kind, setti
     plan = [(step in full, True) for step in range(STEPS)]
     report = check_counts(kind, settings, [0], plan, [1 if step in full else 2 for step in range(STEPS)])
     assert report.full_steps == full
+
+
+@pytest.mark.parametrize("kind", rows(GUIDED, ALL))
+def test_guidance_alone_runs_every_layer_on_one_half(kind: Kind):
+    full = full_steps(STEPS, FIXED)
+    share = [1 if step in full else 2 for step in range(STEPS)]
+    check_counts(kind, {**FIXED, "cross_attention": False}, [0], [(True, True)] * STEPS, share)
 
 
 @every_slow
@@ -241,7 +251,8 @@ def test_after_the_gate_the_denoiser_gives_what_it_gives_with_what_is_kept_in_th
     torch.testing.assert_close(outputs[GATE], torch.cat([expected] * 2), rtol=1e-4, atol=1e-5)
 
 
-@guided_denoiser
+# Lumina's layers give out their heads one by one.
+@pytest.mark.parametrize("kind", rows([kind for kind in GUIDED if kind.name not in SECOND | {"lumina"}], ALL))
 def test_a_layer_that_attends_to_the_text_and_keeps_nothing_is_named(kind: Kind):
     pipe = apply_tgate(kind.build(), GATE)
     layers = attention_modules(denoiser_of(pipe, kind))
@@ -270,6 +281,9 @@ def test_without_guidance_nothing_is_averaged_or_halved(kind: Kind):
 # What the configuration does not say, as arguments of `estimate_cost`.
 COSTS = {
     **{name: {"max_sequence_length": TOKENS} for name in ("sana", "sana_sprint", "ltx", "allegro", "stable_audio")},
+    **{name: {"max_sequence_length": TOKENS} for name in ("kandinsky3", "lumina", "picture_video")},
+    "sana_video": {"max_sequence_length": TOKENS, "num_frames": 5},
+    "audioldm2": {"max_sequence_length": TOKENS, "height": 64, "width": 16},
     "latte": {"max_sequence_length": TOKENS, "num_frames": 2},
     "hunyuan": {},
 }
@@ -279,14 +293,15 @@ COSTS = {
 @pytest.mark.parametrize("settings", [SETTINGS["v2"], FIXED], ids=["v2", "fixed"])
 def test_the_estimate_is_what_a_run_takes(kind: Kind, settings):
     pipe = kind.build()
-    size = {name: number for name, number in kind.size.items() if name != "video_length"}
-    given = {**size, **COSTS[kind.name], "batch_size": 2}
+    size = {name: number for name, number in kind.size.items() if name in ("height", "width", "num_frames")}
+    given = {**size, **COSTS[kind.name], "batch_size": 2 if kind.batches else 1}
     cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **given)
+    prompts = [0, 1] if kind.batches else [0]
     # What is a layer and what attention differs where attention is not the usual one.
     # Stable Audio embeds its time once for all samples.
     off = 0.005 if kind.name == "stable_audio" else 0
-    assert cost.without_tgate.total == pytest.approx(taken(pipe, kind, [0, 1], linear=True).total, rel=off)
-    gated = taken(apply_tgate(pipe, **settings), kind, [0, 1], linear=True)
+    assert cost.without_tgate.total == pytest.approx(taken(pipe, kind, prompts, linear=True).total, rel=off)
+    gated = taken(apply_tgate(pipe, **settings), kind, prompts, linear=True)
     assert cost.with_tgate.total == pytest.approx(gated.total, rel=off)
     assert cost.report == get_tgate_report(pipe)
     assert cost.report.peak_bytes > 0

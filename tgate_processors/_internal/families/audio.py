@@ -1,4 +1,4 @@
-"""Stable Audio: text and duration in one cross-attention, the duration besides."""
+"""Stable Audio: text and duration in one cross-attention, the duration besides. AudioLDM 2: two texts in turn."""
 
 from __future__ import annotations
 
@@ -22,6 +22,23 @@ def _stable_audio(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
+def _audioldm2(config: Any, batch: int, size: InputSize) -> Shapes:
+    widths = config.cross_attention_dim
+    widths = widths[0] if isinstance(widths, (list, tuple)) else widths
+    widths = widths if isinstance(widths, (list, tuple)) else [widths]
+    shapes: Shapes = {
+        "sample": (batch, config.in_channels, size.height, size.width),
+        "timestep": (),
+        # So many tokens come from the language model.
+        "encoder_hidden_states": (batch, 8, next(width for width in widths if width is not None)),
+    }
+    if len(widths) > 2:
+        # Later layers of a group attend to the text itself.
+        shapes["encoder_hidden_states_1"] = (batch, size.tokens, widths[2])
+        shapes["encoder_attention_mask_1"] = (batch, size.tokens)
+    return shapes
+
+
 AUDIO = (
     Family(
         "StableAudioDiTModel",
@@ -32,5 +49,13 @@ AUDIO = (
         # half of the text.
         Layout(arguments=("global_hidden_states",), mean=False),
         untold={"StableAudioPipeline": None},
+    ),
+    Family(
+        "AudioLDM2UNet2DConditionModel",
+        "unet",
+        "conditional",
+        Inputs(_audioldm2, tokens=512, scale=4),
+        Layout(arguments=("encoder_hidden_states_1", "encoder_attention_mask_1")),
+        untold={"AudioLDM2Pipeline": None},
     ),
 )

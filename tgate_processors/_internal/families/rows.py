@@ -8,14 +8,28 @@ from .audio import AUDIO
 from .cosmos import COSMOS
 from .family import Family
 from .hunyuan import HUNYUAN
+from .kandinsky import KANDINSKY
 from .latte import LATTE
 from .ltx import LTX
+from .lumina import LUMINA
 from .pixart import PIXART
 from .sana import SANA
 from .unets import UNETS
 from .wan import WAN
 
-FAMILIES: tuple[Family, ...] = (*UNETS, *PIXART, *SANA, *LTX, *HUNYUAN, *LATTE, *AUDIO, *WAN, *COSMOS)
+FAMILIES: tuple[Family, ...] = (
+    *UNETS,
+    *PIXART,
+    *SANA,
+    *LTX,
+    *HUNYUAN,
+    *LATTE,
+    *LUMINA,
+    *KANDINSKY,
+    *AUDIO,
+    *WAN,
+    *COSMOS,
+)
 
 
 def family_of(denoiser: torch.nn.Module) -> Family | None:

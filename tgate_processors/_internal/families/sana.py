@@ -20,6 +20,11 @@ def _sana(config: Any, batch: int, size: InputSize) -> Shapes:
     return shapes
 
 
+def _sana_video(config: Any, batch: int, size: InputSize) -> Shapes:
+    shapes = _sana(config, batch, size)
+    return shapes | {"hidden_states": (batch, config.in_channels, size.frames, size.height, size.width)}
+
+
 SANA = (
     Family(
         "SanaTransformer2DModel",
@@ -27,5 +32,11 @@ SANA = (
         "conditional",
         Inputs(_sana, tokens=300, scale=32),
         Layout(residuals={"controlnet_block_samples": None}),
+    ),
+    Family(
+        "SanaVideoTransformer3DModel",
+        "transformer",
+        "conditional",
+        Inputs(_sana_video, tokens=300, frames=81, frame_scale=4),
     ),
 )

@@ -1,9 +1,10 @@
-"""UNets: Stable Diffusion, SDXL and what is built around them, AnimateDiff, Stable Video Diffusion."""
+"""UNets: Stable Diffusion, SDXL and what is built around them, AnimateDiff, Stable Video Diffusion, I2VGen-XL."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ..layout import Layout
 from .family import Family, Inputs, InputSize, Shapes, first
 
 
@@ -42,6 +43,18 @@ def _video(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
+def _picture_video(config: Any, batch: int, size: InputSize) -> Shapes:
+    sample = (batch, config.in_channels, size.frames, size.height, size.width)
+    return {
+        "sample": sample,
+        "timestep": (),
+        "fps": (batch,),
+        "image_latents": sample,
+        "image_embeddings": (batch, config.cross_attention_dim),
+        "encoder_hidden_states": (batch, size.tokens, config.cross_attention_dim),
+    }
+
+
 UNETS = (
     Family(
         "UNet2DConditionModel",
@@ -65,5 +78,13 @@ UNETS = (
         "unet",
         "conditional",
         Inputs(_video, tokens=1, frames=25, text=False),
+    ),
+    Family(
+        "I2VGenXLUNet",
+        "unet",
+        "conditional",
+        Inputs(_picture_video, tokens=77, frames=16),
+        Layout(arguments=("fps", "image_latents", "image_embeddings")),
+        untold={"I2VGenXLPipeline": None},
     ),
 )

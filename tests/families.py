@@ -26,6 +26,13 @@ from transformers import (
 )
 
 from tests.pipelines import STEPS, Case, images, quiet, seeded
+from tgate_processors import apply_tgate
+
+try:
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+except ImportError:
+    # The oldest diffusers has no LTX-2.
+    LTX2TextConnectors = None
 
 SHAPES = Path(__file__).parent.parent / "examples/models/shapes-sd"
 TOKENS = 5
@@ -57,6 +64,10 @@ class Kind(Case):
     conditional_first: bool = False
     size: dict[str, int] = field(default_factory=dict)
     batches: bool = True
+    # Without guidance.
+    off: dict[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    # The scale of what it predicts besides.
+    second_scale: float | None = None
     # Rows of its first layer for each sample.
     rows: int = 1
 
@@ -82,7 +93,13 @@ class Kind(Case):
         # Encoders of pictures draw from torch's own generator.
         torch.manual_seed(0)
         output = pipe(**self.inputs([0] if prompts is None else prompts, **overrides))
+        if "audio" in output:
+            return torch.cat([part.flatten(1) for part in output.values()], 1)
         return next(iter(output.values()))
+
+    def gate(self, pipe: Any, *args: Any, **settings: Any) -> Any:
+        """Apply T-GATE, to cross-attention too where a family leaves that out by default."""
+        return apply_tgate(pipe, *args, **{"cross_attention": True, **settings})
 
     @property
     def is_there(self) -> bool:
@@ -225,6 +242,91 @@ def ltx(name: str = "LTXPipeline") -> Any:
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
     return assemble(name, transformer=transformer, vae=vae, scheduler=_flow())
 
+
+def ltx2(name: str = "LTX2Pipeline", **config: Any) -> Any:
+    transformer = model(
+        "LTX2VideoTransformer3DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=4,
+        audio_cross_attention_dim=8,
+        num_layers=2,
+        caption_channels=8,
+        rope_double_precision=False,
+        rope_type="split",
+        # As version 2.3.
+        perturbed_attn=True,
+        cross_attn_mod=True,
+        audio_cross_attn_mod=True,
+        # Those of the VAE below.
+        vae_scale_factors=(2, 2, 2),
+        **config,
+    )
+    connectors = {
+        f"{kind}_connector_{size}": number
+        for kind in ("video", "audio")
+        for size, number in {
+            "num_attention_heads": 2,
+            "attention_head_dim": 4,
+            "num_layers": 1,
+            "num_learnable_registers": None,
+        }.items()
+    }
+    torch.manual_seed(0)
+    components = {
+        "connectors": LTX2TextConnectors(
+            caption_channels=8,
+            text_proj_in_factor=1,
+            connector_rope_base_seq_len=32,
+            rope_double_precision=False,
+            rope_type="split",
+            **connectors,
+        ).eval(),
+        "vae": model(
+            "AutoencoderKLLTX2Video",
+            latent_channels=4,
+            block_out_channels=(4,),
+            decoder_block_out_channels=(4,),
+            layers_per_block=(1,),
+            decoder_layers_per_block=(1, 1),
+            spatio_temporal_scaling=(True,),
+            decoder_spatio_temporal_scaling=(True,),
+            decoder_inject_noise=(False, False),
+            downsample_type=("spatial",),
+            upsample_residual=(False,),
+            upsample_factor=(1,),
+            patch_size=1,
+        ),
+        "audio_vae": model(
+            "AutoencoderKLLTX2Audio",
+            base_channels=4,
+            ch_mult=(1,),
+            num_res_blocks=1,
+            resolution=32,
+            latent_channels=2,
+            mel_bins=8,
+        ),
+    }
+    return assemble(name, transformer=transformer, scheduler=_flow(), **components)
+
+
+# Its further calls and rescaling off; the audio has a scale of its own.
+_LTX2_CALL = {
+    "audio_guidance_scale": 4.0,
+    "stg_scale": 0.0,
+    "audio_stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "audio_modality_scale": 1.0,
+    "guidance_rescale": 0.0,
+    "audio_guidance_rescale": 0.0,
+    "frame_rate": 25.0,
+}
 
 _HUNYUAN = {
     "in_channels": 4,
@@ -514,6 +616,33 @@ KINDS = [
         size={"height": 32, "width": 32, "num_frames": 9},
         image=True,
         batches=False,
+    ),
+    Kind(
+        "ltx2",
+        ltx2,
+        text(8),
+        pipeline="LTX2Pipeline",
+        first="proj_in",
+        guidance=3.0,
+        never="_to_",
+        size={"height": 32, "width": 32, "num_frames": 3},
+        extra=_LTX2_CALL,
+        off={"guidance_scale": 1.0, "audio_guidance_scale": 1.0},
+        second_scale=4.0,
+    ),
+    Kind(
+        "ltx2_image",
+        lambda: ltx2("LTX2ImageToVideoPipeline"),
+        text(8),
+        pipeline="LTX2ImageToVideoPipeline",
+        first="proj_in",
+        guidance=3.0,
+        never="_to_",
+        size={"height": 32, "width": 32, "num_frames": 3},
+        image=True,
+        extra={**_LTX2_CALL, "image_crf": 0},
+        off={"guidance_scale": 1.0, "audio_guidance_scale": 1.0},
+        second_scale=4.0,
     ),
     Kind(
         "hunyuan",

@@ -14,15 +14,16 @@ from tests.test_cost import taken
 from tests.test_counts import SETTINGS, computed
 from tests.test_laws import Stop, assert_same, distance, snapshot
 from tests.test_predicted import EVERY, FIXED, PATIENT, full_steps
-from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, remove_tgate
+from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
 GATE = 3
 DROP = {"gate_step": GATE}
 # Others stand for these by default: their denoiser is the same.
 SECOND = {"sana_controlnet", "sana_sprint", "ltx_image", "ltx_condition", "hunyuan_controlnet", "sana_video_image"}
+SECOND.add("ltx2_image")
 # One law of each of these by default: they differ from others in little but their data.
-ONCE = {"sana_video", "kandinsky3", "lumina", "audioldm2", "picture_video"}
+ONCE = {"ltx2", "sana_video", "kandinsky3", "lumina", "audioldm2", "picture_video"}
 
 
 def rows(kinds, slow=SECOND):
@@ -57,9 +58,25 @@ def denoiser_of(pipe, kind):
 
 def sample_of(output):
     """The prediction in what a denoiser gives, in whatever form."""
-    while not torch.is_tensor(output):
-        output = next(iter(output.values() if hasattr(output, "values") else output))
-    return output
+    return samples_of(output)[0]
+
+
+def samples_of(output):
+    """All predictions in what a denoiser gives."""
+    if torch.is_tensor(output):
+        return [output]
+    return [
+        sample for part in (output.values() if hasattr(output, "values") else output) for sample in samples_of(part)
+    ]
+
+
+def only_conditional(kind, half):
+    """Whether a choice of half is refused, because further calls are about the conditional one."""
+    if half != "unconditional" or kind.second_scale is None:
+        return False
+    with pytest.raises(ValueError, match="guides by further calls too, and compares them with the conditional half"):
+        kind.gate(kind.build(), GATE, cfg_half=half)
+    return True
 
 
 def is_cross(kind, name):
@@ -71,7 +88,7 @@ def test_apply_and_remove_change_nothing_else_and_two_calls_agree(kind: Kind):
     pipe = kind.build()
     baseline = kind.run(pipe)
     before = snapshot(pipe, kind)
-    apply_tgate(pipe, GATE)
+    kind.gate(pipe, GATE)
     gated = kind.run(pipe)
     assert not torch.equal(gated, baseline)
     assert torch.equal(kind.run(pipe), gated)
@@ -101,7 +118,7 @@ def count(pipe, kind):
 
 def check_counts(kind, settings, prompts, plan, share):
     """Every layer runs as often, and on as much, as planned."""
-    pipe = apply_tgate(kind.build(), **settings)
+    pipe = kind.gate(kind.build(), **settings)
     seen = count(pipe, kind)
     kind.run(pipe, prompts)
     report = get_tgate_report(pipe)
@@ -139,6 +156,76 @@ def test_full_steps_compute_everything_and_half_steps_one_half(kind: Kind, setti
     assert report.full_steps == full
 
 
+def further_calls(kind):
+    """The settings of a call of LTX-2 with further guidance: without the attention of a layer, and kind by kind."""
+    scales = {"stg_scale": 1.0, "modality_scale": 3.0, "audio_modality_scale": 3.0, "guidance_rescale": 0.7}
+    return {**scales, "spatio_temporal_guidance_blocks": [1]}
+
+
+LTX2 = pytest.mark.parametrize("kind", rows([BY_KIND["ltx2"]], ALL))
+
+
+@LTX2
+@pytest.mark.parametrize("settings", [DROP, FIXED, PATIENT], ids=str)
+def test_further_calls_run_whole_and_leave_what_is_kept_alone(kind: Kind, settings):
+    further = further_calls(kind)
+    plain = kind.run(kind.build(), **further)
+    pipe = kind.gate(kind.build(), **settings)
+    seen, alone = defaultdict(list), []
+    for name, layer in attention_modules(pipe.transformer).items():
+        layer.to_k.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(len(args[0])))
+    pipe.transformer.register_forward_hook(lambda module, args, output: alone.append(samples_of(output)))
+    gated = kind.run(pipe, **further)
+    report = get_tgate_report(pipe)
+    full = report.full_steps
+    assert 0 < report.half_batch_forwards == STEPS - len(full)
+    for name, batches in seen.items():
+        expected = []
+        for step in range(STEPS):
+            first = [2] if step in full else [] if is_cross(kind, name) else [1]
+            # One call leaves out self-attention in a block, the other attention between video and sound.
+            left_out = "_to_" in name or ("blocks.1." in name and "attn1" in name)
+            expected += first + ([1] if left_out else [1, 1])
+        assert batches == expected, name
+    assert not torch.equal(gated, plain)
+    assert torch.equal(kind.run(pipe, **further), gated)
+    for every in EVERY:
+        assert torch.equal(kind.run(kind.gate(pipe, **every), **further), plain)
+    assert len(alone) == 3 * STEPS * (2 + len(EVERY))
+
+
+@LTX2
+def test_a_run_that_breaks_in_a_further_call_leaves_nothing(kind: Kind):
+    pipe = kind.gate(kind.build(), **FIXED)
+    further = further_calls(kind)
+    expected = kind.run(pipe, **further)
+    calls = []
+
+    def fail(module, args):
+        calls.append(1)
+        if len(calls) == 3 * GATE + 2:
+            raise Stop
+
+    handle = pipe.transformer.proj_in.register_forward_pre_hook(fail)
+    with pytest.raises(Stop):
+        kind.run(pipe, **further)
+    handle.remove()
+    state = vars(pipe)["_tgate"].callback.state
+    # As the next forward of the denoiser would, whoever calls it.
+    state.come_back()
+    assert state.current() is None
+    assert torch.equal(kind.run(pipe, **further), expected)
+
+
+@LTX2
+def test_either_scale_turns_guidance_on(kind: Kind):
+    pipe = kind.gate(kind.build(), GATE)
+    for scales, halves in (((1.0, 4.0), STEPS - GATE), ((3.0, 1.0), STEPS - GATE), ((1.0, 1.0), 0)):
+        given = {**kind.conditioning([0], True), "guidance_scale": scales[0], "audio_guidance_scale": scales[1]}
+        kind.run(pipe, **given)
+        assert get_tgate_report(pipe).half_batch_forwards == halves
+
+
 @pytest.mark.parametrize("kind", rows(GUIDED, ALL))
 def test_guidance_alone_runs_every_layer_on_one_half(kind: Kind):
     full = full_steps(STEPS, FIXED)
@@ -150,7 +237,7 @@ def test_guidance_alone_runs_every_layer_on_one_half(kind: Kind):
 def test_full_steps_alone_change_no_bit(kind: Kind):
     pipe, baseline = kind.build(), kind.plain()
     for settings in ({"gate_step": STEPS}, *(EVERY if kind.is_guided else ())):
-        assert torch.equal(kind.run(apply_tgate(pipe, **settings)), baseline)
+        assert torch.equal(kind.run(kind.gate(pipe, **settings)), baseline)
         assert get_tgate_report(pipe).half_batch_forwards == get_tgate_report(pipe).cross_attention_reused == 0
 
 
@@ -159,7 +246,7 @@ def test_a_batch_of_two_prompts_equals_two_singles(kind: Kind):
     rounding = distance(kind.plain([0, 1]), torch.cat([kind.plain([0]), kind.plain([1])]))
     assert rounding < 1e-4
     for settings in (DROP, *([FIXED] if kind.is_guided else [])):
-        pipe = apply_tgate(kind.build(), **settings)
+        pipe = kind.gate(kind.build(), **settings)
         singles = torch.cat([kind.run(pipe, [0]), kind.run(pipe, [1])])
         assert distance(kind.run(pipe, [0, 1]), singles) < 5e-5 + 5 * rounding
 
@@ -169,7 +256,7 @@ def test_a_batch_of_two_prompts_equals_two_singles(kind: Kind):
 def test_a_run_that_breaks_leaves_nothing(kind: Kind, forward):
     settings = FIXED if kind.is_guided else DROP
     pipe, baseline = kind.build(), kind.plain()
-    expected = kind.run(apply_tgate(pipe, **settings))
+    expected = kind.run(kind.gate(pipe, **settings))
     layer = [module for name, module in attention_modules(denoiser_of(pipe, kind)).items() if not is_cross(kind, name)]
     calls = []
 
@@ -190,17 +277,24 @@ def test_a_run_that_breaks_leaves_nothing(kind: Kind, forward):
 @guided_denoiser
 @pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "cfg_half": "unconditional"}], ids=str)
 def test_the_halves_of_a_half_step_differ_by_the_prediction(kind: Kind, settings):
-    pipe = apply_tgate(kind.build(), **settings)
+    if only_conditional(kind, settings.get("cfg_half")):
+        return
+    pipe = kind.gate(kind.build(), **settings)
     outputs = []
     hook = denoiser_of(pipe, kind).register_forward_hook
-    hook(lambda module, args, output: outputs.append(sample_of(output).clone()))
+    hook(lambda module, args, output: outputs.append([sample.clone() for sample in samples_of(output)]))
     kind.run(pipe)
     report = get_tgate_report(pipe)
     assert report.half_batch_forwards > 0
-    scale = kind.guidance + kind.scale_beyond
+    scales = [kind.guidance + kind.scale_beyond, kind.second_scale]
     judged = settings is PATIENT
     flipped = {"conditional_first": kind.conditional_first}
-    errors = errors_of(outputs, report.full_steps, kind.guided_channels, scale, judged=judged, **flipped)
+    errors = [
+        errors_of(each, report.full_steps, kind.guided_channels, scale, judged=judged, **flipped)
+        for each, scale in zip(zip(*outputs, strict=True), scales, strict=False)
+    ]
+    # The prediction that is off most decides.
+    errors = [max(found, key=lambda error: error[1].expected) for found in zip(*errors, strict=True)]
     assert list(report.prediction_errors) == errors
     assert bool(errors) is (settings is PATIENT)
 
@@ -210,6 +304,8 @@ def test_the_halves_of_a_half_step_differ_by_the_prediction(kind: Kind, settings
 def test_after_the_gate_the_denoiser_gives_what_it_gives_with_what_is_kept_in_the_place_of_cross_attention(
     kind: Kind, half
 ):
+    if only_conditional(kind, half):
+        return
     pipe = kind.build()
     denoiser = denoiser_of(pipe, kind)
     stays = half or kind.kept
@@ -235,7 +331,7 @@ def test_after_the_gate_the_denoiser_gives_what_it_gives_with_what_is_kept_in_th
         )
 
     handles.append(denoiser.register_forward_pre_hook(note, with_kwargs=True))
-    apply_tgate(pipe, GATE, cfg_half=half)
+    kind.gate(pipe, GATE, cfg_half=half)
     denoiser.register_forward_hook(lambda module, args, output: outputs.append(sample_of(output)))
     kind.run(pipe)
     remove_tgate(pipe)
@@ -254,7 +350,7 @@ def test_after_the_gate_the_denoiser_gives_what_it_gives_with_what_is_kept_in_th
 # Lumina's layers give out their heads one by one.
 @pytest.mark.parametrize("kind", rows([kind for kind in GUIDED if kind.name not in SECOND | {"lumina"}], ALL))
 def test_a_layer_that_attends_to_the_text_and_keeps_nothing_is_named(kind: Kind):
-    pipe = apply_tgate(kind.build(), GATE)
+    pipe = kind.gate(kind.build(), GATE)
     layers = attention_modules(denoiser_of(pipe, kind))
     name, layer = next((name, layer) for name, layer in layers.items() if is_cross(kind, name))
     layer.forward = lambda hidden_states, *args, **kwargs: torch.zeros_like(hidden_states)
@@ -264,17 +360,16 @@ def test_a_layer_that_attends_to_the_text_and_keeps_nothing_is_named(kind: Kind)
 
 @every_slow
 def test_without_guidance_nothing_is_averaged_or_halved(kind: Kind):
-    pipe = apply_tgate(kind.build(), GATE)
+    pipe = kind.gate(kind.build(), GATE)
     seen = count(pipe, kind)
-    off = {"guidance_scale": 1.0}
     prompts = [0, 1] if kind.batches else [0]
-    together = kind.run(pipe, prompts, **off)
+    together = kind.run(pipe, prompts, **kind.off)
     rows_seen = seen.pop("denoiser")
     assert rows_seen == [len(prompts) * kind.rows] * STEPS
     for name, batches in seen.items():
         assert batches == [batches[0]] * (GATE if is_cross(kind, name) else STEPS)
     assert get_tgate_report(pipe).half_batch_forwards == 0
-    singles = torch.cat([kind.run(pipe, [prompt], **off) for prompt in prompts])
+    singles = torch.cat([kind.run(pipe, [prompt], **kind.off) for prompt in prompts])
     assert distance(together, singles) < 5e-5
 
 
@@ -285,6 +380,7 @@ COSTS = {
     "sana_video": {"max_sequence_length": TOKENS, "num_frames": 5},
     "audioldm2": {"max_sequence_length": TOKENS, "height": 64, "width": 16},
     "latte": {"max_sequence_length": TOKENS, "num_frames": 2},
+    "ltx2": {"max_sequence_length": TOKENS},
     "hunyuan": {},
 }
 
@@ -295,13 +391,13 @@ def test_the_estimate_is_what_a_run_takes(kind: Kind, settings):
     pipe = kind.build()
     size = {name: number for name, number in kind.size.items() if name in ("height", "width", "num_frames")}
     given = {**size, **COSTS[kind.name], "batch_size": 2 if kind.batches else 1}
-    cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **given)
+    cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **given, cross_attention=True)
     prompts = [0, 1] if kind.batches else [0]
     # What is a layer and what attention differs where attention is not the usual one.
     # Stable Audio embeds its time once for all samples.
     off = 0.005 if kind.name == "stable_audio" else 0
     assert cost.without_tgate.total == pytest.approx(taken(pipe, kind, prompts, linear=True).total, rel=off)
-    gated = taken(apply_tgate(pipe, **settings), kind, prompts, linear=True)
+    gated = taken(kind.gate(pipe, **settings), kind, prompts, linear=True)
     assert cost.with_tgate.total == pytest.approx(gated.total, rel=off)
     assert cost.report == get_tgate_report(pipe)
     assert cost.report.peak_bytes > 0

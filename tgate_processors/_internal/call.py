@@ -27,6 +27,7 @@ class Call:
             Whether it can have guidance of two halves at all.
         scale_beyond (`float`, *optional*, defaults to 0):
             What is added to the scale before guidance multiplies the difference of its halves with it.
+        scales (`tuple` of `str`, *optional*): Where the pipeline has several scales.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Call:
         vouched: bool = True,
         guides: bool = True,
         scale_beyond: float = 0.0,
+        scales: tuple[str, ...] = (),
     ) -> None:
         self._pipe = pipe
         self._arguments = dict(arguments or {})
         self.vouched = vouched
         self._guides = guides
         self._scale_beyond = scale_beyond
+        self._scales = scales
         self._guided: bool | None = None
         self._seen_scale: Any = None
         self._timesteps: Any = None
@@ -114,7 +117,8 @@ class Call:
 
     def scale(self, expert: int = 0) -> Any:
         """
-        What guidance multiplies the difference of its halves with now, a number or a tensor.
+        What guidance multiplies the difference of its halves with now: a number, a tensor, or a list of numbers, one
+        for each tensor that the denoiser gives.
 
         Args:
             expert (`int`, *optional*, defaults to 0): Which of several denoisers runs, as each may have a scale.
@@ -122,6 +126,8 @@ class Call:
         Raises:
             ValueError: If the pipeline does not tell it.
         """
+        if self._scales:
+            return [getattr(self._pipe, name) for name in self._scales]
         scale = getattr(self._pipe, f"_guidance_scale_{expert + 1}", None) if expert else None
         if scale is None:
             scale = getattr(self._pipe, "_guidance_scale", None)

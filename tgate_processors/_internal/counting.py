@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .call import Call
 from .families import family_of
 from .families.family import InputSize
-from .halving import sample_of
+from .halving import joined, sample_of
 from .layers import Layers, attention_modules
 from .layout import Layout, Seen, see
 from .processor import TGateAttnProcessor
@@ -147,12 +147,14 @@ def measure(twin: Any, size: InputSize) -> Profile:
     )
     forwards, widths, given = {}, [], []
 
-    def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        given.append(sample_of(output, see(module, args, kwargs).shape).numel())
-
-    handle = twin.register_forward_hook(note, with_kwargs=True)
     family = family_of(twin)
     assert family is not None
+    several = family.layout.scales
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        given.append((joined(output) if several else sample_of(output, see(module, args, kwargs).shape)).numel())
+
+    handle = twin.register_forward_hook(note, with_kwargs=True)
     counted = count_forwards(twin, lambda: make_inputs(twin, 1, size), ways, family.layout)
     for way, (forward, held) in zip(ways, counted, strict=True):
         forwards[way[0] is Action.REUSE, way[1] is Action.REUSE] = forward

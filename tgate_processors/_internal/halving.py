@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .layout import Names
+from .layout import Names, tensors_in
 from .schedule import CFGHalf
 
 
@@ -65,6 +65,34 @@ def double(output: Any, half: int, difference: torch.Tensor | None = None, ran: 
     predicted = other[:, : difference.shape[1]]
     predicted.add_(difference if ran == "unconditional" else -difference)
     return torch.cat([output, other] if ran == "unconditional" else [other, output])
+
+
+def joined(output: Any) -> torch.Tensor:
+    """
+    Several predictions of a denoiser (video and audio) in one tensor.
+
+    Args:
+        output (container): The output.
+
+    Returns:
+        `torch.Tensor`: A row for every sample and prediction, those of a sample together, filled up with zeros.
+    """
+    each = [tensor.flatten(1) for tensor in tensors_in(output)]
+    width = max(tensor.shape[1] for tensor in each)
+    filled = [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in each]
+    return torch.stack(filled, 1).flatten(0, 1)
+
+
+def double_joined(output: Any, half: int, difference: torch.Tensor, ran: CFGHalf) -> Any:
+    """As `double`, with a difference of what `joined` makes of outputs."""
+    rows = iter(difference.view(half, -1, difference.shape[1]).unbind(1))
+
+    def each(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        return double(item, half, next(rows)[:, : item[0].numel()].reshape(item.shape), ran)
+
+    return _mapped(output, each)
 
 
 def second_of(output: Any, rows: int, difference: torch.Tensor | None) -> Any:

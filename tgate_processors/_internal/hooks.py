@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .checkpointing import Differentiated, cannot_replay
-from .halving import double, halve_named
+from .halving import double, double_joined, halve_named
 from .layout import Layout, Names, rows_of, see
 from .schedule import CFGHalf
 from .state import TGateState
@@ -127,6 +127,9 @@ class DenoiserHooks:
             )
         seen = see(module, args, kwargs)
         self._differentiated.note(seen.sample)
+        if self._layout.is_beside(seen.given):
+            self._state.stand_aside()
+            return None
         innermost = self._is_innermost()
         # For the hooks after this forward, and for the next one: some may have come since the last.
         self.stand_inside()
@@ -184,6 +187,8 @@ class DenoiserHooks:
     def _after(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """A forward has ended: tell the run, and give the output of the half back as both halves."""
         run = self._state.current()
+        if run is None:
+            self._state.come_back()
         if run is None or run.waiting:
             return None
         whole, run.whole = run.whole, None
@@ -197,7 +202,8 @@ class DenoiserHooks:
                 "remove_tgate(pipe) to use this pipeline."
             )
         whole.give_back()
-        return double(output, whole.rows, difference, whole.kept)
+        give = double if difference is None or not self._layout.scales else double_joined
+        return give(output, whole.rows, difference, whole.kept)
 
 
 class _Whole:

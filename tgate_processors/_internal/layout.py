@@ -51,6 +51,10 @@ class Layout:
         calls (`int`): Calls of the denoiser that guidance is made of: 1, or 2, the conditional one first.
         apart (`bool`): Whether added keys (of a picture) have a softmax of their own beside that of the text.
         keeps_cross (`bool`): Whether cross-attention is gated by default: what it keeps of a video is large.
+        beside (`tuple` of `str`): Arguments that tell further calls in a step, which are about the conditional half.
+            They run as without T-GATE.
+        scales (`tuple` of `str`): Where a pipeline has its guidance scales, if there is one for each tensor that the
+            denoiser gives (video, audio).
         scale_beyond (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
             counted from the unconditional half.
     """
@@ -59,6 +63,8 @@ class Layout:
     residuals: Names = field(default_factory=lambda: RESIDUALS)
     cross: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
     conditional_first: bool = False
     mean: bool = True
     scale_beyond: float = 0.0
@@ -75,6 +81,10 @@ class Layout:
     def of_controlnet(self) -> Names:
         """The ControlNet's arguments with the guidance batch."""
         return {**CONTROLNET_ARGUMENTS, **dict.fromkeys(self.arguments)}
+
+    def is_beside(self, given: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments is a further one, and no part of guidance by the two halves."""
+        return any(given.get(name) for name in self.beside)
 
     def is_gated(self, name: str) -> bool:
         """Whether the layer of this name may be gated."""
@@ -136,19 +146,19 @@ def see(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Seen:
 
 def rows_of(value: Any) -> int | None:
     """First dimension of the first tensor in an argument."""
-    return next((int(tensor.shape[0]) for tensor in _tensors(value) if tensor.dim()), None)
+    return next((int(tensor.shape[0]) for tensor in tensors_in(value) if tensor.dim()), None)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in an argument, however deep they lie."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def conditions(seen: Seen, names: Names) -> list[str]:
@@ -160,7 +170,7 @@ def conditions(seen: Seen, names: Names) -> list[str]:
             value = {key: value[key] for key in inner if key in value}
         elif inner is not None:
             continue
-        if name not in _NEUTRAL and any(t.dim() and t.shape[0] >= seen.batch for t in _tensors(value)):
+        if name not in _NEUTRAL and any(t.dim() and t.shape[0] >= seen.batch for t in tensors_in(value)):
             found.append(name)
     return found
 

@@ -12,7 +12,7 @@ from .call import Call
 from .companions.companion import Companions
 from .control import Control
 from .experts import Experts, Stored
-from .halving import sample_of, second_of
+from .halving import joined, sample_of, second_of
 from .layers import Layers
 from .layout import Seen
 from .outputs import Kept, Outputs
@@ -359,7 +359,7 @@ class Run:
         if not loop.may_halve or (self._state.schedule.is_auto and self._companions.repeated()):
             # What a cache repeats says nothing new of guidance.
             return None
-        sample = sample_of(output, seen.shape)
+        sample = joined(output) if self._layout.scales else sample_of(output, seen.shape)
         if self._layout.calls > 1:
             self._first = sample
         else:
@@ -371,6 +371,8 @@ class Run:
         """Both halves of guidance were computed."""
         assert loop.guidance is not None
         scale = self.call.scale(self.experts.now.number) if self._state.schedule.is_auto else None
+        if isinstance(scale, list):
+            scale = halves[0].new_tensor(scale).repeat(len(halves[0]) // len(scale)).unsqueeze(1)
         loop.guidance.note(loop.passes, halves, unconditional, scale)
         if loop.guidance.error is not None:
             self._tally.measured(loop.step_index, loop.guidance.error)

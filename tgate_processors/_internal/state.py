@@ -95,6 +95,7 @@ class TGateState:
         self.waiting: Any = None
         self.said: set[str] = set()
         self._runs: dict[int, Ongoing] = {}
+        self._aside: dict[int, Ongoing] = {}
         self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()
 
     def __repr__(self) -> str:
@@ -102,7 +103,7 @@ class TGateState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Runs stay where they run, and processors that are copied with the state make their slots anew.
-        transient = {"compiled": Signals(), "_runs": {}, "_slots": None, "waiting": None}
+        transient = {"compiled": Signals(), "_runs": {}, "_aside": {}, "_slots": None, "waiting": None}
         return {**vars(self), **transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,7 +114,7 @@ class TGateState:
     def nbytes(self) -> int:
         """Bytes held in stored outputs."""
         waiting = [] if self.waiting is None else [self.waiting]
-        return sum(run.nbytes for run in {*self._runs.values(), *waiting})
+        return sum(run.nbytes for run in {*self._runs.values(), *self._aside.values(), *waiting})
 
     def current(self) -> Any:
         """The run that this thread is in; not that of a pipeline whose callback calls another one."""
@@ -143,13 +144,26 @@ class TGateState:
             if run is not None:
                 self._runs[thread] = run
 
+    def stand_aside(self) -> None:
+        """Be out of the way until `come_back`, of a forward that is no part of the run."""
+        thread = threading.get_ident()
+        if thread in self._runs:
+            self._aside[thread] = self._runs.pop(thread)
+
+    def come_back(self) -> None:
+        """The inverse of `stand_aside`."""
+        thread = threading.get_ident()
+        if thread in self._aside:
+            self._runs[thread] = self._aside.pop(thread)
+
     def enter(self, run: Any) -> None:
         """Be in a run until `leave`, for a run that begins and ends in callbacks."""
         self._runs[threading.get_ident()] = run
 
     def leave(self) -> None:
         """The inverse of `enter`."""
-        self._runs.pop(threading.get_ident(), None)
+        for runs in (self._runs, self._aside):
+            runs.pop(threading.get_ident(), None)
 
     def new_slot(self, own: bool) -> Slot:
         """Make the place where one attention layer keeps its output."""

@@ -55,8 +55,9 @@ class Found:
 
     def call(self, pipe: Any, arguments: Mapping[str, Any] | None = None) -> Call:
         """What the pipeline tells of the call that it is in."""
-        beyond = self.family.layout.scale_beyond
-        return Call(pipe, arguments, vouched=self.vouched, guides=self.guides, scale_beyond=beyond)
+        layout = self.family.layout
+        scales: dict[str, Any] = {"scale_beyond": layout.scale_beyond, "scales": layout.scales}
+        return Call(pipe, arguments, vouched=self.vouched, guides=self.guides, **scales)
 
     def is_of(self, pipe: Any) -> bool:
         """Whether the pipeline still has these parts."""
@@ -117,6 +118,11 @@ def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
         raise ValueError(
             f"cfg_half={cfg_half!r} has no effect: the guidance of {type(pipe).__name__} is not two halves, so all "
             "of it stays on. Leave cfg_half out."
+        )
+    if cfg_half == "unconditional" and found.family.layout.beside:
+        raise ValueError(
+            f"cfg_half={cfg_half!r} is not possible: {type(pipe).__name__} guides by further calls too, and compares "
+            "them with the conditional half. Leave cfg_half out."
         )
     if cfg_half == "unconditional" and found.family.layout.calls > 1:
         raise ValueError(

@@ -38,5 +38,6 @@ SANA = (
         "transformer",
         "conditional",
         Inputs(_sana_video, tokens=300, frames=81, frame_scale=4),
+        Layout(keeps_cross=False),
     ),
 )

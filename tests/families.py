@@ -797,22 +797,74 @@ def _wan_vae() -> Any:
     )
 
 
+_WAN_DENOISERS = {
+    "WanVACEPipeline": "WanVACETransformer3DModel",
+    "WanAnimatePipeline": "WanAnimateTransformer3DModel",
+    "ChronoEditPipeline": "ChronoEditTransformer3DModel",
+}
+_FROM_PICTURE = {"image_dim": 8, "added_kv_proj_dim": 24, "num_layers": 1}
+_FACES = {
+    "motion_encoder_channel_sizes": {"4": 4, "8": 4, "16": 4},
+    "motion_encoder_size": 16,
+    "motion_style_dim": 4,
+    "motion_dim": 2,
+    "motion_encoder_dim": 4,
+    "face_encoder_hidden_dim": 4,
+    "face_encoder_num_heads": 2,
+    "inject_face_latents_blocks": 1,
+}
+
+
+def chronoedit() -> Any:
+    pipe = wan("ChronoEditPipeline", in_channels=12, **_FROM_PICTURE)
+    # It shortens what the scheduler remembers when it drops frames.
+    pipe.scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    return pipe
+
+
 def wan(name: str = "WanPipeline", seconds: bool = False, **changed: Any) -> Any:
     config = WAN_CONFIG | changed
-    kind = "WanVACETransformer3DModel" if "vace_layers" in changed else "WanTransformer3DModel"
+    kind = _WAN_DENOISERS.get(name, "WanTransformer3DModel")
     parts = {"transformer": model(kind, **config), "scheduler": _flow()}
     if seconds:
         parts["transformer_2"] = model("WanTransformer3DModel", seed=1, **config)
         parts["boundary_ratio"] = 0.6
     if name != "WanPipeline":
         parts["vae"] = _wan_vae()
-    if name == "WanImageToVideoPipeline":
+    if "image_dim" in changed:
         sizes = {"image_size": 32, "patch_size": 16, "hidden_size": 8, "intermediate_size": 8}
         vision = CLIPVisionConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
         torch.manual_seed(0)
         parts["image_encoder"] = CLIPVisionModel(vision).eval()
         parts["image_processor"] = CLIPImageProcessor(crop_size=32, size=32)
     return assemble(name, **parts)
+
+
+def kandinsky5() -> Any:
+    transformer = model(
+        "Kandinsky5Transformer3DModel",
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=8,
+        in_text_dim2=4,
+        time_dim=8,
+        model_dim=12,
+        ff_dim=12,
+        num_text_blocks=1,
+        num_visual_blocks=2,
+        axes_dims=(2, 2, 2),
+        visual_cond=True,
+    )
+    return assemble("Kandinsky5T2VPipeline", transformer=transformer, scheduler=_flow(shift=7.0))
+
+
+def _kandinsky5_text(prompts: list[int], guided: bool) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for name, seed in (("", 100), ("negative_", 200)) if guided else (("", 100),):
+        given[f"{name}prompt_embeds_qwen"] = torch.stack([seeded((TOKENS, 8), seed + p) for p in prompts])
+        given[f"{name}prompt_embeds_clip"] = torch.stack([seeded((4,), seed + 50 + p) for p in prompts])
+        given[f"{name}prompt_cu_seqlens"] = torch.arange(len(prompts) + 1) * TOKENS
+    return given
 
 
 class _Safe(torch.nn.Module):
@@ -855,6 +907,7 @@ def skyreels() -> Any:
     return assemble("SkyReelsV2Pipeline", transformer=transformer, scheduler=pipe.scheduler)
 
 
+_VIDEOS = {"pose_video": 10, "face_video": 20}
 _SHORT = {"height": 32, "width": 32, "num_frames": 5}
 
 # Guidance of these is two calls.
@@ -871,7 +924,7 @@ TWO_CALLS = [
     ),
     Kind(
         "wan_image",
-        lambda: wan("WanImageToVideoPipeline", in_channels=12, image_dim=8, added_kv_proj_dim=24, num_layers=1),
+        lambda: wan("WanImageToVideoPipeline", in_channels=12, **_FROM_PICTURE),
         # Its layers count 512 tokens of text from the end.
         text(8, masked=False, tokens=512),
         pipeline="WanImageToVideoPipeline",
@@ -887,6 +940,25 @@ TWO_CALLS = [
         first="patch_embedding",
         size=_SHORT,
         batches=False,
+    ),
+    Kind(
+        "wan_animate",
+        lambda: wan("WanAnimatePipeline", in_channels=12, latent_channels=4, **_FROM_PICTURE, **_FACES),
+        text(8, masked=False, tokens=512),
+        pipeline="WanAnimatePipeline",
+        first="patch_embedding",
+        never="face_adapter",
+        size={"height": 32, "width": 32, "segment_frame_length": 5},
+        extra={"image": images([0])[0], **{kind: images(range(n, n + 5)) for kind, n in _VIDEOS.items()}},
+    ),
+    Kind(
+        "chronoedit",
+        chronoedit,
+        text(8, masked=False, tokens=512),
+        pipeline="ChronoEditPipeline",
+        first="patch_embedding",
+        size=_SHORT,
+        extra={"image": images([0])[0]},
     ),
     Kind(
         "skyreels",
@@ -913,6 +985,15 @@ TWO_CALLS = [
         first="patch_embed.proj",
         scale_beyond=1.0,
         size={"height": 32, "width": 32},
+    ),
+    Kind(
+        "kandinsky5",
+        kandinsky5,
+        _kandinsky5_text,
+        pipeline="Kandinsky5T2VPipeline",
+        first="visual_embeddings.in_layer",
+        cross="cross_attention",
+        size=_SHORT,
     ),
 ]
 

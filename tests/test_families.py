@@ -79,6 +79,11 @@ def only_conditional(kind, half):
     return True
 
 
+def keys_of(layer):
+    """What makes the keys of a layer."""
+    return layer.to_k if hasattr(layer, "to_k") else layer.to_key
+
+
 def is_cross(kind, name):
     return name.removesuffix(".processor").endswith(kind.cross)
 

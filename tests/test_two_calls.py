@@ -10,7 +10,7 @@ from tests.families import BY_KIND, TOKENS, TWO_CALLS, Kind
 from tests.pipelines import STEPS, slow
 from tests.test_cost import taken
 from tests.test_counts import SETTINGS, computed
-from tests.test_families import check_restored, rows
+from tests.test_families import check_restored, is_cross, keys_of, rows
 from tests.test_laws import Stop, distance, snapshot
 from tests.test_placement import group_offload_by_leaves, model_offload, skip_if_missing
 from tests.test_predicted import EVERY, FIXED, PATIENT, full_steps
@@ -31,7 +31,12 @@ GATE = 3
 DROP = {"gate_step": GATE}
 # The step in which the second of two denoisers takes over.
 TAKEN_OVER = 3
-kinds = pytest.mark.parametrize("kind", rows(TWO_CALLS, {"wan_image", "wan_vace", "skyreels", "cosmos"}))
+# Others stand for these by default.
+SECOND = {"wan_image", "wan_vace", "skyreels", "cosmos"}
+# One law of each of these by default: they differ from others in little but their data.
+ONCE = {"kandinsky5", "wan_animate", "chronoedit"}
+kinds = pytest.mark.parametrize("kind", rows(TWO_CALLS, SECOND | ONCE))
+kinds_once = pytest.mark.parametrize("kind", rows(TWO_CALLS, SECOND))
 kinds_slow = pytest.mark.parametrize("kind", rows(TWO_CALLS, {kind.name for kind in TWO_CALLS}))
 WAN = pytest.mark.parametrize("kind", rows([BY_KIND["wan"]]))
 WAN_SLOW = pytest.mark.parametrize("kind", rows([BY_KIND["wan"]], {"wan"}))
@@ -82,7 +87,9 @@ def test_the_second_call_of_a_half_step_does_not_run(kind: Kind, settings, cross
     for name, part in experts(pipe).items():
         part.register_forward_hook(lambda module, args, output, name=name: seen[name]["denoiser"].append(1))
         for key, layer in attention_modules(part).items():
-            layer.to_k.register_forward_hook(lambda module, args, output, name=name, key=key: seen[name][key].append(1))
+            keys_of(layer).register_forward_hook(
+                lambda module, args, output, name=name, key=key: seen[name][key].append(1)
+            )
     kind.run(pipe)
     full = full_of(kind, settings)
     report = get_tgate_report(pipe)
@@ -95,7 +102,7 @@ def test_the_second_call_of_a_half_step_does_not_run(kind: Kind, settings, cross
         calls = sum(2 if step in full else 1 for step in steps)
         assert len(counts.pop("denoiser")) == calls
         for key, ran in counts.items():
-            of_text = sum(2 for step in steps if step in full) if cross and "attn2" in key else calls
+            of_text = sum(2 for step in steps if step in full) if cross and is_cross(kind, key) else calls
             assert len(ran) == of_text, key
 
 
@@ -123,7 +130,7 @@ def watch(pipe):
     return noises, outputs
 
 
-@kinds
+@kinds_once
 @pytest.mark.parametrize("settings", [FIXED, pytest.param(PATIENT, marks=pytest.mark.slow)], ids=["fixed", "auto"])
 def test_the_second_call_of_a_half_step_gives_the_first_and_the_prediction(kind: Kind, settings):
     pipe = apply_tgate(kind.build(), **settings)
@@ -233,8 +240,8 @@ def test_a_run_that_breaks_leaves_nothing(kind: Kind, call):
 
     handles = []
     for part in experts(pipe).values():
-        layer = next(layer for name, layer in attention_modules(part).items() if "attn1" in name)
-        handles.append(layer.to_q.register_forward_pre_hook(fail))
+        layer = next(layer for name, layer in attention_modules(part).items() if not is_cross(kind, name))
+        handles.append(keys_of(layer).register_forward_pre_hook(fail))
     with pytest.raises(Stop):
         kind.run(pipe)
     for handle in handles:
@@ -312,9 +319,10 @@ def test_another_pipeline_on_the_same_denoiser_makes_all_its_calls(kind: Kind):
 
 
 COUNTED = {"max_sequence_length": TOKENS, "batch_size": 2}
+ESTIMATED = {"wan", "kandinsky5"}
 
 
-@WAN_SLOW
+@pytest.mark.parametrize("kind", rows([BY_KIND[name] for name in sorted(ESTIMATED)], ESTIMATED))
 @pytest.mark.parametrize("cross", [None, True])
 @pytest.mark.parametrize("settings", [DROP, FIXED, PATIENT], ids=str)
 def test_the_estimate_is_what_a_run_takes(kind: Kind, settings, cross):
@@ -325,6 +333,32 @@ def test_the_estimate_is_what_a_run_takes(kind: Kind, settings, cross):
     report = get_tgate_report(pipe)
     assert cost.report.peak_bytes == report.peak_bytes
     assert cost.report.half_batch_forwards == report.half_batch_forwards > 0
+
+
+@pytest.mark.parametrize("kind", rows([BY_KIND["wan_animate"]], {"wan_animate"}))
+def test_every_segment_of_a_video_has_a_gate_of_its_own(kind: Kind):
+    pipe = apply_tgate(kind.build(), GATE, cross_attention=True)
+    runs = []
+    pipe.transformer.register_forward_hook(lambda module, args, output: runs.append(1))
+    videos = {name: kind.extra[name] + kind.extra[name][:4] for name in ("pose_video", "face_video")}
+    kind.run(pipe, **videos)
+    report = get_tgate_report(pipe)
+    assert report.num_inference_steps == 2 * STEPS
+    assert report.full_steps == (*range(GATE), *range(STEPS, STEPS + GATE))
+    assert len(runs) == 2 * (2 * GATE + STEPS - GATE)
+
+
+@pytest.mark.parametrize("kind", rows([BY_KIND["chronoedit"]], {"chronoedit"}))
+@pytest.mark.parametrize(("settings", "full"), [(DROP, (0, 1, 2, 4)), (FIXED, (0, 1, 3, 4, 5))], ids=["drop", "fixed"])
+def test_frames_that_are_dropped_after_the_gate_get_a_full_step(kind: Kind, settings, full):
+    pipe = apply_tgate(kind.build(), **settings, cross_attention=True)
+    frames = []
+    note = pipe.transformer.register_forward_pre_hook
+    note(lambda module, args, kwargs: frames.append(kwargs["hidden_states"].shape[2]), with_kwargs=True)
+    kind.run(pipe, num_frames=9, enable_temporal_reasoning=True, num_temporal_reasoning_steps=4)
+    assert get_tgate_report(pipe).full_steps == full
+    expected = [3 if step < 4 else 2 for step in range(STEPS) for _ in range(2 if step in full else 1)]
+    assert frames == expected
 
 
 class OwnLoop:

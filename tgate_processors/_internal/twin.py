@@ -18,7 +18,7 @@ _KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
     "addition_embed_type": (None, "text_time"),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
-    "attention_type": (None, "default"),
+    "attention_type": (None, "default", "regular"),
 }
 
 

@@ -1,8 +1,10 @@
-"""Kandinsky 3: a UNet whose blocks keep their attention in one list, self-attention first."""
+"""Kandinsky 3: a UNet whose blocks list their attention. Kandinsky 5: guidance by two calls."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from ..layout import Layout
 from .family import Family, Inputs, InputSize, Shapes
@@ -14,6 +16,21 @@ def _kandinsky3(config: Any, batch: int, size: InputSize) -> Shapes:
         "timestep": (),
         "encoder_hidden_states": (batch, size.tokens, config.encoder_hid_dim),
         "encoder_attention_mask": (batch, size.tokens),
+    }
+
+
+def _kandinsky5(config: Any, batch: int, size: InputSize) -> Shapes:
+    # Beside the latents stand those of a given picture, and which frames are given.
+    channels = 2 * config.in_visual_dim + 1 if config.visual_cond else config.in_visual_dim
+    _, height, width = config.patch_size
+    sides = (size.frames, size.height // height, size.width // width)
+    return {
+        "hidden_states": (batch, size.frames, size.height, size.width, channels),
+        "timestep": (batch,),
+        "encoder_hidden_states": (batch, size.tokens, config.in_text_dim),
+        "pooled_projections": (batch, config.in_text_dim2),
+        "visual_rope_pos": [torch.empty(side, dtype=torch.long, device="meta") for side in sides],
+        "text_rope_pos": torch.empty(size.tokens, dtype=torch.long, device="meta"),
     }
 
 
@@ -30,5 +47,20 @@ KANDINSKY = (
             never=("add_time_condition",),
             scale_beyond=1.0,
         ),
+    ),
+    Family(
+        "Kandinsky5Transformer3DModel",
+        "transformer",
+        "conditional",
+        Inputs(_kandinsky5, tokens=512, frames=121, frame_scale=4),
+        Layout(
+            cross=("cross_attention",),
+            # The text is refined here, in a small part of the time.
+            never=("text_transformer_blocks",),
+            calls=2,
+            keeps_cross=False,
+        ),
+        # They tell their steps, and guide where `guidance_scale` is above 1.
+        untold=dict.fromkeys(f"Kandinsky5{kind}Pipeline" for kind in ("T2V", "I2V", "T2I", "I2I")),
     ),
 )

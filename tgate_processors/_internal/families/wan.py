@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..layout import Layout
@@ -21,14 +22,30 @@ def _vace(config: Any, batch: int, size: InputSize) -> Shapes:
     return shapes | {"control_hidden_states": (batch, config.vace_in_channels, *shapes["hidden_states"][2:])}
 
 
+def _animate(config: Any, batch: int, size: InputSize) -> Shapes:
+    # The picture to be animated is one frame more.
+    hidden = (batch, config.in_channels, size.frames + 1, size.height, size.width)
+    side = config.motion_encoder_size
+    shapes = _wan(config, batch, size) | {"hidden_states": hidden}
+    return shapes | {
+        "pose_hidden_states": (batch, config.latent_channels, size.frames, *hidden[3:]),
+        "face_pixel_values": (batch, 3, 4 * (size.frames - 1) + 1, side, side),
+    }
+
+
 # The keys of a picture that the video begins with have a softmax of their own beside that of the text.
 _LAYOUT = Layout(calls=2, apart=True, keeps_cross=False)
+# Faces are no text: what is seen of them changes from frame to frame.
+_ANIMATE = replace(_LAYOUT, never=("face_adapter",))
 _SIZES: dict[str, Any] = {"tokens": 512, "frames": 81, "frame_scale": 4}
 _INPUTS = Inputs(_wan, **_SIZES)
 _VACE_INPUTS = Inputs(_vace, **_SIZES)
+_ANIMATE_INPUTS = Inputs(_animate, **_SIZES | {"frames": 77})
 
 WAN = (
     Family("WanTransformer3DModel", "transformer", "conditional", _INPUTS, _LAYOUT, second="transformer_2"),
     Family("WanVACETransformer3DModel", "transformer", "conditional", _VACE_INPUTS, _LAYOUT, second="transformer_2"),
+    Family("WanAnimateTransformer3DModel", "transformer", "conditional", _ANIMATE_INPUTS, _ANIMATE),
     Family("SkyReelsV2Transformer3DModel", "transformer", "conditional", _INPUTS, _LAYOUT),
+    Family("ChronoEditTransformer3DModel", "transformer", "conditional", _INPUTS, _LAYOUT),
 )

@@ -702,6 +702,15 @@ KINDS = [
         extra={"audio_end_in_s": 2.0},
     ),
     Kind(
+        "stable_audio_negative",
+        stable_audio,
+        text(8, masked=False),
+        pipeline="StableAudioPipeline",
+        first="proj_in",
+        mean=False,
+        extra={"audio_end_in_s": 2.0},
+    ),
+    Kind(
         "sana_video",
         sana_video,
         text(8),
@@ -712,7 +721,7 @@ KINDS = [
     ),
     Kind(
         "sana_video_image",
-        lambda: sana_video("SanaImageToVideoPipeline", _flow(), vae=_wan_vae()),
+        lambda: sana_video("SanaImageToVideoPipeline", _flow(), vae=wan_vae()),
         text(8),
         pipeline="SanaImageToVideoPipeline",
         first="patch_embedding",
@@ -784,7 +793,7 @@ WAN_CONFIG = {
 }
 
 
-def _wan_vae() -> Any:
+def wan_vae() -> Any:
     return model(
         "AutoencoderKLWan",
         base_dim=2,
@@ -801,6 +810,8 @@ _WAN_DENOISERS = {
     "WanVACEPipeline": "WanVACETransformer3DModel",
     "WanAnimatePipeline": "WanAnimateTransformer3DModel",
     "ChronoEditPipeline": "ChronoEditTransformer3DModel",
+    "SkyReelsV2Pipeline": "SkyReelsV2Transformer3DModel",
+    "SkyReelsV2ImageToVideoPipeline": "SkyReelsV2Transformer3DModel",
 }
 _FROM_PICTURE = {"image_dim": 8, "added_kv_proj_dim": 24, "num_layers": 1}
 _FACES = {
@@ -830,7 +841,7 @@ def wan(name: str = "WanPipeline", seconds: bool = False, **changed: Any) -> Any
         parts["transformer_2"] = model("WanTransformer3DModel", seed=1, **config)
         parts["boundary_ratio"] = 0.6
     if name != "WanPipeline":
-        parts["vae"] = _wan_vae()
+        parts["vae"] = wan_vae()
     if "image_dim" in changed:
         sizes = {"image_size": 32, "patch_size": 16, "hidden_size": 8, "intermediate_size": 8}
         vision = CLIPVisionConfig(num_hidden_layers=2, num_attention_heads=2, **sizes)
@@ -876,10 +887,10 @@ class _Safe(torch.nn.Module):
         return True
 
 
-def cosmos(name: str, **config: Any) -> Any:
+def cosmos(name: str, channels: int = 4, **components: Any) -> Any:
     transformer = model(
         "CosmosTransformer3DModel",
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=12,
@@ -892,19 +903,28 @@ def cosmos(name: str, **config: Any) -> Any:
         concat_padding_mask=False,
         extra_pos_embed_type="learnable",
     )
-    if name == "CosmosTextToWorldPipeline":
+    if name in ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline"):
         scheduler = diffusers.EDMEulerScheduler(
             sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", final_sigmas_type="sigma_min"
         )
     else:
         scheduler = _flow(use_karras_sigmas=True)
-    return assemble(name, transformer=transformer, scheduler=scheduler, safety_checker=_Safe(), **config)
+    return assemble(name, transformer=transformer, scheduler=scheduler, safety_checker=_Safe(), **components)
 
 
-def skyreels() -> Any:
-    pipe = wan()
-    transformer = model("SkyReelsV2Transformer3DModel", **WAN_CONFIG)
-    return assemble("SkyReelsV2Pipeline", transformer=transformer, scheduler=pipe.scheduler)
+def _cosmos_vae() -> Any:
+    return model(
+        "AutoencoderKLCosmos",
+        latent_channels=4,
+        encoder_block_out_channels=(4, 4, 4, 4),
+        decode_block_out_channels=(4, 4, 4, 4),
+        attention_resolutions=(8,),
+        resolution=64,
+        num_layers=1,
+        scaling_factor=1.0,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+    )
 
 
 _VIDEOS = {"pose_video": 10, "face_video": 20}
@@ -962,7 +982,7 @@ TWO_CALLS = [
     ),
     Kind(
         "skyreels",
-        skyreels,
+        lambda: wan("SkyReelsV2Pipeline"),
         text(8, masked=False),
         pipeline="SkyReelsV2Pipeline",
         first="patch_embedding",
@@ -985,6 +1005,58 @@ TWO_CALLS = [
         first="patch_embed.proj",
         scale_beyond=1.0,
         size={"height": 32, "width": 32},
+    ),
+    Kind(
+        "wan_video",
+        lambda: wan("WanVideoToVideoPipeline"),
+        text(8, masked=False),
+        pipeline="WanVideoToVideoPipeline",
+        first="patch_embedding",
+        size={"height": 32, "width": 32},
+        extra={"video": images(range(5)), "strength": 1.0},
+        batches=False,
+    ),
+    Kind(
+        "lucy",
+        lambda: wan("LucyEditPipeline", in_channels=8),
+        text(8, masked=False),
+        pipeline="LucyEditPipeline",
+        first="patch_embedding",
+        size=_SHORT,
+        extra={"video": images(range(5))},
+        batches=False,
+    ),
+    Kind(
+        "skyreels_image",
+        lambda: wan("SkyReelsV2ImageToVideoPipeline", in_channels=12, **_FROM_PICTURE),
+        text(8, masked=False, tokens=512),
+        pipeline="SkyReelsV2ImageToVideoPipeline",
+        first="patch_embedding",
+        size=_SHORT,
+        extra={"image": images([0])[0]},
+        batches=False,
+    ),
+    Kind(
+        "cosmos_video",
+        lambda: cosmos("CosmosVideoToWorldPipeline", channels=5, vae=_cosmos_vae()),
+        text(8, masked=False),
+        pipeline="CosmosVideoToWorldPipeline",
+        first="patch_embed.proj",
+        scale_beyond=1.0,
+        size={"height": 32, "width": 32, "num_frames": 9},
+        extra={"image": images([0])[0]},
+        batches=False,
+    ),
+    Kind(
+        "cosmos2_video",
+        lambda: cosmos("Cosmos2VideoToWorldPipeline", channels=5, vae=wan_vae()),
+        text(8, masked=False),
+        pipeline="Cosmos2VideoToWorldPipeline",
+        first="patch_embed.proj",
+        scale_beyond=1.0,
+        size={"height": 32, "width": 32, "num_frames": 9},
+        extra={"image": images([0])[0]},
+        batches=False,
     ),
     Kind(
         "kandinsky5",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.families import assemble, cosmos, wan, wan_vae
 from tests.pipelines import BY_NAME
 from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
@@ -290,6 +291,14 @@ def stable_cascade():
     return diffusers.StableCascadeDecoderPipeline(decoder, None, None, scheduler, None)
 
 
+def diffusion_forcing():
+    return assemble("SkyReelsV2DiffusionForcingPipeline", transformer=wan("SkyReelsV2Pipeline").transformer)
+
+
+def cosmos_transfer():
+    return cosmos("Cosmos2_5_TransferPipeline", vae=wan_vae())
+
+
 def without_denoiser():
     pipe = CASE.build()
     pipe.unet = None
@@ -314,6 +323,8 @@ def without_denoiser():
         (text_to_video, "T-GATE does not know how unet=UNet3DConditionModel does guidance"),
         (mochi, "MochiTransformer3DModel has joint attention"),
         (stable_cascade, "it denoises with decoder=StableCascadeUNet, whose attention joins the text with other keys"),
+        (diffusion_forcing, "it denoises windows of frames, each with noise of its own (diffusion forcing)"),
+        (cosmos_transfer, "it denoises a video in pieces, with a ControlNet that runs twice in every step"),
         (without_denoiser, "it has no `unet` or `transformer` at present."),
     ],
     ids=[
@@ -332,6 +343,8 @@ def without_denoiser():
         "unknown",
         "mochi",
         "stable_cascade",
+        "diffusion_forcing",
+        "cosmos_transfer",
         "no_denoiser",
     ],
 )

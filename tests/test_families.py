@@ -21,7 +21,7 @@ GATE = 3
 DROP = {"gate_step": GATE}
 # Others stand for these by default: their denoiser is the same.
 SECOND = {"sana_controlnet", "sana_sprint", "ltx_image", "ltx_condition", "hunyuan_controlnet", "sana_video_image"}
-SECOND.add("ltx2_image")
+SECOND |= {"ltx2_image", "stable_audio_negative"}
 # One law of each of these by default: they differ from others in little but their data.
 ONCE = {"ltx2", "sana_video", "kandinsky3", "lumina", "audioldm2", "picture_video"}
 

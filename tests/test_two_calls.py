@@ -34,7 +34,16 @@ TAKEN_OVER = 3
 # Others stand for these by default.
 SECOND = {"wan_image", "wan_vace", "skyreels", "cosmos"}
 # One law of each of these by default: they differ from others in little but their data.
-ONCE = {"kandinsky5", "wan_animate", "chronoedit"}
+ONCE = {
+    "wan_animate",
+    "wan_video",
+    "lucy",
+    "skyreels_image",
+    "chronoedit",
+    "kandinsky5",
+    "cosmos_video",
+    "cosmos2_video",
+}
 kinds = pytest.mark.parametrize("kind", rows(TWO_CALLS, SECOND | ONCE))
 kinds_once = pytest.mark.parametrize("kind", rows(TWO_CALLS, SECOND))
 kinds_slow = pytest.mark.parametrize("kind", rows(TWO_CALLS, {kind.name for kind in TWO_CALLS}))

@@ -23,6 +23,8 @@ from transformers import (
     SpeechT5HifiGanConfig,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tests.pipelines import STEPS, Case, images, quiet, seeded
@@ -833,6 +835,14 @@ def chronoedit() -> Any:
     return pipe
 
 
+def helios() -> Any:
+    config = {key: value for key, value in WAN_CONFIG.items() if key != "rope_max_seq_len"}
+    memory = {"has_multi_term_memory_patch": True, "guidance_cross_attn": True, "zero_history_timestep": True}
+    transformer = model("HeliosTransformer3DModel", **config, **memory, rope_dim=(4, 4, 4), is_amplify_history=False)
+    scheduler = diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
+    return assemble("HeliosPipeline", transformer=transformer, scheduler=scheduler, vae=wan_vae())
+
+
 def wan(name: str = "WanPipeline", seconds: bool = False, **changed: Any) -> Any:
     config = WAN_CONFIG | changed
     kind = _WAN_DENOISERS.get(name, "WanTransformer3DModel")
@@ -849,6 +859,34 @@ def wan(name: str = "WanPipeline", seconds: bool = False, **changed: Any) -> Any
         parts["image_encoder"] = CLIPVisionModel(vision).eval()
         parts["image_processor"] = CLIPImageProcessor(crop_size=32, size=32)
     return assemble(name, **parts)
+
+
+def longcat() -> Any:
+    transformer = model(
+        "LongCatAudioDiTTransformer", dit_dim=8, dit_depth=2, dit_heads=2, dit_text_dim=8, latent_dim=4, text_conv=False
+    )
+    vae = model(
+        "LongCatAudioDiTVae",
+        channels=4,
+        c_mults=[1, 2],
+        strides=[2],
+        latent_dim=4,
+        encoder_latent_dim=4,
+        downsampling_ratio=2,
+        sample_rate=8,
+    )
+    # What is drawn ends before it, and its weights cannot be copied.
+    vae.encoder = vae.decoder = torch.nn.Linear(1, 1)
+    tokenizer = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer")
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_heads": 1, "d_kv": 4, "d_ff": 4, "vocab_size": len(tokenizer)}
+    encoder = UMT5EncoderModel(UMT5Config(d_model=8, **sizes)).eval()
+    components = {"transformer": transformer, "vae": vae, "tokenizer": tokenizer, "text_encoder": encoder}
+    return assemble("LongCatAudioDiTPipeline", **components)
+
+
+def _words(prompts: list[int], guided: bool) -> dict[str, Any]:
+    return {"prompt": ["a small blue square" + ", on a grey background" * p for p in prompts]}
 
 
 def kandinsky5() -> Any:
@@ -981,6 +1019,15 @@ TWO_CALLS = [
         extra={"image": images([0])[0]},
     ),
     Kind(
+        "helios",
+        helios,
+        text(8, masked=False),
+        pipeline="HeliosPipeline",
+        first="patch_embedding",
+        size=_SHORT,
+        extra={"num_latent_frames_per_chunk": 2},
+    ),
+    Kind(
         "skyreels",
         lambda: wan("SkyReelsV2Pipeline"),
         text(8, masked=False),
@@ -1057,6 +1104,15 @@ TWO_CALLS = [
         size={"height": 32, "width": 32, "num_frames": 9},
         extra={"image": images([0])[0]},
         batches=False,
+    ),
+    Kind(
+        "longcat",
+        longcat,
+        _words,
+        pipeline="LongCatAudioDiTPipeline",
+        first="input_embed.proj",
+        cross="cross_attn",
+        extra={"audio_duration_s": 2.0, "negative_prompt": "music"},
     ),
     Kind(
         "kandinsky5",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.families import assemble, cosmos, wan, wan_vae
+from tests.families import assemble, cosmos, ltx2, model, wan, wan_vae
 from tests.pipelines import BY_NAME
 from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
@@ -299,6 +299,21 @@ def cosmos_transfer():
     return cosmos("Cosmos2_5_TransferPipeline", vae=wan_vae())
 
 
+def motif():
+    sizes = {"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8}
+    transformer = model("MotifVideoTransformer3DModel", **sizes, num_layers=1, num_single_layers=1, text_embed_dim=8)
+    return assemble("MotifVideoPipeline", transformer=transformer)
+
+
+def distilled_ltx2():
+    return ltx2("LTX2DFRPipeline")
+
+
+def needs(pipeline, build, reason):
+    """A row that the oldest diffusers may not have."""
+    return pytest.param(build, reason, marks=pytest.mark.skipif(not hasattr(diffusers, pipeline), reason=pipeline))
+
+
 def without_denoiser():
     pipe = CASE.build()
     pipe.unet = None
@@ -323,8 +338,18 @@ def without_denoiser():
         (text_to_video, "T-GATE does not know how unet=UNet3DConditionModel does guidance"),
         (mochi, "MochiTransformer3DModel has joint attention"),
         (stable_cascade, "it denoises with decoder=StableCascadeUNet, whose attention joins the text with other keys"),
-        (diffusion_forcing, "it denoises windows of frames, each with noise of its own (diffusion forcing)"),
-        (cosmos_transfer, "it denoises a video in pieces, with a ControlNet that runs twice in every step"),
+        needs(
+            "SkyReelsV2DiffusionForcingPipeline",
+            diffusion_forcing,
+            "it denoises windows of frames, each with noise of its own (diffusion forcing)",
+        ),
+        needs(
+            "Cosmos2_5_TransferPipeline",
+            cosmos_transfer,
+            "it denoises a video in pieces, with a ControlNet that runs twice in every step",
+        ),
+        needs("MotifVideoPipeline", motif, "MotifVideoTransformer3DModel has joint attention"),
+        needs("LTX2DFRPipeline", distilled_ltx2, "it has no do_classifier_free_guidance"),
         (without_denoiser, "it has no `unet` or `transformer` at present."),
     ],
     ids=[
@@ -345,6 +370,8 @@ def without_denoiser():
         "stable_cascade",
         "diffusion_forcing",
         "cosmos_transfer",
+        "motif",
+        "distilled_ltx2",
         "no_denoiser",
     ],
 )

@@ -35,6 +35,8 @@ TAKEN_OVER = 3
 SECOND = {"wan_image", "wan_vace", "skyreels", "cosmos"}
 # One law of each of these by default: they differ from others in little but their data.
 ONCE = {
+    "longcat",
+    "helios",
     "wan_animate",
     "wan_video",
     "lucy",
@@ -91,7 +93,7 @@ def test_apply_and_remove_change_nothing_else_and_two_calls_agree(kind: Kind):
 @pytest.mark.parametrize("cross", [False, True], ids=["guidance alone", "cross-attention too"])
 @pytest.mark.parametrize("settings", [DROP, FIXED, pytest.param(PATIENT, marks=pytest.mark.slow)], ids=str)
 def test_the_second_call_of_a_half_step_does_not_run(kind: Kind, settings, cross):
-    pipe = apply_tgate(kind.build(), **settings, cross_attention=cross or None)
+    pipe = apply_tgate(kind.build(), **settings, cross_attention=cross)
     seen = {name: defaultdict(list) for name in experts(pipe)}
     for name, part in experts(pipe).items():
         part.register_forward_hook(lambda module, args, output, name=name: seen[name]["denoiser"].append(1))
@@ -344,13 +346,16 @@ def test_the_estimate_is_what_a_run_takes(kind: Kind, settings, cross):
     assert cost.report.half_batch_forwards == report.half_batch_forwards > 0
 
 
-@pytest.mark.parametrize("kind", rows([BY_KIND["wan_animate"]], {"wan_animate"}))
+SEGMENTED = {"wan_animate", "helios"}
+
+
+@pytest.mark.parametrize("kind", rows([BY_KIND[name] for name in sorted(SEGMENTED)], SEGMENTED))
 def test_every_segment_of_a_video_has_a_gate_of_its_own(kind: Kind):
     pipe = apply_tgate(kind.build(), GATE, cross_attention=True)
     runs = []
     pipe.transformer.register_forward_hook(lambda module, args, output: runs.append(1))
-    videos = {name: kind.extra[name] + kind.extra[name][:4] for name in ("pose_video", "face_video")}
-    kind.run(pipe, **videos)
+    videos = {name: video + video[:4] for name, video in kind.extra.items() if name in ("pose_video", "face_video")}
+    kind.run(pipe, **(videos or {"num_frames": 10}))
     report = get_tgate_report(pipe)
     assert report.num_inference_steps == 2 * STEPS
     assert report.full_steps == (*range(GATE), *range(STEPS, STEPS + GATE))
@@ -368,6 +373,12 @@ def test_frames_that_are_dropped_after_the_gate_get_a_full_step(kind: Kind, sett
     assert get_tgate_report(pipe).full_steps == full
     expected = [3 if step < 4 else 2 for step in range(STEPS) for _ in range(2 if step in full else 1)]
     assert frames == expected
+
+
+@pytest.mark.parametrize("kind", rows([BY_KIND["helios"]], {"helios"}))
+def test_what_does_not_run_without_weights_is_not_estimated(kind: Kind):
+    with pytest.raises(ValueError, match="HeliosTransformer3DModel does not run on the meta device"):
+        estimate_cost(kind.build(), TGateSchedule(GATE), STEPS)
 
 
 class OwnLoop:

@@ -26,6 +26,11 @@ def family_inputs(denoiser: torch.nn.Module) -> Inputs:
     """The inputs of a denoiser of a known family."""
     family = family_of(denoiser)
     assert family is not None
+    if family.inputs is None:
+        raise ValueError(
+            f"{type(denoiser).__name__} does not run on the meta device, so its cost cannot be estimated. Count what a "
+            "run takes with torch.utils.flop_counter.FlopCounterMode."
+        )
     return family.inputs
 
 

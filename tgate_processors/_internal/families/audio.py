@@ -1,4 +1,4 @@
-"""Stable Audio: text and duration in one cross-attention, the duration besides. AudioLDM 2: two texts in turn."""
+"""Stable Audio: text and duration in one cross-attention. AudioLDM 2: two texts in turn. LongCat: two calls."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def _audioldm2(config: Any, batch: int, size: InputSize) -> Shapes:
     return shapes
 
 
+def _longcat(config: Any, batch: int, size: InputSize) -> Shapes:
+    hidden = (batch, size.frames, config.latent_dim)
+    return {
+        "hidden_states": hidden,
+        "timestep": (batch,),
+        "encoder_hidden_states": (batch, size.tokens, config.dit_text_dim),
+        "encoder_attention_mask": torch.empty(batch, size.tokens, dtype=torch.bool, device="meta"),
+        "attention_mask": torch.empty(batch, size.frames, dtype=torch.bool, device="meta"),
+        "latent_cond": hidden,
+    }
+
+
 AUDIO = (
     Family(
         "StableAudioDiTModel",
@@ -57,5 +69,14 @@ AUDIO = (
         Inputs(_audioldm2, tokens=512, scale=4),
         Layout(arguments=("encoder_hidden_states_1", "encoder_attention_mask_1")),
         untold={"AudioLDM2Pipeline": None},
+    ),
+    Family(
+        "LongCatAudioDiTTransformer",
+        "transformer",
+        "conditional",
+        # 30 seconds.
+        Inputs(_longcat, tokens=512, frames=351, sized=False),
+        Layout(cross=("cross_attn",), calls=2),
+        untold={"LongCatAudioDiTPipeline": None},
     ),
 )

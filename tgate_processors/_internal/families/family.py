@@ -56,7 +56,7 @@ class Family:
         denoiser_class (`str`): Name of its class; subclasses count too.
         attribute (`str`): Where pipelines have it.
         kept_half (`str`): The half that stays where guidance is dropped.
-        inputs (`Inputs`): What it takes, for `estimate_cost`.
+        inputs (`Inputs`, *optional*): What it takes, for `estimate_cost`. Nothing if it does not run without weights.
         layout (`Layout`): What its batch is.
         untold (`Mapping`): Pipelines that lack `callback_on_step_end`, `num_timesteps` or
             `do_classifier_free_guidance`, but are known to call the denoiser once for each of `scheduler.timesteps` and
@@ -67,7 +67,7 @@ class Family:
     denoiser_class: str
     attribute: str
     kept_half: CFGHalf
-    inputs: Inputs
+    inputs: Inputs | None
     layout: Layout = field(default_factory=Layout)
     untold: Mapping[str, CFGHalf | None] = field(default_factory=dict)
     second: str | None = None

@@ -47,5 +47,7 @@ WAN = (
     Family("WanVACETransformer3DModel", "transformer", "conditional", _VACE_INPUTS, _LAYOUT, second="transformer_2"),
     Family("WanAnimateTransformer3DModel", "transformer", "conditional", _ANIMATE_INPUTS, _ANIMATE),
     Family("SkyReelsV2Transformer3DModel", "transformer", "conditional", _INPUTS, _LAYOUT),
+    # It asks for the precision of its device in every forward, which the meta device does not have.
+    Family("HeliosTransformer3DModel", "transformer", "conditional", None, _LAYOUT),
     Family("ChronoEditTransformer3DModel", "transformer", "conditional", _INPUTS, _LAYOUT),
 )

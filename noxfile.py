@@ -73,11 +73,10 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def slow(session: nox.Session) -> None:
-    """The slow tests; arguments after `--` go to pytest."""
-    install_for_tests(session)
-    session.run("pytest", "-m", "slow", PATIENCE, *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
+    """The slow tests, in the environment of `tests`; arguments after `--` go to pytest."""
+    session.notify("tests", ["-m", "slow", PATIENCE, *(session.posargs or ["-n", "auto"])])
 
 
 @nox.session

@@ -11,6 +11,7 @@ from .batch import Batch
 from .call import Call
 from .companions.companion import Companions
 from .control import Control
+from .deciding import UNSEEN, Decision, refuse
 from .experts import Experts, Stored
 from .halving import joined, sample_of, second_of
 from .layers import Layers
@@ -18,13 +19,10 @@ from .layout import Seen
 from .outputs import Kept, Outputs
 from .report import TGateReport
 from .saying import Text, say_left_alone, say_nothing_was_gated, say_unguided, say_what_is_late
-from .schedule import Action, CFGHalf, Phase, StepPlan
+from .schedule import Action, CFGHalf, StepPlan
 from .state import Part, Slot, TGateState
 from .steps import Loop
 from .tally import Tally
-
-# Kept by a forward that no hook has seen. Whether it fits is for the layers to see.
-_UNSEEN = Stored(-1, (), Part.ALL)
 
 
 class Run:
@@ -42,7 +40,6 @@ class Run:
         cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
 
     Attributes:
-        half (`bool`): Whether one half of guidance is left out in the step that runs now.
         waiting (`bool`): Whether no call has been announced yet (hand wiring).
     """
 
@@ -66,23 +63,19 @@ class Run:
         self._tally = Tally(is_auto=state.schedule.is_auto)
         self.whole: Any = None
         self.waiting = False
-        self.half = False
         self._state = state
         self._droppable = droppable
         self._by_forward = by_forward
         self._companions = companions or Companions()
+        self._decision = Decision(state, self.experts, self._companions, cross_attention=self.gates_cross)
         self._text = Text(state)
         self._loop: Loop | None = None
         self._last_index: int | None = None
         self._ticks = 0
-        self._due = False
-        self._part = Part.ALL
         self._seen: Seen | None = None
         self._guided = False
-        self._stores = False
         self._first: torch.Tensor | None = None
         self._second: Any = None
-        self._phase = Phase.SEMANTICS_PLANNING
 
     @property
     def report(self) -> TGateReport:
@@ -111,9 +104,14 @@ class Run:
         return self._guided and self._droppable
 
     @property
+    def half(self) -> bool:
+        """Whether one half of guidance is left out in the step that runs now."""
+        return self._decision.half
+
+    @property
     def halves_batch(self) -> bool:
         """Whether the forward that runs now runs on half of the batch that the pipeline gives."""
-        return self.half and self._layout.calls == 1
+        return self._decision.halves_batch
 
     @property
     def step_index(self) -> int:
@@ -137,12 +135,8 @@ class Run:
 
     def halves_next(self, shape: tuple[int, ...]) -> bool:
         """Whether the step that runs now will run on half the batch, if its latents are of this shape."""
-        stored = self.experts.now.stored
-        if self._loop is None or self._loop.over or stored is None:
-            return False
-        improving = self._planned(self._loop).phase is Phase.FIDELITY_IMPROVING
-        fits = stored.part is not Part.ALL and stored.shape[-2:] == shape[-2:]
-        return self._droppable and improving and fits and self.call.guided()
+        halves = self._loop is not None and self._decision.halves(self._loop, shape)
+        return halves and self._droppable and self.call.guided()
 
     def before_forward(
         self, seen: Seen, kept: CFGHalf = "unconditional", *, may_halve: bool = True, denoiser: Any = None
@@ -176,10 +170,7 @@ class Run:
         if self._needs_guidance() and not loop.passes and not (guided and self._droppable):
             say_unguided(self._state, self.call, gates_cross=self.gates_cross)
         self._text.watch(seen.text, loop)
-        self._part = self._part_kept(kept) if guided and self._droppable and self._layout.calls == 1 else Part.ALL
-        self._decide(loop, seen, guided, may_halve)
-        at_gate = self._phase is Phase.GATE
-        self._companions.before_forward(half=self.halves_batch, kept=int(kept == "conditional"), at_gate=at_gate)
+        self._decision.make(loop, seen, kept, guided=guided, droppable=self._droppable, may_halve=may_halve)
         self._seen, self._guided = seen, guided
         self.outputs.before_forward()
 
@@ -199,9 +190,9 @@ class Run:
             self._after_second(output)
             return None
         if self.half and not self._companions and self.gates_cross:
-            self._refuse(self.outputs.silent(), "did not give out what they keep, but ran on half of the batch")
+            refuse(self.outputs.silent(), "did not give out what they keep, but ran on half of the batch")
         part = self.outputs.signals.part
-        if self._stores and self._seen is not None:
+        if self._decision.stores and self._seen is not None:
             rows = self._seen.batch // (1 if part is Part.ALL else 2)
             self.experts.now.stored = Stored(rows, self._seen.shape, part)
         difference = self._difference(output)
@@ -261,7 +252,7 @@ class Run:
         self._begin().forward()
         self.outputs.after_forward()
         if self.outputs.signals.cross_attention is Action.STORE:
-            self.experts.now.stored = _UNSEEN
+            self.experts.now.stored = UNSEEN
 
     def close(self, *, completed: bool = True) -> None:
         """The call has ended, however it ended: hold nothing, leave the report."""
@@ -271,7 +262,7 @@ class Run:
         self._text.forget()
         self._seen = self._first = self._second = None
         reused = report.cross_attention_reused + report.self_attention_reused
-        if completed and not reused and (self._due or not self._ticks):
+        if completed and not reused and (self._decision.due or not self._ticks):
             say_nothing_was_gated(self.call, steps_seen=self._ticks > 0)
 
     def _begin(self) -> Loop:
@@ -283,7 +274,7 @@ class Run:
             say_left_alone(self._state, self.call, left_alone)
         if self._by_forward:
             self.batch.expect(self.call.pictures())
-        self._phase = Phase.SEMANTICS_PLANNING
+        self._decision.begin()
         return loop
 
     def _end(self, loop: Loop) -> None:
@@ -293,61 +284,14 @@ class Run:
         self._loop = None
         self.batch.forget()
         self._companions.end_loop()
-        self.half = False
+        self._decision.begin()
         self._first = self._second = None
         self.experts.forget()
-
-    def _decide(self, loop: Loop, seen: Seen, guided: bool, may_halve: bool) -> None:
-        """Set what the layers do, by the plan and by what they hold."""
-        plan = self._planned(loop)
-        half = guided and self._droppable and plan.phase is Phase.FIDELITY_IMPROVING
-        may_halve = may_halve and self._knows_guidance(loop)
-        cross, own, phase = plan.cross_attention, plan.self_attention, plan.phase
-        self._due = self._due or own is Action.REUSE or (self.gates_cross and cross is Action.REUSE)
-        if cross is Action.REUSE and not (self._fits(seen, half, guided) and (may_halve or not half)):
-            # As at the gate: the whole batch, everything computed and kept anew.
-            half = False
-            cross, phase = Action.STORE, Phase.GATE
-            own = Action.STORE if own is Action.REUSE else own
-        early = cross is Action.COMPUTE and self._companions.skip_the_gate and loop.may_halve
-        if early:
-            # Whatever layers a cache skips at the gate, what they gave before is there.
-            cross = Action.STORE
-        part = self._part if (phase is Phase.GATE or early) and seen.batch % 2 == 0 else Part.ALL
-        self._stores = cross is Action.STORE
-        if not self.gates_cross:
-            cross = Action.COMPUTE
-        elif half:
-            self._refuse(self.outputs.missing(), "keep no output, so no half of the batch can be left out")
-        self._phase, self.half = phase, half
-        self.outputs.signals.set(cross, own, part=part, half=self.halves_batch and self.gates_cross)
-
-    def _planned(self, loop: Loop) -> StepPlan:
-        """The plan of the step that runs now."""
-        return loop.planned(repeats=self._companions.repeats(), half=self._companions.half)
 
     def _needs_guidance(self) -> bool:
         """Whether nothing is gated in a call without guidance."""
         schedule = self._state.schedule
         return schedule.is_auto or not (self.gates_cross or max(schedule.sp_interval, schedule.fi_interval) > 1)
-
-    def _knows_guidance(self, loop: Loop) -> bool:
-        """Whether enough is known to leave a half out; a denoiser that takes over begins with full steps."""
-        return loop.guidance is None or not self.experts.took_over or loop.guidance.judges
-
-    def _part_kept(self, kept: CFGHalf) -> Part:
-        """What a full step keeps of an output for the half steps after it."""
-        if not self._state.schedule.predicts and self._layout.mean:
-            return Part.MEAN
-        return Part.FIRST if kept == "unconditional" else Part.SECOND
-
-    def _fits(self, seen: Seen, half: bool, guided: bool) -> bool:
-        """Whether what is kept was made for such a forward."""
-        stored = self.experts.now.stored
-        if stored is None or stored is _UNSEEN:
-            return stored is _UNSEEN and not half
-        rows = seen.batch // 2 if half and self._layout.calls == 1 else seen.batch
-        return (stored.rows, stored.shape) == (rows, seen.shape) and (stored.part is self._part or not guided)
 
     def _difference(self, output: Any) -> torch.Tensor | None:
         """What the halves of guidance differ by: noted if both were computed, else predicted."""
@@ -387,11 +331,8 @@ class Run:
                 "one, where T-GATE expects two calls for the same latents, the conditional one first. Call "
                 "remove_tgate(pipe) to use this pipeline."
             )
-        signals = self.outputs.signals
-        cross, own = signals.cross_attention, signals.self_attention
+        cross, own = self._decision.of_second_call(droppable=self._droppable)
         self.experts.call = 1
-        if self._droppable and self._phase is Phase.GATE:
-            cross = own = Action.COMPUTE
         self.outputs.signals.set(cross, own)
         self.outputs.before_forward()
 
@@ -414,13 +355,3 @@ class Run:
         self._loop.forward(guided=True)
         output, self._second = self._second, None
         return output
-
-    def _refuse(self, layers: list[str], what: str) -> None:
-        """Refuse cross-attention layers that go their own way while a half is left out."""
-        if layers:
-            raise ValueError(
-                f"T-GATE: {len(layers)} cross-attention layers, {layers[0].removesuffix('.processor')} among them, "
-                f"{what}. Their processors are not called: was `Attention.forward` replaced (Prompt-to-Prompt, "
-                "MasaCtrl), or are they skipped by another cache? Undo that, or call remove_tgate(pipe) to use this "
-                "pipeline."
-            )

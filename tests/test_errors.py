@@ -82,7 +82,7 @@ def test_what_is_no_number_is_refused(given):
 
 def test_joint_attention_is_told_what_helps_there():
     with pytest.raises(ValueError, match=r"enable_cache\(FirstBlockCacheConfig\(\)\)"):
-        apply_tgate(sd3())
+        apply_tgate(added_keys())
 
 
 def test_intervals_are_keywords():
@@ -378,7 +378,7 @@ def without_denoiser():
 def test_a_pipeline_that_cannot_be_gated_is_refused_with_the_reason(build, reason):
     pipe = build()
     before = dict(vars(pipe))
-    instead = r"(What helps there are|Load one|Call pipe\.disable_free_noise\(\))"
+    instead = r"(What helps there are|Load one|Call pipe\.disable_free_noise\(\)|cross_attention=False\))"
     with pytest.raises(ValueError, match=f"^{type(pipe).__name__} cannot be gated:? .*{re.escape(reason)}.*{instead}"):
         apply_tgate(pipe)
     assert vars(pipe) == before

@@ -104,7 +104,8 @@ def test_apply_and_remove_change_nothing_else_and_two_calls_agree(kind: Kind):
 
 def check_restored(before, after):
     """Everything is the object that it was, but for what a call of the pipeline makes anew."""
-    for made_anew in ("_current_timestep", "_guidance_scale", "_attention_kwargs", "_current_sigma"):
+    made = ("_current_timestep", "_guidance_scale", "_attention_kwargs", "_joint_attention_kwargs", "_current_sigma")
+    for made_anew in made:
         for seen in (before, after):
             seen["pipe"].pop(made_anew, None)
     assert_same(before, after)

@@ -101,7 +101,8 @@ class Call:
         """Whether the denoiser's batch holds both halves of classifier-free guidance now."""
         if not self._guides:
             return False
-        if not hasattr(type(self._pipe), "do_classifier_free_guidance"):
+        self._check_end()
+        if not self._tells_guidance:
             return self._guided_by_argument()
         # Callbacks may change the scale between two steps. Where it is a tensor (SVD), asking the pipeline waits for
         # the device, so ask only when it is another one.
@@ -128,6 +129,14 @@ class Call:
         """
         if self._scales:
             return [getattr(self._pipe, name) for name in self._scales]
+        if self._arguments.get("use_dynamic_cfg"):
+            raise ValueError(
+                f"T-GATE: use_dynamic_cfg=True changes the guidance scale of {self.subject} in every step, after its "
+                'denoiser has run, and gate_step="auto" measures by it: leave it out, or give gate_step as a number of '
+                'steps, apply_tgate(pipe, 20, guidance="predict", cross_attention=False).'
+            )
+        if self._is_true:
+            return self._arguments["true_cfg_scale"]
         scale = getattr(self._pipe, f"_guidance_scale_{expert + 1}", None) if expert else None
         if scale is None:
             scale = getattr(self._pipe, "_guidance_scale", None)
@@ -143,6 +152,8 @@ class Call:
 
     def _guided_by_argument(self) -> bool:
         """Whether the call asks for guidance."""
+        if self._is_true:
+            return self._arguments["true_cfg_scale"] > 1 and self._has_negative()
         scale = self._arguments.get("guidance_scale")
         if scale is None and not self.vouched:
             raise ValueError(
@@ -151,6 +162,36 @@ class Call:
                 "use it as it is."
             )
         return scale is not None and bool(scale > 1)
+
+    @property
+    def guides_by(self) -> str:
+        """What a call needs to guide, for messages."""
+        return "true_cfg_scale above 1 and a negative prompt" if self._is_true else "guidance_scale above 1"
+
+    @property
+    def _tells_guidance(self) -> bool:
+        """Whether the pipeline says itself whether it guides."""
+        return hasattr(type(self._pipe), "do_classifier_free_guidance")
+
+    @property
+    def _is_true(self) -> bool:
+        """Whether guidance is by a negative prompt and a scale of its own, beside one that the denoiser is told."""
+        return not self._tells_guidance and "true_cfg_scale" in self._arguments
+
+    def _has_negative(self) -> bool:
+        """Whether the call has a negative prompt, or all of its embeddings."""
+        embeds = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+        given = [self._arguments[name] is not None for name in embeds if name in self._arguments]
+        return self._arguments.get("negative_prompt") is not None or (bool(given) and all(given))
+
+    def _check_end(self) -> None:
+        """Refuse a call that ends guidance by itself (Lumina 2)."""
+        ratio = self._arguments.get("cfg_trunc_ratio")
+        if ratio is not None and ratio < 1:
+            raise ValueError(
+                f"T-GATE: cfg_trunc_ratio={ratio} ends the guidance of {self.subject} by itself, where T-GATE expects "
+                "two calls of the denoiser in every step: leave it out, or call remove_tgate(pipe) to use it."
+            )
 
     def pictures(self) -> int | None:
         """Number of pictures that the call asks for, if its arguments say so."""

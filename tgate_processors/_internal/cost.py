@@ -128,7 +128,7 @@ def estimate_cost(
 
     Source: T-GATE (https://arxiv.org/abs/2404.02747), whose tables count `layers`.
     """
-    pipe, denoiser = _pipe_and_denoiser(pipe_or_denoiser)
+    pipe, denoiser = _pipe_and_denoiser(pipe_or_denoiser, cross_attention)
     if not isinstance(schedule, TGateSchedule):
         raise TypeError(f"schedule is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
     num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 1)
@@ -142,8 +142,8 @@ def estimate_cost(
     check_parameters(denoiser, names)
 
     timeline = _timeline(pipe, num_inference_steps)
+    family = family_of(denoiser)
     if cross_attention is None:
-        family = family_of(denoiser)
         cross_attention = family is None or family.layout.keeps_cross
     with_tgate, report = run_schedule(
         profile,
@@ -153,6 +153,7 @@ def estimate_cost(
         guided=guided,
         dtype=dtype,
         cross_attention=cross_attention,
+        joint=family is not None and family.layout.joint,
     )
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
     return TGateCost(
@@ -186,10 +187,10 @@ def _profile(denoiser_class: Any, config: str, size: InputSize) -> tuple[Profile
     return measure(twin, size), frozenset(name for name, _ in twin.named_parameters())
 
 
-def _pipe_and_denoiser(given: Any) -> tuple[Any, Any]:
+def _pipe_and_denoiser(given: Any, cross_attention: bool | None) -> tuple[Any, Any]:
     """A pipeline, if one is given, and its denoiser."""
     if isinstance(given, diffusers.DiffusionPipeline):
-        found = find_family(given)
+        found = find_family(given, cross_attention)
         if found.kept_half is None:
             raise ValueError(
                 f"the guidance of {type(given).__name__} is not two halves; how many parts it has is up to the call: "
@@ -203,7 +204,7 @@ def _pipe_and_denoiser(given: Any) -> tuple[Any, Any]:
     family = family_of(given)
     if family is None:
         raise ValueError(f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {known()}.")
-    check_attention(given, name, apart=family.layout.apart)
+    check_attention(given, name, family.layout, cross_attention)
     return None, getattr(given, "_orig_mod", given)
 
 
@@ -213,7 +214,9 @@ def _guided(denoiser: Any, guidance: bool | None) -> bool:
         raise TypeError(f"guidance={guidance!r} is of type {type(guidance).__name__}: give True or False.")
     settings = ("time_cond_proj_dim", "guidance_embeds")
     embedded = next((name for name in settings if getattr(denoiser.config, name, None) not in (None, False)), None)
-    if guidance and embedded:
+    family = family_of(denoiser)
+    # Guidance by a second call, with a negative prompt, may come beside the embedded one.
+    if guidance and embedded and (family is None or family.layout.calls == 1):
         raise ValueError(
             f"guidance=True, but this {type(denoiser).__name__} embeds the guidance scale (config.{embedded}), so its "
             "batch is never two halves: leave out `guidance`."

@@ -266,6 +266,7 @@ def run_schedule(
     guided: bool,
     dtype: torch.dtype,
     cross_attention: bool = True,
+    joint: bool = False,
 ) -> tuple[MACs, TGateReport]:
     """
     Go through a run, step by step, with T-GATE's own run and processors and these two layers.
@@ -278,12 +279,13 @@ def run_schedule(
         guided (`bool`): Whether classifier-free guidance is on.
         dtype (`torch.dtype`): The type of what is stored.
         cross_attention (`bool`, *optional*, defaults to `True`): Whether cross-attention is reused.
+        joint (`bool`, *optional*, defaults to `False`): Whether no layer is gated.
 
     Returns:
         `tuple` of `MACs` and `TGateReport`: What the run takes, and what T-GATE says of it.
     """
     state, denoiser = TGateState(schedule), _Denoiser(profile)
-    layers = Layers(denoiser, state, "gate")
+    layers = Layers(denoiser, state, "gate", Layout(joint=joint))
     layers.follow()
     call = _Announced(timeline, guided=guided, pictures=batch_size)
     run = Run(state, call, layers, droppable=True, by_forward=True, cross_attention=cross_attention)

@@ -121,7 +121,7 @@ class Installation:
         """Be where the pipeline's denoiser is now, and refuse what has come beside T-GATE."""
         check_mode(pipe)
         here = next((place for place in self._places if place.found.is_of(pipe)), None)
-        found = here.found if here is not None else find_family(pipe)
+        found = here.found if here is not None else find_family(pipe, self.cross_attention)
         state = self.callback.state
         helper = self.deepcache.helper if self.deepcache else None
         alone = _TWO_CALLS if found.family.layout.calls > 1 else None

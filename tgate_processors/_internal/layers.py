@@ -80,7 +80,7 @@ class Layers:
         return [
             name
             for name, layer in self._modules.items()
-            if gates[name] is None and (self.layout.is_cross(name, layer) or not is_own(layer.processor))
+            if gates[name] is None and (self.layout.is_cross(name, layer) or not self._is_harmless(name, layer))
         ]
 
     def expected(self) -> dict[str, Slot]:
@@ -148,7 +148,8 @@ class Layers:
         gates = {}
         for name in names:
             processor = self._modules[name].processor
-            if self._gate_of(processor) is None and self.layout.is_gated(name) and self._may_gate(name, processor):
+            may = self._gate_of(processor) is None and self._may_gate(name, processor)
+            if may and self.layout.is_gated(name):
                 gates[name] = TGateAttnProcessor(processor, self._state)
         self._set(gates)
 
@@ -162,6 +163,10 @@ class Layers:
                 'custom_processors="leave" to leave it alone.'
             )
         return self._custom == "gate" or is_own(processor)
+
+    def _is_harmless(self, name: str, layer: Any) -> bool:
+        """Whether a processor without a gate of ours leaves the samples of a batch apart, as far as is known."""
+        return self._may_gate(name, layer.processor) if self.layout.joint else is_own(layer.processor)
 
     def _cross(self) -> list[str]:
         """The layers with cross-attention."""

@@ -20,6 +20,7 @@ _SHARED: Names = {
     **dict.fromkeys(("attention_mask", "encoder_attention_mask", "added_time_ids")),
     "added_cond_kwargs": _CONDITIONS,
     "cross_attention_kwargs": {"gligen": None},
+    "joint_attention_kwargs": {"ip_adapter_image_embeds": None},
 }
 DENOISER_ARGUMENTS: Names = {
     **_SHARED,
@@ -51,6 +52,7 @@ class Layout:
         calls (`int`): Calls of the denoiser that guidance is made of: 1, or 2, the conditional one first.
         apart (`bool`): Whether added keys (of a picture) have a softmax of their own beside that of the text.
         keeps_cross (`bool`): Whether cross-attention is gated by default: what it keeps of a video is large.
+        joint (`bool`): Whether text and image share one softmax. Then no layer is gated, but guidance alone.
         beside (`tuple` of `str`): Arguments that tell further calls in a step, which are about the conditional half.
             They run as without T-GATE.
         scales (`tuple` of `str`): Where a pipeline has its guidance scales, if there is one for each tensor that the
@@ -71,6 +73,7 @@ class Layout:
     calls: int = 1
     apart: bool = False
     keeps_cross: bool = True
+    joint: bool = False
 
     @property
     def of_denoiser(self) -> Names:
@@ -88,7 +91,7 @@ class Layout:
 
     def is_gated(self, name: str) -> bool:
         """Whether the layer of this name may be gated."""
-        return not any(part in name for part in self.never)
+        return not self.joint and not any(part in name for part in self.never)
 
     def is_cross(self, name: str, layer: Any) -> bool:
         """Whether the layer of this name attends to the text."""

@@ -133,7 +133,7 @@ class Outputs:
 
     def counts(self) -> tuple[tuple[bool, bool], tuple[bool, bool]]:
         """Whether cross-attention was computed and reused in the last forward, and whether self-attention was."""
-        if self._compiled_slots or (not self.did and self._lies_in_compiled_code()):
+        if self._compiled_slots or (not self.did and not self.layers.layout.joint and self._lies_in_compiled_code()):
             actions = self.signals.cross_attention, self.signals.self_attention
             cross, own = ((action is not Action.REUSE, action is Action.REUSE) for action in actions)
             return cross, own

@@ -97,7 +97,8 @@ def apply_tgate(
         cross_attention (`bool`, *optional*):
             Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True`, but to `False` for video
             families whose guidance is two calls of the denoiser (Wan, SkyReels V2, Cosmos): there the kept
-            cross-attention takes gigabytes and saves little.
+            cross-attention takes gigabytes and saves little. Where attention is joint (Stable Diffusion 3,
+            Qwen-Image) there is none to keep, so it has to be `False`.
         custom_processors (`str`, *optional*):
             What happens to attention processors that are not diffusers' own. They may mix the pictures of a batch or
             count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone
@@ -133,7 +134,7 @@ def apply_tgate(
     check_switch("cross_attention", cross_attention)
     if custom_processors not in (None, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {custom_processors!r}.')
-    found = find_family(pipe)
+    found = find_family(pipe, cross_attention)
     check_half(pipe, found, half)
     check_guidance(pipe, found, schedule, cross_attention)
     order = None

@@ -168,8 +168,9 @@ class Run:
         if self._by_forward and not self.call.vouched:
             self.call.check_timestep(seen.given.get("timestep"), loop.passes)
         if self._needs_guidance() and not loop.passes and not (guided and self._droppable):
-            say_unguided(self._state, self.call, gates_cross=self.gates_cross)
-        self._text.watch(seen.text, loop)
+            say_unguided(self._state, self.call, gates_cross=self.gates_cross, joint=self._layout.joint)
+        if self.gates_cross:
+            self._text.watch(seen.text, loop)
         self._decision.make(loop, seen, kept, guided=guided, droppable=self._droppable, may_halve=may_halve)
         self._seen, self._guided = seen, guided
         self.outputs.before_forward()
@@ -233,7 +234,7 @@ class Run:
         if not self._by_forward:
             loop.follow(self.call.timeline())
         if self._ticks == 1:
-            say_what_is_late(self._state, self.call, loop)
+            say_what_is_late(self._state, self.call, loop, gates_cross=self.gates_cross)
         if loop.over:
             self._end(loop)
 

@@ -49,16 +49,18 @@ class Text:
         self._before = None
 
 
-def say_what_is_late(state: TGateState, call: Call, loop: Loop) -> None:
+def say_what_is_late(state: TGateState, call: Call, loop: Loop, *, gates_cross: bool) -> None:
     """Warn once of what the settings make impossible."""
     gate, steps = loop.gate_step, loop.timeline.steps
+    stays = ["cross-attention is always computed"] if gates_cross else []
+    stays += ["guidance stays on"] if call.guided() else []
     if gate >= steps and not state.schedule.is_auto and state.say_once("late"):
         logger.warning(
-            "T-GATE: gate_step=%s is not before the last of the %s steps that run: cross-attention is always "
-            "computed%s. Give a smaller gate_step, or a share of the steps such as gate_step=0.4.",
+            "T-GATE: gate_step=%s is not before the last of the %s steps that run: %s. Give a smaller gate_step, or a "
+            "share of the steps such as gate_step=0.4.",
             gate,
             steps,
-            " and guidance stays on" if call.guided() else "",
+            " and ".join(stays),
         )
     exchange = call.exchanges_text_at()
     if exchange is not None and gate <= exchange < steps and state.say_once("exchange"):
@@ -72,17 +74,18 @@ def say_what_is_late(state: TGateState, call: Call, loop: Loop) -> None:
         )
 
 
-def say_unguided(state: TGateState, call: Call, *, gates_cross: bool) -> None:
+def say_unguided(state: TGateState, call: Call, *, gates_cross: bool, joint: bool = False) -> None:
     """Warn once that there is no guidance, where nothing else is gated."""
     if state.say_once("unguided"):
         remedies = ["gate_step as a number of steps"] if state.schedule.is_auto else []
         remedies += [] if gates_cross else ["cross_attention=True"]
+        remedy = f"Give {' and '.join(remedies)} to reuse cross-attention alone."
         logger.warning(
             "T-GATE: %s, and this call of %s has no guidance in which half of the batch could be left out: nothing is "
-            "gated. Give %s to reuse cross-attention alone.",
+            "gated. %s",
             'gate_step="auto" is set by the error of predicted guidance' if gates_cross else "guidance alone is gated",
             call.subject,
-            " and ".join(remedies),
+            f"It guides with {call.guides_by}." if joint else remedy,
         )
 
 

@@ -1,8 +1,8 @@
 """What differs between pipelines, as data; and whether a pipeline can be gated, with the reason if not."""
 
 from ..layers import attention_modules
-from .finding import Found, check_guidance, check_half, check_mode, find_family
-from .refusing import check_attention
+from .finding import Found, check_guidance, check_half, find_family
+from .refusing import check_attention, check_mode
 from .rows import FAMILIES, family_of, known
 
 __all__ = [

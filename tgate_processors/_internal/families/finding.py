@@ -12,13 +12,15 @@ import torch
 from ..call import Call
 from ..schedule import CFGHalf, TGateSchedule
 from .family import Family
-from .refusing import INSTEAD, check_attention, why_no_denoiser
+from .refusing import INSTEAD, check_attention, check_mode, why_distilled, why_no_denoiser
 from .rows import family_of, known
 
 # Arguments of a pipeline's call that give away guidance of more or other parts than two halves. It stays on after the
 # gate, every part keeps a cross-attention of its own, and the batch is not touched.
 WHOLE_GUIDANCE_ARGUMENTS = ("image_guidance_scale", "pag_scale")
 
+# By this property pipelines say whether they guide.
+_GUIDES = "do_classifier_free_guidance"
 # Arguments of a pipeline's call that give away a loop, or a batch, of a shape that changes from step to step.
 REFUSED_ARGUMENTS = {
     "edit_guidance_scale": "semantic guidance adds a part to the batch for every edit",
@@ -66,18 +68,25 @@ class Found:
         return same and getattr(pipe, self.family.attribute, None) is self.denoiser
 
 
-def find_family(pipe: Any) -> Found:
+def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
     """Find out how a pipeline is gated, or raise a `ValueError` with the reason why it cannot be."""
     subject = type(pipe).__name__
     parameters = _parameters(type(pipe))
     for argument, reason in REFUSED_ARGUMENTS.items():
         if argument in parameters:
             raise ValueError(f"{subject} cannot be gated: {reason}. {INSTEAD}")
-    family, denoiser = _find_denoiser(pipe, subject)
+    family, denoiser = _find_denoiser(pipe, subject, cross_attention)
+    legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.untold]
+    # By a negative prompt, whatever the denoiser is told besides; the call says whether it does.
+    by_negative = "true_cfg_scale" in parameters
+    # Such a denoiser is guided by what it is told (Sana Sprint), in a batch of one half.
+    embedded = bool(getattr(denoiser.config, "guidance_embeds", False)) and not by_negative
+    if family.layout.joint and (embedded or not (legacy or by_negative or hasattr(type(pipe), _GUIDES))):
+        raise ValueError(why_distilled(denoiser, subject))
     second = _second(pipe, family)
     for part in (denoiser, second):
         if part is not None:
-            check_attention(part, subject, apart=family.layout.apart)
+            check_attention(part, subject, family.layout, cross_attention)
     check_mode(pipe)
     call = inspect.unwrap(type(pipe).__call__)
     vouched = call.__module__.split(".")[0] == "diffusers"
@@ -86,12 +95,9 @@ def find_family(pipe: Any) -> Found:
             f"{subject} cannot be gated: its loop is not diffusers' own, and which of its calls of the denoiser is the "
             f"unconditional one cannot be told. Use the pipeline of diffusers that it derives from. {INSTEAD}"
         )
-    legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.untold]
     ticks = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
-    # Such a denoiser is guided by what it is told (Sana Sprint), in a batch of one half.
-    embedded = bool(getattr(denoiser.config, "guidance_embeds", False))
     if not legacy:
-        _check_loop(type(pipe), ticks, subject, guides=not embedded)
+        _check_loop(type(pipe), ticks, subject, guides=not embedded and not by_negative)
     kept_half: CFGHalf | None = (family.untold[legacy[0]] if legacy else None) or family.kept_half
     if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
         kept_half = None
@@ -132,11 +138,17 @@ def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
 
 
 def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule, cross_attention: bool | None = None) -> None:
-    """Refuse to predict guidance that has no two halves, or to gate it alone."""
+    """Refuse to predict guidance that has no two halves, or to gate it alone, and to reuse what is joint."""
+    joint = found.family.layout.joint
     if cross_attention is False and found.kept_half is None:
         raise ValueError(
             f"cross_attention=False gates guidance alone, and that of {type(pipe).__name__} is not two halves, so all "
-            "of it stays on. Leave cross_attention out."
+            f"of it stays on. {INSTEAD if joint else 'Leave cross_attention out.'}"
+        )
+    if joint and max(schedule.sp_interval, schedule.fi_interval) > 1:
+        raise ValueError(
+            f"sp_interval={schedule.sp_interval} and fi_interval={schedule.fi_interval} reuse self-attention, which "
+            f"{type(pipe).__name__} has not apart from its text, so there is nothing to keep: leave them out."
         )
     if schedule.predicts and found.kept_half is None:
         what = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"'
@@ -146,16 +158,7 @@ def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule, cross_atten
         )
 
 
-def check_mode(pipe: Any) -> None:
-    """Refuse a mode that a pipeline can be switched to at any time."""
-    if getattr(pipe, "free_noise_enabled", False):
-        raise ValueError(
-            f"{type(pipe).__name__} cannot be gated with FreeNoise: its attention layers run once for every window of "
-            "frames, so there is no one output to keep. Call pipe.disable_free_noise() or remove_tgate(pipe)."
-        )
-
-
-def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
+def _find_denoiser(pipe: Any, subject: str, cross_attention: bool | None) -> tuple[Family, torch.nn.Module]:
     """The part of a pipeline that is called in every step."""
     seen = []
     for attribute in ("unet", "transformer"):
@@ -166,13 +169,14 @@ def _find_denoiser(pipe: Any, subject: str) -> tuple[Family, torch.nn.Module]:
         if family is not None and family.attribute == attribute:
             return family, denoiser
         inner = getattr(denoiser, "_orig_mod", denoiser)
-        check_attention(inner, subject)
+        if cross_attention is not False:
+            check_attention(inner, subject)
         seen.append(f"{attribute}={type(inner).__name__}")
     if not seen:
         raise ValueError(f"{subject} cannot be gated: {why_no_denoiser(pipe)}")
     raise ValueError(
-        f"{subject} cannot be gated: T-GATE does not know how {' and '.join(seen)} does guidance. It knows {known()}. "
-        f"{INSTEAD}"
+        f"{subject} cannot be gated: T-GATE does not know how {' and '.join(seen)} does guidance. It knows "
+        f"{known(joint=cross_attention is False)}. {INSTEAD}"
     )
 
 
@@ -183,7 +187,7 @@ def _check_loop(pipeline_class: type, ticks: bool, subject: str, *, guides: bool
         for name, there in (
             ("callback_on_step_end", ticks),
             ("num_timesteps", hasattr(pipeline_class, "num_timesteps")),
-            ("do_classifier_free_guidance", not guides or hasattr(pipeline_class, "do_classifier_free_guidance")),
+            (_GUIDES, not guides or hasattr(pipeline_class, _GUIDES)),
         )
         if not there
     ]

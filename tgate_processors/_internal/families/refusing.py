@@ -1,4 +1,4 @@
-"""Why a denoiser has no cross-attention to keep."""
+"""Why a denoiser has no cross-attention to keep, or no half of guidance to leave out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..layers import attention_modules
+from ..layout import Layout
 
 # What makes a pipeline faster that T-GATE cannot gate.
 INSTEAD = "What helps there are fewer steps, half precision and torch.compile."
@@ -27,24 +28,61 @@ def why_no_denoiser(pipe: Any) -> str:
     return f"it has no denoiser that T-GATE knows, `unet` or `transformer`. {INSTEAD}"
 
 
-def check_attention(denoiser: torch.nn.Module, subject: str, *, apart: bool = False) -> None:
-    """Refuse a denoiser that has no cross-attention of its own to keep."""
+def check_attention(
+    denoiser: torch.nn.Module, subject: str, layout: Layout | None = None, cross_attention: bool | None = None
+) -> None:
+    """Refuse a denoiser that has no cross-attention of its own to keep, unless guidance alone is gated."""
+    layout = layout or Layout()
+    if layout.joint:
+        if cross_attention is not False:
+            raise ValueError(_why_joint(denoiser, subject, layout))
+        return
     modules = list(attention_modules(denoiser).values())
     inner = getattr(denoiser, "_orig_mod", denoiser)
     name = type(inner).__name__
     # Where added keys are `apart`, they have a softmax of their own.
-    if not apart and any(_is_joint(module) for module in (*modules, *inner.modules())):
-        distilled = getattr(getattr(inner, "config", None), "guidance_embeds", False)
-        more = ", and its guidance is distilled into it, so there is no half to leave out" if distilled else ""
-        raise ValueError(
-            f"{subject} cannot be gated: {name} has joint attention (text and image share one softmax), so there is no "
-            f"cross-attention output to keep{more}. What helps there are diffusers' own caches, where the model has "
-            "them (pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
-        )
+    if not layout.apart and any(_is_joint(module) for module in (*modules, *inner.modules())):
+        raise ValueError(_why_joint(denoiser, subject, layout))
     if not modules:
         raise ValueError(f"{subject} cannot be gated: {name} has no attention layers. {INSTEAD}")
     if not any(getattr(module, "is_cross_attention", True) for module in modules):
         raise ValueError(f"{subject} cannot be gated: {name} has no cross-attention layers. {INSTEAD}")
+
+
+def why_distilled(denoiser: torch.nn.Module, subject: str) -> str:
+    """Why a pipeline has no half of guidance to leave out."""
+    name = type(getattr(denoiser, "_orig_mod", denoiser)).__name__
+    return (
+        f"{subject} cannot be gated: it calls its {name} once in a step and its guidance is distilled into it, so "
+        f"there is no half to leave out. {INSTEAD}"
+    )
+
+
+def check_mode(pipe: Any) -> None:
+    """Refuse a mode that a pipeline can be switched to at any time."""
+    if getattr(pipe, "free_noise_enabled", False):
+        raise ValueError(
+            f"{type(pipe).__name__} cannot be gated with FreeNoise: its attention layers run once for every window of "
+            "frames, so there is no one output to keep. Call pipe.disable_free_noise() or remove_tgate(pipe)."
+        )
+
+
+def _why_joint(denoiser: torch.nn.Module, subject: str, layout: Layout) -> str:
+    """Why a denoiser with joint attention is refused, and what to do."""
+    inner: Any = getattr(denoiser, "_orig_mod", denoiser)
+    distilled = getattr(getattr(inner, "config", None), "guidance_embeds", False)
+    more = ", and its guidance is distilled into it, so there is no half to leave out" if distilled else ""
+    instead = (
+        "What helps there are diffusers' own caches, where the model has them "
+        "(pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
+    )
+    if layout.joint:
+        what = "guidance by a negative prompt (true_cfg_scale above 1)" if distilled else "guidance alone"
+        instead = f"apply_tgate(pipe, cross_attention=False) gates {what}."
+    return (
+        f"{subject} cannot be gated: {type(inner).__name__} has joint attention (text and image share one softmax), so "
+        f"there is no cross-attention output to keep{more}. {instead}"
+    )
 
 
 def _is_joint(module: Any) -> bool:

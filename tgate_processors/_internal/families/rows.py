@@ -8,6 +8,7 @@ from .audio import AUDIO
 from .cosmos import COSMOS
 from .family import Family
 from .hunyuan import HUNYUAN
+from .joint import JOINT
 from .kandinsky import KANDINSKY
 from .latte import LATTE
 from .ltx import LTX
@@ -29,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     *AUDIO,
     *WAN,
     *COSMOS,
+    *JOINT,
 )
 
 
@@ -39,6 +41,6 @@ def family_of(denoiser: torch.nn.Module) -> Family | None:
     return next((family for family in FAMILIES if family.denoiser_class in names), None)
 
 
-def known() -> str:
-    """The denoisers that are known, for messages."""
-    return ", ".join(family.denoiser_class for family in FAMILIES)
+def known(*, joint: bool = False) -> str:
+    """The denoisers that are known, for messages; those with joint attention only if guidance alone is gated."""
+    return ", ".join(family.denoiser_class for family in FAMILIES if joint or not family.layout.joint)

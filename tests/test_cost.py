@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typer.testing import CliRunner
 
-from examples import cost_table
+from examples import cost_table, gains
 from tests.ecosystem import FRAMES, HOSTS_BY_NAME
 from tests.pipelines import BY_NAME, GUIDED, SIZE, STEPS, slow
 from tests.test_counts import SETTINGS
@@ -409,3 +409,18 @@ def test_a_wrong_argument_of_the_command_says_what_is_wrong(arguments, message):
     done = invoke(*arguments)
     assert done.exit_code == 2
     assert message in " ".join(re.sub(r"[│\s]+", " ", done.output).split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["Sana", "Stable Audio"])
+def test_the_table_of_large_models_is_what_the_script_counts(model):
+    (row,) = (row for row in gains.ROWS if model in row["model"])
+    assert f"| {' | '.join(gains.line(row, 0.4))} |" in (ROOT / "docs" / "cost.md").read_text()
+
+
+def test_a_model_that_the_script_does_not_have_is_named():
+    app = typer.Typer()
+    app.command()(gains.main)
+    result = CliRunner().invoke(app, ["--model", "Flux"])
+    assert result.exit_code == 2
+    assert "model='Flux' is in none of" in " ".join(result.output.replace("│", " ").split())

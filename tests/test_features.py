@@ -1,0 +1,89 @@
+"""diffusers' own features on denoisers beyond UNets and PixArt, put in before and after T-GATE."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.ecosystem import lora
+from tests.families import KINDS, TWO_CALLS
+from tests.test_placement import group_offload_by_blocks, group_offload_by_leaves, model_offload, skip_if_missing
+from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
+
+pytestmark = pytest.mark.slow
+NAMES = ("ltx", "sana", "wan")
+GATE = 2
+WAYS = [{"gate_step": GATE}, {"gate_step": GATE, "guidance": "predict", "cfg_interval": 3}]
+
+
+def compiled_blocks(pipe, kind, folder):
+    denoiser = pipe.transformer
+    if getattr(denoiser, "_repeated_blocks", None):
+        denoiser.compile_repeated_blocks(fullgraph=True, backend="eager")
+    else:
+        for block in denoiser.transformer_blocks:
+            block.compile(fullgraph=True, backend="eager")
+
+
+def load_lora(pipe, kind, folder):
+    weights = lora(pipe.transformer)
+    assert weights
+    pipe.load_lora_weights({name.replace("unet.", "transformer.", 1): value for name, value in weights.items()})
+
+
+@pytest.fixture(params=NAMES)
+def kind(request):
+    return next(kind for kind in KINDS + TWO_CALLS if kind.name == request.param)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["drop", "predict"])
+@pytest.mark.parametrize(
+    "put", [compiled_blocks, load_lora, model_offload, group_offload_by_blocks, group_offload_by_leaves]
+)
+def test_features_put_in_before_and_after_give_the_same(kind, put, way):
+    skip_if_missing(put)
+    torch.compiler.reset()
+    before, after = kind.build(), kind.build()
+    put(before, kind, None)
+    plain = kind.run(before)
+    apply_tgate(before, **way)
+    first = kind.run(before)
+    halves = get_tgate_report(before).half_batch_forwards
+    assert halves > 0
+    put(apply_tgate(after, **way), kind, None)
+    torch.testing.assert_close(kind.run(after), first)
+    assert get_tgate_report(after).half_batch_forwards == halves
+    torch.testing.assert_close(kind.run(after), first)
+    if put is load_lora:
+        assert not torch.equal(first, kind.gated(**way))
+    else:
+        torch.testing.assert_close(first, kind.gated(**way))
+    for pipe in (before, after):
+        torch.testing.assert_close(kind.run(remove_tgate(pipe)), plain)
+
+
+def test_several_pictures_of_a_prompt_equal_that_prompt_several_times(kind):
+    if kind.name == "ltx":
+        pytest.skip("LTX does not repeat embeddings that it is given, without T-GATE either")
+    pipe = apply_tgate(kind.build(), **WAYS[1])
+    together = kind.run(pipe, [0, 0])
+    inputs = kind.inputs([0])
+    name = "num_images_per_prompt" if kind.name == "sana" else "num_videos_per_prompt"
+    inputs |= {name: 2, "generator": copy.deepcopy(kind.inputs([0, 0])["generator"])}
+    output = pipe(**inputs)
+    torch.testing.assert_close(output.images if kind.name == "sana" else output.frames, together, rtol=1e-4, atol=1e-4)
+
+
+def test_a_callback_sees_every_step_and_the_latents_of_both(kind):
+    pipe = apply_tgate(kind.build(), **WAYS[1])
+    expected, seen = kind.run(pipe), []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, tuple(tensors["latents"].shape)))
+        return tensors
+
+    if not hasattr(pipe, "_callback_tensor_inputs"):
+        pytest.skip("no step callback")
+    assert torch.equal(kind.run(pipe, callback_on_step_end=callback), expected)
+    assert [step for step, _ in seen] == list(range(get_tgate_report(pipe).num_inference_steps))
+    assert len({shape for _, shape in seen}) == 1

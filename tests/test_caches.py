@@ -34,7 +34,7 @@ SETTINGS = {
         "cache_interval": 2,
         "disable_cache_before_step": 1,
         "taylor_factors_dtype": torch.float32,
-        "cache_identifiers": [r".*transformer_blocks\.\d+\.(attn1|attn2|ff)"],
+        "cache_identifiers": [r".*blocks\.\d+\.(attn1|attn2|ff|ffn)"],
     },
     "first_block": {"threshold": 0.1},
     "mag": {"mag_ratios": [1.0] * STEPS, "num_inference_steps": STEPS, "max_skip_steps": 1},
@@ -53,6 +53,7 @@ WAYS = {
 }
 PAIRS = [("pixart_alpha", cache) for cache in ("taylorseer", "first_block")]
 DEARER = [("pixart_alpha", "pab"), ("pixart_alpha", "mag"), ("ltx", "taylorseer"), ("ltx", "pab"), ("sd", "taylorseer")]
+DEARER += [("wan", "taylorseer"), ("wan", "first_block")]
 
 
 class Pair:
@@ -218,8 +219,10 @@ def test_where_they_do_not_go_together_it_is_said():
     sd.pipe.unet.set_attn_processor({name: TGateAttnProcessor(each, clock.state) for name, each in before.items()})
     with pytest.raises(ValueError, match=r"TaylorSeerCacheHook .* a callback alone cannot tell it where the batch"):
         sd.run(callback_on_step_end=clock)
-    with pytest.raises(ValueError, match=r"cannot run beside FBCHeadBlockHook .* two calls of the denoiser"):
-        apply_tgate(Pair("wan", "first_block").put_in().pipe, GATE)
+    with pytest.raises(ValueError, match=r"cannot run beside MagCacheHeadHook .* two calls of the denoiser"):
+        apply_tgate(Pair("wan", "mag").put_in().pipe, GATE)
+    with pytest.raises(ValueError, match=r"cannot run beside FBCHeadBlockHook .* two denoisers"):
+        apply_tgate(Pair("wan_experts", "first_block").put_in().pipe, GATE)
 
 
 def test_the_page_says_what_goes_together():
@@ -227,7 +230,8 @@ def test_the_page_says_what_goes_together():
     rows = re.findall(r"^\| diffusers' ([^|]+?) *\|([^|]+)\|([^|]+)\|$", page, flags=re.MULTILINE)
     works = {name for name, batch, _ in rows if batch.strip().startswith("works")}
     assert works == {"TaylorSeer", "First Block Cache", "MagCache", "Pyramid Attention Broadcast"}
-    assert {calls.strip() for _, _, calls in rows} == {"refused"}
+    two = {name for name, _, calls in rows if calls.strip().startswith("works")}
+    assert two == {"TaylorSeer", "First Block Cache"}
     assert len(CACHES) == len(works)
     assert any(name.startswith("FasterCache, SeaCache") and batch.strip() == "refused" for name, batch, _ in rows)
 
@@ -243,18 +247,22 @@ class Drifts(torch.nn.Module):
         return self.step * self.pace[rows]
 
 
-@pytest.mark.parametrize("kept", [0, 1])
-def test_what_grows_evenly_is_extrapolated_rightly_after_half_steps(kept):
+def drifting(**settings):
+    """A module with TaylorSeer, its companion, and what sets the context of a call."""
     module = Drifts()
-    settings = {"cache_interval": 3, "disable_cache_before_step": 1, "taylor_factors_dtype": torch.float32}
-    config = hooks.TaylorSeerCacheConfig(**settings, cache_identifiers=[""])
+    config = hooks.TaylorSeerCacheConfig(**settings, taylor_factors_dtype=torch.float32, cache_identifiers=[""])
     hooks.apply_taylorseer_cache(module, config)
     (hook,) = module._diffusers_hook.hooks.values()
-    hooks.hooks.HookRegistry.check_if_exists_or_initialize(module)
-    for value in vars(hook).values():
-        if hasattr(value, "_state_cache"):
-            value.set_context(hooks.hooks.CacheContext(name="both") if hasattr(hooks.hooks, "CacheContext") else "both")
-    cache, both, one = TaylorSeer(hook), torch.arange(2), torch.tensor([kept])
+    (manager,) = [value for value in vars(hook).values() if hasattr(value, "_state_cache")]
+    make = getattr(hooks.hooks, "CacheContext", lambda name: name)
+    return module, TaylorSeer(hook), lambda name: manager.set_context(make(name=name))
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_what_grows_evenly_is_extrapolated_rightly_after_half_steps(kept):
+    module, cache, in_context = drifting(cache_interval=3, disable_cache_before_step=1)
+    in_context("both")
+    both, one = torch.arange(2), torch.tensor([kept])
     with cache.running():
         for step in range(12):
             module.step = step
@@ -268,3 +276,23 @@ def test_what_grows_evenly_is_extrapolated_rightly_after_half_steps(kept):
             # One difference is needed before there is a slope.
             if step >= 2:
                 torch.testing.assert_close(output, step * module.pace[rows])
+
+
+def test_a_call_that_was_left_out_catches_up():
+    module, cache, in_context = drifting(cache_interval=3, disable_cache_before_step=1)
+    with cache.running():
+        for step in range(14):
+            module.step = step
+            if step == 8:
+                cache.catch_up()
+            for row, name in enumerate(("cond", "uncond")):
+                if name == "uncond" and 4 <= step < 8:
+                    continue
+                in_context(name)
+                output = module(torch.tensor([row]))
+                if step >= 2:
+                    torch.testing.assert_close(output, step * module.pace[[row]])
+            cache.settle()
+        states = cache.states
+        assert [state.current_step for state in states] == [13, 13]
+        assert len({state.last_update_step for state in states}) == 1

@@ -93,7 +93,7 @@ class Decision:
             refuse(outputs.missing(), "keep no output, so no half of the batch can be left out")
         outputs.signals.set(cross, own, part=part, half=self.halves_batch and self._gates_cross)
         at_gate = phase is Phase.GATE
-        self._companions.before_forward(half=self.halves_batch, kept=int(kept == "conditional"), at_gate=at_gate)
+        self._companions.begin_step(half=half, kept=int(kept == "conditional"), at_gate=at_gate)
 
     def of_second_call(self, *, droppable: bool) -> tuple[Action, Action]:
         """What cross-attention and self-attention do in the second call of a full step: as in the first one."""

@@ -16,10 +16,7 @@ from .hooks import DenoiserHooks
 from .layers import CustomProcessors, Layers
 from .schedule import CFGHalf
 
-_TWO_CALLS = (
-    "guidance of this pipeline is two calls of the denoiser, of which T-GATE leaves one out, and what such a cache "
-    "keeps of a call that is left out is not known here"
-)
+_TWO_DENOISERS = "this pipeline has two denoisers, and which of them has a cache is not told here"
 
 
 class Place:
@@ -124,9 +121,9 @@ class Installation:
         found = here.found if here is not None else find_family(pipe, self.cross_attention)
         state = self.callback.state
         helper = self.deepcache.helper if self.deepcache else None
-        alone = _TWO_CALLS if found.family.layout.calls > 1 else None
+        alone = _TWO_DENOISERS if len(found.denoisers) > 1 else None
         for denoiser in found.denoisers:
-            check_others(denoiser, state.schedule, helper, alone=alone)
+            check_others(denoiser, state.schedule, helper, calls=found.family.layout.calls, alone=alone)
         self._let_go(pipe, but=here)
         if here is not None:
             self._owners[self._places.index(here)].add(pipe)

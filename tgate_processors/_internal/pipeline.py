@@ -158,7 +158,9 @@ def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateSt
         elif bound.arguments.get("callback") is not None:
             bound.arguments["callback"] = suspending(state, bound.arguments["callback"])
         caches = [cache for denoiser in found.denoisers for cache in companions_of(denoiser)]
-        companions = Companions(caches if installation.deepcache is None else [installation.deepcache, *caches])
+        if installation.deepcache is not None:
+            caches.insert(0, installation.deepcache)
+        companions = Companions(caches, found.family.layout.calls)
         run = Run(
             state,
             call,

@@ -186,7 +186,8 @@ class Run:
             `torch.Tensor`, *optional*: After a half step, what the second half is to have more than the first.
         """
         self.outputs.after_forward()
-        self._companions.after_forward()
+        if self.experts.call > 0 or self.half or not self._guided or self._layout.calls == 1:
+            self._companions.end_step()
         if self.experts.call > 0:
             self._after_second(output)
             return None
@@ -301,8 +302,7 @@ class Run:
             return None
         if self.half:
             return loop.guidance.predicted(loop.passes)
-        if not loop.may_halve or (self._state.schedule.is_auto and self._companions.repeated()):
-            # What a cache repeats says nothing new of guidance.
+        if not loop.may_halve or (self._layout.calls == 1 and self._repeats_guidance()):
             return None
         sample = joined(output) if self._layout.scales else sample_of(output, seen.shape)
         if self._layout.calls > 1:
@@ -311,6 +311,10 @@ class Run:
             first, second = sample.chunk(2)
             self._note(loop, (first, second), 0 if self.batch.unconditional_first else 1)
         return None
+
+    def _repeats_guidance(self) -> bool:
+        """Whether the step that has run says nothing new of guidance, because a cache has repeated it."""
+        return self._state.schedule.is_auto and self._companions.repeated()
 
     def _note(self, loop: Loop, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int) -> None:
         """Both halves of guidance were computed."""
@@ -341,7 +345,9 @@ class Run:
         """The second call of a full step has ended."""
         loop, seen, first = self._loop, self._seen, self._first
         self._first = None
-        if loop is not None and loop.guidance is not None and first is not None and seen is not None:
+        if loop is None or loop.guidance is None or first is None or seen is None:
+            return
+        if not self._repeats_guidance():
             self._note(loop, (first, sample_of(output, seen.shape)), 1)
 
     def skips(self, denoiser: Any) -> bool:

@@ -20,9 +20,9 @@ class Broadcast(HookedCache):
         return set(vars(state) if state is not None else ()) == {"cache", "iteration"}
 
     @property
-    def state(self) -> Any:
+    def states(self) -> list[Any]:
         """The state."""
-        return self.hook.state
+        return [self.hook.state]
 
     def start(self) -> None:
         """Forget what is kept."""

@@ -45,8 +45,11 @@ class Companion:
         """The inverse of `halve`: both halves run again, and what the other half has kept is old by now."""
         raise NotImplementedError
 
+    def catch_up(self) -> None:
+        """A full step begins after half steps, where guidance is two calls and the second one was left out."""
+
     def settle(self) -> None:
-        """A forward has ended."""
+        """A step has ended."""
 
     def repeats(self) -> bool:
         """Whether it is known that the next forward, as the batch is, hardly computes anything anew."""
@@ -63,10 +66,12 @@ class Companions:
 
     Args:
         companions (`Sequence` of `Companion`): They.
+        calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance is made of.
     """
 
-    def __init__(self, companions: Sequence[Companion] = ()) -> None:
+    def __init__(self, companions: Sequence[Companion] = (), calls: int = 1) -> None:
         self._all = tuple(companions)
+        self._calls = calls
         self._half = False
 
     def __bool__(self) -> bool:
@@ -87,7 +92,7 @@ class Companions:
 
     @property
     def half(self) -> bool:
-        """Whether what is kept is of half of the batch."""
+        """Whether one half of guidance was left out in the last step."""
         return self._half
 
     def repeats(self) -> bool:
@@ -98,26 +103,29 @@ class Companions:
         """Whether the last forward hardly computed anything anew."""
         return any(each.repeated() for each in self._all)
 
-    def before_forward(self, *, half: bool, kept: int, at_gate: bool) -> None:
+    def begin_step(self, *, half: bool, kept: int, at_gate: bool) -> None:
         """
-        A forward begins.
+        A step begins.
 
         Args:
-            half (`bool`): Whether it runs on half of the batch.
+            half (`bool`): Whether one half of guidance is left out in it.
             kept (`int`): The half that would, 0 or 1.
             at_gate (`bool`): Whether T-GATE keeps what the layers give.
         """
         for each in self._all:
             if at_gate:
                 each.at_gate()
-            if half and not self._half:
+            if self._calls > 1:
+                if self._half and not half:
+                    each.catch_up()
+            elif half and not self._half:
                 each.halve(kept)
             elif self._half and not half:
                 each.double()
         self._half = half
 
-    def after_forward(self) -> None:
-        """A forward has ended."""
+    def end_step(self) -> None:
+        """The last forward of a step has ended."""
         for each in self._all:
             each.settle()
 

@@ -10,12 +10,15 @@ class FirstBlock(HookedCache):
     The hook of the first block, which decides.
 
     The cache goes by what has changed since it last computed. Of the half that was left out that is more than usual, so
-    a full step after half steps is one that it rather computes.
+    a full step after half steps is one that it rather computes. Where guidance is two calls, it does so for each.
     """
+
+    calls = 2
 
     batch = ("head_block_residual", "tail_block_residuals")
     needs = ("should_compute", "head_block_output")
 
     def repeated(self) -> bool:
         """Whether all blocks but the first were skipped."""
-        return self.state is not None and not self.state.should_compute
+        states = self.states
+        return bool(states) and not any(state.should_compute for state in states)

@@ -30,11 +30,13 @@ class HookedCache(Companion):
     Attributes:
         batch (`tuple` of `str`): The attributes of a state that hold rows of the batch.
         needs (`tuple` of `str`): All that a state has to have, to be one that is known here.
+        calls (`int`): Calls that guidance may be made of.
         is_most (`bool`): Whether the modules with such hooks hold most weights of the denoiser.
     """
 
     batch: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]]
+    calls: ClassVar[int] = 1
 
     def __init__(self, hook: Any) -> None:
         self.hook = hook
@@ -52,9 +54,14 @@ class HookedCache(Companion):
         return all(hasattr(state, name) for name in (*cls.batch, *cls.needs))
 
     @property
+    def states(self) -> list[Any]:
+        """The states of earlier forwards, one for each context."""
+        return list(_manager_of(self.hook)._state_cache.values())
+
+    @property
     def state(self) -> Any:
-        """The state of the last forward, if there was one."""
-        states = list(_manager_of(self.hook)._state_cache.values())
+        """The state of the last forward, if there was one, where one call has both halves of guidance."""
+        states = self.states
         if len(states) > 1:
             raise ValueError(
                 f"T-GATE: {type(self.hook).__name__} keeps {len(states)} states, where one is expected for the calls "

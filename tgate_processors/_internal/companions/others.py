@@ -30,7 +30,12 @@ def companions_of(denoiser: torch.nn.Module) -> list[Companion]:
 
 
 def check_others(
-    denoiser: torch.nn.Module, schedule: TGateSchedule, helper: Any = None, *, alone: str | None = None
+    denoiser: torch.nn.Module,
+    schedule: TGateSchedule,
+    helper: Any = None,
+    *,
+    calls: int = 1,
+    alone: str | None = None,
 ) -> None:
     """
     Refuse what keeps tensors of the whole batch and is not known, or exchanges tokens between the layers.
@@ -39,6 +44,7 @@ def check_others(
         denoiser (`torch.nn.Module`): The denoiser.
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
         helper (`DeepCacheSDHelper`, *optional*): The DeepCache helper that runs in T-GATE's order.
+        calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance is made of.
         alone (`str`, *optional*): Why no cache of diffusers runs together with T-GATE here, if none does.
 
     Raises:
@@ -48,7 +54,7 @@ def check_others(
     _check_cache_dit(inner)
     _check_tome(inner, schedule)
     for _, name, hook in stateful_hooks(inner):
-        _check_hook(name, hook, schedule, alone)
+        _check_hook(name, hook, schedule, calls, alone)
     for module in inner.modules() if helper is None else ():
         _check_deepcache(module)
 
@@ -63,10 +69,16 @@ def _kind_of(hook: Any) -> type[HookedCache] | None:
     return next((kind for kind in _KNOWN if kind.knows(hook)), None)
 
 
-def _check_hook(name: str, hook: Any, schedule: TGateSchedule, alone: str | None) -> None:
+def _check_hook(name: str, hook: Any, schedule: TGateSchedule, calls: int, alone: str | None) -> None:
     """A stateful hook of diffusers' hook registry."""
     subject, intervals = f"{type(hook).__name__} ({name!r})", (schedule.sp_interval, schedule.fi_interval)
-    if _kind_of(hook) is None:
+    kind = _kind_of(hook)
+    if alone is None and kind is not None and calls > kind.calls:
+        alone = (
+            "guidance of this pipeline is two calls of the denoiser, and what that cache keeps of a call that T-GATE "
+            "leaves out is not known here"
+        )
+    if kind is None:
         alone = f"how that cache keeps tensors of the batch, which T-GATE halves, is not known here ({version()})"
     if alone is not None:
         raise ValueError(

@@ -12,9 +12,11 @@ class TaylorSeer(HookedCache):
     The hook of one module.
 
     A full step after half steps is computed, whatever the interval says. The output of the half that was left out was
-    last computed longer ago than the other's, so its slope is over a longer time than the cache takes it to be.
+    last computed longer ago than the other's, so its slope is over a longer time than the cache takes it to be. Where
+    guidance is two calls, the one that was left out has not been counted, and catches up.
     """
 
+    calls = 2
     batch = ("taylor_factors", "inactive_shapes")
     needs = ("current_step", "last_update_step")
 
@@ -22,7 +24,7 @@ class TaylorSeer(HookedCache):
         super().__init__(hook)
         self._left_at: int | None = None
         self._interval: int | None = None
-        self._share = 1.0
+        self._share: float | None = None
 
     @classmethod
     def knows(cls, hook: Any) -> bool:
@@ -48,18 +50,30 @@ class TaylorSeer(HookedCache):
             return
         now = state.current_step + 1
         self._share = (now - state.last_update_step) / (now - self._left_at)
-        self._interval, self.hook.cache_interval = self.hook.cache_interval, 1
+        self._compute()
+
+    def catch_up(self) -> None:
+        """Count the calls that were left out, and have the next step computed."""
+        now = max((state.current_step for state in self.states), default=None)
+        for state in self.states:
+            state.current_step = now
+        self._compute()
 
     def settle(self) -> None:
         """The computed step is over: correct the slope of the half that was left out."""
         if self._interval is None:
             return
         self._release()
-        for factors in self.state.taylor_factors.values():
+        share, self._share = self._share, None
+        for factors in self.state.taylor_factors.values() if share is not None else ():
             for order in range(1, len(factors)):
                 rows = factors[order].chunk(2)[1 - self._kept]
                 # Beyond the slope, nothing is known of it.
-                rows.mul_(self._share if order == 1 else 0)
+                rows.mul_(share if order == 1 else 0)
+
+    def _compute(self) -> None:
+        """Have the next step computed."""
+        self._interval, self.hook.cache_interval = self.hook.cache_interval, 1
 
     def _release(self) -> None:
         """Give the hook its interval back."""
@@ -68,7 +82,7 @@ class TaylorSeer(HookedCache):
 
     def repeats(self) -> bool:
         """Whether the next forward extrapolates."""
-        if self.state is None or not self.is_most:
+        if not self.states or not self.is_most:
             return False
         computes, state = self.hook._measure_should_compute()
         # As if it had not been asked.
@@ -77,4 +91,6 @@ class TaylorSeer(HookedCache):
 
     def repeated(self) -> bool:
         """Whether the last forward extrapolated."""
-        return self.is_most and self.state is not None and self.state.last_update_step != self.state.current_step
+        states = self.states
+        repeated = all(state.last_update_step != state.current_step for state in states)
+        return self.is_most and bool(states) and repeated

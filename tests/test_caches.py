@@ -247,6 +247,23 @@ class Drifts(torch.nn.Module):
         return self.step * self.pace[rows]
 
 
+@pytest.mark.slow
+def test_both_calls_of_a_full_step_after_half_steps_are_computed():
+    pair = Pair("wan", "taylorseer")
+    both(pair, "cache first", gate_step=3, guidance="predict", cfg_interval=3)
+    computed = []
+    pair.denoiser.register_forward_pre_hook(lambda *_: computed.append(False))
+    layer = pair.denoiser.blocks[0].attn1.to_q
+    layer.register_forward_hook(lambda module, args, output: computed.__setitem__(-1, True))
+    pair.run(num_inference_steps=9)
+    # Two calls in steps 0 to 2, 5 and 8, one in the others; by itself the cache computes in even steps.
+    calls = [2, 2, 2, 1, 1, 2, 1, 1, 2]
+    steps = [[computed.pop(0) for _ in range(number)] for number in calls]
+    assert steps[5] == steps[8] == [True, True]
+    assert not any(steps[1] + steps[3] + steps[7])
+    assert not computed
+
+
 def drifting(**settings):
     """A module with TaylorSeer, its companion, and what sets the context of a call."""
     module = Drifts()

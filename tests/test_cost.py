@@ -424,3 +424,8 @@ def test_a_model_that_the_script_does_not_have_is_named():
     result = CliRunner().invoke(app, ["--model", "Flux"])
     assert result.exit_code == 2
     assert "model='Flux' is in none of" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_an_estimate_without_guidance_says_whose_it_is(caplog):
+    estimate_cost(BY_NAME["sd"].build(), TGateSchedule(), 6, guidance=False)
+    assert "this call of the denoiser has no guidance" in caplog.text

@@ -244,6 +244,11 @@ class _Announced(Call):
         self._timeline = timeline
         self._guides = guided
 
+    @property
+    def subject(self) -> str:
+        """Whose call it is, for messages."""
+        return "the denoiser"
+
     def timeline(self) -> Timeline:
         """The steps."""
         return self._timeline

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.callbacks import SDCFGCutoffCallback
 
 from tests.families import KINDS, TWO_CALLS
-from tests.pipelines import BY_NAME, STEPS
+from tests.pipelines import BY_NAME, STEPS, slow
 from tests.test_laws import distance
 from tgate_processors import (
     TGateAttnProcessor,
@@ -189,6 +190,20 @@ def test_a_run_that_breaks_leaves_both_fresh(pair, way):
     left = [vars(hook).get("cache_interval") for each in pair.registries() for hook in each.hooks.values()]
     assert left == intervals
     assert torch.equal(pair.run(), expected)
+
+
+@pytest.mark.parametrize("way", [{"gate_step": 99}, WAYS["predict"], WAYS["auto"]], ids=["full", "predict", "auto"])
+@pytest.mark.parametrize("cache", ["taylorseer", slow("pab")])
+def test_guidance_that_is_switched_off_in_a_run_starts_the_cache_afresh(cache, way):
+    pair = Pair("sd", cache).put_in()
+    rows = []
+    pair.denoiser.down_blocks[0].register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
+    apply_tgate(pair.pipe, **way)
+    call = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_index=5, cutoff_step_ratio=None)}
+    first = pair.run(num_inference_steps=8, **call)
+    assert set(rows[6:]) == {1}
+    assert torch.equal(pair.run(num_inference_steps=8, **call), first)
+    assert first.isfinite().all()
 
 
 def test_full_steps_are_those_that_the_cache_computes():

@@ -92,8 +92,11 @@ class Decision:
         elif half:
             refuse(outputs.missing(), "keep no output, so no half of the batch can be left out")
         outputs.signals.set(cross, own, part=part, half=self.halves_batch and self._gates_cross)
+        rows = seen.batch // 2 if self.halves_batch else seen.batch
+        # Without guidance there is no second call either.
+        left_out = half or (self._calls > 1 and not guided)
         at_gate = phase is Phase.GATE
-        self._companions.begin_step(half=half, kept=int(kept == "conditional"), at_gate=at_gate)
+        self._companions.begin_step(rows, half=left_out, kept=int(kept == "conditional"), at_gate=at_gate)
 
     def of_second_call(self, *, droppable: bool) -> tuple[Action, Action]:
         """What cross-attention and self-attention do in the second call of a full step: as in the first one."""

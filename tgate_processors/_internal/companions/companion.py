@@ -73,6 +73,7 @@ class Companions:
         self._all = tuple(companions)
         self._calls = calls
         self._half = False
+        self._rows: int | None = None
 
     def __bool__(self) -> bool:
         return bool(self._all)
@@ -103,26 +104,30 @@ class Companions:
         """Whether the last forward hardly computed anything anew."""
         return any(each.repeated() for each in self._all)
 
-    def begin_step(self, *, half: bool, kept: int, at_gate: bool) -> None:
+    def begin_step(self, rows: int, *, half: bool, kept: int, at_gate: bool) -> None:
         """
         A step begins.
 
         Args:
+            rows (`int`): The batch that the denoiser runs on in it.
             half (`bool`): Whether one half of guidance is left out in it.
             kept (`int`): The half that would, 0 or 1.
             at_gate (`bool`): Whether T-GATE keeps what the layers give.
         """
+        before, self._rows = self._rows, rows
+        was_half, self._half = self._half, half
         for each in self._all:
             if at_gate:
                 each.at_gate()
-            if self._calls > 1:
-                if self._half and not half:
-                    each.catch_up()
-            elif half and not self._half:
+            if self._calls == 1 and half and not was_half and before == 2 * rows:
                 each.halve(kept)
-            elif self._half and not half:
+            elif self._calls == 1 and was_half and rows == 2 * (before or 0):
                 each.double()
-        self._half = half
+            elif before not in (None, rows):
+                # Guidance was switched, or there are other pictures: what is kept fits neither.
+                each.start()
+            elif self._calls > 1 and was_half and not half:
+                each.catch_up()
 
     def end_step(self) -> None:
         """The last forward of a step has ended."""
@@ -134,4 +139,4 @@ class Companions:
         if self._half:
             for each in self._all:
                 each.start()
-        self._half = False
+        self._half, self._rows = False, None

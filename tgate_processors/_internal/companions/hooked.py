@@ -83,8 +83,11 @@ class HookedCache(Companion):
             setattr(state, name, stayed)
 
     def double(self) -> None:
-        """Put both halves together again."""
+        """Put both halves together again, if both are there."""
         state, other = self.state, self._other
+        if not other:
+            self.start()
+            return
         for name in self.batch if state is not None else ():
             setattr(state, name, join(getattr(state, name), other[name], self._kept))
         self._other = {}

@@ -199,9 +199,9 @@ def test_guidance_that_is_switched_off_in_a_run_starts_the_cache_afresh(cache, w
     rows = []
     pair.denoiser.down_blocks[0].register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
     apply_tgate(pair.pipe, **way)
-    call = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_index=5, cutoff_step_ratio=None)}
+    call = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_index=4, cutoff_step_ratio=None)}
     first = pair.run(num_inference_steps=8, **call)
-    assert set(rows[6:]) == {1}
+    assert set(rows[5:]) == {1}
     assert torch.equal(pair.run(num_inference_steps=8, **call), first)
     assert first.isfinite().all()
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from DeepCache import DeepCacheSDHelper
 from torch._dynamo.testing import CompileCounter
 
 from tests.ecosystem import HOSTS, HOSTS_BY_NAME
@@ -665,23 +664,6 @@ def test_wired_by_hand():
     pipe.unet.set_attn_processor({name: TGateAttnProcessor(p, callback.state) for name, p in before.items()})
     case.run(pipe, callback_on_step_end=callback)
     assert callback.state.report.full_steps == (0, 1, 2, 3, 5)
-
-
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_beside_deepcache_every_change_of_the_batch_starts_it_afresh(name):
-    case = BY_NAME[name]
-    pipe = case.build()
-    helper = DeepCacheSDHelper(pipe)
-    helper.set_params(cache_interval=3, cache_branch_id=0)
-    apply_tgate(pipe, 3, guidance="predict", cfg_interval=4, deepcache=helper)
-    deep = []
-    deepest = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    deepest.register_forward_hook(lambda module, args, output: deep.append(len(output)))
-    first = case.run(pipe, num_inference_steps=10)
-    assert get_tgate_report(pipe).full_steps == (0, 1, 2, 6)
-    # Steps 0, 2 (the gate), 3 (the half), 6 (full), 7 (the half); the others are cached, but every third.
-    assert deep == [2, 2, 1, 2, 1]
-    assert torch.equal(case.run(pipe, num_inference_steps=10), first)
 
 
 def test_with_gradients():

@@ -76,7 +76,13 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def slow(session: nox.Session) -> None:
     """The slow tests, in the environment of `tests`; arguments after `--` go to pytest."""
-    session.notify("tests", ["-m", "slow", PATIENCE, *(session.posargs or ["-n", "auto"])])
+    session.notify("tests", ["-m", "slow and not thorough", PATIENCE, *(session.posargs or ["-n", "auto"])])
+
+
+@nox.session(venv_backend="none")
+def thorough(session: nox.Session) -> None:
+    """Every law for every family, where CI runs some rows; in the environment of `tests`."""
+    session.notify("tests", ["-m", "thorough", PATIENCE, *(session.posargs or ["-n", "auto"])])
 
 
 @nox.session

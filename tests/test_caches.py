@@ -103,9 +103,16 @@ class Pair:
         ]
 
 
+# CI has other rows of the same cache.
+THOROUGH = {("ltx", "pab"), ("sd", "taylorseer"), ("ltx", "taylorseer")}
+
+
 @pytest.fixture(
     params=[pytest.param(pair, id="-".join(pair)) for pair in PAIRS]
-    + [pytest.param(pair, id="-".join(pair), marks=pytest.mark.slow) for pair in DEARER]
+    + [
+        pytest.param(pair, id="-".join(pair), marks=[pytest.mark.slow, *[pytest.mark.thorough] * (pair in THOROUGH)])
+        for pair in DEARER
+    ]
 )
 def pair(request):
     return Pair(*request.param)

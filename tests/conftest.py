@@ -13,7 +13,7 @@ logging.getLogger("diffusers").setLevel(logging.ERROR)
 torch.set_num_threads(1)
 
 
-# Files of many families, and their laws that say nothing of a family by itself. The default tests have some rows of each.
+# Files of many families, and laws that say nothing of a family by itself: the default tests have some rows of each.
 FAMILIES = {"test_families.py", "test_two_calls.py", "test_joint.py"}
 REPEATED = {
     "test_a_batch_of_two_prompts_equals_two_singles",

@@ -11,7 +11,8 @@ from tests.test_placement import group_offload_by_blocks, group_offload_by_leave
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 pytestmark = pytest.mark.slow
-NAMES = ("ltx", "sana", "wan")
+# CI has the rows of one.
+NAMES = ("ltx", *[pytest.param(name, marks=pytest.mark.thorough) for name in ("sana", "wan")])
 GATE = 2
 WAYS = [{"gate_step": GATE}, {"gate_step": GATE, "guidance": "predict", "cfg_interval": 3}]
 
@@ -36,7 +37,9 @@ def kind(request):
     return next(kind for kind in KINDS + TWO_CALLS if kind.name == request.param)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["drop", "predict"])
+@pytest.mark.parametrize(
+    "way", [pytest.param(WAYS[0], id="drop"), pytest.param(WAYS[1], id="predict", marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize(
     "put", [compiled_blocks, load_lora, model_offload, group_offload_by_blocks, group_offload_by_leaves]
 )

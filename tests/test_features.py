@@ -65,9 +65,10 @@ def test_features_put_in_before_and_after_give_the_same(kind, put, way):
         torch.testing.assert_close(kind.run(remove_tgate(pipe)), plain)
 
 
+# LTX does not repeat embeddings that it is given, without T-GATE either.
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ["sana", "wan"], indirect=True)
 def test_several_pictures_of_a_prompt_equal_that_prompt_several_times(kind):
-    if kind.name == "ltx":
-        pytest.skip("LTX does not repeat embeddings that it is given, without T-GATE either")
     pipe = apply_tgate(kind.build(), **WAYS[1])
     together = kind.run(pipe, [0, 0])
     inputs = kind.inputs([0])
@@ -85,8 +86,6 @@ def test_a_callback_sees_every_step_and_the_latents_of_both(kind):
         seen.append((step, tuple(tensors["latents"].shape)))
         return tensors
 
-    if not hasattr(pipe, "_callback_tensor_inputs"):
-        pytest.skip("no step callback")
     assert torch.equal(kind.run(pipe, callback_on_step_end=callback), expected)
     assert [step for step, _ in seen] == list(range(get_tgate_report(pipe).num_inference_steps))
     assert len({shape for _, shape in seen}) == 1

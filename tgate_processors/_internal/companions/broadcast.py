@@ -11,7 +11,6 @@ class Broadcast(HookedCache):
     """The hook of one attention layer; its state is its own."""
 
     batch = ("cache",)
-    needs = ("iteration", "reset")
 
     @classmethod
     def knows(cls, hook: Any) -> bool:

@@ -79,7 +79,7 @@ def _check_hook(name: str, hook: Any, schedule: TGateSchedule, calls: int, alone
             "leaves out is not known here"
         )
     if kind is None:
-        alone = f"how that cache keeps tensors of the batch, which T-GATE halves, is not known here ({version()})"
+        alone = f"how that cache keeps tensors of the batch, which T-GATE halves, is not known here (diffusers {diffusers.__version__})"
     if alone is not None:
         raise ValueError(
             f"T-GATE cannot run beside {subject} on the same denoiser: {alone}. Take it out (disable_cache() where the "
@@ -90,11 +90,6 @@ def _check_hook(name: str, hook: Any, schedule: TGateSchedule, calls: int, alone
             f"T-GATE cannot reuse self-attention (sp_interval={intervals[0]}, fi_interval={intervals[1]}) beside "
             f"{subject}, which does that itself. Leave both intervals at 1, or take the cache out."
         )
-
-
-def version() -> str:
-    """The version of diffusers, for messages."""
-    return f"diffusers {diffusers.__version__}"
 
 
 def _check_cache_dit(denoiser: torch.nn.Module) -> None:

@@ -335,3 +335,14 @@ def test_a_call_that_was_left_out_catches_up():
         states = cache.states
         assert [state.current_step for state in states] == [13, 13]
         assert len({state.last_update_step for state in states}) == 1
+
+
+def test_more_states_than_calls_have_halves_are_refused():
+    module, cache, in_context = drifting(cache_interval=3, disable_cache_before_step=1)
+    with cache.running():
+        for name in ("both", "further"):
+            in_context(name)
+            module(torch.arange(2))
+        with pytest.raises(ValueError, match=r"TaylorSeerCacheHook keeps 2 states, where one is expected"):
+            cache.halve(0)
+    assert not cache.states

@@ -79,7 +79,10 @@ def _check_hook(name: str, hook: Any, schedule: TGateSchedule, calls: int, alone
             "leaves out is not known here"
         )
     if kind is None:
-        alone = f"how that cache keeps tensors of the batch, which T-GATE halves, is not known here (diffusers {diffusers.__version__})"
+        alone = (
+            "how that cache keeps tensors of the batch, which T-GATE halves, is not known here "
+            f"(diffusers {diffusers.__version__})"
+        )
     if alone is not None:
         raise ValueError(
             f"T-GATE cannot run beside {subject} on the same denoiser: {alone}. Take it out (disable_cache() where the "

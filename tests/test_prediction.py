@@ -119,15 +119,22 @@ def test_the_error_is_that_of_the_guided_output():
     torch.testing.assert_close(relative_error(predicted, difference, right, frames), expected)
 
 
-def plan(tolerance, errors):
-    """Full steps of a run, `F`, and half steps; the errors are those of the full steps from the third on."""
+def plan(tolerance, errors, interval=1):
+    """
+    Full steps of a run, `F`, and half steps, `.`; the errors are those of the full steps from the third on.
+
+    A cache repeats all steps, `r`, but each `interval`-th.
+    """
     pace, steps, left = Pace(tolerance), "", list(errors)
     while left or not pace.full:
-        if not pace.full:
+        if len(steps) % interval:
+            steps += "r"
+            pace.end_half_step(computed=False)
+        elif not pace.full:
             steps += "."
             pace.end_half_step()
         else:
-            pace.end_full_step(None if len(steps) < 2 else left.pop(0))
+            pace.end_full_step(None if steps.count("F") < 2 else left.pop(0))
             steps += "F"
     return steps
 
@@ -135,6 +142,15 @@ def plan(tolerance, errors):
 def test_the_gap_grows_while_the_prediction_is_right():
     assert plan(0.2, [0.0] * 6) == "FFF.F..F...F....F....F...."
     assert LONGEST_GAP == 4
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps"),
+    [(2, "FrFrFrFr.rFr.rFr.r.r"), (3, "FrrFrrFrrFrr.rrFrr.rrF"), (6, "FrrrrrFrrrrrFrrrrrFrrrrr.rrrrrF")],
+)
+def test_a_gap_of_two_steps_or_more_has_one_that_is_computed(interval, steps):
+    made = plan(0.2, [0.0] * 6, interval)
+    assert made[: len(steps)] == steps, made
 
 
 def test_a_prediction_that_is_too_far_off_closes_the_gap():

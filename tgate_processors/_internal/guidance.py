@@ -62,13 +62,19 @@ class Guidance:
         """The second half minus the first, in a later pass."""
         return predict(self._known, position)
 
-    def end_step(self, *, full: bool) -> None:
-        """A step of the loop has ended."""
+    def end_step(self, *, full: bool, computed: bool = True) -> None:
+        """
+        A step of the loop has ended.
+
+        Args:
+            full (`bool`): Whether both halves were computed in it.
+            computed (`bool`, *optional*, defaults to `True`): Whether anything was, and not repeated by a cache.
+        """
         if self.pace is not None:
             if full:
                 self.pace.end_full_step(self.error)
             else:
-                self.pace.end_half_step()
+                self.pace.end_half_step(computed=computed)
         self.error = None
 
     def _measure(self, errors: torch.Tensor) -> None:

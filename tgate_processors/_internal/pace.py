@@ -16,6 +16,9 @@ class Pace:
     steps is one longer than the last. If it is below twice `tolerance`, the gap is one shorter. Otherwise there is no
     gap.
 
+    Beside a cache that hardly computes anything in some steps, a gap of two steps or more lasts until one of its steps
+    was computed.
+
     Args:
         tolerance (`float`): Accepted error of the guided output, relative to that output.
     """
@@ -24,6 +27,7 @@ class Pace:
         self._tolerance = tolerance
         self._gap = 0
         self._left = 0
+        self._computed = False
 
     @property
     def may_open(self) -> bool:
@@ -50,7 +54,15 @@ class Pace:
         else:
             self._gap = 0
         self._left = self._gap
+        self._computed = False
 
-    def end_half_step(self) -> None:
-        """A step with one half has ended."""
-        self._left = max(self._left - 1, 0)
+    def end_half_step(self, *, computed: bool = True) -> None:
+        """
+        A step without both halves has ended.
+
+        Args:
+            computed (`bool`, *optional*, defaults to `True`): Whether it was computed, not repeated by a cache.
+        """
+        self._computed = self._computed or computed
+        waits = self._gap > 1 and not self._computed
+        self._left = max(self._left - 1, int(waits))

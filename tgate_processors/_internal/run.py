@@ -225,7 +225,8 @@ class Run:
             )
         self._last_index = None
         step = loop.step_index
-        loop.tick(index, full=not (self.half or self._companions.repeated()), guided=self._guided)
+        computed = not self._companions.repeated()
+        loop.tick(index, full=computed and not self.half, computed=computed, guided=self._guided)
         self._ticks += 1
         if self._droppable:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.

@@ -128,13 +128,14 @@ class Loop:
                 "callback_on_step_end does not come after every step. Call remove_tgate(pipe) to use this pipeline."
             )
 
-    def tick(self, index: int | None = None, *, full: bool = True, guided: bool = False) -> None:
+    def tick(self, index: int | None = None, *, full: bool = True, computed: bool = True, guided: bool = False) -> None:
         """
         A pass has ended.
 
         Args:
             index (`int`, *optional*): The pipeline's own number of the pass.
-            full (`bool`, *optional*, defaults to `True`): Whether it ran on the whole batch.
+            full (`bool`, *optional*, defaults to `True`): Whether both halves of guidance were computed in it.
+            computed (`bool`, *optional*, defaults to `True`): Whether anything was, and not repeated by a cache.
             guided (`bool`, *optional*, defaults to `False`): Whether it had both halves of guidance.
         """
         if self._calls > 1 and guided and self._forwards == 1:
@@ -158,7 +159,7 @@ class Loop:
         ended = self.step_index
         self._pass += 1
         if self.guidance is not None and (self.over or self.step_index != ended):
-            self.guidance.end_step(full=full)
+            self.guidance.end_step(full=full, computed=computed)
 
     def _check_calls(self, guided: bool) -> None:
         """Refuse more calls in a step than guidance is made of."""

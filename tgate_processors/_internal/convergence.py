@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .callback import StepClock
 from .cost import estimate_cost
 from .families import find_family
+from .guiders import has_guider
 from .halving import sample_of
 from .installation import Installation
 from .layers import attention_modules
@@ -129,7 +130,7 @@ def measure_convergence(
             f"prompts={prompts!r} is of type {type(prompts).__name__}: give a list, with a prompt for each call."
         )
     calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
-    if find_family(pipe).family.layout.calls > 1:
+    if has_guider(pipe) or find_family(pipe).family.layout.calls > 1:
         raise ValueError(
             f"the guidance of {type(pipe).__name__} is two calls of its denoiser, and the probe watches guidance in "
             'one batch: use gate_step="auto" there, whose report tells the errors.'

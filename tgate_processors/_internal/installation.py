@@ -114,6 +114,10 @@ class Installation:
         finally:
             self._calls.discard(id(pipe))
 
+    def enter(self, pipe: Any) -> None:
+        """Come into a pipeline, or refuse it."""
+        self.follow(pipe)
+
     def follow(self, pipe: Any) -> Place:
         """Be where the pipeline's denoiser is now, and refuse what has come beside T-GATE."""
         check_mode(pipe)

@@ -13,6 +13,7 @@ from .callback import StepClock, checked_half
 from .checking import Auto, check_switch
 from .companions.deepcache import DeepCacheOrder, check_helper
 from .families import check_guidance, check_half, find_family
+from .guiders import GuiderInstallation, check_settings, has_guider, is_modular
 from .installation import Installation
 from .layers import CustomProcessors
 from .pipeline import install, installed, uninstall
@@ -134,22 +135,28 @@ def apply_tgate(
     check_switch("cross_attention", cross_attention)
     if custom_processors not in (None, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {custom_processors!r}.')
-    found = find_family(pipe, cross_attention)
-    check_half(pipe, found, half)
-    check_guidance(pipe, found, schedule, cross_attention)
-    order = None
-    if deepcache is not None:
-        check_helper(deepcache, pipe)
-        order = DeepCacheOrder(deepcache, halves=schedule.predicts)
+    clock, found = StepClock(schedule), None
+    if has_guider(pipe):
+        check_settings(pipe, schedule, half, cross_attention, deepcache)
+        installation: Installation = GuiderInstallation(clock, custom=custom_processors)
+    else:
+        found = find_family(pipe, cross_attention)
+        check_half(pipe, found, half)
+        check_guidance(pipe, found, schedule, cross_attention)
+        order = None
+        if deepcache is not None:
+            check_helper(deepcache, pipe)
+            order = DeepCacheOrder(deepcache, halves=schedule.predicts)
+        installation = Installation(clock, half, custom_processors, order, cross_attention)
     before = installed(pipe)
     remove_tgate(pipe)
     try:
-        install(pipe, Installation(StepClock(schedule), half, custom_processors, order, cross_attention))
+        install(pipe, installation)
     except BaseException:
         if before is not None:
             install(pipe, before)
         raise
-    if found.kept_half is None:
+    if found is not None and found.kept_half is None:
         logger.warning(
             "T-GATE: the guidance of %s is not two halves, so all of it stays on after the gate: cross-attention alone "
             "stops.",
@@ -252,9 +259,9 @@ def get_tgate_report(pipe: DiffusionPipeline | _Declared) -> TGateReport:
 
 def check_pipeline(pipe: Any, gate_step: Any = None) -> None:
     """Refuse what is not a pipeline, and say what it is."""
-    if isinstance(pipe, diffusers.DiffusionPipeline):
+    if isinstance(pipe, diffusers.DiffusionPipeline) or is_modular(pipe):
         return
-    if isinstance(gate_step, diffusers.DiffusionPipeline):
+    if isinstance(gate_step, diffusers.DiffusionPipeline) or is_modular(gate_step):
         raise TypeError(f"the arguments are swapped: write apply_tgate(pipe, gate_step={pipe!r}).")
     if isinstance(pipe, type):
         what, remedy = f"the class {pipe.__name__}", f"make a pipeline of it, {pipe.__name__}.from_pretrained(...)"

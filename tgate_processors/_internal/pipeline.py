@@ -14,10 +14,11 @@ from .checkpointing import replayed
 from .companions.companion import Companions
 from .companions.others import companions_of, has_cache_dit
 from .compilation import room_for_graphs
+from .guiders import GuiderInstallation
 from .installation import Installation
 from .run import Run
 from .skipping import skipping
-from .state import TGateState
+from .state import Ongoing, TGateState
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def installed(pipe: Any) -> Installation | None:
 
 def install(pipe: Any, installation: Installation) -> None:
     """Put T-GATE into a pipeline, or nothing of it if that fails."""
-    installation.follow(pipe)
+    installation.enter(pipe)
     vars(pipe)[_ATTRIBUTE] = installation
     pipeline_class: Any = type(pipe)
     pipe.__class__ = _gated_class(pipeline_class)
@@ -143,13 +144,16 @@ def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 
 @contextmanager
-def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateState, Run]]:
+def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateState, Ongoing]]:
     """Have a run for a call, whose arguments get the clock, and hold nothing when it ends, however it ends."""
     installation = installed(pipe)
     assert installation is not None
     state = installation.callback.state
     with ExitStack() as stack:
         stack.enter_context(installation.running(pipe))
+        if isinstance(installation, GuiderInstallation):
+            yield state, stack.enter_context(installation.guiding(pipe))
+            return
         place = installation.follow(pipe)
         found = place.found
         call = found.call(pipe, _given(bound))

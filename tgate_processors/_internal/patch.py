@@ -65,8 +65,9 @@ def apply_tgate(
     of the first.
 
     Args:
-        pipe (`DiffusionPipeline`):
-            The pipeline. Its class, denoiser hooks and attention processors change until [`remove_tgate`].
+        pipe (`DiffusionPipeline` or `ModularPipeline`):
+            The pipeline. Its class, denoiser hooks and attention processors change until [`remove_tgate`]. Where its
+            guidance is a guider, as in modular pipelines, only the class does.
         gate_step (`int`, `float` or `str`, *optional*, defaults to `"auto"`):
             With `"auto"` the run decides which steps are full. A number is how many steps are full before the half
             steps begin, as in the published method; a `float` in (0, 1) is their share of the steps that really run.
@@ -99,7 +100,8 @@ def apply_tgate(
             Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True`, but to `False` for video
             families whose guidance is two calls of the denoiser (Wan, SkyReels V2, Cosmos): there the kept
             cross-attention takes gigabytes and saves little. Where attention is joint (Stable Diffusion 3,
-            Qwen-Image) there is none to keep, so it has to be `False`.
+            Qwen-Image) there is none to keep, so it has to be `False`. Where guidance is a guider, as in modular
+            pipelines, it cannot be `True`.
         custom_processors (`str`, *optional*):
             What happens to attention processors that are not diffusers' own. They may mix the pictures of a batch or
             count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone
@@ -110,7 +112,7 @@ def apply_tgate(
             enabled or not.
 
     Returns:
-        `DiffusionPipeline`: `pipe` itself.
+        `DiffusionPipeline` or `ModularPipeline`: `pipe` itself.
 
     Raises:
         TypeError: If `pipe` is not a pipeline, or a setting is of the wrong kind.
@@ -173,10 +175,10 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     nothing.
 
     Args:
-        pipe (`DiffusionPipeline`): The pipeline.
+        pipe (`DiffusionPipeline` or `ModularPipeline`): The pipeline.
 
     Returns:
-        `DiffusionPipeline`: `pipe` itself.
+        `DiffusionPipeline` or `ModularPipeline`: `pipe` itself.
 
     Raises:
         TypeError: If `pipe` is not a pipeline.
@@ -202,7 +204,7 @@ def is_tgate_applied(pipe: DiffusionPipeline | _Declared) -> bool:
     Tell whether T-GATE is applied to a pipeline.
 
     Args:
-        pipe (`DiffusionPipeline`): The pipeline.
+        pipe (`DiffusionPipeline` or `ModularPipeline`): The pipeline.
 
     Returns:
         `bool`: `True` between [`apply_tgate`] and [`remove_tgate`].
@@ -228,7 +230,7 @@ def get_tgate_report(pipe: DiffusionPipeline | _Declared) -> TGateReport:
     Tell what T-GATE did in the last call of a pipeline.
 
     Args:
-        pipe (`DiffusionPipeline`): A pipeline with T-GATE applied.
+        pipe (`DiffusionPipeline` or `ModularPipeline`): A pipeline with T-GATE applied.
 
     Returns:
         `TGateReport`: Steps computed and reused, denoiser forwards at full and half batch, bytes held.

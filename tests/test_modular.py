@@ -60,10 +60,13 @@ def test_full_steps_are_plain_half_steps_call_once_and_removal_restores_everythi
     before, plain = parts_of(pipe), WAN.run(pipe)
     assert torch.equal(WAN.run(apply_tgate(pipe, tolerance=0)), plain)
     guider, calls = pipe.guider, counted(WAN, apply_tgate(pipe, 2))
+    guider.set_state(step=0, num_inference_steps=1, timestep=None)
     assert not torch.equal(WAN.run(pipe), plain)
     assert list(calls.values()) == [2, 2, 1, 1, 1, 1]
     assert get_tgate_report(pipe).half_batch_forwards == 4
     assert pipe.guider is guider
+    # What it was told, it knows as without T-GATE.
+    assert (guider._step, guider._num_inference_steps) == (5, 6)
     assert is_tgate_applied(pipe)
     assert not is_tgate_applied(remove_tgate(pipe))
     assert torch.equal(WAN.run(pipe), plain)
@@ -182,6 +185,18 @@ def test_a_guider_that_the_user_exchanges_is_gated_too(sdxl):
     assert sdxl.guider is guider
     remove_tgate(sdxl)
     assert sdxl.guider is guider
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_two_denoisers_with_one_guider_have_a_difference_each():
+    experts = MODULAR[2]
+    one, two = experts.build(), experts.build()
+    one.update_components(guider_2=one.guider)
+    two.update_components(guider_2=diffusers.ClassifierFreeGuidance(guidance_scale=experts.scales[0]))
+    first, second = (experts.run(apply_tgate(pipe), num_inference_steps=STEPS) for pipe in (one, two))
+    assert torch.equal(first, second)
+    assert get_tgate_report(one) == get_tgate_report(two)
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from tests.families import _hunyuan_text, assemble, hunyuan, sana
+from tests.families import text as masked
 from tests.pipelines import (
     GOLDEN_PIXART,
     GOLDEN_SD,
@@ -57,6 +59,8 @@ class Host(Case):
     guided: bool = True
     sized: bool = True
     batches: bool = True
+    # Nothing of it runs in CI.
+    dear: bool = False
 
     @property
     def stays(self) -> str:
@@ -705,6 +709,36 @@ HOSTS += [
         guidance=4.5,
         guidance_parts=3,
         row="perturbed-attention guidance, PixArt",
+    ),
+]
+
+
+def pag_sana() -> Any:
+    pipe = sana()
+    layers = {"pag_applied_layers": ["transformer_blocks.0"]}
+    return assemble("SanaPAGPipeline", transformer=pipe.transformer, scheduler=pipe.scheduler, **layers)
+
+
+HOSTS += [
+    Host(
+        "pag_sana",
+        pag_sana,
+        with_inputs(masked(8), pag_scale=2.0, use_resolution_binning=False, negative_prompt=None),
+        denoiser="transformer",
+        guidance=4.5,
+        guidance_parts=3,
+        dear=True,
+        row="perturbed-attention guidance, Sana",
+    ),
+    Host(
+        "pag_hunyuan",
+        lambda: hunyuan("HunyuanDiTPAGPipeline", pag_applied_layers=["blocks.1"]),
+        with_inputs(_hunyuan_text, pag_scale=2.0, use_resolution_binning=False),
+        denoiser="transformer",
+        guidance=4.5,
+        guidance_parts=3,
+        dear=True,
+        row="perturbed-attention guidance, HunyuanDiT",
     ),
 ]
 HOSTS_BY_NAME = {host.name: host for host in HOSTS}

@@ -47,10 +47,10 @@ class Kind(Case):
     """
     A pipeline of a family.
 
-    `pipeline` is its class, which older versions of diffusers may lack. `first` is the layer of the denoiser that sees
-    the batch first, `cross` how the names of layers that attend to the text end, `never` what is in the names of
-    those that are not gated, `guided_channels` how many channels of
-    the output guidance is about (`None`: all). Where guidance is dropped, layers keep the mean of both halves unless
+    `pipeline` is its class, which older versions of diffusers may lack. `first` is the layer of the denoiser that
+    sees the batch first, `cross` how the names of layers that attend to the text end, `never` what is in the names
+    of those that are not gated, `guided_channels` how many channels of the output guidance is about (`None`: all).
+    `dear` says that nothing of it runs in CI. Where guidance is dropped, layers keep the mean of both halves unless
     `mean` is false. Guidance multiplies the difference with its scale and `scale_beyond`.
     """
 
@@ -66,6 +66,7 @@ class Kind(Case):
     conditional_first: bool = False
     size: dict[str, int] = field(default_factory=dict)
     batches: bool = True
+    dear: bool = False
     # Without guidance.
     off: dict[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
     # The scale of what it predicts besides.
@@ -835,12 +836,12 @@ def chronoedit() -> Any:
     return pipe
 
 
-def helios() -> Any:
+def helios(name: str = "HeliosPipeline") -> Any:
     config = {key: value for key, value in WAN_CONFIG.items() if key != "rope_max_seq_len"}
     memory = {"has_multi_term_memory_patch": True, "guidance_cross_attn": True, "zero_history_timestep": True}
     transformer = model("HeliosTransformer3DModel", **config, **memory, rope_dim=(4, 4, 4), is_amplify_history=False)
     scheduler = diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
-    return assemble("HeliosPipeline", transformer=transformer, scheduler=scheduler, vae=wan_vae())
+    return assemble(name, transformer=transformer, scheduler=scheduler, vae=wan_vae())
 
 
 def wan(name: str = "WanPipeline", seconds: bool = False, **changed: Any) -> Any:
@@ -889,7 +890,7 @@ def _words(prompts: list[int], guided: bool) -> dict[str, Any]:
     return {"prompt": ["a small blue square" + ", on a grey background" * p for p in prompts]}
 
 
-def kandinsky5() -> Any:
+def kandinsky5(name: str = "Kandinsky5T2VPipeline", visual_cond: bool = True, **components: Any) -> Any:
     transformer = model(
         "Kandinsky5Transformer3DModel",
         in_visual_dim=4,
@@ -902,9 +903,9 @@ def kandinsky5() -> Any:
         num_text_blocks=1,
         num_visual_blocks=2,
         axes_dims=(2, 2, 2),
-        visual_cond=True,
+        visual_cond=visual_cond,
     )
-    return assemble("Kandinsky5T2VPipeline", transformer=transformer, scheduler=_flow(shift=7.0))
+    return assemble(name, transformer=transformer, scheduler=_flow(shift=7.0), **components)
 
 
 def _kandinsky5_text(prompts: list[int], guided: bool) -> dict[str, Any]:

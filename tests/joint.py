@@ -117,19 +117,21 @@ def sd3_controlnet() -> Any:
     return sd3("StableDiffusion3ControlNetPipeline", controlnet=controlnet)
 
 
-def qwen(name: str = "QwenImagePipeline") -> Any:
-    transformer = model(
-        "QwenImageTransformer2DModel",
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        axes_dims_rope=(4, 6, 6),
-    )
-    return assemble(name, transformer=transformer, scheduler=_flow())
+_QWEN = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8,
+    "axes_dims_rope": (4, 6, 6),
+}
+
+
+def qwen(name: str = "QwenImagePipeline", components: dict[str, Any] | None = None, **config: Any) -> Any:
+    transformer = model("QwenImageTransformer2DModel", **_QWEN, **config)
+    return assemble(name, transformer=transformer, scheduler=_flow(), **components or {})
 
 
 def _qwen_text(prompts: list[int], guided: bool) -> dict[str, Any]:
@@ -206,7 +208,7 @@ def lumina2() -> Any:
     return assemble("Lumina2Pipeline", transformer=transformer, scheduler=_flow())
 
 
-def chroma() -> Any:
+def chroma(name: str = "ChromaPipeline", **components: Any) -> Any:
     transformer = model(
         "ChromaTransformer2DModel",
         in_channels=16,
@@ -220,26 +222,28 @@ def chroma() -> Any:
         approximator_hidden_dim=16,
         approximator_layers=1,
     )
-    return assemble("ChromaPipeline", transformer=transformer, scheduler=_flow())
+    return assemble(name, transformer=transformer, scheduler=_flow(), **components)
 
 
-def hunyuan_video() -> Any:
-    transformer = model(
-        "HunyuanVideoTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=10,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=2,
-        guidance_embeds=True,
-        text_embed_dim=8,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 4, 4),
-    )
-    return assemble("HunyuanVideoPipeline", transformer=transformer, scheduler=_flow())
+_HUNYUAN_VIDEO = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 10,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 2,
+    "guidance_embeds": True,
+    "text_embed_dim": 8,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (2, 4, 4),
+}
+
+
+def hunyuan_video(name: str = "HunyuanVideoPipeline", components: dict[str, Any] | None = None, **config: Any) -> Any:
+    transformer = model("HunyuanVideoTransformer3DModel", **_HUNYUAN_VIDEO | config)
+    return assemble(name, transformer=transformer, scheduler=_flow(), **components or {})
 
 
 _FLUX = {
@@ -279,10 +283,10 @@ def aura_flow() -> Any:
     return assemble("AuraFlowPipeline", transformer=transformer, scheduler=_flow())
 
 
-def cogview(number: str) -> Any:
+def cogview(number: str, kind: str = "", channels: int = 4, **components: Any) -> Any:
     transformer = model(
         f"CogView{number}Transformer2DModel",
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         num_layers=2,
         attention_head_dim=4,
@@ -294,7 +298,7 @@ def cogview(number: str) -> Any:
         sample_size=8,
     )
     scheduler = _flow() if number == "4" else diffusers.CogVideoXDDIMScheduler()
-    return assemble(f"CogView{number}Pipeline", transformer=transformer, scheduler=scheduler)
+    return assemble(f"CogView{number}{kind}Pipeline", transformer=transformer, scheduler=scheduler, **components)
 
 
 _sd3_text = together(text(8, masked=False), pooled(8))

@@ -443,7 +443,14 @@ def slow(*values: Any) -> Any:
 
 def rows(cases: Iterable[Case], dear: Collection[str] = SLOW) -> list[Any]:
     """Parameters of a test: the cases, those named in `dear` in the slow session only."""
-    return [pytest.param(case, marks=[pytest.mark.slow] if case.name in dear else [], id=case.name) for case in cases]
+    return [pytest.param(case, marks=_marks(case, dear), id=case.name) for case in cases]
+
+
+def _marks(case: Any, dear: Collection[str]) -> list[Any]:
+    """The sessions that a case is left to."""
+    if getattr(case, "dear", False):
+        return [pytest.mark.slow, pytest.mark.thorough]
+    return [pytest.mark.slow] if case.name in dear else []
 
 
 BY_NAME = {case.name: case for case in CASES}

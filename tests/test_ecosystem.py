@@ -115,13 +115,15 @@ def count(denoiser):
         if hasattr(module, "to_k"):
             module.register_forward_pre_hook(watch_kind(name), with_kwargs=True)
             module.to_k.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(len(args[0])))
-    first = denoiser.conv_in if hasattr(denoiser, "conv_in") else denoiser.pos_embed.proj
+    places = (getattr(denoiser, name, None) for name in ("pos_embed", "patch_embed"))
+    first = denoiser.conv_in if hasattr(denoiser, "conv_in") else next(filter(None, places)).proj
     first.register_forward_pre_hook(lambda module, args: seen["denoiser"].append(len(args[0])))
     return seen, kinds
 
 
 # With v2 all that v1 does happens too.
-COUNTED = [(host.name, "v2") for host in HOSTS]
+DEAR = [pytest.mark.slow, pytest.mark.thorough]
+COUNTED = [pytest.param(host.name, "v2", marks=DEAR if host.dear else []) for host in HOSTS]
 COUNTED += [
     (name, "v1") for name in ("ip_adapter", "sdxl_loras", "gligen", "animatediff_free_init", "pix2pix", "turbo")
 ]
@@ -191,7 +193,7 @@ def test_few_steps_without_guidance(name, steps):
     assert all(batches == [2] * (1 if kinds[name] else steps) for name, batches in seen.items())
 
 
-@pytest.mark.parametrize("host", [host for host in HOSTS if host.guidance_parts], ids=lambda host: host.name)
+@pytest.mark.parametrize("host", rows([host for host in HOSTS if host.guidance_parts], ()))
 def test_guidance_of_other_parts_stays_on_and_every_part_keeps_its_own_cross_attention(host: Host):
     pipe = host.build()
     denoiser = getattr(pipe, host.denoiser)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.families import assemble, cosmos, ltx2, model, wan, wan_vae
+from tests.families import assemble, cosmos, ltx, ltx2, model, wan, wan_vae
 from tests.pipelines import BY_NAME
 from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
@@ -309,6 +309,10 @@ def distilled_ltx2():
     return ltx2("LTX2DFRPipeline")
 
 
+def long_ltx():
+    return assemble("LTXI2VLongMultiPromptPipeline", transformer=ltx().transformer)
+
+
 def needs(pipeline, build, reason):
     """A row that the oldest diffusers may not have."""
     return pytest.param(build, reason, marks=pytest.mark.skipif(not hasattr(diffusers, pipeline), reason=pipeline))
@@ -350,6 +354,7 @@ def without_denoiser():
         ),
         needs("MotifVideoPipeline", motif, "MotifVideoTransformer3DModel has joint attention"),
         needs("LTX2DFRPipeline", distilled_ltx2, "it has no do_classifier_free_guidance"),
+        needs("LTXI2VLongMultiPromptPipeline", long_ltx, "it denoises windows of frames that overlap"),
         (without_denoiser, "it has no `unet` or `transformer` at present."),
     ],
     ids=[
@@ -372,6 +377,7 @@ def without_denoiser():
         "cosmos_transfer",
         "motif",
         "distilled_ltx2",
+        "long_ltx",
         "no_denoiser",
     ],
 )

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.families import BY_KIND, KINDS, TOKENS, TWO_CALLS, Kind
+from tests.around import AROUND, AROUND_TWO
+from tests.families import BY_KIND, TOKENS, TWO_CALLS, Kind
+from tests.families import KINDS as OWN
 from tests.pipelines import STEPS
 from tests.predicting import errors_of
 from tests.test_cost import taken
@@ -17,11 +19,12 @@ from tests.test_predicted import EVERY, FIXED, PATIENT, full_steps
 from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
+KINDS = [*OWN, *AROUND]
 GATE = 3
 DROP = {"gate_step": GATE}
 # Others stand for these by default: their denoiser is the same.
 SECOND = {"sana_controlnet", "sana_sprint", "ltx_image", "ltx_condition", "hunyuan_controlnet", "sana_video_image"}
-SECOND |= {"ltx2_image", "stable_audio_negative"}
+SECOND |= {"ltx2_image", "stable_audio_negative", *(kind.name for kind in AROUND)}
 # One law of each of these by default: they differ from others in little but their data.
 ONCE = {"ltx2", "sana_video", "kandinsky3", "lumina", "audioldm2", "picture_video"}
 
@@ -33,7 +36,8 @@ def rows(kinds, slow=SECOND):
             kind,
             id=kind.name,
             marks=[
-                *([pytest.mark.slow] if kind.name in slow else []),
+                *([pytest.mark.slow] if kind.name in slow or kind.dear else []),
+                *([pytest.mark.thorough] if kind.dear else []),
                 pytest.mark.skipif(not kind.is_there, reason=f"this diffusers has no {kind.pipeline}"),
             ],
         )
@@ -414,4 +418,4 @@ def test_the_support_matrix_has_a_row_for_every_family():
     page = page[page.index("## Other families") :]
     page = page[: page.index("\n## ", 1)]
     found = dict(re.findall(r"^\| `(\w+Pipeline)` \| (.+) \|$", page, flags=re.MULTILINE))
-    assert found == {kind.pipeline: kind.kept or "no guidance" for kind in KINDS + TWO_CALLS}
+    assert found == {kind.pipeline: kind.kept or "no guidance" for kind in [*KINDS, *TWO_CALLS, *AROUND_TWO]}

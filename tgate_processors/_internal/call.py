@@ -128,7 +128,9 @@ class Call:
             ValueError: If the pipeline does not tell it.
         """
         if self._scales:
-            return [getattr(self._pipe, name) for name in self._scales]
+            first, *others = self._scales
+            # A pipeline without another scale does not guide what it would be for (the sound, in HDR).
+            return [getattr(self._pipe, first), *(getattr(self._pipe, name, 0.0) for name in others)]
         if self._arguments.get("use_dynamic_cfg"):
             raise ValueError(
                 f"T-GATE: use_dynamic_cfg=True changes the guidance scale of {self.subject} in every step, after its "

@@ -26,6 +26,7 @@ REFUSED_ARGUMENTS = {
     "edit_guidance_scale": "semantic guidance adds a part to the batch for every edit",
     "view_batch_size": "it denoises several views in every step",
     "overlap_history": "it denoises windows of frames, each with noise of its own (diffusion forcing)",
+    "temporal_tile_size": "it denoises windows of frames that overlap, and runs a step less in each than it says",
     "controls_conditioning_scale": "it denoises a video in pieces, with a ControlNet that runs twice in every step",
 }
 

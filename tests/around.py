@@ -1,0 +1,485 @@
+"""Tiny real pipelines around denoisers that have one already: from a picture, with control, with what is masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from tests.families import (
+    _KANDINSKY3_CROSS,
+    _LTX2_CALL,
+    _SHORT,
+    Kind,
+    _control,
+    _kandinsky3_text,
+    _kandinsky5_text,
+    _picture_vae,
+    cosmos,
+    helios,
+    kandinsky3,
+    kandinsky5,
+    ltx2,
+    model,
+    text,
+    together,
+    wan_vae,
+)
+from tests.joint import (
+    _CLIP,
+    _QWEN,
+    _SD3,
+    _SMALL,
+    _TRUE,
+    _TWO,
+    Joint,
+    _chroma_text,
+    _qwen_text,
+    _sd3_text,
+    _shifted_vae,
+    chroma,
+    cogvideox,
+    cogview,
+    flux,
+    hunyuan_video,
+    pooled,
+    qwen,
+    sd3,
+)
+from tests.pipelines import SIZE, images
+
+try:
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+    from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
+except ImportError:
+    LTX2VideoCondition = LTX2ReferenceCondition = lambda *args, **kwargs: None
+
+_MASK: dict[str, Any] = {"strength": 1.0, "mask_image": Image.new("L", (SIZE, SIZE), 255)}
+_SIDES = {"height": SIZE, "width": SIZE}
+
+
+def _chroma_inpaint() -> Any:
+    pipe = chroma("ChromaInpaintPipeline", vae=_shifted_vae())
+    # diffusers 0.42 asks for it, as in Flux.
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    return pipe
+
+
+def _qwen_vae(halved: int = 3) -> Any:
+    """A VAE that halves a side so often."""
+    return model(
+        "AutoencoderKLQwenImage",
+        base_dim=2,
+        z_dim=4,
+        dim_mult=[1] * (halved + 1),
+        num_res_blocks=1,
+        temperal_downsample=[False] * halved,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+
+
+def _qwen_controlnet(name: str, extra: int = 0) -> Any:
+    controlnet = model("QwenImageControlNetModel", **{**_QWEN, "num_layers": 1}, extra_condition_channels=extra)
+    return qwen(name, {"vae": _qwen_vae(), "controlnet": controlnet})
+
+
+def _hunyuan_vae() -> Any:
+    return model(
+        "AutoencoderKLHunyuanVideo",
+        latent_channels=4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.5,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 4,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 4,
+        mid_block_add_attention=False,
+    )
+
+
+def sd3_controlnet_inpaint() -> Any:
+    controlnet = model("SD3ControlNetModel", **{**_SD3, "num_layers": 1}, extra_conditioning_channels=1)
+    return sd3("StableDiffusion3ControlNetInpaintingPipeline", controlnet=controlnet)
+
+
+def _masked(prompts: list[int], guided: bool) -> dict[str, Any]:
+    return {"control_image": images([p + 50 for p in prompts]), "control_mask": Image.new("L", (SIZE, SIZE), 255)}
+
+
+_hunyuan_text = together(text(8), pooled(8))
+
+# Guidance alone.
+AROUND_JOINT = [
+    Joint(
+        "chroma_image",
+        lambda: chroma("ChromaImg2ImgPipeline", vae=_shifted_vae()),
+        _chroma_text,
+        pipeline="ChromaImg2ImgPipeline",
+        first="x_embedder",
+        image=True,
+        dear=True,
+        size=_SIDES,
+        extra={"strength": 1.0},
+        **_TWO,
+    ),
+    Joint(
+        "chroma_inpaint",
+        _chroma_inpaint,
+        _chroma_text,
+        pipeline="ChromaInpaintPipeline",
+        first="x_embedder",
+        image=True,
+        batches=False,
+        dear=True,
+        size=_SIDES,
+        extra=_MASK,
+        **_TWO,
+    ),
+    Joint(
+        "flux_image",
+        lambda: flux("FluxImg2ImgPipeline"),
+        _sd3_text,
+        pipeline="FluxImg2ImgPipeline",
+        first="x_embedder",
+        image=True,
+        dear=True,
+        size=_SIDES,
+        extra={"strength": 1.0},
+        **_TRUE,
+    ),
+    Joint(
+        "flux_inpaint",
+        lambda: flux("FluxInpaintPipeline"),
+        _sd3_text,
+        pipeline="FluxInpaintPipeline",
+        first="x_embedder",
+        image=True,
+        batches=False,
+        dear=True,
+        size=_SIDES,
+        extra=_MASK,
+        **_TRUE,
+    ),
+    Joint(
+        "flux_kontext",
+        lambda: flux("FluxKontextPipeline"),
+        _sd3_text,
+        pipeline="FluxKontextPipeline",
+        first="x_embedder",
+        image=True,
+        dear=True,
+        size=_SMALL,
+        extra={"max_area": 32**2, "_auto_resize": False},
+        **_TRUE,
+    ),
+    Joint(
+        "flux_kontext_inpaint",
+        lambda: flux("FluxKontextInpaintPipeline"),
+        _sd3_text,
+        pipeline="FluxKontextInpaintPipeline",
+        first="x_embedder",
+        image=True,
+        batches=False,
+        dear=True,
+        size=_SIDES,
+        extra={**_MASK, "max_area": SIZE**2, "_auto_resize": False},
+        **_TRUE,
+    ),
+    Joint(
+        "qwen_image",
+        lambda: qwen("QwenImageImg2ImgPipeline", {"vae": _qwen_vae()}),
+        _qwen_text,
+        pipeline="QwenImageImg2ImgPipeline",
+        first="img_in",
+        image=True,
+        dear=True,
+        size=_SIDES,
+        extra={"strength": 1.0},
+        normalised=True,
+        **_TRUE,
+    ),
+    Joint(
+        "qwen_inpaint",
+        lambda: qwen("QwenImageInpaintPipeline", {"vae": _qwen_vae()}),
+        _qwen_text,
+        pipeline="QwenImageInpaintPipeline",
+        first="img_in",
+        image=True,
+        batches=False,
+        dear=True,
+        size=_SIDES,
+        extra=_MASK,
+        normalised=True,
+        **_TRUE,
+    ),
+    Joint(
+        "qwen_controlnet",
+        lambda: _qwen_controlnet("QwenImageControlNetPipeline"),
+        together(_qwen_text, _control),
+        pipeline="QwenImageControlNetPipeline",
+        first="img_in",
+        control="control_image",
+        batches=False,
+        dear=True,
+        size=_SIDES,
+        normalised=True,
+        **_TRUE,
+    ),
+    Joint(
+        "qwen_controlnet_inpaint",
+        lambda: _qwen_controlnet("QwenImageControlNetInpaintPipeline", extra=4),
+        together(_qwen_text, _masked),
+        pipeline="QwenImageControlNetInpaintPipeline",
+        first="img_in",
+        control="control_image",
+        batches=False,
+        dear=True,
+        size=_SIDES,
+        normalised=True,
+        **_TRUE,
+    ),
+    Joint(
+        "qwen_edit",
+        # Pictures that are given have a side of 1024.
+        lambda: qwen("QwenImageEditPipeline", {"vae": _qwen_vae(6)}),
+        _qwen_text,
+        pipeline="QwenImageEditPipeline",
+        first="img_in",
+        batches=False,
+        dear=True,
+        size={"height": 256, "width": 256},
+        extra={"image": images([0])[0]},
+        normalised=True,
+        **_TRUE,
+    ),
+    Joint(
+        "cogvideox_video",
+        lambda: cogvideox("CogVideoXVideoToVideoPipeline"),
+        text(8, masked=False),
+        pipeline="CogVideoXVideoToVideoPipeline",
+        first="patch_embed.proj",
+        rows=2,
+        batches=False,
+        dear=True,
+        size=_SMALL,
+        extra={"video": images(range(5)), "strength": 1.0},
+    ),
+    Joint(
+        "cogvideox_control",
+        lambda: cogvideox("CogVideoXFunControlPipeline", channels=8),
+        text(8, masked=False),
+        pipeline="CogVideoXFunControlPipeline",
+        first="patch_embed.proj",
+        rows=2,
+        batches=False,
+        dear=True,
+        size=_SMALL,
+        extra={"control_video": images(range(5))},
+    ),
+    Joint(
+        "cogview4_control",
+        lambda: cogview("4", "Control", channels=8, vae=_shifted_vae()),
+        together(text(8, masked=False), _control),
+        pipeline="CogView4ControlPipeline",
+        first="patch_embed.proj",
+        batches=False,
+        dear=True,
+        size=_SMALL,
+        **_TWO,
+    ),
+    Joint(
+        "hunyuan_video_image",
+        lambda: hunyuan_video(
+            "HunyuanVideoImageToVideoPipeline",
+            {"vae": _hunyuan_vae()},
+            in_channels=9,
+            image_condition_type="latent_concat",
+        ),
+        _hunyuan_text,
+        pipeline="HunyuanVideoImageToVideoPipeline",
+        first="x_embedder.proj",
+        batches=False,
+        dear=True,
+        size=_CLIP,
+        extra={"image": images([0])[0]},
+        **_TRUE,
+    ),
+    Joint(
+        "hunyuan_video_replaced",
+        lambda: hunyuan_video(
+            "HunyuanVideoImageToVideoPipeline", {"vae": _hunyuan_vae()}, image_condition_type="token_replace"
+        ),
+        _hunyuan_text,
+        pipeline="HunyuanVideoImageToVideoPipeline",
+        first="x_embedder.proj",
+        batches=False,
+        dear=True,
+        size=_CLIP,
+        extra={"image": images([0])[0]},
+        **_TRUE,
+    ),
+    Joint(
+        "hunyuan_skyreels",
+        lambda: hunyuan_video("HunyuanSkyreelsImageToVideoPipeline", {"vae": _hunyuan_vae()}, in_channels=8),
+        _hunyuan_text,
+        pipeline="HunyuanSkyreelsImageToVideoPipeline",
+        first="x_embedder.proj",
+        batches=False,
+        dear=True,
+        size=_CLIP,
+        extra={"image": images([0])[0]},
+        **_TRUE,
+    ),
+    Joint(
+        "sd3_controlnet_inpaint",
+        sd3_controlnet_inpaint,
+        together(_sd3_text, _masked),
+        pipeline="StableDiffusion3ControlNetInpaintingPipeline",
+        first="pos_embed.proj",
+        control="control_image",
+        batches=False,
+        dear=True,
+        size=_SIDES,
+    ),
+]
+
+
+def kandinsky3_image() -> Any:
+    vae = model("VQModel", block_out_channels=(4, 4), latent_channels=4, norm_num_groups=2, num_vq_embeddings=4)
+    return kandinsky3("Kandinsky3Img2ImgPipeline", movq=vae)
+
+
+def kandinsky5_picture(name: str, **components: Any) -> Any:
+    pipe = kandinsky5(name, **components)
+    # Else the smallest picture has a side of 640.
+    pipe.resolutions = [(32, 32)]
+    return pipe
+
+
+@dataclass(frozen=True)
+class Pyramid(Kind):
+    """Its steps are given stage by stage."""
+
+    def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
+        return {name: value for name, value in super().inputs(prompts, **overrides).items() if name != STEPS_OF}
+
+
+STEPS_OF = "num_inference_steps"
+
+
+_LTX2_KIND: dict[str, Any] = {
+    "first": "proj_in",
+    "guidance": 3.0,
+    "never": "_to_",
+    "dear": True,
+    "off": {"guidance_scale": 1.0, "audio_guidance_scale": 1.0},
+    "second_scale": 4.0,
+    "size": {"height": 32, "width": 32, "num_frames": 3},
+}
+_HDR_CALL = {name: value for name, value in _LTX2_CALL.items() if "audio" not in name}
+
+AROUND = [
+    Kind(
+        "kandinsky3_image",
+        kandinsky3_image,
+        _kandinsky3_text,
+        pipeline="Kandinsky3Img2ImgPipeline",
+        denoiser="unet",
+        first="conv_in",
+        cross=_KANDINSKY3_CROSS,
+        never="add_time_condition",
+        scale_beyond=1.0,
+        image=True,
+        dear=True,
+        extra={"strength": 1.0},
+    ),
+    Kind(
+        "ltx2_condition",
+        lambda: ltx2("LTX2ConditionPipeline"),
+        text(8),
+        pipeline="LTX2ConditionPipeline",
+        batches=False,
+        extra={**_LTX2_CALL, "conditions": LTX2VideoCondition(images([0])[0], crf=0)},
+        **_LTX2_KIND,
+    ),
+    Kind(
+        "ltx2_context",
+        lambda: ltx2("LTX2InContextPipeline"),
+        text(8),
+        pipeline="LTX2InContextPipeline",
+        batches=False,
+        extra={**_LTX2_CALL, "reference_conditions": LTX2ReferenceCondition(images([0]))},
+        **_LTX2_KIND,
+    ),
+    Kind(
+        "ltx2_hdr",
+        lambda: ltx2("LTX2HDRPipeline"),
+        text(8),
+        pipeline="LTX2HDRPipeline",
+        batches=False,
+        extra=_HDR_CALL,
+        # Its sound is not guided.
+        **_LTX2_KIND | {"off": {"guidance_scale": 1.0}, "second_scale": 0.0},
+    ),
+]
+
+AROUND_TWO = [
+    Kind(
+        "kandinsky5_image_video",
+        lambda: kandinsky5("Kandinsky5I2VPipeline", vae=_hunyuan_vae()),
+        _kandinsky5_text,
+        pipeline="Kandinsky5I2VPipeline",
+        first="visual_embeddings.in_layer",
+        cross="cross_attention",
+        dear=True,
+        size={**_SHORT, "num_frames": 17},
+        batches=False,
+        extra={"image": images([0])[0]},
+    ),
+    Kind(
+        "kandinsky5_picture",
+        lambda: kandinsky5_picture("Kandinsky5T2IPipeline", visual_cond=False),
+        _kandinsky5_text,
+        pipeline="Kandinsky5T2IPipeline",
+        first="visual_embeddings.in_layer",
+        cross="cross_attention",
+        dear=True,
+        size=_SMALL,
+    ),
+    Kind(
+        "kandinsky5_image",
+        lambda: kandinsky5_picture("Kandinsky5I2IPipeline", vae=_picture_vae()),
+        _kandinsky5_text,
+        pipeline="Kandinsky5I2IPipeline",
+        first="visual_embeddings.in_layer",
+        cross="cross_attention",
+        dear=True,
+        size=_SMALL,
+        batches=False,
+        extra={"image": images([0])[0]},
+    ),
+    Kind(
+        "cosmos25",
+        lambda: cosmos("Cosmos2_5_PredictBasePipeline", channels=5, vae=wan_vae()),
+        text(8, masked=False),
+        pipeline="Cosmos2_5_PredictBasePipeline",
+        first="patch_embed.proj",
+        scale_beyond=1.0,
+        dear=True,
+        size={"height": 32, "width": 32, "num_frames": 9},
+        batches=False,
+        extra={"video": images(range(5))},
+    ),
+    Pyramid(
+        "helios_pyramid",
+        lambda: helios("HeliosPyramidPipeline"),
+        text(8, masked=False),
+        pipeline="HeliosPyramidPipeline",
+        first="patch_embedding",
+        dear=True,
+        size=_SHORT,
+        extra={"num_latent_frames_per_chunk": 2, "pyramid_num_inference_steps_list": [6]},
+    ),
+]

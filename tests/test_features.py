@@ -2,13 +2,16 @@
 
 import copy
 
+import diffusers
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ecosystem import lora
 from tests.families import KINDS, TWO_CALLS
 from tests.test_placement import group_offload_by_blocks, group_offload_by_leaves, model_offload, skip_if_missing
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
+from tgate_processors._internal.families import attention_modules
 
 pytestmark = pytest.mark.slow
 # CI has the rows of one.
@@ -89,3 +92,47 @@ def test_a_callback_sees_every_step_and_the_latents_of_both(kind):
     assert torch.equal(kind.run(pipe, callback_on_step_end=callback), expected)
     assert [step for step, _ in seen] == list(range(get_tgate_report(pipe).num_inference_steps))
     assert len({shape for _, shape in seen}) == 1
+
+
+class Kernels(TorchDispatchMode):
+    """Notes whether the CPU's own kernel of attention runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.fused += "flash_attention_for_cpu" in str(func)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not hasattr(diffusers.ModelMixin, "set_attention_backend"), reason="this diffusers has no backends")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_backend_of_attention_is_that_of_the_gated_layers(kind, when):
+    from diffusers.models.attention_dispatch import attention_backend
+
+    pipe, both = kind.build(), {**WAYS[1], "cross_attention": True}
+    layers = attention_modules(pipe.transformer)
+    own = [layer.processor for layer in layers.values()]
+    # Sana's processors have no choice.
+    chooses = kind.name != "sana"
+    # To choose one sets another for the rest of the process too.
+    with attention_backend("native"), Kernels() as kernels:
+        gated = kind.run(apply_tgate(pipe, **both))
+        assert kernels.fused
+        if when == "before":
+            remove_tgate(pipe).transformer.set_attention_backend("_native_math")
+            apply_tgate(pipe, **both)
+        else:
+            pipe.transformer.set_attention_backend("_native_math")
+        kernels.fused = 0
+        torch.testing.assert_close(kind.run(pipe), gated)
+        assert bool(kernels.fused) is not chooses
+        assert get_tgate_report(pipe).half_batch_forwards > 0
+        remove_tgate(pipe)
+        assert all(layer.processor is then for layer, then in zip(layers.values(), own, strict=True))
+        torch.testing.assert_close(kind.run(pipe), kind.plain())
+        assert bool(kernels.fused) is not chooses
+        pipe.transformer.reset_attention_backend()
+    assert torch.equal(kind.run(apply_tgate(pipe, **both)), gated)

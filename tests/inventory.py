@@ -41,11 +41,14 @@ REFUSED = {
     "T-GATE does not know how": """
         AceStep AmusedImg2Img AmusedInpaint Amused AnyFlowFAR AnyFlow BriaFibo2 BriaFiboEdit BriaFibo Bria
         Cosmos3Omni EasyAnimateControl EasyAnimateInpaint EasyAnimate ErnieImage Flux2KleinInpaint Flux2KleinKV
-        Flux2Klein Flux2 HiDreamImage HunyuanImage HunyuanImageRefiner HunyuanVideo15ImageToVideo HunyuanVideo15
-        HunyuanVideoFramepack Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR Kandinsky6TI2VA Krea2
-        LongCatImageEdit LongCatImage MotifVideoImage2Video MotifVideo NucleusMoEImage OmniGen OvisImage PRX
-        PRXPixel QwenImage21 RFD4Proteina SanaWM StableAudio3AudioToAudio StableAudio3Inpaint StableAudio3
+        Flux2Klein Flux2 HiDreamImage HunyuanVideoFramepack Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR
+        Kandinsky6TI2VA Krea2 LongCatImageEdit LongCatImage NucleusMoEImage OmniGen OvisImage PRX PRXPixel
+        QwenImage21 RFD4Proteina SanaWM StableAudio3AudioToAudio StableAudio3Inpaint StableAudio3
         StableDiffusionControlNetXS StableDiffusionXLControlNetXS TextToVideoSD UniDiffuser VideoToVideoSD
+    """,
+    "its guidance is that of a guider": """
+        HunyuanImage HunyuanImageRefiner HunyuanVideo15 HunyuanVideo15ImageToVideo MotifVideo
+        MotifVideoImage2Video
     """,
     "it has no callback_on_step_end, no num_timesteps, no do_classifier_free_guidance": """
         AudioLDM BlipDiffusionControlNet BlipDiffusion CycleDiffusion DreamLiteMobile DreamLite LDMTextToImage

@@ -299,10 +299,10 @@ def cosmos_transfer():
     return cosmos("Cosmos2_5_TransferPipeline", vae=wan_vae())
 
 
-def motif():
-    sizes = {"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8}
-    transformer = model("MotifVideoTransformer3DModel", **sizes, num_layers=1, num_single_layers=1, text_embed_dim=8)
-    return assemble("MotifVideoPipeline", transformer=transformer)
+def motif(**components):
+    sizes = {"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16}
+    sizes |= {"num_layers": 1, "num_single_layers": 1, "text_embed_dim": 8, "rope_axes_dim": (4, 6, 6)}
+    return assemble("MotifVideoPipeline", transformer=model("MotifVideoTransformer3DModel", **sizes), **components)
 
 
 def distilled_ltx2():
@@ -352,7 +352,7 @@ def without_denoiser():
             cosmos_transfer,
             "it denoises a video in pieces, with a ControlNet that runs twice in every step",
         ),
-        needs("MotifVideoPipeline", motif, "MotifVideoTransformer3DModel has joint attention"),
+        needs("MotifVideoPipeline", motif, "its guidance is that of a guider"),
         needs("LTX2DFRPipeline", distilled_ltx2, "it has no do_classifier_free_guidance"),
         needs("LTXI2VLongMultiPromptPipeline", long_ltx, "it denoises windows of frames that overlap"),
         (without_denoiser, "it has no `unet` or `transformer` at present."),
@@ -389,6 +389,24 @@ def test_a_pipeline_that_cannot_be_gated_is_refused_with_the_reason(build, reaso
         apply_tgate(pipe)
     assert vars(pipe) == before
     assert not is_tgate_applied(pipe)
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.skipif(not hasattr(diffusers, "MotifVideoPipeline"), reason="this diffusers has no Motif")
+def test_a_guider_ends_guidance_as_the_error_says():
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
+    pipe = motif(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=wan_vae(), guider=guider)
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *args: calls.append(1))
+    given = {f"{name}_embeds": torch.ones(1, 5, 8) for name in ("prompt", "negative_prompt")}
+    given |= {f"{name}_attention_mask": torch.ones(1, 5) for name in ("prompt", "negative_prompt")}
+    given |= {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 5, "output_type": "latent"}
+    pipe(**given)
+    assert len(calls) == 10
+    pipe.guider = pipe.guider.new(stop=0.4)
+    pipe(**given)
+    assert len(calls) == 10 + 2 * 2 + 3
 
 
 def test_a_bad_argument_of_the_call_gets_the_pipelines_own_error():

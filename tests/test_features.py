@@ -112,27 +112,28 @@ class Kernels(TorchDispatchMode):
 def test_a_backend_of_attention_is_that_of_the_gated_layers(kind, when):
     from diffusers.models.attention_dispatch import attention_backend
 
-    pipe, both = kind.build(), {**WAYS[1], "cross_attention": True}
+    pipe, both, plain = kind.build(), {**WAYS[1], "cross_attention": True}, kind.plain()
     layers = attention_modules(pipe.transformer)
     own = [layer.processor for layer in layers.values()]
     # Sana's processors have no choice.
     chooses = kind.name != "sana"
-    # To choose one sets another for the rest of the process too.
-    with attention_backend("native"), Kernels() as kernels:
+    with Kernels() as kernels:
         gated = kind.run(apply_tgate(pipe, **both))
         assert kernels.fused
         if when == "before":
-            remove_tgate(pipe).transformer.set_attention_backend("_native_math")
-            apply_tgate(pipe, **both)
-        else:
+            remove_tgate(pipe)
+        # To choose one makes it the default of the process, until the end of this context.
+        with attention_backend("native"):
             pipe.transformer.set_attention_backend("_native_math")
+        if when == "before":
+            apply_tgate(pipe, **both)
         kernels.fused = 0
         torch.testing.assert_close(kind.run(pipe), gated)
         assert bool(kernels.fused) is not chooses
         assert get_tgate_report(pipe).half_batch_forwards > 0
         remove_tgate(pipe)
         assert all(layer.processor is then for layer, then in zip(layers.values(), own, strict=True))
-        torch.testing.assert_close(kind.run(pipe), kind.plain())
+        torch.testing.assert_close(kind.run(pipe), plain)
         assert bool(kernels.fused) is not chooses
-        pipe.transformer.reset_attention_backend()
+    pipe.transformer.reset_attention_backend()
     assert torch.equal(kind.run(apply_tgate(pipe, **both)), gated)

@@ -12,7 +12,7 @@ import torch
 from ..call import Call
 from ..schedule import CFGHalf, TGateSchedule
 from .family import Family
-from .refusing import INSTEAD, check_attention, check_mode, why_distilled, why_no_denoiser
+from .refusing import INSTEAD, check_attention, check_loop, check_mode, why_distilled, why_no_denoiser
 from .rows import family_of, known
 
 # Arguments of a pipeline's call that give away guidance of more or other parts than two halves. It stays on after the
@@ -21,14 +21,6 @@ WHOLE_GUIDANCE_ARGUMENTS = ("image_guidance_scale", "pag_scale")
 
 # By this property pipelines say whether they guide.
 _GUIDES = "do_classifier_free_guidance"
-# Arguments of a pipeline's call that give away a loop, or a batch, of a shape that changes from step to step.
-REFUSED_ARGUMENTS = {
-    "edit_guidance_scale": "semantic guidance adds a part to the batch for every edit",
-    "view_batch_size": "it denoises several views in every step",
-    "overlap_history": "it denoises windows of frames, each with noise of its own (diffusion forcing)",
-    "temporal_tile_size": "it denoises windows of frames that overlap, and runs a step less in each than it says",
-    "controls_conditioning_scale": "it denoises a video in pieces, with a ControlNet that runs twice in every step",
-}
 
 
 @dataclass(frozen=True)
@@ -73,9 +65,7 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
     """Find out how a pipeline is gated, or raise a `ValueError` with the reason why it cannot be."""
     subject = type(pipe).__name__
     parameters = _parameters(type(pipe))
-    for argument, reason in REFUSED_ARGUMENTS.items():
-        if argument in parameters:
-            raise ValueError(f"{subject} cannot be gated: {reason}. {INSTEAD}")
+    check_loop(pipe, subject, parameters)
     family, denoiser = _find_denoiser(pipe, subject, cross_attention)
     legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.untold]
     # By a negative prompt, whatever the denoiser is told besides; the call says whether it does.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,14 @@ from ..layout import Layout
 
 # What makes a pipeline faster that T-GATE cannot gate.
 INSTEAD = "What helps there are fewer steps, half precision and torch.compile."
+# Arguments of a pipeline's call that give away a loop, or a batch, of a shape that changes from step to step.
+REFUSED_ARGUMENTS = {
+    "edit_guidance_scale": "semantic guidance adds a part to the batch for every edit",
+    "view_batch_size": "it denoises several views in every step",
+    "overlap_history": "it denoises windows of frames, each with noise of its own (diffusion forcing)",
+    "temporal_tile_size": "it denoises windows of frames that overlap, and runs a step less in each than it says",
+    "controls_conditioning_scale": "it denoises a video in pieces, with a ControlNet that runs twice in every step",
+}
 
 
 def why_no_denoiser(pipe: Any) -> str:
@@ -56,6 +65,19 @@ def why_distilled(denoiser: torch.nn.Module, subject: str) -> str:
         f"{subject} cannot be gated: it calls its {name} once in a step and its guidance is distilled into it, so "
         f"there is no half to leave out. {INSTEAD}"
     )
+
+
+def check_loop(pipe: Any, subject: str, parameters: set[str]) -> None:
+    """Refuse a loop that T-GATE cannot follow, by the arguments of its call, and guidance by a guider."""
+    for argument, reason in REFUSED_ARGUMENTS.items():
+        if argument in parameters:
+            raise ValueError(f"{subject} cannot be gated: {reason}. {INSTEAD}")
+    if "guider" in inspect.signature(type(pipe).__init__).parameters:
+        raise ValueError(
+            f"{subject} cannot be gated: its guidance is that of a guider, which says itself how often the denoiser is "
+            "called in a step. A guider can end guidance early by itself, which is most of what T-GATE saves: "
+            f"pipe.guider = pipe.guider.new(stop=0.4) has no second call after 40 % of the steps. {INSTEAD}"
+        )
 
 
 def check_mode(pipe: Any) -> None:

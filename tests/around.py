@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 
 from tests.families import (
     _KANDINSKY3_CROSS,
     _LTX2_CALL,
     _SHORT,
+    TOKENS,
     Kind,
     _control,
+    _flow,
     _kandinsky3_text,
     _kandinsky5_text,
     _picture_vae,
+    assemble,
     cosmos,
     helios,
     kandinsky3,
@@ -47,7 +51,7 @@ from tests.joint import (
     qwen,
     sd3,
 )
-from tests.pipelines import SIZE, images
+from tests.pipelines import SIZE, images, seeded
 
 try:
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
@@ -342,6 +346,195 @@ AROUND_JOINT = [
         batches=False,
         dear=True,
         size=_SIDES,
+    ),
+]
+
+
+_TINY = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "joint_attention_dim": 8}
+
+
+def flux2(name: str = "Flux2KleinPipeline", **components: Any) -> Any:
+    config = {**_TINY, "attention_head_dim": 16, "in_channels": 16, "axes_dims_rope": (4, 4, 4, 4)}
+    transformer = model("Flux2Transformer2DModel", **config, guidance_embeds=False)
+    vae = model(
+        "AutoencoderKLFlux2",
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+    )
+    return assemble(name, transformer=transformer, scheduler=_flow(), vae=vae, **components)
+
+
+def krea2() -> Any:
+    transformer = model(
+        "Krea2Transformer2DModel",
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        timestep_embed_dim=8,
+        text_hidden_dim=8,
+        num_text_layers=2,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=1,
+        text_intermediate_size=8,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )
+    return assemble("Krea2Pipeline", transformer=transformer, scheduler=_flow(), text_encoder_select_layers=(0, 1))
+
+
+def _krea2_text(prompts: list[int], guided: bool) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for name, seed in (("", 100), ("negative_", 200)) if guided else (("", 100),):
+        given[f"{name}prompt_embeds"] = torch.stack([seeded((TOKENS, 2, 8), seed + p) for p in prompts])
+        given[f"{name}prompt_embeds_mask"] = torch.ones(len(prompts), TOKENS, dtype=torch.bool)
+    return given
+
+
+def ovis() -> Any:
+    config = {**_TINY, "attention_head_dim": 16, "in_channels": 16, "out_channels": 16, "axes_dims_rope": (4, 4, 8)}
+    return assemble("OvisImagePipeline", transformer=model("OvisImageTransformer2DModel", **config), scheduler=_flow())
+
+
+def bria() -> Any:
+    config = {**_TINY, "attention_head_dim": 8, "in_channels": 16, "axes_dims_rope": (0, 4, 4)}
+    transformer = model("BriaTransformer2DModel", **config, pooled_projection_dim=None)
+    return assemble("BriaPipeline", transformer=transformer, scheduler=_flow(), vae=_shifted_vae())
+
+
+def prx(name: str = "PRXPipeline") -> Any:
+    sizes = {"patch_size": 2, "in_channels": 4, "context_in_dim": 8, "hidden_size": 8, "num_heads": 2, "depth": 2}
+    transformer = model("PRXTransformer2DModel", **sizes, axes_dim=[2, 2])
+    return assemble(name, transformer=transformer, scheduler=_flow())
+
+
+def ernie() -> Any:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 16, "in_channels": 4}
+    transformer = model("ErnieImageTransformer2DModel", **sizes, out_channels=4, text_in_dim=8, rope_axes_dim=(4, 2, 2))
+    return assemble("ErnieImagePipeline", transformer=transformer, scheduler=_flow())
+
+
+def _ernie_text(prompts: list[int], guided: bool) -> dict[str, Any]:
+    names = (("", 100), ("negative_", 200)) if guided else (("", 100),)
+    return {f"{name}prompt_embeds": [seeded((3 + p, 8), seed + p) for p in prompts] for name, seed in names}
+
+
+def easy_animate() -> Any:
+    transformer = model(
+        "EasyAnimateTransformer3DModel",
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=4,
+        text_embed_dim=8,
+        num_layers=2,
+        sample_width=4,
+        sample_height=4,
+        patch_size=2,
+    )
+    vae = model(
+        "AutoencoderKLMagvit",
+        down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 3),
+        up_block_types=("SpatialUpBlock3D", *("SpatialTemporalUpBlock3D",) * 3),
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_group_norm=False,
+    )
+    return assemble("EasyAnimatePipeline", transformer=transformer, scheduler=_flow(), vae=vae)
+
+
+AROUND_JOINT += [
+    Joint(
+        "flux2_given",
+        flux2,
+        text(8, masked=False),
+        pipeline="Flux2KleinPipeline",
+        first="x_embedder",
+        dear=True,
+        batches=False,
+        size={"height": 64, "width": 64},
+        extra={"image": images([0])[0]},
+        **_TWO,
+    ),
+    Joint(
+        "flux2_inpaint",
+        lambda: flux2("Flux2KleinInpaintPipeline"),
+        text(8, masked=False),
+        pipeline="Flux2KleinInpaintPipeline",
+        first="x_embedder",
+        image=True,
+        dear=True,
+        batches=False,
+        size=_SIDES,
+        extra=_MASK,
+        **_TWO,
+    ),
+    Joint(
+        "flux2",
+        flux2,
+        text(8, masked=False),
+        pipeline="Flux2KleinPipeline",
+        first="x_embedder",
+        dear=True,
+        size={"height": 64, "width": 64},
+        **_TWO,
+    ),
+    Joint(
+        "krea2",
+        krea2,
+        _krea2_text,
+        pipeline="Krea2Pipeline",
+        first="img_in",
+        dear=True,
+        size={"height": 64, "width": 64},
+        scale_beyond=1.0,
+        off={"guidance_scale": 0.0},
+        **_TWO,
+    ),
+    Joint(
+        "ovis",
+        ovis,
+        text(8, masked=False),
+        pipeline="OvisImagePipeline",
+        first="x_embedder",
+        dear=True,
+        size=_SMALL,
+        extra={"negative_prompt": None},
+        **_TWO,
+    ),
+    Joint("bria", bria, text(8, masked=False), pipeline="BriaPipeline", first="x_embedder", dear=True, size=_SMALL),
+    Joint(
+        "prx",
+        prx,
+        lambda prompts, guided: {k: v.bool() if "mask" in k else v for k, v in text(8)(prompts, guided).items()},
+        pipeline="PRXPipeline",
+        first="img_in",
+        # With guidance it has the time of one prompt.
+        batches=False,
+        dear=True,
+        size=_SMALL,
+        extra={"use_resolution_binning": False},
+    ),
+    Joint("ernie", ernie, _ernie_text, pipeline="ErnieImagePipeline", first="x_embedder.proj", dear=True, size=_SMALL),
+    Joint(
+        "easy_animate",
+        easy_animate,
+        text(8),
+        pipeline="EasyAnimatePipeline",
+        first="proj",
+        dear=True,
+        rows=2,
+        size=_CLIP,
     ),
 ]
 

@@ -21,7 +21,10 @@ AS_ANOTHER = {
     "AltDiffusionPipeline": "StableDiffusionPipeline",
     "KolorsImg2ImgPipeline": "StableDiffusionXLImg2ImgPipeline",
     "KolorsPAGPipeline": "StableDiffusionXLPAGPipeline",
+    "EasyAnimateControlPipeline": "EasyAnimatePipeline",
+    "EasyAnimateInpaintPipeline": "EasyAnimatePipeline",
     "PIAPipeline": "AnimateDiffPipeline",
+    "PRXPixelPipeline": "PRXPipeline",
     "QwenImageEditInpaintPipeline": "QwenImageEditPipeline",
     "QwenImageEditPlusPipeline": "QwenImageEditPipeline",
     "QwenImageLayeredPipeline": "QwenImageEditPipeline",
@@ -39,12 +42,11 @@ AS_ANOTHER = {
 # By what the error says, without "Pipeline" at the end; what has another end has a full stop instead.
 REFUSED = {
     "T-GATE does not know how": """
-        AceStep AmusedImg2Img AmusedInpaint Amused AnyFlowFAR AnyFlow BriaFibo2 BriaFiboEdit BriaFibo Bria
-        Cosmos3Omni EasyAnimateControl EasyAnimateInpaint EasyAnimate ErnieImage Flux2KleinInpaint Flux2KleinKV
-        Flux2Klein Flux2 HiDreamImage HunyuanVideoFramepack Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR
-        Kandinsky6TI2VA Krea2 LongCatImageEdit LongCatImage NucleusMoEImage OmniGen OvisImage PRX PRXPixel
-        QwenImage21 RFD4Proteina SanaWM StableAudio3AudioToAudio StableAudio3Inpaint StableAudio3
-        StableDiffusionControlNetXS StableDiffusionXLControlNetXS TextToVideoSD UniDiffuser VideoToVideoSD
+        AceStep AmusedImg2Img AmusedInpaint Amused AnyFlowFAR AnyFlow BriaFibo2 BriaFiboEdit BriaFibo
+        Cosmos3Omni HiDreamImage HunyuanVideoFramepack Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR
+        Kandinsky6TI2VA LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21 RFD4Proteina SanaWM
+        StableAudio3AudioToAudio StableAudio3Inpaint StableAudio3 StableDiffusionControlNetXS
+        StableDiffusionXLControlNetXS TextToVideoSD UniDiffuser VideoToVideoSD
     """,
     "its guidance is that of a guider": """
         HunyuanImage HunyuanImageRefiner HunyuanVideo15 HunyuanVideo15ImageToVideo MotifVideo
@@ -75,7 +77,7 @@ REFUSED = {
     """,
     "its guidance is distilled into it": """
         FluxControlImg2Img FluxControlInpaint FluxControlNetImg2Img FluxControlNetInpaint FluxControl FluxFill
-        VisualClozeGeneration VisualCloze
+        VisualClozeGeneration VisualCloze Flux2 Flux2KleinKV
     """,
     "text and image share one softmax": """
         IFImg2Img IFImg2ImgSuperResolution IFInpainting IFInpaintingSuperResolution IF IFSuperResolution
@@ -159,7 +161,12 @@ _ADDED = {
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "attention_head_dim": 8,
 }
-_AS_LOADED = {"IF": _ADDED, "Kandinsky(V22)?(?!Prior|3|5|6)": _ADDED, "SanaSprint": {"guidance_embeds": True}}
+_AS_LOADED = {
+    "IF": _ADDED,
+    "Kandinsky(V22)?(?!Prior|3|5|6)": _ADDED,
+    "SanaSprint": {"guidance_embeds": True},
+    "Flux2Klein": {"guidance_embeds": False},
+}
 _made: dict[Any, Any] = {}
 
 

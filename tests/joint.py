@@ -47,7 +47,7 @@ class Joint(Kind):
 
     def guided(self, none: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
         """What the pipeline makes of the two halves."""
-        noise = none + self.guidance * (prompt - none)
+        noise = none + (self.guidance + self.scale_beyond) * (prompt - none)
         if self.normalised:
             noise = noise * (prompt.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
         return self.sign * noise

@@ -129,7 +129,7 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
     handle.remove()
     with torch.no_grad():
         outputs = iter([pipe.transformer(*args, **kwargs)[0] for args, kwargs in calls])
-    known, errors = [], []
+    known, errors, scale = [], [], kind.guidance + kind.scale_beyond
     for step, noise in enumerate(noises):
         full = step in report.full_steps
         if kind.calls == 2:
@@ -141,8 +141,8 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
             none, prompt = next(outputs).chunk(2)
         if full:
             if len(known) == 2 and settings is PATIENT:
-                right = none + kind.guidance * (prompt - none)
-                error = relative_error(predict(known, step), prompt - none, right, kind.guidance)
+                right = none + scale * (prompt - none)
+                error = relative_error(predict(known, step), prompt - none, right, scale)
                 errors.append((step, pytest.approx(error.max().item(), rel=1e-3)))
             known = [*known[-1:], Difference(step, prompt - none)]
         else:
@@ -214,7 +214,7 @@ def test_a_compiled_denoiser_gives_the_same_and_counts_no_attention(kind: Joint)
 
 @every_slow
 def test_a_call_without_guidance_is_the_plain_one_and_says_so(kind: Joint, caplog):
-    pipe, off = apply_tgate(kind.build(), **DROP, **ALONE), {"guidance_scale": 1.0}
+    pipe, off = apply_tgate(kind.build(), **DROP, **ALONE), kind.off
     assert torch.equal(kind.run(pipe, **off), kind.plain(**off))
     assert get_tgate_report(pipe).half_batch_forwards == 0
     (message,) = (record.message for record in caplog.records if "tgate" in record.name)
@@ -249,7 +249,8 @@ def test_skip_layer_guidance_stays_on_as_it_is(kind: Joint):
 
 # These read values of their inputs.
 UNCOUNTED = {"lumina2", "mochi"}
-COUNTED = [kind for kind in OWN if kind.name not in UNCOUNTED and kind.batches and "sd3_" not in kind.name]
+MORE = [kind for kind in AROUND_JOINT if kind.name in {"flux2", "krea2", "ovis", "bria", "easy_animate"}]
+COUNTED = [kind for kind in [*OWN, *MORE] if kind.name not in UNCOUNTED and kind.batches and "sd3_" not in kind.name]
 
 
 @pytest.mark.parametrize("kind", rows(COUNTED, ALL))

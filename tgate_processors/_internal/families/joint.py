@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .family import Family, Inputs, InputSize, Shapes
 
 # Tokens of CLIP, before those of T5.
 _CLIP = 77
+_ERNIE = ("text_bth", "text_lens")
 _COGVIEW = ("original_size", "target_size", "crop_coords")
 
 
@@ -55,11 +57,57 @@ def _flux(config: Any, batch: int, size: InputSize) -> Shapes:
         "img_ids": (patches, 3),
         "txt_ids": (size.tokens, 3),
     }
-    if hasattr(config, "pooled_projection_dim"):
+    if getattr(config, "pooled_projection_dim", None):
         shapes["pooled_projections"] = (batch, config.pooled_projection_dim)
     if getattr(config, "guidance_embeds", False):
         shapes["guidance"] = (batch,)
     return shapes
+
+
+def _bria(config: Any, batch: int, size: InputSize) -> Shapes:
+    # Its pipeline counts pixels of the picture for a patch of the latent.
+    return _flux(config, batch, replace(size, height=2 * size.height, width=2 * size.width))
+
+
+def _flux2(config: Any, batch: int, size: InputSize) -> Shapes:
+    shapes = _flux(config, batch, size)
+    return shapes | {"img_ids": (shapes["hidden_states"][1], 4), "txt_ids": (size.tokens, 4)}
+
+
+def _krea2(config: Any, batch: int, size: InputSize) -> Shapes:
+    patches = size.height * size.width // 4
+    return {
+        "hidden_states": (batch, patches, config.in_channels),
+        "encoder_hidden_states": (batch, size.tokens, config.num_text_layers, config.text_hidden_dim),
+        "timestep": (batch,),
+        "position_ids": (size.tokens + patches, 3),
+    }
+
+
+def _prx(config: Any, batch: int, size: InputSize) -> Shapes:
+    return {
+        "hidden_states": (batch, config.in_channels, size.height, size.width),
+        "timestep": (batch,),
+        "encoder_hidden_states": (batch, size.tokens, config.context_in_dim),
+        "attention_mask": torch.empty(batch, size.tokens, dtype=torch.bool, device="meta"),
+    }
+
+
+def _easy_animate(config: Any, batch: int, size: InputSize) -> Shapes:
+    return {
+        "hidden_states": (batch, config.in_channels, size.frames, size.height, size.width),
+        "timestep": (batch,),
+        "encoder_hidden_states": (batch, size.tokens, config.text_embed_dim),
+    }
+
+
+def _ernie(config: Any, batch: int, size: InputSize) -> Shapes:
+    return {
+        "hidden_states": (batch, config.in_channels, size.height, size.width),
+        "timestep": (batch,),
+        "text_bth": (batch, size.tokens, config.text_in_dim),
+        "text_lens": torch.empty(batch, dtype=torch.long, device="meta"),
+    }
 
 
 def _hunyuan_video(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -127,4 +175,16 @@ JOINT = (
     _family("AuraFlowTransformer2DModel", Inputs(_aura_flow, tokens=256), untold=("AuraFlowPipeline",)),
     _family("CogView3PlusTransformer2DModel", Inputs(_cogview, tokens=224), arguments=_COGVIEW),
     _family("CogView4Transformer2DModel", Inputs(_cogview, tokens=1024), calls=2),
+    # Version 2 itself is distilled; its small ones guide.
+    _family("Flux2Transformer2DModel", Inputs(_flux2, tokens=512, scale=16), calls=2),
+    _family("Krea2Transformer2DModel", Inputs(_krea2, tokens=512), calls=2, scale_beyond=1.0),
+    _family("OvisImageTransformer2DModel", Inputs(_flux, tokens=256), untold=("OvisImagePipeline",), calls=2),
+    _family("BriaTransformer2DModel", Inputs(_bria, tokens=128, scale=16)),
+    _family("PRXTransformer2DModel", Inputs(_prx, tokens=256), untold=("PRXPipeline", "PRXPixelPipeline")),
+    _family("ErnieImageTransformer2DModel", Inputs(_ernie, tokens=256), ("ErnieImagePipeline",), arguments=_ERNIE),
+    _family(
+        "EasyAnimateTransformer3DModel",
+        Inputs(_easy_animate, tokens=256, frames=49, frame_scale=4),
+        arguments=("inpaint_latents", "control_latents"),
+    ),
 )

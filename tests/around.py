@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from PIL import Image
 
@@ -13,6 +14,7 @@ from tests.families import (
     _LTX2_CALL,
     _SHORT,
     TOKENS,
+    WAN_CONFIG,
     Kind,
     _control,
     _flow,
@@ -56,6 +58,7 @@ from tests.pipelines import SIZE, images, seeded
 try:
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
     from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
+    from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 except ImportError:
     LTX2VideoCondition = LTX2ReferenceCondition = lambda *args, **kwargs: None
 
@@ -562,6 +565,43 @@ class Pyramid(Kind):
 STEPS_OF = "num_inference_steps"
 
 
+def any_flow() -> Any:
+    transformer = model("AnyFlowTransformer3DModel", **WAN_CONFIG)
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
+    return assemble("AnyFlowPipeline", transformer=transformer, scheduler=scheduler, vae=wan_vae())
+
+
+def stable_audio3() -> Any:
+    transformer = model(
+        "StableAudio3DiTModel",
+        io_channels=4,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        cond_token_dim=8,
+        global_cond_dim=8,
+        local_add_cond_dim=5,
+        timestep_features_dim=8,
+        ff_mult=2,
+        num_memory_tokens=3,
+        use_differential_attention=False,
+    )
+    sizes = {"patch_size": 2, "encoder_channels": 4, "encoder_c_mults": (2,), "encoder_strides": (2,)}
+    sizes |= {"encoder_transformer_depths": (1,), "dim_heads": 4, "ff_mult": 2, "sampling_rate": 16}
+    vae = model("AutoencoderSAME", **sizes, audio_channels=2, latent_dim=4, use_differential_attention=False)
+    # What is drawn ends before it, and its weights cannot be copied.
+    vae.encoder = vae.decoder = torch.nn.Linear(1, 1)
+    torch.manual_seed(0)
+    parts = {"vae": vae, "duration_embedder": StableAudio3DurationEmbedder(output_dim=8, fourier_dim=8)}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
+    return assemble("StableAudio3Pipeline", transformer=transformer, scheduler=scheduler, **parts)
+
+
+def _audio3_text(prompts: list[int], guided: bool) -> dict[str, Any]:
+    given = text(8)(prompts, guided)
+    return {name.replace("prompt_attention", "encoder_attention"): value for name, value in given.items()}
+
+
 _LTX2_KIND: dict[str, Any] = {
     "first": "proj_in",
     "guidance": 3.0,
@@ -615,6 +655,28 @@ AROUND = [
         extra=_HDR_CALL,
         # Its sound is not guided.
         **_LTX2_KIND | {"off": {"guidance_scale": 1.0}, "second_scale": 0.0},
+    ),
+]
+
+AROUND += [
+    Kind(
+        "any_flow",
+        any_flow,
+        text(8, masked=False),
+        pipeline="AnyFlowPipeline",
+        first="patch_embedding",
+        dear=True,
+        size=_SHORT,
+    ),
+    Kind(
+        "stable_audio3",
+        stable_audio3,
+        _audio3_text,
+        pipeline="StableAudio3Pipeline",
+        first="proj_in",
+        cross="cross_attn",
+        dear=True,
+        extra={"duration": 2.0},
     ),
 ]
 

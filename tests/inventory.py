@@ -42,11 +42,10 @@ AS_ANOTHER = {
 # By what the error says, without "Pipeline" at the end; what has another end has a full stop instead.
 REFUSED = {
     "T-GATE does not know how": """
-        AceStep AmusedImg2Img AmusedInpaint Amused AnyFlowFAR AnyFlow BriaFibo2 BriaFiboEdit BriaFibo
-        Cosmos3Omni HiDreamImage HunyuanVideoFramepack Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR
-        Kandinsky6TI2VA LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21 RFD4Proteina SanaWM
-        StableAudio3AudioToAudio StableAudio3Inpaint StableAudio3 StableDiffusionControlNetXS
-        StableDiffusionXLControlNetXS TextToVideoSD UniDiffuser VideoToVideoSD
+        AceStep AmusedImg2Img AmusedInpaint Amused AnyFlowFAR BriaFibo2 BriaFiboEdit BriaFibo Cosmos3Omni
+        HiDreamImage HunyuanVideoFramepack Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR Kandinsky6TI2VA
+        LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21 RFD4Proteina SanaWM
+        StableDiffusionControlNetXS StableDiffusionXLControlNetXS TextToVideoSD UniDiffuser VideoToVideoSD
     """,
     "its guidance is that of a guider": """
         HunyuanImage HunyuanImageRefiner HunyuanVideo15 HunyuanVideo15ImageToVideo MotifVideo
@@ -95,7 +94,7 @@ REFUSED = {
         LEditsPPPipelineStableDiffusion. LEditsPPPipelineStableDiffusionXL. SemanticStableDiffusion
     """,
     "it has no do_classifier_free_guidance, so": """
-        LTX2DFR LTX2DFRTemporalRefine
+        LTX2DFR LTX2DFRTemporalRefine StableAudio3AudioToAudio StableAudio3Inpaint
     """,
     "windows of frames that overlap": """
         LTXI2VLongMultiPrompt

@@ -131,7 +131,8 @@ def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, *
     if getattr(attn, "residual_connection", False):
         # The output holds the residual, which is another one in every step.
         return self.original(attn, hidden_states, *args, **kwargs)
-    context = kwargs.get("encoder_hidden_states", args[0] if args else None)
+    # Stable Audio 3 has another word for it.
+    context = kwargs.get("encoder_hidden_states", kwargs.get("context", args[0] if args else None))
     # The layer's own flag is missing or wrong in several models; what it attends to is not.
     is_self = context is None or context is hidden_states
     if torch.compiler.is_compiling():

@@ -51,6 +51,18 @@ def _longcat(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
+def _stable_audio3(config: Any, batch: int, size: InputSize) -> Shapes:
+    # The duration is one token more.
+    tokens = size.tokens + 1
+    return {
+        "hidden_states": (batch, config.io_channels, size.frames),
+        "timestep": (batch,),
+        "encoder_hidden_states": (batch, tokens, config.cond_token_dim),
+        "global_hidden_states": (batch, config.global_cond_dim),
+        "encoder_attention_mask": torch.empty(batch, tokens, dtype=torch.long, device="meta"),
+    }
+
+
 AUDIO = (
     Family(
         "StableAudioDiTModel",
@@ -78,5 +90,13 @@ AUDIO = (
         Inputs(_longcat, tokens=512, frames=351, sized=False),
         Layout(cross=("cross_attn",), calls=2),
         untold={"LongCatAudioDiTPipeline": None},
+    ),
+    Family(
+        "StableAudio3DiTModel",
+        "transformer",
+        "conditional",
+        # 10 seconds.
+        Inputs(_stable_audio3, tokens=256, frames=108, sized=False),
+        Layout(arguments=("global_hidden_states",), cross=("cross_attn",)),
     ),
 )

@@ -1,4 +1,7 @@
-"""Wan: guidance by two calls; version 2.2 has two denoisers, one for much noise and one for little."""
+"""
+Wan: guidance by two calls; version 2.2 has two denoisers, one for much noise and one for little. AnyFlow guides in one
+batch.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,13 @@ def _wan(config: Any, batch: int, size: InputSize) -> Shapes:
 def _vace(config: Any, batch: int, size: InputSize) -> Shapes:
     shapes = _wan(config, batch, size)
     return shapes | {"control_hidden_states": (batch, config.vace_in_channels, *shapes["hidden_states"][2:])}
+
+
+def _any_flow(config: Any, batch: int, size: InputSize) -> Shapes:
+    # Frames before channels, and a time for each of them.
+    times = (batch, size.frames)
+    shapes = _wan(config, batch, size) | {"timestep": times, "r_timestep": times}
+    return shapes | {"hidden_states": (*times, config.in_channels, size.height, size.width)}
 
 
 def _animate(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -50,4 +60,11 @@ WAN = (
     # It asks for the precision of its device in every forward, which the meta device does not have.
     Family("HeliosTransformer3DModel", "transformer", "conditional", None, _LAYOUT),
     Family("ChronoEditTransformer3DModel", "transformer", "conditional", _INPUTS, _LAYOUT),
+    Family(
+        "AnyFlowTransformer3DModel",
+        "transformer",
+        "conditional",
+        Inputs(_any_flow, **_SIZES),
+        Layout(arguments=("r_timestep",), cross=("attn2",), keeps_cross=False),
+    ),
 )

@@ -19,10 +19,12 @@ from tests.joint import JOINT
 AS_ANOTHER = {
     "AltDiffusionImg2ImgPipeline": "StableDiffusionImg2ImgPipeline",
     "AltDiffusionPipeline": "StableDiffusionPipeline",
+    "HunyuanVideo15ImageToVideoPipeline": "HunyuanVideo15Pipeline",
     "KolorsImg2ImgPipeline": "StableDiffusionXLImg2ImgPipeline",
     "KolorsPAGPipeline": "StableDiffusionXLPAGPipeline",
     "EasyAnimateControlPipeline": "EasyAnimatePipeline",
     "EasyAnimateInpaintPipeline": "EasyAnimatePipeline",
+    "MotifVideoImage2VideoPipeline": "MotifVideoPipeline",
     "PIAPipeline": "AnimateDiffPipeline",
     "PRXPixelPipeline": "PRXPipeline",
     "QwenImageEditInpaintPipeline": "QwenImageEditPipeline",
@@ -39,6 +41,8 @@ AS_ANOTHER = {
     "StableDiffusionXLPAGInpaintPipeline": "StableDiffusionXLPAGPipeline",
 }
 
+# Gated by their guider, in test_modular.py and test_errors.py.
+BY_GUIDER = {"HunyuanVideo15Pipeline", "MotifVideoPipeline"}
 # By what the error says, without "Pipeline" at the end; what has another end has a full stop instead.
 REFUSED = {
     "T-GATE does not know how": """
@@ -47,9 +51,8 @@ REFUSED = {
         LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21 RFD4Proteina SanaWM
         StableDiffusionControlNetXS StableDiffusionXLControlNetXS TextToVideoSD UniDiffuser VideoToVideoSD
     """,
-    "its guidance is that of a guider": """
-        HunyuanImage HunyuanImageRefiner HunyuanVideo15 HunyuanVideo15ImageToVideo MotifVideo
-        MotifVideoImage2Video
+    "cannot be gated with guider=AdaptiveProjectedMixGuidance": """
+        HunyuanImage HunyuanImageRefiner
     """,
     "it has no callback_on_step_end, no num_timesteps, no do_classifier_free_guidance": """
         AudioLDM BlipDiffusionControlNet BlipDiffusion CycleDiffusion DreamLiteMobile DreamLite LDMTextToImage
@@ -174,7 +177,11 @@ def with_rows() -> set[str]:
     classes = {kind.pipeline for kind in (*KINDS, *AROUND, *TWO_CALLS, *AROUND_TWO, *JOINT, *AROUND_JOINT)}
     page = (Path(__file__).parent.parent / "docs/pipelines.md").read_text()
     # The page is held against the cases and hosts elsewhere; here they would have to be built.
-    return classes | set(re.findall(r"^\| `(\w+Pipeline)`", page[: page.index("## Other families")], re.MULTILINE))
+    return (
+        classes
+        | BY_GUIDER
+        | set(re.findall(r"^\| `(\w+Pipeline)`", page[: page.index("## Other families")], re.MULTILINE))
+    )
 
 
 def refused() -> dict[str, str]:
@@ -199,6 +206,9 @@ def shell(name: str) -> Any:
         kinds = [kind for kind in _classes(parameter.annotation) if issubclass(kind, diffusers.ModelMixin)]
         if part in ("unet", "transformer", "prior", "decoder") and kinds:
             parts[part] = _meta(kinds[-1] if part == "unet" else kinds[0], name)
+        if part == "guider":
+            kind = _classes(parameter.annotation)[0]
+            parts[part] = (diffusers.ClassifierFreeGuidance if kind.__name__ == "BaseGuidance" else kind)()
     pipe = cls.__new__(cls)
     pipe.register_modules(**{part: module for part, module in parts.items() if part in required})
     return pipe

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.families import assemble, cosmos, ltx, ltx2, model, wan, wan_vae
-from tests.pipelines import BY_NAME
+from tests.pipelines import BY_NAME, seeded
 from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
 CASE = BY_NAME["sd"]
@@ -352,7 +352,7 @@ def without_denoiser():
             cosmos_transfer,
             "it denoises a video in pieces, with a ControlNet that runs twice in every step",
         ),
-        needs("MotifVideoPipeline", motif, "its guidance is that of a guider"),
+        needs("MotifVideoPipeline", motif, "MotifVideoTransformer3DModel has joint attention"),
         needs("LTX2DFRPipeline", distilled_ltx2, "it has no do_classifier_free_guidance"),
         needs("LTXI2VLongMultiPromptPipeline", long_ltx, "it denoises windows of frames that overlap"),
         (without_denoiser, "it has no `unet` or `transformer` at present."),
@@ -394,19 +394,26 @@ def test_a_pipeline_that_cannot_be_gated_is_refused_with_the_reason(build, reaso
 @pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(diffusers, "MotifVideoPipeline"), reason="this diffusers has no Motif")
-def test_a_guider_ends_guidance_as_the_error_says():
+def test_motif_with_a_guider_is_gated_by_it():
     guider = diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
     pipe = motif(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=wan_vae(), guider=guider)
     calls = []
     pipe.transformer.register_forward_hook(lambda *args: calls.append(1))
-    given = {f"{name}_embeds": torch.ones(1, 5, 8) for name in ("prompt", "negative_prompt")}
-    given |= {f"{name}_attention_mask": torch.ones(1, 5) for name in ("prompt", "negative_prompt")}
-    given |= {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 5, "output_type": "latent"}
-    pipe(**given)
+    given = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 5, "output_type": "latent"}
+    for name in ("prompt", "negative_prompt"):
+        given |= {f"{name}_embeds": seeded((1, 5, 8), len(name)), f"{name}_attention_mask": torch.ones(1, 5)}
+
+    def run():
+        calls.clear()
+        return pipe(**given, generator=torch.Generator().manual_seed(0)).frames
+
+    plain = run()
     assert len(calls) == 10
-    pipe.guider = pipe.guider.new(stop=0.4)
-    pipe(**given)
-    assert len(calls) == 10 + 2 * 2 + 3
+    assert torch.equal((apply_tgate(pipe, tolerance=0), run())[1], plain)
+    assert not torch.equal((apply_tgate(pipe, 2), run())[1], plain)
+    assert len(calls) == 2 * 2 + 3
+    assert remove_tgate(pipe).guider is guider
+    assert torch.equal(run(), plain)
 
 
 def test_a_bad_argument_of_the_call_gets_the_pipelines_own_error():

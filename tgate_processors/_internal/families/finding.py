@@ -65,7 +65,7 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
     """Find out how a pipeline is gated, or raise a `ValueError` with the reason why it cannot be."""
     subject = type(pipe).__name__
     parameters = _parameters(type(pipe))
-    check_loop(pipe, subject, parameters)
+    check_loop(subject, parameters)
     family, denoiser = _find_denoiser(pipe, subject, cross_attention)
     legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.untold]
     # By a negative prompt, whatever the denoiser is told besides; the call says whether it does.

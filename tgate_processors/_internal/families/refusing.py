@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -67,17 +66,11 @@ def why_distilled(denoiser: torch.nn.Module, subject: str) -> str:
     )
 
 
-def check_loop(pipe: Any, subject: str, parameters: set[str]) -> None:
-    """Refuse a loop that T-GATE cannot follow, by the arguments of its call, and guidance by a guider."""
+def check_loop(subject: str, parameters: set[str]) -> None:
+    """Refuse a loop that T-GATE cannot follow, by the arguments of its call."""
     for argument, reason in REFUSED_ARGUMENTS.items():
         if argument in parameters:
             raise ValueError(f"{subject} cannot be gated: {reason}. {INSTEAD}")
-    if "guider" in inspect.signature(type(pipe).__init__).parameters:
-        raise ValueError(
-            f"{subject} cannot be gated: its guidance is that of a guider, which says itself how often the denoiser is "
-            "called in a step. A guider can end guidance early by itself, which is most of what T-GATE saves: "
-            f"pipe.guider = pipe.guider.new(stop=0.4) has no second call after 40 % of the steps. {INSTEAD}"
-        )
 
 
 def check_mode(pipe: Any) -> None:

@@ -58,9 +58,12 @@ from tests.pipelines import SIZE, images, seeded
 try:
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
     from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
-    from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 except ImportError:
     LTX2VideoCondition = LTX2ReferenceCondition = lambda *args, **kwargs: None
+try:
+    from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
+except ImportError:
+    StableAudio3DurationEmbedder = None
 
 _MASK: dict[str, Any] = {"strength": 1.0, "mask_image": Image.new("L", (SIZE, SIZE), 255)}
 _SIDES = {"height": SIZE, "width": SIZE}

@@ -106,8 +106,8 @@ class Kind(Case):
 
     @property
     def is_there(self) -> bool:
-        """Whether this diffusers has it."""
-        return hasattr(diffusers, self.pipeline)
+        """Whether this diffusers has it; the oldest one has some of the dear ones, with other arguments."""
+        return hasattr(diffusers, self.pipeline) and not (self.dear and IS_OLD)
 
     @property
     def is_guided(self) -> bool:

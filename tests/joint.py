@@ -38,7 +38,11 @@ class Joint(Kind):
         """Whether this diffusers has it, with guidance of this kind."""
         # Flux did not guide by embeddings.
         found = None if IS_OLD and self.scale != "guidance_scale" else getattr(diffusers, self.pipeline, None)
-        return found is not None and self.scale in inspect.signature(found.__call__).parameters
+        return (
+            found is not None
+            and not (self.dear and IS_OLD)
+            and self.scale in inspect.signature(found.__call__).parameters
+        )
 
     def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
         inputs = super().inputs(prompts, **overrides)

@@ -1,8 +1,9 @@
 """T-GATE together with the caches in diffusers' hook registry."""
 
 import contextlib
-import re
+import logging
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ CACHES = {
     "first_block": ("apply_first_block_cache", "FirstBlockCacheConfig", False),
     "mag": ("apply_mag_cache", "MagCacheConfig", True),
     "pab": ("apply_pyramid_attention_broadcast", "PyramidAttentionBroadcastConfig", True),
+    "cache_dit": ("enable_cache", "DBCacheConfig", False),
 }
 SETTINGS = {
     "taylorseer": {
@@ -46,6 +48,12 @@ SETTINGS = {
         "cross_attention_block_identifiers": ("transformer_blocks",),
         "current_timestep_callback": lambda: 500,
     },
+    "cache_dit": {
+        "Fn_compute_blocks": 1,
+        "max_warmup_steps": 2,
+        "max_continuous_cached_steps": 1,
+        "residual_diff_threshold": 0.5,
+    },
 }
 WAYS = {
     "drop": {"gate_step": GATE},
@@ -55,6 +63,7 @@ WAYS = {
 PAIRS = [("pixart_alpha", cache) for cache in ("taylorseer", "first_block")]
 DEARER = [("pixart_alpha", "pab"), ("pixart_alpha", "mag"), ("ltx", "taylorseer"), ("ltx", "pab"), ("sd", "taylorseer")]
 DEARER += [("wan", "taylorseer"), ("wan", "first_block")]
+DEARER += [("pixart_alpha", "cache_dit"), ("wan", "cache_dit"), ("pixart_alpha", "cache_dit_taylor")]
 
 
 class Pair:
@@ -69,6 +78,16 @@ class Pair:
     @property
     def denoiser(self):
         return getattr(self.pipe, self.case.denoiser)
+
+    @classmethod
+    def of(cls, name, cache, **call):
+        """The pair; cache-dit is no hook."""
+        return (DitPair if cache.startswith("cache_dit") else cls)(name, cache, **call)
+
+    @property
+    def always_runs(self):
+        """What computes in every step in which anything does."""
+        return self.denoiser
 
     def put_in(self):
         function, config, _ = CACHES[self.cache]
@@ -103,8 +122,51 @@ class Pair:
         ]
 
 
+class DitPair(Pair):
+    """A pipeline and cache-dit, which wraps the call of the pipeline's class and the forward of the denoiser."""
+
+    there: ClassVar[list["DitPair"]] = []
+
+    @property
+    def always_runs(self):
+        return next(module for module in self.denoiser.children() if isinstance(module, torch.nn.ModuleList))[0]
+
+    def put_in(self, kind="DBCacheConfig", **settings):
+        cache_dit = pytest.importorskip("cache_dit", reason="cache-dit wants newer versions than the oldest")
+        config = getattr(cache_dit, kind)(**{**SETTINGS["cache_dit"], **settings})
+        calibrator = cache_dit.TaylorSeerCalibratorConfig() if self.cache.endswith("taylor") else None
+        logging.disable(logging.CRITICAL)
+        try:
+            cache_dit.enable_cache(self.pipe, cache_config=config, calibrator_config=calibrator)
+        finally:
+            logging.disable(logging.NOTSET)
+        self.there.append(self)
+        return self
+
+    def take_out(self):
+        import cache_dit
+
+        self.there.remove(self)
+        cache_dit.disable_cache(self.pipe)
+
+    def kept(self):
+        contexts = self.denoiser._context_manager._cached_context_manager.values()
+        calibrators = [each for context in contexts for each in context.get_calibrators() if each is not None]
+        return [context.buffers for context in contexts if context.buffers] + [
+            each.states for each in calibrators if each.states
+        ]
+
+
+@pytest.fixture(autouse=True)
+def _classes_as_they_were():
+    yield
+    while DitPair.there:
+        DitPair.there[-1].take_out()
+
+
 # CI has other rows of the same cache.
 THOROUGH = {("ltx", "pab"), ("sd", "taylorseer"), ("ltx", "taylorseer"), ("wan", "taylorseer")}
+THOROUGH |= {("pixart_alpha", "cache_dit_taylor")}
 
 
 @pytest.fixture(
@@ -115,7 +177,7 @@ THOROUGH = {("ltx", "pab"), ("sd", "taylorseer"), ("ltx", "taylorseer"), ("wan",
     ]
 )
 def pair(request):
-    return Pair(*request.param)
+    return Pair.of(*request.param)
 
 
 def both(pair, order, **settings):
@@ -161,14 +223,15 @@ def test_both_orders_and_two_calls_agree_and_each_can_be_taken_out(pair, way):
     after = [(registry, dict(registry.hooks)) for registry in pair.registries()]
     assert before == after
     alone = pair.run()
-    fresh = Pair(pair.case.name, pair.cache, **pair.call).put_in().run()
+    pair.take_out()
+    fresh = Pair.of(pair.case.name, pair.cache, **pair.call).put_in().run()
     assert torch.equal(alone, fresh)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_prompts_equal_two_singles(pair, way):
     # A cache that decides for a whole batch does as for one if all of it is alike.
-    prompts = [0, 1] if CACHES[pair.cache][2] else [0, 0]
+    prompts = [0, 1] if CACHES.get(pair.cache, (0, 0, 0))[2] else [0, 0]
     both(pair, "cache first", **WAYS[way])
     pair.call = {"num_inference_steps": 12} if way == "auto" else {}
     singles = torch.cat([pair.run([prompt]) for prompt in prompts])
@@ -187,7 +250,7 @@ def test_a_run_that_breaks_leaves_both_fresh(pair, way):
         if len(calls) == (GATE + 1 if way == "drop" else GATE + 2):
             raise KeyboardInterrupt
 
-    inner = list(pair.denoiser.modules())[-1]
+    inner = list(pair.always_runs.modules())[-1]
     intervals = [vars(hook).get("cache_interval") for each in pair.registries() for hook in each.hooks.values()]
     handle = inner.register_forward_pre_hook(breaks)
     with pytest.raises(KeyboardInterrupt):
@@ -247,15 +310,36 @@ def test_where_they_do_not_go_together_it_is_said():
         apply_tgate(Pair("wan_experts", "first_block").put_in().pipe, GATE)
 
 
-def test_the_page_says_what_goes_together():
-    page = (Path(__file__).parent.parent / "docs/together.md").read_text()
-    rows = re.findall(r"^\| diffusers' ([^|]+?) *\|([^|]+)\|([^|]+)\|$", page, flags=re.MULTILINE)
-    works = {name for name, batch, _ in rows if batch.strip().startswith("works")}
-    assert works == {"TaylorSeer", "First Block Cache", "MagCache", "Pyramid Attention Broadcast"}
-    two = {name for name, _, calls in rows if calls.strip().startswith("works")}
-    assert two == {"TaylorSeer", "First Block Cache"}
-    assert len(CACHES) == len(works)
-    assert any(name.startswith("FasterCache, SeaCache") and batch.strip() == "refused" for name, batch, _ in rows)
+# The rows of the page whose law is one of those above, and the tests that prove the others.
+PAGE = {
+    "diffusers' TaylorSeer": "taylorseer",
+    "diffusers' First Block Cache": "first_block",
+    "diffusers' MagCache": "mag",
+    "diffusers' Pyramid Attention Broadcast": "pab",
+    "cache-dit's DBCache": "cache_dit",
+}
+ELSEWHERE = {
+    "DeepCache": "test_deepcache.py::test_where_guidance_is_predicted_what_is_cached_goes_on_at_half",
+    "diffusers' FasterCache, SeaCache": "test_others.py::test_a_cache_that_is_not_known_is_refused_by_name",
+    "ToMe (`tomesd`)": "test_others.py::test_merged_tokens_go_with_what_is_not_reused",
+}
+
+
+def test_every_row_of_the_page_has_its_law():
+    page = (Path(__file__).parent.parent / "docs/together.md").read_text().split("## Other caches")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    said = set()
+    for subject, *columns in rows[2:]:
+        name = next((known for known in (*PAGE, *ELSEWHERE) if subject.startswith(known)), subject)
+        if name in PAGE:
+            said |= {(PAGE[name], two) for two, column in enumerate(columns) if column.startswith("works")}
+            assert all(column.startswith(("works", "refused")) for column in columns)
+        else:
+            file, test = ELSEWHERE[name].split("::")
+            assert f"def {test}" in (Path(__file__).parent / file).read_text()
+    calls = {kind.name for kind in TWO_CALLS}
+    assert said == {(cache, name in calls) for name, cache in PAIRS + DEARER if cache in CACHES}
+    assert set(PAGE.values()) == CACHES.keys()
 
 
 class Drifts(torch.nn.Module):
@@ -346,3 +430,130 @@ def test_more_states_than_calls_have_halves_are_refused():
         with pytest.raises(ValueError, match=r"TaylorSeerCacheHook keeps 2 states, where one is expected"):
             cache.halve(0)
     assert not cache.states
+
+
+@pytest.mark.parametrize(
+    ("first", "goes"), [("cache", "cache"), ("T-GATE", "T-GATE"), slow("cache", "T-GATE"), slow("T-GATE", "cache")]
+)
+def test_cache_dit_and_tgate_come_and_go_in_any_order(first, goes):
+    pair = DitPair("pixart_alpha", "cache_dit")
+    original, call = type(pair.pipe), type(pair.pipe).__call__
+    alone = {"cache": pair.put_in().run(), "T-GATE": pair.case.gated(GATE)}
+    pair.take_out()
+    both(pair, "cache first" if first == "cache" else "T-GATE first", gate_step=GATE)
+    together = pair.run()
+    assert not any(torch.equal(together, each) for each in alone.values())
+    if first == goes:
+        apply_tgate(pair.pipe, GATE)
+    assert torch.equal(pair.run(), together)
+    assert not pair.kept()
+    # Another pipeline of the class, which cache-dit alone would not keep from running either.
+    assert torch.equal(pair.case.run(apply_tgate(pair.case.build(), GATE)), alone["T-GATE"])
+    if goes == "cache":
+        pair.take_out()
+        assert type(pair.pipe).__call__ is not call
+        assert torch.equal(pair.run(), alone["T-GATE"])
+        remove_tgate(pair.pipe)
+    else:
+        assert type(remove_tgate(pair.pipe)) is original
+        assert torch.equal(pair.run(), alone["cache"])
+        pair.take_out()
+    assert type(pair.pipe) is original
+    assert original.__call__ is call
+    assert not {"_original_call", "_is_cached"} & vars(original).keys()
+    assert torch.equal(pair.run(), pair.case.plain())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "rows"), [("pixart_alpha", [2, 2, 0, 0, 0, 2, 0, 0, 2]), ("wan", None)])
+def test_what_cache_dit_keeps_goes_on_at_half_and_full_steps_after_that_are_computed(name, rows):
+    pair = DitPair(name, "cache_dit").put_in(residual_diff_threshold=1.0, max_continuous_cached_steps=-1)
+    apply_tgate(pair.pipe, 3, guidance="predict", cfg_interval=3)
+    computed, counted = [], []
+    blocks = next(module for module in pair.denoiser.children() if isinstance(module, torch.nn.ModuleList))
+
+    def count(*_):
+        (context,) = pair.denoiser._context_manager._cached_context_manager.values()
+        counted.append((context.get_current_step(), context.is_separate_cfg_step()))
+
+    pair.denoiser.register_forward_pre_hook(lambda *_: computed.append(0))
+    pair.denoiser.register_forward_hook(count)
+    blocks[1].attn1.to_q.register_forward_hook(lambda module, args, output: computed.__setitem__(-1, len(output)))
+    pair.run(num_inference_steps=9)
+    calls = [1] * 9 if rows else [2, 2, 2, 1, 1, 2, 1, 1, 2]
+    # Two calls of a step are told apart by counting, so one that is left out has to be counted.
+    assert counted == [(step, second) for step, number in enumerate(calls) for second in (False, True)[:number]]
+    full = (0, 1, 5, 8)
+    assert computed == (rows or [int(step in full) for step, number in enumerate(calls) for _ in range(number)])
+
+
+@pytest.mark.slow
+def test_calibrators_of_cache_dit_start_afresh_where_the_batch_changes():
+    pair = DitPair("pixart_alpha", "cache_dit_taylor")
+    both(pair, "cache first", gate_step=GATE)
+    held = []
+
+    def look(*_):
+        (context,) = pair.denoiser._context_manager._cached_context_manager.values()
+        held.append([state.state["dY_current"][0] is not None for state in context.calibrator.states.values()])
+
+    pair.denoiser.transformer_blocks[0].register_forward_pre_hook(look)
+    pair.run()
+    assert held == [[], [True], [True], [False], [True], [True]]
+
+
+@pytest.mark.slow
+def test_cache_dit_of_a_transformer_alone_starts_afresh_at_every_call():
+    pair = DitPair("pixart_alpha", "cache_dit")
+    expected = both(pair, "cache first", gate_step=GATE).run()
+    pair.take_out()
+    import cache_dit
+
+    config = cache_dit.DBCacheConfig(**SETTINGS["cache_dit"], num_inference_steps=STEPS)
+    cache_dit.enable_cache(pair.denoiser, cache_config=config)
+    assert [torch.equal(pair.run(), expected) for _ in range(2)] == [True, True]
+    cache_dit.disable_cache(pair.denoiser)
+    assert torch.equal(pair.run(), pair.case.gated(GATE))
+
+
+@pytest.mark.slow
+def test_a_pipeline_with_both_cannot_be_called_by_its_own_callback():
+    pair = DitPair("ltx", "cache_dit").put_in()
+    apply_tgate(pair.pipe, GATE)
+    expected = pair.run()
+
+    def again(pipe, step, timestep, tensors):
+        if step == STEPS - 1:
+            pair.run()
+        return tensors
+
+    with pytest.raises(RuntimeError, match="is running already"):
+        pair.run(callback_on_step_end=again)
+    assert torch.equal(pair.run(), expected)
+
+
+def test_what_of_cache_dit_is_not_known_is_refused():
+    cache_dit = pytest.importorskip("cache_dit", reason="cache-dit wants newer versions than the oldest")
+
+    def refused(pair, **settings):
+        with pytest.raises(ValueError, match="T-GATE cannot") as error:
+            apply_tgate(pair.pipe, GATE, **settings)
+        pair.take_out()
+        return str(error.value)
+
+    pixart = DitPair("pixart_alpha", "cache_dit")
+    assert "contradicts: give DBCacheConfig(enable_separate_cfg=False)" in refused(
+        pixart.put_in(enable_separate_cfg=True)
+    )
+    static = {"steps_computation_mask": [1, 1, 1, 0, 1, 0], "steps_computation_policy": "static"}
+    assert 'full steps of T-GATE have to be computed: give "dynamic"' in refused(pixart.put_in(**static))
+    assert "cannot reuse self-attention (sp_interval=2, fi_interval=1) beside cache-dit" in refused(
+        pixart.put_in(), sp_interval=2
+    )
+    wan = DitPair("wan", "cache_dit")
+    assert "guidance of this pipeline is two calls of the denoiser, one after the other" in refused(
+        wan.put_in(enable_separate_cfg=False)
+    )
+    pixart.put_in(kind="DBPruneConfig")
+    assert f"is not known here (cache-dit {cache_dit.__version__})" in refused(pixart)
+    assert torch.equal(pixart.run(), pixart.case.plain())

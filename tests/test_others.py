@@ -1,7 +1,5 @@
 """What others put on the same denoiser: hooks see whole batches, processors of their own stay, caches are found."""
 
-import logging
-
 import pytest
 import tomesd
 import torch
@@ -280,35 +278,6 @@ def test_hooks_that_keep_nothing_are_no_caches():
     expected = case.gated(GATE)
     diffusers_hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer).register_hook(Nothing(), "nothing")
     assert torch.equal(case.run(pipe), expected)
-
-
-@pytest.fixture
-def _quiet_cache_dit():
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
-
-
-@pytest.mark.usefixtures("_quiet_cache_dit")
-@pytest.mark.parametrize("first", ["cache", "tgate"])
-def test_cache_dit_is_refused_by_name_whichever_came_first(first):
-    cache_dit = pytest.importorskip("cache_dit", reason="cache-dit wants newer versions than the oldest")
-    case = BY_NAME["pixart_alpha"]
-    config = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=2)
-    pipe = case.build()
-    baseline, original = case.plain(), type(pipe)
-    if first == "tgate":
-        apply_tgate(pipe, GATE)
-    cache_dit.enable_cache(pipe, cache_config=config)
-    with pytest.raises(ValueError, match=r"T-GATE cannot run beside cache-dit.*cache_dit\.disable_cache\(pipe\)"):
-        case.run(pipe) if first == "tgate" else apply_tgate(pipe, GATE)
-    if first == "tgate":
-        with pytest.raises(RuntimeError, match=r"cache-dit was enabled after apply_tgate.*disable_cache\(pipe\) first"):
-            remove_tgate(pipe)
-    cache_dit.disable_cache(pipe)
-    assert torch.equal(case.run(remove_tgate(pipe)), baseline)
-    assert type(pipe) is original
-    assert torch.equal(case.run(apply_tgate(pipe, GATE)), case.gated(GATE))
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])

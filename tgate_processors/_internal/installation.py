@@ -81,7 +81,7 @@ class Installation:
         self.__setstate__({"_places": []})
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_owners", "_calls", "_lock", "_finalizer")
+        transient = ("_owners", "_calls", "_wrapped", "_lock", "_finalizer")
         return {name: value for name, value in vars(self).items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -90,6 +90,7 @@ class Installation:
         # Pipelines, by place: one of them may still use what another no longer does.
         self._owners: list[weakref.WeakSet[Any]] = [weakref.WeakSet() for _ in self._places]
         self._calls: set[int] = set()
+        self._wrapped: set[int] = set()
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _remove_all, self._places)
         self._finalizer.atexit = False
@@ -99,7 +100,7 @@ class Installation:
         return id(pipe) in self._calls
 
     @contextmanager
-    def running(self, pipe: Any) -> Iterator[None]:
+    def running(self, pipe: Any, *, wrapped: bool = False) -> Iterator[None]:
         """Note that a call of the pipeline is under way; a pipeline has one scheduler and can be in one at a time."""
         with self._lock:
             if id(pipe) in self._calls:
@@ -109,10 +110,18 @@ class Installation:
                     "copy.copy(pipe) with other.scheduler = copy.deepcopy(pipe.scheduler). It is gated too."
                 )
             self._calls.add(id(pipe))
+        if wrapped:
+            self._wrapped.add(id(pipe))
         try:
             yield
         finally:
-            self._calls.discard(id(pipe))
+            for calls in (self._calls, self._wrapped):
+                calls.discard(id(pipe))
+
+    def comes_back(self, pipe: Any) -> bool:
+        """Whether a call is the one that was begun, come back by way of what others have wrapped around it."""
+        # In the user's callbacks there is no run.
+        return id(pipe) in self._wrapped and self.callback.state.current() is not None
 
     def enter(self, pipe: Any) -> None:
         """Come into a pipeline, or refuse it."""

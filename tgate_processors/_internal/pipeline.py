@@ -12,8 +12,9 @@ from typing import Any
 from .chaining import chain, suspending
 from .checkpointing import replayed
 from .companions.companion import Companions
-from .companions.others import companions_of, has_cache_dit
+from .companions.others import companions_of
 from .compilation import room_for_graphs
+from .fronting import call_now, front, give_back, plain_call
 from .guiders import GuiderInstallation
 from .installation import Installation
 from .run import Run
@@ -24,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 # In the `__dict__` of a pipeline with T-GATE: its installation.
 _ATTRIBUTE = "_tgate"
-# In the generated class of such a pipeline: its class before.
-_BASE = "_tgate_base"
 # The published package takes these settings in the call, and some pipelines swallow them. How `apply_tgate` takes them.
 _SETTINGS = {
     **{name: f"{name}={{!r}}" for name in ("gate_step", "fi_interval")},
@@ -56,14 +55,9 @@ def uninstall(pipe: Any) -> None:
         raise RuntimeError(
             f"T-GATE: {type(pipe).__name__} is running: call apply_tgate and remove_tgate between two calls."
         )
-    if has_cache_dit(pipe):
-        raise RuntimeError(
-            "T-GATE: cache-dit was enabled after apply_tgate and has wrapped the call of the gated pipeline: call "
-            "cache_dit.disable_cache(pipe) first."
-        )
     del vars(pipe)[_ATTRIBUTE]
     installation.remove(pipe)
-    pipe.__class__ = vars(type(pipe)).get(_BASE, type(pipe))
+    pipe.__class__ = give_back(type(pipe))
 
 
 @functools.cache
@@ -78,16 +72,8 @@ def _gated_class(pipeline_class: Any) -> Any:
         installation, plain = installed(self), pipeline_class.__repr__(self)
         return plain if installation is None else f"{plain}\nwith T-GATE: {installation.callback.state.schedule!r}"
 
-    body = {
-        "__call__": _gated(pipeline_class.__call__),
-        "__repr__": __repr__,
-        "__reduce_ex__": __reduce_ex__,
-        "__module__": pipeline_class.__module__,
-        "__qualname__": pipeline_class.__qualname__,
-        "__doc__": pipeline_class.__doc__,
-        _BASE: pipeline_class,
-    }
-    return type(pipeline_class.__name__, (pipeline_class,), body)
+    gated = _gated(plain_call(pipeline_class), pipeline_class)
+    return front(pipeline_class, {"__call__": gated, "__repr__": __repr__, "__reduce_ex__": __reduce_ex__})
 
 
 def _rebuild(pipeline_class: Any) -> Any:
@@ -96,17 +82,18 @@ def _rebuild(pipeline_class: Any) -> Any:
     return gated.__new__(gated)
 
 
-def _gated(call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call of a pipeline, and what it wraps (the one with gradients), gated."""
+def _gated(call: Callable[..., Any], base: Any = None) -> Callable[..., Any]:
+    """The call of a pipeline, and what it wraps (the one with gradients), gated; with what others wrap around it."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = _bind(self, call, args, kwargs)
         if bound is None:
             return call(self, *args, **kwargs)
+        now = call if base is None else call_now(base, __call__, call)
         if inspect.isgeneratorfunction(call):
-            return _step_by_step(self, call, bound)
-        with _running(self, bound) as (state, run), state.entered(run):
-            return call(*bound.args, **bound.kwargs)
+            return _step_by_step(self, now, bound)
+        with _running(self, bound, wrapped=now is not call) as (state, run), state.entered(run):
+            return now(*bound.args, **bound.kwargs)
 
     functools.update_wrapper(__call__, call)
     __call__.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
@@ -118,7 +105,8 @@ def _gated(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> inspect.BoundArguments | None:
     """The arguments of a call by name; nothing if they do not fit, as the pipeline's own error names itself."""
-    if installed(pipe) is None:
+    installation = installed(pipe)
+    if installation is None or installation.comes_back(pipe):
         return None
     if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call):
         raise ValueError(
@@ -144,13 +132,15 @@ def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 
 @contextmanager
-def _running(pipe: Any, bound: inspect.BoundArguments) -> Iterator[tuple[TGateState, Ongoing]]:
+def _running(
+    pipe: Any, bound: inspect.BoundArguments, *, wrapped: bool = False
+) -> Iterator[tuple[TGateState, Ongoing]]:
     """Have a run for a call, whose arguments get the clock, and hold nothing when it ends, however it ends."""
     installation = installed(pipe)
     assert installation is not None
     state = installation.callback.state
     with ExitStack() as stack:
-        stack.enter_context(installation.running(pipe))
+        stack.enter_context(installation.running(pipe, wrapped=wrapped))
         if isinstance(installation, GuiderInstallation):
             yield state, stack.enter_context(installation.guiding(pipe))
             return

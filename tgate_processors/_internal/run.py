@@ -361,5 +361,6 @@ class Run:
         """The output of the call that is left out."""
         assert self._loop is not None
         self._loop.forward(guided=True)
+        self._companions.leave_out()
         output, self._second = self._second, None
         return output

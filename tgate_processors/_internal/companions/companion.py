@@ -48,6 +48,9 @@ class Companion:
     def catch_up(self) -> None:
         """A full step begins after half steps, where guidance is two calls and the second one was left out."""
 
+    def leave_out(self) -> None:
+        """The second call of guidance comes now, and does not run."""
+
     def settle(self) -> None:
         """A step has ended."""
 
@@ -128,6 +131,11 @@ class Companions:
                 each.start()
             elif self._calls > 1 and was_half and not half:
                 each.catch_up()
+
+    def leave_out(self) -> None:
+        """The second call of guidance comes now, and does not run."""
+        for each in self._all:
+            each.leave_out()
 
     def end_step(self) -> None:
         """The last forward of a step has ended."""

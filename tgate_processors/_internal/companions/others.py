@@ -8,6 +8,7 @@ import diffusers
 import torch
 
 from ..schedule import TGateSchedule
+from . import cache_dit
 from .broadcast import Broadcast
 from .companion import Companion
 from .first_block import FirstBlock
@@ -26,7 +27,8 @@ def companions_of(denoiser: torch.nn.Module) -> list[Companion]:
     is_most = 2 * sum(weight.numel() for weight in hooked) > sum(weight.numel() for weight in inner.parameters())
     for companion, _ in found:
         companion.is_most = is_most
-    return [companion for companion, _ in found]
+    others: list[Companion] = [companion for companion, _ in found]
+    return [*others, cache_dit.DualBlocks(inner)] if cache_dit.is_there(inner) else others
 
 
 def check_others(
@@ -51,17 +53,13 @@ def check_others(
         ValueError: If there is one. The message names it and says what to do.
     """
     inner = getattr(denoiser, "_orig_mod", denoiser)
-    _check_cache_dit(inner)
+    if cache_dit.is_there(inner):
+        _check_cache_dit(inner, schedule, calls, alone)
     _check_tome(inner, schedule)
     for _, name, hook in stateful_hooks(inner):
         _check_hook(name, hook, schedule, calls, alone)
     for module in inner.modules() if helper is None else ():
         _check_deepcache(module)
-
-
-def has_cache_dit(pipe: Any) -> bool:
-    """Whether cache-dit has wrapped the call of the class that a gated pipeline has for the time being."""
-    return "_original_call" in vars(type(pipe))
 
 
 def _kind_of(hook: Any) -> type[HookedCache] | None:
@@ -71,7 +69,7 @@ def _kind_of(hook: Any) -> type[HookedCache] | None:
 
 def _check_hook(name: str, hook: Any, schedule: TGateSchedule, calls: int, alone: str | None) -> None:
     """A stateful hook of diffusers' hook registry."""
-    subject, intervals = f"{type(hook).__name__} ({name!r})", (schedule.sp_interval, schedule.fi_interval)
+    subject = f"{type(hook).__name__} ({name!r})"
     kind = _kind_of(hook)
     if alone is None and kind is not None and calls > kind.calls:
         alone = (
@@ -88,19 +86,27 @@ def _check_hook(name: str, hook: Any, schedule: TGateSchedule, calls: int, alone
             f"T-GATE cannot run beside {subject} on the same denoiser: {alone}. Take it out (disable_cache() where the "
             f"model has it, else HookRegistry's remove_hook({name!r}) on each module), or call remove_tgate(pipe)."
         )
-    if max(intervals) > 1:
-        raise ValueError(
-            f"T-GATE cannot reuse self-attention (sp_interval={intervals[0]}, fi_interval={intervals[1]}) beside "
-            f"{subject}, which does that itself. Leave both intervals at 1, or take the cache out."
-        )
+    _check_intervals(subject, schedule)
 
 
-def _check_cache_dit(denoiser: torch.nn.Module) -> None:
+def _check_cache_dit(denoiser: torch.nn.Module, schedule: TGateSchedule, calls: int, alone: str | None) -> None:
     """The package cache-dit."""
-    if vars(denoiser).get("_is_cached") or "_context_manager" in vars(denoiser):
+    alone = alone or cache_dit.why_not(denoiser, calls)
+    if alone is not None:
         raise ValueError(
-            "T-GATE cannot run beside cache-dit on the same denoiser: it keeps residuals of the whole batch, and "
-            "T-GATE halves it. Call cache_dit.disable_cache(pipe), or remove_tgate(pipe)."
+            f"T-GATE cannot run beside cache-dit on the same denoiser: {alone}. Or call cache_dit.disable_cache(pipe), "
+            "or remove_tgate(pipe)."
+        )
+    _check_intervals("cache-dit", schedule)
+
+
+def _check_intervals(subject: str, schedule: TGateSchedule) -> None:
+    """Refuse to reuse self-attention beside what skips whole blocks."""
+    if max(schedule.sp_interval, schedule.fi_interval) > 1:
+        raise ValueError(
+            f"T-GATE cannot reuse self-attention (sp_interval={schedule.sp_interval}, "
+            f"fi_interval={schedule.fi_interval}) beside {subject}, which does that itself. Leave both intervals at 1, "
+            "or take the cache out."
         )
 
 

@@ -201,7 +201,7 @@ def main(
         list[int] | None, typer.Option(min=1, help="Of DeepCache and TaylorSeer; 3 if not given.")
     ] = None,
     cache_threshold: Annotated[
-        list[float] | None, typer.Option(min=0, help="Of First Block Cache; 0.1 if not given.")
+        list[float] | None, typer.Option(min=0, help="Of First Block Cache and cache-dit; 0.1 and 0.08 if not given.")
     ] = None,
     reference_steps: Annotated[
         int | None, typer.Option(min=1, help="Also compare every method with the plain picture of this many steps.")

@@ -30,6 +30,8 @@ CACHES = {
     "first_block": ("apply_first_block_cache", "FirstBlockCacheConfig", False),
     "mag": ("apply_mag_cache", "MagCacheConfig", True),
     "pab": ("apply_pyramid_attention_broadcast", "PyramidAttentionBroadcastConfig", True),
+    "sea": ("apply_sea_cache", "SeaCacheConfig", False),
+    "faster": ("apply_faster_cache", "FasterCacheConfig", True),
     "cache_dit": ("enable_cache", "DBCacheConfig", False),
 }
 SETTINGS = {
@@ -48,6 +50,14 @@ SETTINGS = {
         "cross_attention_block_identifiers": ("transformer_blocks",),
         "current_timestep_callback": lambda: 500,
     },
+    "sea": {"threshold": 0.9, "max_consecutive_cached": 1},
+    "faster": {
+        "tensor_format": "BCHW",
+        "spatial_attention_block_identifiers": ("transformer_blocks",),
+        "unconditional_batch_skip_range": 2,
+        "attention_weight_callback": lambda _: 0.5,
+        "current_timestep_callback": lambda: 500,
+    },
     "cache_dit": {
         "Fn_compute_blocks": 1,
         "max_warmup_steps": 2,
@@ -63,7 +73,7 @@ WAYS = {
 PAIRS = [("pixart_alpha", cache) for cache in ("taylorseer", "first_block")]
 DEARER = [("pixart_alpha", "pab"), ("pixart_alpha", "mag"), ("ltx", "taylorseer"), ("ltx", "pab"), ("sd", "taylorseer")]
 DEARER += [("wan", "taylorseer"), ("wan", "first_block")]
-DEARER += [("pixart_alpha", "cache_dit"), ("wan", "cache_dit"), ("pixart_alpha", "cache_dit_taylor")]
+DEARER += [("wan", "sea"), ("pixart_alpha", "cache_dit"), ("wan", "cache_dit"), ("pixart_alpha", "cache_dit_taylor")]
 
 
 class Pair:
@@ -91,6 +101,8 @@ class Pair:
 
     def put_in(self):
         function, config, _ = CACHES[self.cache]
+        if not hasattr(hooks, function):
+            pytest.skip(f"this diffusers has no {function}")
         getattr(hooks, function)(self.denoiser, getattr(hooks, config)(**SETTINGS[self.cache]))
         return self
 
@@ -306,8 +318,79 @@ def test_where_they_do_not_go_together_it_is_said():
         sd.run(callback_on_step_end=clock)
     with pytest.raises(ValueError, match=r"cannot run beside MagCacheHeadHook .* two calls of the denoiser"):
         apply_tgate(Pair("wan", "mag").put_in().pipe, GATE)
+    ltx = Pair("ltx", "sea").put_in().pipe
+    with pytest.raises(ValueError, match=r"cannot run beside SeaCacheRootHook .* in one batch, and what that cache"):
+        apply_tgate(ltx, GATE)
     with pytest.raises(ValueError, match=r"cannot run beside FBCHeadBlockHook .* two denoisers"):
         apply_tgate(Pair("wan_experts", "first_block").put_in().pipe, GATE)
+
+
+@pytest.mark.parametrize("gate", [2, GATE])
+def test_beside_fastercache_cross_attention_alone_is_gated_and_what_is_kept_fits_the_half_that_it_runs(gate, caplog):
+    pair = Pair("pixart_sigma", "faster")
+    both(pair, "cache first", gate_step=gate)
+    rows = []
+    pair.denoiser.register_forward_pre_hook(lambda *_: rows.append(0))
+    layer = pair.denoiser.transformer_blocks[1].attn2
+    layer.to_q.register_forward_hook(lambda module, args, output: rows.__setitem__(-1, len(output)))
+    given = []
+    layer.register_forward_hook(lambda module, args, output: given.append(output))
+    expected = pair.run()
+    # The gate lies in a step with both halves, or in one of one half, after which both are computed once more.
+    assert rows == [2, 1, 2, 0, 0, 0]
+    assert [len(each) for each in given] == [2, 1, 2, 1, 2, 1]
+    assert all(torch.equal(each, given[2][-len(each) :]) for each in given[3:])
+    report = get_tgate_report(pair.pipe)
+    assert (report.half_batch_forwards, report.full_batch_forwards) == (0, STEPS)
+    (message,) = [record.message for record in caplog.records if record.name.startswith("tgate")]
+    assert "cross-attention alone stops" in message
+    assert torch.equal(pair.run(), expected)
+    assert not pair.kept()
+
+
+@pytest.mark.slow
+def test_the_laws_of_fastercache():
+    pair = Pair("pixart_sigma", "faster")
+    alone = pair.put_in().run()
+    pair.take_out()
+    both(pair, "cache first", gate_step=99)
+    assert torch.equal(pair.run(), alone)
+    assert torch.equal(pair.run(), alone)
+    first = both(Pair("pixart_sigma", "faster"), "T-GATE first", gate_step=GATE).run()
+    apply_tgate(pair.pipe, GATE)
+    assert torch.equal(pair.run(), first)
+    singles = torch.cat([pair.run([0]), pair.run([1])])
+    assert distance(pair.run([0, 1]), singles) < 1e-4
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = pair.denoiser.transformer_blocks[1].register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        pair.run()
+    handle.remove()
+    assert not pair.kept()
+    assert torch.equal(pair.run(), first)
+    pair.take_out()
+    assert torch.equal(pair.run(), pair.case.gated(GATE))
+    pair.put_in()
+    remove_tgate(pair.pipe)
+    assert torch.equal(pair.run(), alone)
+
+
+def test_beside_fastercache_what_is_about_guidance_is_refused():
+    pipe = Pair("pixart_sigma", "faster").put_in().pipe
+    for settings, what in (
+        ({}, 'gate_step="auto"'),
+        ({"gate_step": GATE, "guidance": "predict"}, 'guidance="predict"'),
+        ({"gate_step": GATE, "cfg_half": "conditional"}, "cfg_half='conditional'"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"cannot run beside FasterCache.* so {what} has no effect. Give a number"
+        ):
+            apply_tgate(pipe, **settings)
+    with pytest.raises(ValueError, match="nothing but guidance would be gated here"):
+        apply_tgate(pipe, GATE, cross_attention=False)
 
 
 # The rows of the page whose law is one of those above, and the tests that prove the others.
@@ -316,11 +399,13 @@ PAGE = {
     "diffusers' First Block Cache": "first_block",
     "diffusers' MagCache": "mag",
     "diffusers' Pyramid Attention Broadcast": "pab",
+    "diffusers' SeaCache": "sea",
     "cache-dit's DBCache": "cache_dit",
 }
 ELSEWHERE = {
     "DeepCache": "test_deepcache.py::test_where_guidance_is_predicted_what_is_cached_goes_on_at_half",
-    "diffusers' FasterCache, SeaCache": "test_others.py::test_a_cache_that_is_not_known_is_refused_by_name",
+    "diffusers' FasterCache": "test_caches.py::test_beside_fastercache_cross_attention_alone_is_gated",
+    "everything else": "test_others.py::test_a_cache_that_is_not_known_is_refused_by_name",
     "ToMe (`tomesd`)": "test_others.py::test_merged_tokens_go_with_what_is_not_reused",
 }
 
@@ -339,7 +424,7 @@ def test_every_row_of_the_page_has_its_law():
             assert f"def {test}" in (Path(__file__).parent / file).read_text()
     calls = {kind.name for kind in TWO_CALLS}
     assert said == {(cache, name in calls) for name, cache in PAIRS + DEARER if cache in CACHES}
-    assert set(PAGE.values()) == CACHES.keys()
+    assert {*PAGE.values(), "faster"} == CACHES.keys()
 
 
 class Drifts(torch.nn.Module):
@@ -354,20 +439,22 @@ class Drifts(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_both_calls_of_a_full_step_after_half_steps_are_computed():
-    pair = Pair("wan", "taylorseer")
+@pytest.mark.parametrize(("cache", "skipped"), [("taylorseer", (1, 3, 7)), ("sea", (1, 3, 6))])
+def test_both_calls_of_a_full_step_after_half_steps_are_computed(cache, skipped, caplog):
+    pair = Pair("wan", cache)
     both(pair, "cache first", gate_step=3, guidance="predict", cfg_interval=3)
     computed = []
     pair.denoiser.register_forward_pre_hook(lambda *_: computed.append(False))
     layer = pair.denoiser.blocks[0].attn1.to_q
     layer.register_forward_hook(lambda module, args, output: computed.__setitem__(-1, True))
     pair.run(num_inference_steps=9)
-    # Two calls in steps 0 to 2, 5 and 8, one in the others; by itself the cache computes in even steps.
+    # Two calls in steps 0 to 2, 5 and 8, one in the others; by itself the cache computes every other step.
     calls = [2, 2, 2, 1, 1, 2, 1, 1, 2]
     steps = [[computed.pop(0) for _ in range(number)] for number in calls]
     assert steps[5] == steps[8] == [True, True]
-    assert not any(steps[1] + steps[3] + steps[7])
+    assert not any(flag for step in skipped for flag in steps[step])
     assert not computed
+    assert not caplog.records
 
 
 def drifting(**settings):

@@ -236,23 +236,20 @@ def take_out(denoiser):
 
 @pytest.mark.parametrize("first", ["cache", "tgate"])
 def test_a_cache_that_is_not_known_is_refused_by_name_whichever_came_first(first):
-    """FasterCache, which halves the batch itself."""
     diffusers_hooks = pytest.importorskip("diffusers.hooks", reason="this diffusers has no caches")
+
+    class Remembers(diffusers_hooks.ModelHook):
+        _is_stateful = True
+
     case = BY_NAME["pixart_alpha"]
     pipe = case.build()
     expected = case.gated(GATE)
 
     def cache():
-        config = diffusers_hooks.FasterCacheConfig(
-            tensor_format="BCHW",
-            spatial_attention_block_identifiers=("transformer_blocks",),
-            current_timestep_callback=lambda: 500,
-        )
-        diffusers_hooks.apply_faster_cache(pipe.transformer, config)
+        registry = diffusers_hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+        registry.register_hook(Remembers(), "remembers")
 
-    message = (
-        r"T-GATE cannot run beside FasterCache\w+ \('\w+'\) on the same denoiser.*\(diffusers .*remove_hook\('\w+'\)"
-    )
+    message = r"T-GATE cannot run beside Remembers \('remembers'\) on the same.*\(diffusers .*remove_hook\('\w+'\)"
     if first == "cache":
         cache()
         with pytest.raises(ValueError, match=message):

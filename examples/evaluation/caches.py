@@ -116,11 +116,12 @@ def diffusers_cache(pipe: Any, entry: Any) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def cache_dit(pipe: Any, entry: Any) -> Iterator[dict[str, Any]]:
-    """cache-dit's DBCache with its own settings, except that a small denoiser always computes fewer blocks."""
+    """cache-dit's DBCache; a small denoiser always computes fewer blocks than it would by itself."""
     import cache_dit as library
 
     always = min(8, max(1, len(pipe.transformer.transformer_blocks) // 4))
-    library.enable_cache(pipe, cache_config=library.DBCacheConfig(Fn_compute_blocks=always))
+    threshold = {"residual_diff_threshold": entry.cache} if entry.cache else {}
+    library.enable_cache(pipe, cache_config=library.DBCacheConfig(Fn_compute_blocks=always, **threshold))
     try:
         yield {}
     finally:

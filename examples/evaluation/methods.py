@@ -101,9 +101,9 @@ def deepcache(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def cache_and_auto(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
-    """One of diffusers' caches together with the default of T-GATE."""
+    """A cache for transformers together with the default of T-GATE."""
     alone = replace(entry, method=entry.method.removesuffix("-auto"))
-    with diffusers_cache(pipe, alone), tgate(pipe, replace(entry, method="auto")) as options:
+    with METHODS[alone.method](pipe, alone), tgate(pipe, replace(entry, method="auto")) as options:
         yield options
 
 
@@ -132,15 +132,15 @@ METHODS: dict[str, Switch] = {
     "tome": tome,
     "cache-dit": cache_dit,
     **dict.fromkeys(CACHES, diffusers_cache),
-    **dict.fromkeys(("taylorseer-auto", "first-block-cache-auto"), cache_and_auto),
+    **dict.fromkeys(("taylorseer-auto", "first-block-cache-auto", "cache-dit-auto"), cache_and_auto),
 }
 # The reference is drawn where its steps are given.
 CHOICES = [method for method in METHODS if method != "reference"]
 GATED = ("cutoff", "tgate", "tgate-v2", "deepcache-tgate")
 FOR_UNET = ("deepcache", "deepcache-auto", "deepcache-tgate", "tome")
-FOR_TRANSFORMER = ("cache-dit", *CACHES, "taylorseer-auto", "first-block-cache-auto")
+FOR_TRANSFORMER = ("cache-dit", *CACHES, "taylorseer-auto", "first-block-cache-auto", "cache-dit-auto")
 # What these take differs from picture to picture.
-COUNTED = ("first-block-cache", "first-block-cache-auto", "taylorseer-auto", "deepcache-auto")
+COUNTED = ("first-block-cache", "first-block-cache-auto", "taylorseer-auto", "deepcache-auto", "cache-dit-auto")
 
 
 def unsuited(method: str, pipe: Any) -> str | None:
@@ -159,7 +159,8 @@ class Settings:
     The settings of the methods.
 
     `tuned` are the gates of the methods that have other settings besides: T-GATE v2, predicted guidance, DeepCache with
-    T-GATE. `cache_intervals` are those of DeepCache and TaylorSeer, `cache_thresholds` those of First Block Cache.
+    T-GATE. `cache_intervals` are those of DeepCache and TaylorSeer, `cache_thresholds` those of First Block Cache
+    and cache-dit.
     """
 
     gates: tuple[int, ...] = ()
@@ -173,7 +174,7 @@ class Settings:
         """The settings of a cache, alone or together with T-GATE; 0 is its own default."""
         if method.startswith(("deepcache", "taylorseer")):
             return self.cache_intervals
-        return self.cache_thresholds if method.startswith("first-block-cache") else (0,)
+        return self.cache_thresholds if method.startswith(("first-block-cache", "cache-dit")) else (0,)
 
 
 def entries(methods: list[str], steps: int, settings: Settings, reference: int | None = None) -> list[Entry]:

@@ -32,6 +32,7 @@ LOOKS = {
     "first-block-cache": ("p", "darkviolet"),
     "first-block-cache-auto": ("H", "rebeccapurple"),
     "cache-dit": ("h", "hotpink"),
+    "cache-dit-auto": ("8", "mediumvioletred"),
     "pyramid-attention-broadcast": ("d", "indigo"),
     "faster-cache": ("X", "salmon"),
     "mag-cache": ("+", "darkred"),

@@ -81,6 +81,12 @@ class Experts:
         """Bytes held."""
         return sum(expert.nbytes for expert in self._all)
 
+    def halved_inside(self, halved: bool) -> None:
+        """Say whether the layers may find the second half of a batch that was given whole."""
+        for expert in self._all:
+            for outputs in expert.by_call:
+                outputs.halved_inside = halved
+
     def begin(self, denoiser: Any) -> bool:
         """
         The first call of a step begins.

@@ -135,8 +135,11 @@ class Installation:
         state = self.callback.state
         helper = self.deepcache.helper if self.deepcache else None
         alone = _TWO_DENOISERS if len(found.denoisers) > 1 else None
+        layout = found.family.layout
+        gates_cross = layout.keeps_cross if self.cross_attention is None else self.cross_attention
+        asked: dict[str, Any] = {"calls": layout.calls, "gates_cross": gates_cross, "cfg_half": self.cfg_half}
         for denoiser in found.denoisers:
-            check_others(denoiser, state.schedule, helper, calls=found.family.layout.calls, alone=alone)
+            check_others(denoiser, state.schedule, helper, alone=alone, **asked)
         self._let_go(pipe, but=here)
         if here is not None:
             self._owners[self._places.index(here)].add(pipe)
@@ -144,7 +147,6 @@ class Installation:
             return here
         check_half(pipe, found, self.cfg_half)
         check_guidance(pipe, found, state.schedule, self.cross_attention)
-        layout = found.family.layout
         hooks = [
             DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
             for denoiser in found.denoisers

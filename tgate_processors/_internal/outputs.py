@@ -29,10 +29,14 @@ class Outputs:
     Args:
         state (`TGateState`): What the gates of the pipeline share.
         layers (`Layers`): The attention layers of the denoiser.
+
+    Attributes:
+        halved_inside (`bool`): Whether layers may find the second half of a batch that was given whole.
     """
 
     def __init__(self, state: TGateState, layers: Layers) -> None:
         self.layers = layers
+        self.halved_inside = False
         self.signals = Signals()
         self.kept: dict[Slot, Kept] = {}
         # How many layers did what, by whether it is self-attention and whether it was reused.
@@ -97,14 +101,17 @@ class Outputs:
         """
         self._enter(slot, attn)
         kept = self.kept.get(slot)
-        if kept is not None and kept.tensor.shape[:2] == hidden_states.shape[:2]:
+        rows, tokens = hidden_states.shape[:2]
+        half = self.halved_inside and kept is not None and kept.tensor.shape[:2] == (2 * rows, tokens)
+        if kept is not None and (half or kept.tensor.shape[:2] == (rows, tokens)):
             if kept.version is not None and kept.tensor._version != kept.version:
                 raise ValueError(
                     f"T-GATE: what {self.layers.name_of(attn)} keeps was written to in place by somebody else. Write "
                     "to a copy of a layer's output, or call remove_tgate(pipe) to use this pipeline."
                 )
             self.did[is_self, True] += 1
-            return kept.tensor.clone() if _is_exposed(attn, slot) else kept.tensor
+            tensor = kept.tensor[rows:] if half else kept.tensor
+            return tensor.clone() if _is_exposed(attn, slot) else tensor
         if self.signals.half and not is_self:
             raise ValueError(f"T-GATE: in {self.layers.name_of(attn)} {UNFIT}")
         return None

@@ -159,7 +159,7 @@ def _running(
             state,
             call,
             place.layers,
-            droppable=found.kept_half is not None,
+            droppable=found.kept_half is not None and not companions.keep_guidance,
             by_forward=found.by_forward,
             companions=companions,
             cross_attention=installation.cross_attention,

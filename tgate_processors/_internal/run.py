@@ -18,7 +18,7 @@ from .layers import Layers
 from .layout import Seen
 from .outputs import Kept, Outputs
 from .report import TGateReport
-from .saying import Text, say_left_alone, say_nothing_was_gated, say_unguided, say_what_is_late
+from .saying import Text, say_guidance_stays, say_left_alone, say_nothing_was_gated, say_unguided, say_what_is_late
 from .schedule import Action, CFGHalf, StepPlan
 from .state import Part, Slot, TGateState
 from .steps import Loop
@@ -67,6 +67,7 @@ class Run:
         self._droppable = droppable
         self._by_forward = by_forward
         self._companions = companions or Companions()
+        self.experts.halved_inside(self._companions.keep_guidance)
         self._decision = Decision(state, self.experts, self._companions, cross_attention=self.gates_cross)
         self._text = Text(state)
         self._loop: Loop | None = None
@@ -275,6 +276,8 @@ class Run:
         if left_alone and self._droppable:
             self._droppable = False
             say_left_alone(self._state, self.call, left_alone)
+        if self._companions.keep_guidance:
+            say_guidance_stays(self._state, self.call)
         if self._by_forward:
             self.batch.expect(self.call.pictures())
         self._decision.begin()

@@ -102,6 +102,16 @@ def say_left_alone(state: TGateState, call: Call, names: list[str]) -> None:
         )
 
 
+def say_guidance_stays(state: TGateState, call: Call) -> None:
+    """Warn once that another one has the guidance."""
+    if call.guided() and state.say_once("guidance stays"):
+        logger.warning(
+            "T-GATE: FasterCache leaves out half of the guidance of %s itself, and T-GATE leaves that to it: "
+            "cross-attention alone stops after the gate.",
+            call.subject,
+        )
+
+
 def say_nothing_was_gated(call: Call, *, steps_seen: bool) -> None:
     """Warn of a call in which no layer reused anything, where it should have."""
     why = "its attention layers do not call their processors" if steps_seen else "its steps were not seen"

@@ -12,9 +12,11 @@ class Companion:
 
     Attributes:
         computes_gate (`bool`): Whether every layer runs in the gate step, whatever the cache has.
+        keeps_guidance (`bool`): Whether it leaves out half of the batch itself, inside the denoiser.
     """
 
     computes_gate = False
+    keeps_guidance = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -85,6 +87,11 @@ class Companions:
     def skip_the_gate(self) -> bool:
         """Whether layers may not run in the gate step, so that what they give is to be kept in every step before."""
         return not all(each.computes_gate for each in self._all)
+
+    @property
+    def keep_guidance(self) -> bool:
+        """Whether the layers may find half of the batch that the denoiser was given, the second one."""
+        return any(each.keeps_guidance for each in self._all)
 
     @contextmanager
     def running(self) -> Iterator[None]:

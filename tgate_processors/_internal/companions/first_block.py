@@ -13,7 +13,7 @@ class FirstBlock(HookedCache):
     a full step after half steps is one that it rather computes. Where guidance is two calls, it does so for each.
     """
 
-    calls = 2
+    calls = (1, 2)
 
     batch = ("head_block_residual", "tail_block_residuals")
     needs = ("should_compute", "head_block_output")

@@ -30,13 +30,13 @@ class HookedCache(Companion):
     Attributes:
         batch (`tuple` of `str`): The attributes of a state that hold rows of the batch.
         needs (`tuple` of `str`): All that a state has to have, to be one that is known here.
-        calls (`int`): Calls that guidance may be made of.
+        calls (`tuple` of `int`): Calls that guidance may be made of.
         is_most (`bool`): Whether the modules with such hooks hold most weights of the denoiser.
     """
 
     batch: ClassVar[tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]]
-    calls: ClassVar[int] = 1
+    calls: ClassVar[tuple[int, ...]] = (1,)
 
     def __init__(self, hook: Any) -> None:
         self.hook = hook

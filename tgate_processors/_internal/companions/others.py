@@ -11,12 +11,14 @@ from ..schedule import TGateSchedule
 from . import cache_dit
 from .broadcast import Broadcast
 from .companion import Companion
+from .faster_cache import Faster
 from .first_block import FirstBlock
 from .hooked import HookedCache, stateful_hooks
 from .mag_cache import Magnitude
+from .sea_cache import Sea
 from .taylorseer import TaylorSeer
 
-_KNOWN: tuple[type[HookedCache], ...] = (FirstBlock, TaylorSeer, Magnitude, Broadcast)
+_KNOWN: tuple[type[HookedCache], ...] = (FirstBlock, TaylorSeer, Magnitude, Broadcast, Faster, Sea)
 
 
 def companions_of(denoiser: torch.nn.Module) -> list[Companion]:
@@ -38,6 +40,8 @@ def check_others(
     *,
     calls: int = 1,
     alone: str | None = None,
+    gates_cross: bool = True,
+    cfg_half: str | None = None,
 ) -> None:
     """
     Refuse what keeps tensors of the whole batch and is not known, or exchanges tokens between the layers.
@@ -48,6 +52,8 @@ def check_others(
         helper (`DeepCacheSDHelper`, *optional*): The DeepCache helper that runs in T-GATE's order.
         calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance is made of.
         alone (`str`, *optional*): Why no cache of diffusers runs together with T-GATE here, if none does.
+        gates_cross (`bool`, *optional*, defaults to `True`): Whether cross-attention is gated.
+        cfg_half (`str`, *optional*): The half of guidance that was asked for.
 
     Raises:
         ValueError: If there is one. The message names it and says what to do.
@@ -57,7 +63,8 @@ def check_others(
         _check_cache_dit(inner, schedule, calls, alone)
     _check_tome(inner, schedule)
     for _, name, hook in stateful_hooks(inner):
-        _check_hook(name, hook, schedule, calls, alone)
+        why = Faster.why_not(schedule, gates_cross=gates_cross, cfg_half=cfg_half) if Faster.knows(hook) else None
+        _check_hook(name, hook, schedule, calls, alone or why)
     for module in inner.modules() if helper is None else ():
         _check_deepcache(module)
 
@@ -71,10 +78,12 @@ def _check_hook(name: str, hook: Any, schedule: TGateSchedule, calls: int, alone
     """A stateful hook of diffusers' hook registry."""
     subject = f"{type(hook).__name__} ({name!r})"
     kind = _kind_of(hook)
-    if alone is None and kind is not None and calls > kind.calls:
+    if alone is None and kind is not None and calls not in kind.calls:
         alone = (
             "guidance of this pipeline is two calls of the denoiser, and what that cache keeps of a call that T-GATE "
             "leaves out is not known here"
+            if calls > 1
+            else "guidance of this pipeline is in one batch, and what that cache keeps of it is not known here"
         )
     if kind is None:
         alone = (

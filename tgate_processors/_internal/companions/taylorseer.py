@@ -16,7 +16,7 @@ class TaylorSeer(HookedCache):
     guidance is two calls, the one that was left out has not been counted, and catches up.
     """
 
-    calls = 2
+    calls = (1, 2)
     batch = ("taylor_factors", "inactive_shapes")
     needs = ("current_step", "last_update_step")
 

@@ -73,7 +73,9 @@ WAYS = {
 PAIRS = [("pixart_alpha", cache) for cache in ("taylorseer", "first_block")]
 DEARER = [("pixart_alpha", "pab"), ("pixart_alpha", "mag"), ("ltx", "taylorseer"), ("ltx", "pab"), ("sd", "taylorseer")]
 DEARER += [("wan", "taylorseer"), ("wan", "first_block")]
-DEARER += [("wan", "sea"), ("pixart_alpha", "cache_dit"), ("wan", "cache_dit"), ("pixart_alpha", "cache_dit_taylor")]
+EXPERTS = [("wan_experts", cache) for cache in ("taylorseer", "first_block", "cache_dit")]
+DEARER += [*EXPERTS, ("wan", "sea"), ("wan", "cache_dit")]
+DEARER += [("pixart_alpha", "cache_dit"), ("pixart_alpha", "cache_dit_taylor")]
 
 
 class Pair:
@@ -95,6 +97,10 @@ class Pair:
         return (DitPair if cache.startswith("cache_dit") else cls)(name, cache, **call)
 
     @property
+    def denoisers(self):
+        return [each for each in (self.denoiser, getattr(self.pipe, "transformer_2", None)) if each is not None]
+
+    @property
     def always_runs(self):
         """What computes in every step in which anything does."""
         return self.denoiser
@@ -103,7 +109,8 @@ class Pair:
         function, config, _ = CACHES[self.cache]
         if not hasattr(hooks, function):
             pytest.skip(f"this diffusers has no {function}")
-        getattr(hooks, function)(self.denoiser, getattr(hooks, config)(**SETTINGS[self.cache]))
+        for denoiser in self.denoisers:
+            getattr(hooks, function)(denoiser, getattr(hooks, config)(**SETTINGS[self.cache]))
         return self
 
     def take_out(self):
@@ -112,7 +119,8 @@ class Pair:
                 registry.remove_hook(name, recurse=False)
 
     def registries(self):
-        found = [vars(module).get("_diffusers_hook") for module in self.denoiser.modules()]
+        modules = [module for denoiser in self.denoisers for module in denoiser.modules()]
+        found = [vars(module).get("_diffusers_hook") for module in modules]
         return [registry for registry in found if registry is not None]
 
     def run(self, prompts=None, **call):
@@ -178,7 +186,7 @@ def _classes_as_they_were():
 
 # CI has other rows of the same cache.
 THOROUGH = {("ltx", "pab"), ("sd", "taylorseer"), ("ltx", "taylorseer"), ("wan", "taylorseer")}
-THOROUGH |= {("pixart_alpha", "cache_dit_taylor")}
+THOROUGH |= {*EXPERTS, ("pixart_alpha", "cache_dit_taylor")}
 
 
 @pytest.fixture(
@@ -218,7 +226,7 @@ def test_a_gate_beyond_the_last_step_is_the_cache_alone_in_every_call(pair, orde
 def test_both_orders_and_two_calls_agree_and_each_can_be_taken_out(pair, way):
     settings = WAYS[way]
     # A run that decides needs two computed steps before the first one that is judged.
-    pair.call = {"num_inference_steps": 12} if way == "auto" else {}
+    pair.call = {"num_inference_steps": 12 * len(pair.denoisers)} if way == "auto" else {}
     first = both(pair, "cache first", **settings).run()
     report = get_tgate_report(pair.pipe)
     assert report.half_batch_forwards > 0
@@ -321,8 +329,6 @@ def test_where_they_do_not_go_together_it_is_said():
     ltx = Pair("ltx", "sea").put_in().pipe
     with pytest.raises(ValueError, match=r"cannot run beside SeaCacheRootHook .* in one batch, and what that cache"):
         apply_tgate(ltx, GATE)
-    with pytest.raises(ValueError, match=r"cannot run beside FBCHeadBlockHook .* two denoisers"):
-        apply_tgate(Pair("wan_experts", "first_block").put_in().pipe, GATE)
 
 
 @pytest.mark.parametrize("gate", [2, GATE])

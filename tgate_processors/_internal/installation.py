@@ -16,8 +16,6 @@ from .hooks import DenoiserHooks
 from .layers import CustomProcessors, Layers
 from .schedule import CFGHalf
 
-_TWO_DENOISERS = "this pipeline has two denoisers, and which of them has a cache is not told here"
-
 
 class Place:
     """The gates and hooks of one pipeline in its denoiser, or in both that it has."""
@@ -134,12 +132,11 @@ class Installation:
         found = here.found if here is not None else find_family(pipe, self.cross_attention)
         state = self.callback.state
         helper = self.deepcache.helper if self.deepcache else None
-        alone = _TWO_DENOISERS if len(found.denoisers) > 1 else None
         layout = found.family.layout
         gates_cross = layout.keeps_cross if self.cross_attention is None else self.cross_attention
         asked: dict[str, Any] = {"calls": layout.calls, "gates_cross": gates_cross, "cfg_half": self.cfg_half}
         for denoiser in found.denoisers:
-            check_others(denoiser, state.schedule, helper, alone=alone, **asked)
+            check_others(denoiser, state.schedule, helper, **asked)
         self._let_go(pipe, but=here)
         if here is not None:
             self._owners[self._places.index(here)].add(pipe)

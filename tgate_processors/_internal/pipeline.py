@@ -151,9 +151,9 @@ def _running(
             chain(pipe, installation.callback, bound, vouched=found.vouched)
         elif bound.arguments.get("callback") is not None:
             bound.arguments["callback"] = suspending(state, bound.arguments["callback"])
-        caches = [cache for denoiser in found.denoisers for cache in companions_of(denoiser)]
+        caches = [companions_of(denoiser) for denoiser in found.denoisers]
         if installation.deepcache is not None:
-            caches.insert(0, installation.deepcache)
+            caches[0].insert(0, installation.deepcache)
         companions = Companions(caches, found.family.layout.calls)
         run = Run(
             state,

@@ -162,6 +162,7 @@ class Run:
             return
         if self.experts.begin(denoiser):
             self.experts.took_over = loop.passes > 0
+            self._companions.take_over(self.experts.now.number)
             loop.begin_guidance()
         self.experts.check()
         if self._droppable and (loop.passes or self._by_forward):

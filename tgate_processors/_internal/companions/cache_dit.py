@@ -69,6 +69,7 @@ class DualBlocks(Companion):
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
         self._denoiser: Any = denoiser
+        self._left_out = -1
 
     @property
     def contexts(self) -> list[Any]:
@@ -114,15 +115,18 @@ class DualBlocks(Companion):
         """Count the call that is left out."""
         for context in self.contexts:
             context.mark_step_begin()
+            self._left_out = context.get_current_step()
 
     def repeated(self) -> bool:
-        """Whether the middle blocks were skipped in the last step, in each of its calls."""
+        """Whether the middle blocks were skipped in the last step, in each of its calls that ran."""
         contexts = self.contexts
-        return bool(contexts) and all(
-            context.get_current_step() in steps
-            for context in contexts
-            for steps in (context.cached_steps, context.cfg_cached_steps)[: 1 + _is_separate(context)]
-        )
+        return bool(contexts) and all(self._repeated(context) for context in contexts)
+
+    def _repeated(self, context: Any) -> bool:
+        """Whether it was so with one list of blocks."""
+        step = context.get_current_step()
+        both = bool(context.cache_config.enable_separate_cfg) and step != self._left_out
+        return step in context.cached_steps and (not both or step in context.cfg_cached_steps)
 
     @property
     def _manager(self) -> Any:
@@ -131,13 +135,9 @@ class DualBlocks(Companion):
 
     def _begin(self) -> None:
         """Make the contexts anew."""
+        self._left_out = -1
         for context in self.contexts:
             self._manager.reset_context(context.name, *context._init_args, **context._init_kwargs)
-
-
-def _is_separate(context: Any) -> bool:
-    """Whether guidance is two calls."""
-    return bool(context.cache_config.enable_separate_cfg)
 
 
 def _probe(denoiser: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -70,12 +71,13 @@ class Companions:
     All companions of one call.
 
     Args:
-        companions (`Sequence` of `Companion`): They.
+        companions (`Sequence`): Those of each denoiser.
         calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance is made of.
     """
 
-    def __init__(self, companions: Sequence[Companion] = (), calls: int = 1) -> None:
-        self._all = tuple(companions)
+    def __init__(self, companions: Sequence[Sequence[Companion]] = (), calls: int = 1) -> None:
+        self._by_denoiser = dict(enumerate(companions))
+        self._all = self._by_denoiser.get(0, ())
         self._calls = calls
         self._half = False
         self._rows: int | None = None
@@ -97,9 +99,14 @@ class Companions:
     def running(self) -> Iterator[None]:
         """A call runs."""
         with ExitStack() as stack:
-            for each in self._all:
+            for each in itertools.chain.from_iterable(self._by_denoiser.values()):
                 stack.enter_context(each.running())
             yield
+
+    def take_over(self, number: int) -> None:
+        """Another denoiser runs from now on, with full steps at first. What its caches keep is of no other one."""
+        self.end_loop()
+        self._all = self._by_denoiser.get(number, ())
 
     @property
     def half(self) -> bool:
@@ -150,7 +157,7 @@ class Companions:
             each.settle()
 
     def end_loop(self) -> None:
-        """A loop has ended: the next one of the same call has no half of another one's."""
+        """A denoiser has no more steps: if it comes back, it is not with the half of its last one."""
         if self._half:
             for each in self._all:
                 each.start()

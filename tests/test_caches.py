@@ -20,6 +20,7 @@ from tgate_processors import (
     get_tgate_report,
     remove_tgate,
 )
+from tgate_processors._internal.companions.cache_dit import DualBlocks
 from tgate_processors._internal.companions.taylorseer import TaylorSeer
 
 hooks = pytest.importorskip("diffusers.hooks", reason="this diffusers has no caches")
@@ -578,6 +579,24 @@ def test_what_cache_dit_keeps_goes_on_at_half_and_full_steps_after_that_are_comp
     assert counted == [(step, second) for step, number in enumerate(calls) for second in (False, True)[:number]]
     full = (0, 1, 5, 8)
     assert computed == (rows or [int(step in full) for step, number in enumerate(calls) for _ in range(number)])
+
+
+@pytest.mark.slow
+def test_a_call_that_was_left_out_does_not_tell_whether_a_step_was_repeated():
+    pair = DitPair("wan", "cache_dit").put_in()
+    pair.run()
+    cache = DualBlocks(pair.denoiser)
+    (context,) = cache.contexts
+    context.mark_step_begin()
+    context.add_cached_step()
+    cache.leave_out()
+    assert cache.repeated()
+    context.mark_step_begin()
+    context.add_cached_step()
+    context.mark_step_begin()
+    assert not cache.repeated()
+    context.add_cached_step()
+    assert cache.repeated()
 
 
 @pytest.mark.slow

@@ -413,6 +413,7 @@ ELSEWHERE = {
     "DeepCache": "test_deepcache.py::test_where_guidance_is_predicted_what_is_cached_goes_on_at_half",
     "diffusers' FasterCache": "test_caches.py::test_beside_fastercache_cross_attention_alone_is_gated",
     "everything else": "test_others.py::test_a_cache_that_is_not_known_is_refused_by_name",
+    "HyperTile": "test_others.py::test_tiles_go_with_what_is_not_reused",
     "ToMe (`tomesd`)": "test_others.py::test_merged_tokens_go_with_what_is_not_reused",
 }
 

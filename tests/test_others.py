@@ -1,5 +1,9 @@
 """What others put on the same denoiser: hooks see whole batches, processors of their own stay, caches are found."""
 
+import contextlib
+import functools
+import math
+
 import pytest
 import tomesd
 import torch
@@ -7,6 +11,7 @@ from DeepCache import DeepCacheSDHelper
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.pipelines import BY_NAME, STEPS
+from tests.test_laws import distance
 from tests.test_proof import layers
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
@@ -296,6 +301,63 @@ def test_merged_tokens_go_with_what_is_not_reused(name):
         case.run(pipe)
     tomesd.remove_patch(pipe)
     assert torch.equal(case.run(pipe), plain)
+
+
+@contextlib.contextmanager
+def tiled(denoiser):
+    """As HyperTile does it: `forward` of self-attention runs on tiles, whose number changes from step to step."""
+
+    def forward_of(layer, forward):
+        @functools.wraps(forward)
+        def on_tiles(states, *args, **kwargs):
+            down, across = [(1, 2), (2, 1), (2, 2)][len(layer._split_sizes) % 3]
+            layer._split_sizes.append((down, across))
+            side = math.isqrt(states.shape[1])
+            cut = (len(states), down, side // down, across, side // across, -1)
+            tiles = states.view(cut).transpose(2, 3)
+            output = forward(tiles.flatten(3, 4).flatten(0, 2), *args, **kwargs)
+            return output.view(tiles.shape).transpose(2, 3).reshape(states.shape)
+
+        return on_tiles
+
+    layers = [module for name, module in denoiser.named_modules() if name.endswith("attn1")]
+    for layer in layers:
+        layer._original_forward, layer._split_sizes = layer.forward, []
+        layer.forward = forward_of(layer, layer.forward)
+    yield
+    for layer in layers:
+        layer.forward = layer._original_forward
+        del layer._original_forward, layer._split_sizes
+
+
+@pytest.mark.slow
+def test_tiles_go_with_what_is_not_reused():
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    with tiled(pipe.unet):
+        alone = case.run(pipe)
+    assert not torch.equal(alone, case.plain())
+    apply_tgate(pipe, 99)
+    with tiled(pipe.unet):
+        assert torch.equal(case.run(pipe), alone)
+        apply_tgate(pipe, GATE)
+    with tiled(pipe.unet):
+        together = case.run(pipe)
+    report = get_tgate_report(pipe)
+    assert (report.half_batch_forwards, report.cross_attention_reused) == (STEPS - GATE, STEPS - GATE)
+    assert not torch.equal(together, case.gated(GATE))
+    assert torch.equal(case.run(pipe), case.gated(GATE))
+    singles = []
+    for prompt in (0, 1):
+        with tiled(pipe.unet):
+            singles.append(case.run(pipe, [prompt]))
+    with tiled(pipe.unet):
+        assert distance(case.run(pipe, [0, 1]), torch.cat(singles)) < 1e-5
+        with pytest.raises(ValueError, match=r"cannot reuse self-attention \(sp_interval=1, fi_interval=2\) beside Hy"):
+            apply_tgate(pipe, GATE, fi_interval=2)
+    remove_tgate(pipe)
+    with tiled(pipe.unet):
+        assert torch.equal(case.run(pipe), alone)
 
 
 @pytest.mark.parametrize("first", ["helper", "tgate"])

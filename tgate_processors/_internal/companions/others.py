@@ -62,6 +62,7 @@ def check_others(
     if cache_dit.is_there(inner):
         _check_cache_dit(inner, schedule, calls, alone)
     _check_tome(inner, schedule)
+    _check_hypertile(inner, schedule)
     for _, name, hook in stateful_hooks(inner):
         why = Faster.why_not(schedule, gates_cross=gates_cross, cfg_half=cfg_half) if Faster.knows(hook) else None
         _check_hook(name, hook, schedule, calls, alone or why)
@@ -135,6 +136,17 @@ def _check_tome(denoiser: torch.nn.Module, schedule: TGateSchedule) -> None:
             f"T-GATE cannot reuse self-attention (sp_interval={schedule.sp_interval}, "
             f"fi_interval={schedule.fi_interval}) beside ToMe: each step merges other tokens. Leave both intervals at "
             "1, or call tomesd.remove_patch(pipe)."
+        )
+
+
+def _check_hypertile(denoiser: torch.nn.Module, schedule: TGateSchedule) -> None:
+    """The package HyperTile, which splits the pictures into other tiles in every step."""
+    tiled = any("_split_sizes" in vars(module) for module in denoiser.modules())
+    if tiled and max(schedule.sp_interval, schedule.fi_interval) > 1:
+        raise ValueError(
+            f"T-GATE cannot reuse self-attention (sp_interval={schedule.sp_interval}, "
+            f"fi_interval={schedule.fi_interval}) beside HyperTile: each step has other tiles. Leave both intervals at "
+            "1, or leave the context of split_attention."
         )
 
 

@@ -21,6 +21,8 @@ from tgate_processors import (
     remove_tgate,
 )
 from tgate_processors._internal.companions.cache_dit import DualBlocks
+from tgate_processors._internal.companions.hooked import stateful_hooks
+from tgate_processors._internal.companions.sea_cache import Sea
 from tgate_processors._internal.companions.taylorseer import TaylorSeer
 
 hooks = pytest.importorskip("diffusers.hooks", reason="this diffusers has no caches")
@@ -463,6 +465,24 @@ def test_both_calls_of_a_full_step_after_half_steps_are_computed(cache, skipped,
     assert not any(flag for step in skipped for flag in steps[step])
     assert not computed
     assert not caplog.records
+
+
+@pytest.mark.slow
+def test_seacache_tells_whether_the_calls_that_ran_were_repeated():
+    pair = Pair("wan", "sea")
+    both(pair, "cache first", gate_step=3, guidance="predict", cfg_interval=3)
+    (cache,) = [Sea(hook) for _, _, hook in stateful_hooks(pair.denoiser)]
+    computed, told = [], []
+    pair.denoiser.register_forward_pre_hook(lambda *_: computed.append(False))
+    layer = pair.denoiser.blocks[0].attn1.to_q
+    layer.register_forward_hook(lambda module, args, output: computed.__setitem__(-1, True))
+    pair.denoiser.register_forward_hook(lambda *_: told.append(cache.repeated()))
+    pair.run(num_inference_steps=9)
+    calls = [2, 2, 2, 1, 1, 2, 1, 1, 2]
+    ends = [sum(calls[: step + 1]) for step in range(9)]
+    repeated = [not any(computed[end - number : end]) for end, number in zip(ends, calls, strict=True)]
+    assert [told[end - 1] for end in ends] == repeated
+    assert [repeated[step] for step in (3, 4, 6, 7)] == [True, False, True, False]
 
 
 def drifting(**settings):

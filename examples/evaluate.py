@@ -28,7 +28,7 @@ from evaluation.drawing import Drawing, Table, denoiser_of
 from evaluation.methods import CHOICES, Settings, entries
 from evaluation.metrics import Extras
 from evaluation.plots import against_reference, contact_sheet, pareto
-from evaluation.prompts import read_captions
+from evaluation.prompts import DOMAINS, read_captions
 from evaluation.report import (
     COLUMNS,
     cell,
@@ -44,7 +44,8 @@ from evaluation.store import clear_parts, write, write_json
 from loading import MODELS, check_device, check_dtype, load_pipeline
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from shapes.evaluation import call_options
+from shapes.evaluation import call_options, draws_videos
+from shapes.tokens import LENGTH
 from tables import print_table
 
 MODEL = MODELS / "shapes-sd"
@@ -54,6 +55,12 @@ SCHEDULERS = {
     "euler": diffusers.EulerDiscreteScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
     "euler-ancestral": diffusers.EulerAncestralDiscreteScheduler,
+}
+# For models that predict the velocity of a flow.
+FLOW_SCHEDULERS = {
+    "dpm": diffusers.DPMSolverMultistepScheduler,
+    "euler": diffusers.FlowMatchEulerDiscreteScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
 }
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torchmetrics", "DeepCache", "tomesd", "cache-dit")
 
@@ -84,13 +91,27 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
 def load(model: str, scheduler: str, device: torch.device, dtype: str) -> Any:
     """The pipeline with the named scheduler."""
     pipe = load_pipeline(model, device, dtype)
-    pipe.scheduler = SCHEDULERS[scheduler].from_config(pipe.scheduler.config)
+    config = pipe.scheduler.config
+    if config.get("prediction_type") != "flow_prediction":
+        pipe.scheduler = SCHEDULERS[scheduler].from_config(config)
+    elif scheduler in FLOW_SCHEDULERS:
+        pipe.scheduler = FLOW_SCHEDULERS[scheduler].from_config(config, shift=config["flow_shift"])
+    else:
+        raise typer.BadParameter(
+            f"scheduler={scheduler!r} does not step along the straight lines that {model!r} was trained on: "
+            f"give one of {', '.join(FLOW_SCHEDULERS)}"
+        )
     return pipe
 
 
 def call_for(pipe: Any, guidance_scale: float | None) -> dict[str, Any]:
     """The arguments of every call."""
     call = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    if draws_videos(pipe):
+        # Only the testbed's captions are so short, and only its clips.
+        if pipe.tokenizer.model_max_length != LENGTH:
+            raise typer.BadParameter("clips are those of the testbed: give --model examples/models/shapes-wan")
+        return call | call_options(pipe)
     # The testbeds are smaller than any size that PixArt's pipelines know.
     small = denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor <= 64
     return call | (call_options(pipe) if small else {})
@@ -206,13 +227,15 @@ def main(
     reference_steps: Annotated[
         int | None, typer.Option(min=1, help="Also compare every method with the plain picture of this many steps.")
     ] = None,
-    captions: Annotated[str, typer.Option(help="'shapes', a COCO captions file, or a text file.")] = "shapes",
+    captions: Annotated[str, typer.Option(help="'shapes', 'clips', a COCO captions file, or a text file.")] = "shapes",
     count: Annotated[int, typer.Option(min=2, help="Number of captions.")] = 500,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in a block.")] = 32,
     real: Annotated[
         Path | None, typer.Option(exists=True, file_okay=False, help="Real pictures of one size, for FID.")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="3 for 'shapes', else the pipeline's own.")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="3 for 'shapes' and 'clips', else the pipeline's own.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Picture number i has seed + i.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
@@ -223,7 +246,7 @@ def main(
     one_of("device", [device], ("cpu", "cuda"))
     check_device(device)
     check_dtype(dtype)
-    if guidance_scale is None and captions == "shapes":
+    if guidance_scale is None and captions in DOMAINS:
         guidance_scale = 3.0
     texts = read_captions(captions, count)
     settings = {"captions": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16], "count": count, "seed": seed}

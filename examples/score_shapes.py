@@ -3,6 +3,7 @@ How often a pipeline trained by train_shapes.py draws what the prompt says, on p
 
     python examples/score_shapes.py
     python examples/score_shapes.py --model examples/models/shapes-pixart --scheduler EulerDiscreteScheduler --steps 50
+    python examples/score_shapes.py --model examples/models/shapes-wan
 """
 
 from functools import partial
@@ -17,12 +18,12 @@ from loading import MODELS, check_device, load_pipeline
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from shapes.evaluation import COLUMNS, held_out_scenes, pictures_of, shares
-from shapes.scenes import Scene
-from shapes.scorer import Score, score
+from shapes.clips import strips
+from shapes.evaluation import draws_videos, held_out, pictures_of, scores_of, shares
+from shapes.scorer import Score
 from tables import check_output, print_table, write_table
 
-TILE, TEXT, BORDER = 96, 40, 3
+TEXT, BORDER = 40, 3
 
 
 def load(model: str, scheduler: str | None, device: str) -> Any:
@@ -51,17 +52,18 @@ def wrapped(text: str, width: int, font: ImageFont.ImageFont) -> str:
     return "\n".join(lines)
 
 
-def sheet(pictures: np.ndarray, scenes: list[Scene], scores: list[Score], columns: int) -> Image.Image:
+def sheet(pictures: np.ndarray, scenes: list[Any], scores: list[Score], columns: int, scale: int = 3) -> Image.Image:
     """Pictures over their prompts; a red frame where the scorer finds them wrong."""
     rows = -(-len(scenes) // columns)
-    width, height = TILE + 2 * BORDER + 10, TILE + 2 * BORDER + TEXT
+    tall, wide = (scale * side for side in pictures.shape[1:3])
+    width, height = wide + 2 * BORDER + 10, tall + 2 * BORDER + TEXT
     paper = Image.new("RGB", (columns * width, rows * height), "white")
     pen, font = ImageDraw.Draw(paper), ImageFont.load_default(8)
     for i, (picture, scene, one) in enumerate(zip(pictures, scenes, scores, strict=True)):
         left, top = i % columns * width + 5, i // columns * height + 3
-        frame = (left, top, left + TILE + 2 * BORDER - 1, top + TILE + 2 * BORDER - 1)
+        frame = (left, top, left + wide + 2 * BORDER - 1, top + tall + 2 * BORDER - 1)
         pen.rectangle(frame, fill="lightgrey" if one.right else "red")
-        tile = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((TILE, TILE), Image.Resampling.NEAREST)
+        tile = Image.fromarray((picture * 255).round().astype(np.uint8)).resize((wide, tall), Image.Resampling.NEAREST)
         paper.paste(tile, (left + BORDER, top + BORDER))
         pen.text((left, frame[3] + 1), wrapped(scene.caption, width - 6, font), fill="black", font=font, spacing=0)
     return paper
@@ -78,8 +80,10 @@ def main(
     model: Annotated[str, typer.Option(help="Folder of a pipeline trained by train_shapes.py.")] = str(
         MODELS / "shapes-sd"
     ),
-    one_object: Annotated[int, typer.Option(min=0, max=64, help="Captions with one object; two pictures each.")] = 64,
-    two_objects: Annotated[int, typer.Option(min=0, max=1083, help="Captions with two objects.")] = 436,
+    one_object: Annotated[
+        int, typer.Option(min=0, max=64, help="Captions with one object, or at rest; two pictures each.")
+    ] = 64,
+    two_objects: Annotated[int, typer.Option(min=0, max=1083, help="Captions with two objects, or that move.")] = 436,
     guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be given several times.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     scheduler: Annotated[
@@ -93,8 +97,9 @@ def main(
     """Score a pipeline's pictures of held-out prompts."""
     check_output(output)
     pipe = load(model, scheduler, device)
-    scenes = held_out_scenes(one_object, two_objects)
-    # One-object captions are few: each gets a second picture.
+    videos = draws_videos(pipe)
+    scenes = held_out("wan" if videos else "sd", one_object, two_objects)
+    # The easier captions are few: each gets a second picture.
     scenes = scenes[:one_object] + scenes
     guidance_scales = guidance_scale or [1.0, 2.0, 3.0, 4.5]
     title = f"{len(set(scenes))} prompts, {len(scenes)} pictures, {steps} steps, {type(pipe.scheduler).__name__}"
@@ -104,16 +109,19 @@ def main(
         options = {"num_inference_steps": steps, "batch_size": batch_size, "advance": partial(progress.advance, task)}
         for guidance in guidance_scales:
             pictures = pictures_of(pipe, scenes, guidance_scale=guidance, **options)
-            scores = score(pictures, scenes)
-            rows.append([f"{guidance:g}", *(f"{share:.1%}" for share in shares(scenes, scores).values())])
-    headings = ["guidance", *COLUMNS]
+            scores = scores_of(pictures, scenes)
+            parts = shares(scenes, scores)
+            rows.append([f"{guidance:g}", *(f"{share:.1%}" for share in parts.values())])
+    headings = ["guidance", *parts]
     print_table(console, title, headings, rows)
     if output is not None:
         write_table(output, headings, rows)
     if sheet_file is not None:
         # The last guidance scale, and prompts of both kinds.
-        chosen = [*range(0, 2 * one_object, 12)][:10] + [*range(2 * one_object, len(scenes), 14)][:30]
-        sheet(pictures[chosen], [scenes[i] for i in chosen], [scores[i] for i in chosen], 8).save(sheet_file)
+        few, many, columns, scale = (3, 12, 3, 2) if videos else (10, 30, 8, 3)
+        chosen = [*range(0, 2 * one_object, 12)][:few] + [*range(2 * one_object, len(scenes), 14)][:many]
+        shown = strips(pictures[chosen]) if videos else pictures[chosen]
+        sheet(shown, [scenes[i] for i in chosen], [scores[i] for i in chosen], columns, scale).save(sheet_file)
 
 
 if __name__ == "__main__":

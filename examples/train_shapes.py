@@ -1,8 +1,9 @@
 """
-Train a small but complete text-to-image pipeline from scratch, on drawn scenes with captions.
+Train a small but complete text-to-image or text-to-video pipeline from scratch, on drawn scenes with captions.
 
     python examples/train_shapes.py --model sd --output runs/shapes-sd
     python examples/train_shapes.py --model pixart --output runs/shapes-pixart --mixed-precision bf16
+    python examples/train_shapes.py --model wan --output runs/shapes-wan --mixed-precision bf16
     accelerate launch --num-processes 2 examples/train_shapes.py --model sd --output runs/shapes-sd
 
 If training is interrupted, start it again with the same arguments: it resumes from its last checkpoint. At the end the
@@ -13,6 +14,7 @@ import contextlib
 import enum
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,8 +23,7 @@ import typer
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from shapes import data, evaluation, networks, tokens
-from shapes.scenes import all_scenes
+from shapes import data, evaluation, learning, networks, tokens
 from shapes.stages import Stage, fit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,6 +33,7 @@ class Model(enum.StrEnum):
 
     sd = "sd"
     pixart = "pixart"
+    wan = "wan"
 
 
 class Precision(enum.StrEnum):
@@ -79,9 +81,9 @@ def attention(accelerator: Accelerator) -> contextlib.AbstractContextManager[Non
     return contextlib.nullcontext()
 
 
-def checker(build: Callable[[], Any], count: int, console: Console) -> Callable[[int], None]:
+def checker(model: str, build: Callable[[], Any], count: int, console: Console) -> Callable[[int], None]:
     """Prints how many of `count` held-out prompts come out right, without guidance and with it."""
-    scenes = evaluation.held_out_scenes(count // 2, count - count // 2)
+    scenes = evaluation.held_out(model, count // 2, count - count // 2)
 
     def check(step: int) -> None:
         if not count:
@@ -96,11 +98,35 @@ def checker(build: Callable[[], Any], count: int, console: Console) -> Callable[
     return check
 
 
+def untrained(
+    model: Model, tokenizer: Any
+) -> tuple[Any, learning.Conditioned, learning.Autoencoding, Callable[[], Any]]:
+    """The autoencoder, the text encoder with the denoiser, the autoencoder's loss, and what makes a pipeline."""
+    if model is Model.wan:
+        # Older diffusers have none.
+        from shapes import wan
+
+        vae, conditioned = wan.autoencoder(), wan.conditioned(tokenizer)
+        coding, join = wan.ClipAutoencoding(vae), wan.pipeline
+    else:
+        vae, conditioned = networks.autoencoder(), learning.conditioned(model.value, tokenizer)
+        coding, join = learning.Autoencoding(vae), networks.pipeline
+    return vae, conditioned, coding, partial(join, vae, conditioned.text_encoder, conditioned.denoiser, tokenizer)
+
+
+def further(vae: Any) -> Any:
+    """What trains the decoder of clips alone."""
+    from shapes import wan
+
+    return wan.ClipDecoding(vae)
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the pipeline.")],
-    model: Annotated[Model, typer.Option(help="Stable Diffusion (UNet) or PixArt (transformer).")] = Model.sd,
+    model: Annotated[Model, typer.Option(help="Stable Diffusion, PixArt (transformer) or Wan (video).")] = Model.sd,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the denoiser.")] = 2500,
     autoencoder_steps: Annotated[int, typer.Option(min=1)] = 1000,
+    decoder_steps: Annotated[int, typer.Option(min=0, help="Wan: the decoder alone, after the autoencoder.")] = 1000,
     reader_steps: Annotated[int, typer.Option(min=1, help="Steps of the text encoder alone.")] = 1500,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures for each step and process.")] = 64,
     learning_rate: Annotated[float, typer.Option(help="Of the denoiser and the text encoder.")] = 1e-3,
@@ -112,34 +138,42 @@ def main(
     mixed_precision: Annotated[Precision, typer.Option(help="While the networks train.")] = Precision.no,
     smoke: Annotated[bool, typer.Option(help="A few scenes only, to see whether it runs.")] = False,
 ) -> None:
-    """Train a small text-to-image pipeline from scratch."""
+    """Train a small text-to-image or text-to-video pipeline from scratch."""
     accelerator = accelerator_for(device, mixed_precision)
     settings = {"model": model.value, "seed": seed, "batch_size": batch_size, "copies": copies, "smoke": smoke}
     if accelerator.is_main_process:
         claim(output, settings)
-        tokens.make(model.value, [scene.caption for scene in all_scenes()], output / "tokenizer")
+        tokens.make(model.value, [scene.caption for scene in data.everything(model.value)], output / "tokenizer")
     accelerator.wait_for_everyone()
     tokenizer = tokens.load(model.value, output / "tokenizer")
     console = Console(quiet=not accelerator.is_main_process)
 
     torch.manual_seed(seed)
-    vae = networks.autoencoder()
-    conditioned = networks.conditioned(model.value, tokenizer)
-    drawn = data.drawn(seed, copies, every=40 if smoke else 1)
+    vae, conditioned, coding, build = untrained(model, tokenizer)
+    drawn = data.drawn(model.value, seed, copies, every=40 if smoke else 1)
     batches = data.Batches(drawn, tokenizer, batch_size)
-    check = checker(lambda: networks.pipeline(vae, conditioned, tokenizer), check_prompts, console)
-    reader = Stage("reader", networks.Reading(conditioned), batches.questions, reader_steps, learning_rate)
-    coder = Stage("autoencoder", networks.Autoencoding(vae), batches.pictures, autoencoder_steps, 2e-3)
+    check = checker(model.value, build, check_prompts, console)
+    reader = Stage(
+        "reader",
+        learning.Reading(conditioned, pictures=2 if model is Model.wan else 1),
+        batches.questions,
+        reader_steps,
+        learning_rate,
+    )
+    coder = Stage("autoencoder", coding, batches.pictures, autoencoder_steps, 2e-3)
     denoiser = Stage("denoiser", conditioned, batches.noisy, steps, learning_rate, check)
+    stages = [reader, coder, denoiser]
+    if model is Model.wan and decoder_steps:
+        stages.insert(2, Stage("decoder", further(vae), batches.encoded, decoder_steps, 2e-3))
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress, attention(accelerator):
-        for stage in (reader, coder, denoiser):
-            if stage is denoiser:
-                data.encode_pictures(drawn, vae)
+        for stage in stages:
             fit(stage, accelerator, output / f"{stage.name}.pt", seed, save_every, progress)
+            if stage is coder:
+                data.encode_pictures(drawn, vae)
     if accelerator.is_main_process:
-        networks.save(networks.pipeline(vae, conditioned, tokenizer), output / "pipeline", output / "tokenizer")
+        networks.save(build(), output / "pipeline", output / "tokenizer")
         console.print(f"Pipeline: {(output / 'pipeline').resolve()}", soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 import tgate_processors
 from tests.pipelines import CASES, GUIDED
+from tests.testbeds import NEEDS_WAN
 from tgate_processors._internal.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
@@ -34,12 +35,8 @@ def pipe():
 silently = pytest.mark.filterwarnings("error")
 
 # What compiles takes long, and so does what diffusers imports for modular pipelines.
-LONG = {"together.md", "modular.md"}
-PARAMS = [
-    pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in LONG else [])
-    for page in PAGES
-    if snippets(page)
-]
+MARKS = {"together.md": [pytest.mark.slow], "modular.md": [pytest.mark.slow], "testbeds.md": [NEEDS_WAN]}
+PARAMS = [pytest.param(page, id=page.name, marks=MARKS.get(page.name, [])) for page in PAGES if snippets(page)]
 
 
 @silently

@@ -21,7 +21,7 @@ import typer
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from evaluation.cutoff import cut_off
 from evaluation.drawing import Drawing, Table, denoiser_of
-from evaluation.methods import CHOICES, METHODS, Entry, Settings, entries
+from evaluation.methods import CHOICES, FOR_TRANSFORMER, METHODS, Entry, Settings, entries
 from evaluation.metrics import drawn, frechet
 from evaluation.plots import LOOKS, SHEET, chosen_for_sheet, contact_sheet, front
 from evaluation.prompts import coco_captions, held_out_captions, scenes_of
@@ -29,17 +29,19 @@ from evaluation.report import compare_with_caches, compare_with_fewer_steps
 from evaluation.store import Shelf
 from matplotlib.colors import to_rgb
 from PIL import Image
-from shapes import networks
+from shapes import learning, networks
 from shapes.evaluation import call_options
 from shapes.tokens import load as load_tokenizer
 from shapes.tokens import make
 from typer.testing import CliRunner
 
 from tests.pipelines import CASES
+from tests.testbeds import NEEDS_WAN, THOROUGH_WAN
 from tgate_processors import TGateSchedule, estimate_cost
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "shapes-sd"
+WAN = MODEL.with_name("shapes-wan")
 APP = typer.Typer()
 APP.command()(evaluate.main)
 SCRIPT = str(ROOT / "examples" / "evaluate.py")
@@ -226,8 +228,9 @@ def test_captions_of_coco_with_the_testbed_in_place_of_the_weights(tmp_path):
     [
         (["--method", "teacache"], "method='teacache' is unknown: give one of baseline, fewer-steps, cutoff,"),
         (["--scheduler", "heun"], "scheduler='heun' is unknown: give one of dpm, ddim, euler"),
-        (["--captions", "nowhere.json"], "captions='nowhere.json' is not a file: give 'shapes', COCO's"),
+        (["--captions", "nowhere.json"], "captions='nowhere.json' is not a file: give 'shapes', 'clips', COCO's"),
         (["--captions", str(MODEL / "model_index.json")], "is not in COCO's format"),
+        (["--captions", "clips", "--count", "382"], "count=382, but captions='clips' has 381: give at most as many"),
         (["--count", "2000"], "count=2000, but captions='shapes' has 1147: give at most as many"),
         (["--output", __file__], "is a file: give a folder"),
     ],
@@ -236,6 +239,13 @@ def test_wrong_arguments_are_named_with_a_remedy(tmp_path, arguments, message):
     done = refused(tmp_path / "run", *arguments)
     assert message in done
     assert "Traceback" not in done
+
+
+@NEEDS_WAN
+def test_a_flow_takes_schedulers_of_flows():
+    assert type(evaluate.load(str(WAN), "euler", torch.device("cpu"), "float32").scheduler).__name__.startswith("Flow")
+    with pytest.raises(typer.BadParameter, match=r"scheduler='ddim' does not step .* give one of dpm, euler, unipc"):
+        evaluate.load(str(WAN), "ddim", torch.device("cpu"), "float32")
 
 
 def test_going_on_with_other_settings_is_refused(tmp_path, whole):
@@ -258,10 +268,16 @@ def pixart():
     with tempfile.TemporaryDirectory() as folder:
         make("pixart", held_out_captions(20), Path(folder))
         tokenizer = load_tokenizer("pixart", Path(folder))
-    pipe = networks.pipeline(networks.autoencoder(), networks.conditioned("pixart", tokenizer), tokenizer)
+    parts = learning.conditioned("pixart", tokenizer)
+    pipe = networks.pipeline(networks.autoencoder(), parts.text_encoder, parts.denoiser, tokenizer)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     return pipe
+
+
+def wan():
+    """Two calls of the denoiser in a step."""
+    return evaluate.load(str(WAN), "dpm", torch.device("cpu"), "float32")
 
 
 def drawing_of(pipe, folder, methods, captions):
@@ -272,17 +288,28 @@ def drawing_of(pipe, folder, methods, captions):
     return drawing
 
 
-@pytest.mark.parametrize("build", [load, pytest.param(pixart, marks=pytest.mark.slow)], ids=["unet", "transformer"])
+@pytest.mark.parametrize(
+    "build",
+    [load, pytest.param(pixart, marks=pytest.mark.slow), pytest.param(wan, marks=THOROUGH_WAN)],
+    ids=["unet", "transformer", "two-calls"],
+)
 def test_after_every_method_the_baseline_is_what_it_was(tmp_path, build):
     pipe = build()
-    drawing = drawing_of(pipe, tmp_path, CHOICES, held_out_captions(2))
+    # Caches for one batch of both halves are no matter of clips.
+    methods = CHOICES if build is not wan else [method for method in CHOICES if method not in FOR_TRANSFORMER]
+    drawing = drawing_of(pipe, tmp_path, methods, held_out_captions(2))
     fresh = drawing_of(build(), tmp_path / "fresh", ["baseline"], held_out_captions(2))
     baseline = fresh.draw(drawing.table.entries[0], range(2))
     denoiser = denoiser_of(pipe)
     ran = [entry for entry in drawing.table.entries if entry not in drawing.failed]
     assert {"baseline", "tgate", "tgate-v2", "cutoff", "fewer-steps", "predict", "auto"} <= {e.method for e in ran}
     probes = {entry.method: drawing.table.shelf(entry).probe for entry in ran}
-    assert probes["auto"]["full"] * drawing.table.steps == probes["baseline"]["macs"]
+    if build is wan:
+        # The gate is at half of the steps, and halves what a step takes. As published, cross-attention stops as well.
+        assert probes["cutoff"]["macs"] == probes["baseline"]["macs"] * 3 / 4 > probes["tgate"]["macs"]
+        assert probes["baseline"]["macs"] / 2 < probes["auto"]["macs"] <= probes["baseline"]["macs"]
+    else:
+        assert probes["auto"]["full"] * drawing.table.steps == probes["baseline"]["macs"]
     for entry in ran:
         assert (drawing.draw(drawing.table.entries[0], range(2)) == baseline).all(), entry
         other = drawing.draw(entry, range(2))
@@ -293,7 +320,9 @@ def test_after_every_method_the_baseline_is_what_it_was(tmp_path, build):
         assert module.forward.__func__ is type(module).forward, name
 
 
-@pytest.mark.parametrize("build", [load, pixart], ids=["unet", "transformer"])
+@pytest.mark.parametrize(
+    "build", [load, pixart, pytest.param(wan, marks=THOROUGH_WAN)], ids=["unet", "transformer", "two-calls"]
+)
 def test_the_cutoff_of_a_batch_is_that_of_its_prompts_alone(tmp_path, build):
     pipe = build()
     captions = held_out_captions(2)

@@ -14,17 +14,19 @@ import torch
 import train_shapes
 import typer
 from diffusers import DiffusionPipeline
-from shapes.data import EMPTY, MISSING, WRONG, Batches, drawn
+from shapes.data import EMPTY, MISSING, WRONG, Batches, drawn, everything, images
 from shapes.evaluation import call_options
 from shapes.scenes import all_scenes
 from shapes.stages import generator, write
 from shapes.tokens import LENGTH, encode, load, make
 from typer.testing import CliRunner
 
+from tests.testbeds import NEEDS_WAN
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "examples" / "train_shapes.py")
 SHORT = ["--smoke", "--copies", "1", "--batch-size", "4", "--autoencoder-steps", "2", "--reader-steps", "2"]
-SHORT += ["--steps", "6", "--save-every", "1", "--device", "cpu"]
+SHORT += ["--decoder-steps", "2", "--steps", "6", "--save-every", "1", "--device", "cpu"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
 APP = typer.Typer()
 APP.command()(train_shapes.main)
@@ -56,15 +58,72 @@ def trained(tmp_path_factory):
     return folder_of
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["sd", "pixart"])
-def test_a_short_run_gives_a_pipeline_that_draws(trained, model):
-    folder = trained(model) / "pipeline"
+def drawn_by(folder, caption):
+    """What a small pipeline draws in two steps."""
     assert sum(file.stat().st_size for file in folder.rglob("*")) <= 12 * 2**20
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    image = pipe(CAPTIONS[0], num_inference_steps=2, guidance_scale=3.0, **call_options(pipe)).images[0]
-    assert image.size == (32, 32)
+    return pipe(caption, num_inference_steps=2, guidance_scale=3.0, **call_options(pipe))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["sd", "pixart"])
+def test_a_short_run_gives_a_pipeline_that_draws(trained, model):
+    assert drawn_by(trained(model) / "pipeline", CAPTIONS[0]).images[0].size == (32, 32)
+
+
+@NEEDS_WAN
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_a_short_run_gives_a_pipeline_that_draws_clips(trained):
+    made = drawn_by(trained("wan") / "pipeline", everything("wan")[0].caption)
+    assert made.frames.shape == (1, 5, 32, 32, 3)
+
+
+@NEEDS_WAN
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_each_channel_of_the_latents_has_a_mean_and_a_deviation_of_its_own(trained):
+    vae = DiffusionPipeline.from_pretrained(trained("wan") / "pipeline", dtype=torch.float32).vae
+    with torch.no_grad():
+        latents = vae.encode(images(drawn("wan", 0, 1, every=40).pictures)).latent_dist.mean
+    mean, deviation = (torch.tensor(vae.config[name]) for name in ("latents_mean", "latents_std"))
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), mean, atol=2e-3, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), deviation, atol=2e-3, rtol=0)
+
+
+@NEEDS_WAN
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_the_decoder_learns_on_and_the_latents_stay_what_they_are(trained):
+    vae = DiffusionPipeline.from_pretrained(trained("wan") / "pipeline", dtype=torch.float32).vae
+    averages = torch.load(trained("wan") / "autoencoder.pt", weights_only=True)["average"]
+    same = {
+        name: torch.equal(average.half().float(), parameter)
+        for average, (name, parameter) in zip(averages, vae.named_parameters(), strict=True)
+    }
+    assert all(same[name] for name in same if name.startswith(("encoder.", "quant_conv.")))
+    assert not all(same[name] for name in same if name.startswith(("decoder.", "post_quant_conv.")))
+
+
+@NEEDS_WAN
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_what_wan_learns_from_is_what_its_pipeline_gives(trained):
+    from shapes import wan
+
+    folder = trained("wan")
+    pipe = DiffusionPipeline.from_pretrained(folder / "pipeline", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    taught = wan.Flowing(pipe.text_encoder, pipe.transformer, pipe.tokenizer.pad_token_id)
+    captions = ["", *(clip.caption for clip in everything("wan")[:2])]
+    shown = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=LENGTH)[0]
+    torch.testing.assert_close(taught.states(encode(load("wan", folder / "tokenizer"), captions))[0], shown)
+    # A velocity that leads straight to a clip gives that clip in any number of steps, and a loss of nothing.
+    latents, noise = torch.randn(2, 1, 8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    pipe.transformer.register_forward_hook(lambda *seen: (noise - latents,))
+    made = pipe(captions[1], latents=noise, num_inference_steps=3, output_type="latent", **call_options(pipe)).frames
+    torch.testing.assert_close(made, latents, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.slow
@@ -154,24 +213,26 @@ def test_wrong_arguments_are_named_with_a_remedy(tmp_path, arguments, message):
     assert message in " ".join(re.sub(r"[│\s]+", " ", done.output).split())
 
 
-@pytest.mark.parametrize("model", ["sd", "pixart"])
+@pytest.mark.parametrize("model", ["sd", "pixart", "wan"])
 def test_every_word_is_one_token_and_other_text_is_read_too(tmp_path, model):
-    make(model, CAPTIONS, tmp_path)
+    captions = [scene.caption for scene in everything(model)]
+    make(model, captions, tmp_path)
     tokenizer = load(model, tmp_path)
-    caption = "a small red circle to the left of a large blue square, on a grey background"
-    assert len(tokenizer(caption).input_ids) == 17 + (2 if model == "sd" else 1)
+    caption = captions[-1]
+    words = len(re.findall(r"\w+|,", caption))
+    assert len(tokenizer(caption).input_ids) == words + (2 if model == "sd" else 1)
     assert tokenizer.decode(tokenizer(caption).input_ids, skip_special_tokens=True).replace(" ,", ",") == caption
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    make(model, CAPTIONS, tmp_path)
+    make(model, captions, tmp_path)
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert len(tokenizer("zebra & co").input_ids) > 5
     assert tokenizer.model_max_length == LENGTH
-    assert (encode(tokenizer, CAPTIONS)[:, -2:] == tokenizer.pad_token_id).all()
+    assert (encode(tokenizer, captions)[:, -2:] == tokenizer.pad_token_id).all()
 
 
 def test_captions_are_noisy_in_the_second_part_of_training(tmp_path):
     make("t5", CAPTIONS, tmp_path)
-    batches = Batches(drawn(0, 1, every=40), load("t5", tmp_path), 4000)
+    batches = Batches(drawn("sd", 0, 1, every=40), load("t5", tmp_path), 4000)
     batches.data.latents = torch.zeros(len(batches.data.scenes), 8, 8, 8)
     clean, noisy = (batches.noisy(generator(0, "test"), done)[3] for done in (0.1, 0.9))
     empty = (clean == batches.empty).all(1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import PipelineCallback
+from shapes.evaluation import draws_videos
 
 
 class CFGCutoffCallback(PipelineCallback):
@@ -68,6 +69,10 @@ class CutoffHooks:
 @contextlib.contextmanager
 def cut_off(pipe: Any, step: int) -> Iterator[dict[str, Any]]:
     """Guidance in the first `step` steps of one call; yields what the call needs."""
+    if draws_videos(pipe):
+        # The second call, which is the unconditional one, is left out.
+        yield {"callback_on_step_end": CFGCutoffCallback(step, [])}
+        return
     if hasattr(pipe, "transformer"):
         hooks = CutoffHooks(step)
         handles = [

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
+from shapes.clips import strips
+from shapes.evaluation import draws_videos
 
 from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report
 
@@ -81,7 +85,8 @@ class Drawing:
         prompts = [self.captions[index] for index in indices]
         with METHODS[entry.method](self.pipe, entry) as options:
             call = {"generator": numbers, "num_inference_steps": entry.steps, **self.call, **options}
-            images = self.pipe(prompts, **call).images
+            made = self.pipe(prompts, **call)
+            images = strips(made.frames) if draws_videos(self.pipe) else made.images
             # `auto` decides by what it draws.
             self.full_steps = len(get_tgate_report(self.pipe).full_steps) if entry.method == "auto" else None
         return images
@@ -107,7 +112,7 @@ class Drawing:
 
     def count(self, entry: Entry) -> dict[str, Any]:
         """MACs of the first picture; for `auto` those of a full and of a half step."""
-        if entry.method == "auto":
+        if entry.method == "auto" and not self.counts(entry):
             tokens = self.call.get("max_sequence_length")
             cost = estimate_cost(self.pipe, TGateSchedule(1), entry.steps, max_sequence_length=tokens)
             return {"full": 2 * cost.full.layers, "half": cost.without_cross_attention.layers}
@@ -116,16 +121,22 @@ class Drawing:
             self.pipe(self.captions[:1], generator=numbers, num_inference_steps=entry.steps, **self.call, **options)
         return {"macs": total[0]}
 
+    def counts(self, entry: Entry) -> bool:
+        """Whether what a row takes differs from picture to picture, and has to be counted."""
+        return entry.method in COUNTED or (entry.method == "auto" and draws_videos(self.pipe))
+
     def block(self, block: int) -> Iterator[Entry]:
         """Draw what a block lacks, row by row."""
         for entry in self.pending(block):
             indices = self.indices(block)
-            counts = counted_layers(denoiser_of(self.pipe)) if entry.method in COUNTED else contextlib.nullcontext()
+            counts = counted_layers(denoiser_of(self.pipe)) if self.counts(entry) else contextlib.nullcontext()
             with counts as total, measured(self.pipe.device) as line:
                 images = self.draw(entry, indices)
             if total is not None:
                 line["macs"] = total[0]
             line |= {"pictures": len(images), "steps": entry.steps, "full_steps": self.full_steps}
+            if isinstance(images, np.ndarray):
+                images = VaeImageProcessor.numpy_to_pil(images)
             self.table.shelf(entry).add(block, self.session, indices, images, line)
             yield entry
 

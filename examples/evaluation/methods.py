@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from shapes.evaluation import draws_videos
+
 from tgate_processors import apply_tgate, remove_tgate
 
 from .caches import CACHES, cache_dit, diffusers_cache
@@ -65,7 +67,9 @@ def tgate_settings(pipe: Any, entry: Entry) -> dict[str, Any]:
         return {"gate_step": "auto", "tolerance": entry.tolerance}
     if entry.method == "predict":
         return {"gate_step": entry.gate, "guidance": "predict", "cfg_interval": entry.interval}
-    return {"gate_step": entry.gate, **(V2[denoiser_kind(pipe)] if entry.method == "tgate-v2" else {})}
+    settings = {"gate_step": entry.gate, **(V2[denoiser_kind(pipe)] if entry.method == "tgate-v2" else {})}
+    # On a video pipeline the default is guidance alone; this is the published method.
+    return settings | ({"cross_attention": True} if draws_videos(pipe) else {})
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from shapes.clips import FRAMES, Clip, draw_clip, score_clips
 from shapes.scenes import SIDE, Scene, draw
 from shapes.scorer import score
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -45,20 +46,32 @@ def frechet(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((means + one.T.cov().trace() + other.T.cov().trace() - 2 * roots.sum()).clamp(min=0))
 
 
-def drawn(scenes: list[Scene], seed: int) -> torch.Tensor:
-    """Real pictures of the scenes."""
+def frames_of(images: torch.Tensor) -> torch.Tensor:
+    """The frames of strips, one after the other, N x 3 x 32 x 32; pictures of that size are as they were."""
+    return images.unflatten(-1, (-1, SIDE)).movedim(-2, 1).flatten(0, 1)
+
+
+def drawn(scenes: list[Scene] | list[Clip], seed: int) -> torch.Tensor:
+    """Real pictures of the scenes, or strips of the clips."""
     numbers = torch.Generator().manual_seed(seed)
+    if isinstance(scenes[0], Clip):
+        return torch.stack([draw_clip(clip, numbers)[0].movedim(1, 2).flatten(2) for clip in scenes])
     return torch.stack([draw(scene, numbers)[0] for scene in scenes])
 
 
-def right(images: torch.Tensor, scenes: list[Scene]) -> list[bool]:
-    """Whether each picture shows all that its prompt says."""
-    return [one.right for one in score(images, scenes)]
+def right(images: torch.Tensor, scenes: list[Scene] | list[Clip]) -> list[bool]:
+    """Whether each picture or strip shows all that its prompt says."""
+    pictures = frames_of(images)
+    if isinstance(scenes[0], Clip):
+        pictures = pictures.unflatten(0, (-1, FRAMES)).permute(0, 1, 3, 4, 2).numpy()
+    return [one.right for one in (score_clips if isinstance(scenes[0], Clip) else score)(pictures, scenes)]
 
 
-def readable(images: torch.Tensor) -> bool:
-    """Whether the scorer can read pictures of this size."""
-    return images.shape[1:] == (3, SIDE, SIDE)
+def readable(images: torch.Tensor, scenes: list[Scene] | list[Clip] | None) -> bool:
+    """Whether the scorer knows the captions and can read pictures of this size."""
+    if not scenes:
+        return False
+    return images.shape[1:] == (3, SIDE, SIDE * (FRAMES if isinstance(scenes[0], Clip) else 1))
 
 
 class Extras:

@@ -183,8 +183,9 @@ def contact_sheet(table: Table, captions: list[str], file: Path) -> None:
         row[0].annotate(captions[index], (0, 1), (0, 4), "axes fraction", "offset points", fontsize=9)
         for axis, entry in zip(row, ran, strict=False):
             images = table.shelf(entry).images([index])
-            wrong = scenes and readable(as_tensor(images)) and not right(as_tensor(images), [scenes[place]])[0]
-            axis.imshow(images[0], interpolation="nearest" if images[0].width < 100 else None)
+            picture = as_tensor(images)
+            wrong = readable(picture, scenes) and not right(picture, [scenes[place]])[0]
+            axis.imshow(images[0], interpolation="nearest" if images[0].height < 100 else None)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set(color="red" if wrong else "lightgrey", linewidth=4 if wrong else 1)
     for axis, entry in zip(axes[0], ran, strict=False):

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from shapes.evaluation import evenly, held_out_scenes
+from shapes.clips import Clip, all_clips
+from shapes.evaluation import evenly, held_out
 from shapes.scenes import Scene, all_scenes
 
-ONE_OBJECT, TWO_OBJECTS = 64, 1083
+# A model of each domain, and how many of its held-out captions are easier ones.
+DOMAINS = {"shapes": ("sd", 64), "clips": ("wan", 64)}
 
 
 def coco_captions(content: dict[str, Any]) -> list[str]:
@@ -19,22 +21,23 @@ def coco_captions(content: dict[str, Any]) -> list[str]:
     return [first[picture] for picture in sorted(first)]
 
 
-def held_out_captions(count: int) -> list[str]:
-    """A fifth with one object, the others with two."""
-    ones = min(count // 5, ONE_OBJECT)
-    return [scene.caption for scene in held_out_scenes(ones, min(count - ones, TWO_OBJECTS))]
+def held_out_captions(count: int, domain: str = "shapes") -> list[str]:
+    """A fifth with one object or an object at rest, the others with two or one that moves; fewer where there are."""
+    model, easy = DOMAINS[domain]
+    easy = min(count // 5, easy)
+    return [scene.caption for scene in held_out(model, easy, count - easy)]
 
 
 def read_captions(source: str, count: int) -> list[str]:
     """`count` captions, taken in equal steps through all that there are."""
-    if source == "shapes":
-        found = held_out_captions(count)
+    if source in DOMAINS:
+        found = held_out_captions(count, source)
     else:
         path = Path(source)
         if not path.is_file():
             raise typer.BadParameter(
-                f"captions={source!r} is not a file: give 'shapes', COCO's captions_val2014.json, or a text file with "
-                "a caption a line"
+                f"captions={source!r} is not a file: give 'shapes', 'clips', COCO's captions_val2014.json, or a text "
+                "file with a caption a line"
             )
         try:
             text = path.read_text()
@@ -50,7 +53,10 @@ def read_captions(source: str, count: int) -> list[str]:
     return found
 
 
-def scenes_of(captions: list[str]) -> list[Scene] | None:
-    """The scenes of captions from the testbeds, or nothing if one is from elsewhere."""
-    known = {scene.caption: scene for scene in all_scenes()}
-    return [known[caption] for caption in captions] if all(caption in known for caption in captions) else None
+def scenes_of(captions: list[str]) -> list[Scene] | list[Clip] | None:
+    """The scenes or clips of captions from one domain, or nothing if one is from elsewhere."""
+    for domain in (all_scenes(), all_clips()):
+        known = {scene.caption: scene for scene in domain}
+        if all(caption in known for caption in captions):
+            return [known[caption] for caption in captions]
+    return None

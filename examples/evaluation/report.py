@@ -13,7 +13,7 @@ from shapes.scorer import features
 
 from .drawing import Table
 from .methods import Entry
-from .metrics import Extras, as_tensor, drawn, finite, frechet, mean_of_finite, psnr, readable, right, ssim
+from .metrics import Extras, as_tensor, drawn, finite, frames_of, frechet, mean_of_finite, psnr, readable, right, ssim
 from .prompts import scenes_of
 from .store import Shelf, write
 
@@ -91,7 +91,8 @@ class Row:
         self.captions = captions
         self.parts = [range(len(captions))[start : start + PART] for start in range(0, len(captions), PART)]
         first = as_tensor(self.shelf.images([0]))
-        self.scenes = scenes_of(captions) if readable(first) else None
+        scenes = scenes_of(captions)
+        self.scenes = scenes if readable(first, scenes) else None
 
     def pairs(self, other: Shelf | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The pictures and the baseline's, or another row's."""
@@ -106,11 +107,11 @@ class Row:
     def scored(self, real: torch.Tensor) -> dict[str, Any]:
         """What the scorer of the testbeds sees: `real` are the features of real pictures."""
         images, others = (torch.cat(each) for each in zip(*self.pairs(), strict=True))
-        own = features(images)
+        own = features(frames_of(images))
         return {
             "accuracy": statistics.mean(right(images, self.scenes)),
             "frechet_real": frechet(own, real),
-            "frechet_baseline": frechet(own, features(others)),
+            "frechet_baseline": frechet(own, features(frames_of(others))),
         }
 
     def converged(self) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class Row:
         found = {"psnr_reference": mean_of_finite(torch.cat([psnr(*pair) for pair in pairs]))}
         if self.scenes:
             images, others = (torch.cat(each) for each in zip(*pairs, strict=True))
-            found["frechet_reference"] = frechet(features(images), features(others))
+            found["frechet_reference"] = frechet(features(frames_of(images)), features(frames_of(others)))
         return found
 
     def compared(self) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def measure_row(
     found: dict[str, Any] = times(row.shelf, row.baseline) | {"pictures": len(captions)}
     found["macs"] = macs(row.shelf)
     if row.scenes:
-        found |= row.scored(features(drawn(row.scenes, seed)))
+        found |= row.scored(features(frames_of(drawn(row.scenes, seed))))
     else:
         found["clip_score"] = extras.clip_score(row.described)
     found["fid_real"] = extras.fid(row.shelf.pictures, real)

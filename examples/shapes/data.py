@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from .scenes import SIDE, Scene, all_scenes, draw
+from .clips import Clip, all_clips, draw_clip
+from .networks import CHANNELS
+from .scenes import Scene, all_scenes, draw
 from .stages import generator
 from .tokens import encode
 
-# Share of batches' scenes with one object: they are the easier ones.
-ONE_OBJECT = 0.3
+# Share of batches' scenes with one object, and of clips at rest: they are the easier ones.
+EASY = 0.3
 # Captions left empty, for guidance; and from CLEAN on, captions of another scene, and captions that miss a word.
 EMPTY = 0.1
 WRONG = 0.25
@@ -22,38 +24,43 @@ CLEAN = 0.6
 
 @dataclass
 class Drawn:
-    """Training scenes, each drawn `copies` times: scene `i` has the pictures from `i * copies` on."""
+    """Training scenes or clips, each drawn `copies` times: number `i` has the pictures from `i * copies` on."""
 
-    scenes: list[Scene]
+    scenes: list[Scene] | list[Clip]
     copies: int
     pictures: torch.Tensor
     classes: torch.Tensor
     latents: torch.Tensor | None = None
 
     @property
-    def ones(self) -> int:
-        """Number of scenes with one object; they come first."""
-        return sum(len(scene.things) == 1 for scene in self.scenes)
+    def easy(self) -> int:
+        """Number of easier scenes; they come first."""
+        return sum(scene.easy for scene in self.scenes)
 
     def choose(self, count: int, numbers: torch.Generator) -> torch.Tensor:
-        """Numbers of scenes, `ONE_OBJECT` of them with one object."""
-        single = torch.rand(count, generator=numbers) < ONE_OBJECT
-        among = torch.where(single, self.ones, len(self.scenes) - self.ones)
-        return (torch.rand(count, generator=numbers) * among).long() + torch.where(single, 0, self.ones)
+        """Numbers of scenes, `EASY` of them easier ones."""
+        easier = torch.rand(count, generator=numbers) < EASY
+        among = torch.where(easier, self.easy, len(self.scenes) - self.easy)
+        return (torch.rand(count, generator=numbers) * among).long() + torch.where(easier, 0, self.easy)
 
 
-def drawn(seed: int, copies: int, every: int = 1) -> Drawn:
-    """All scenes that training may see, or one in `every`."""
-    scenes = [scene for scene in all_scenes() if not scene.held_out][::every]
+def everything(model: str) -> tuple[Scene, ...] | tuple[Clip, ...]:
+    """All that a model can be asked for."""
+    return all_clips() if model == "wan" else all_scenes()
+
+
+def drawn(model: str, seed: int, copies: int, every: int = 1) -> Drawn:
+    """All scenes or clips that training may see, or one in `every`."""
+    scenes = [scene for scene in everything(model) if not scene.held_out][::every]
     numbers = generator(seed, "drawing")
-    pictures = torch.empty(len(scenes) * copies, 3, SIDE, SIDE, dtype=torch.uint8)
-    classes = torch.empty(len(scenes) * copies, SIDE // 4, SIDE // 4, dtype=torch.uint8)
-    for i in range(len(pictures)):
-        picture, labels = draw(scenes[i // copies], numbers)
-        pictures[i] = (picture * 255).round()
-        # One class for each place of the latents.
-        classes[i] = labels[2::4, 2::4]
-    return Drawn(scenes, copies, pictures, classes)
+    pictures, classes = [], []
+    for scene in scenes:
+        for _ in range(copies):
+            picture, labels = (draw_clip if isinstance(scene, Clip) else draw)(scene, numbers)
+            pictures.append((picture * 255).round().byte())
+            # One class for each place of the latents.
+            classes.append(labels[..., 2::4, 2::4].byte())
+    return Drawn(scenes, copies, torch.stack(pictures), torch.stack(classes))
 
 
 def images(pictures: torch.Tensor) -> torch.Tensor:
@@ -67,8 +74,22 @@ def encode_pictures(data: Drawn, vae: AutoencoderKL) -> None:
     device = next(vae.parameters()).device
     means = [vae.encode(images(part).to(device)).latent_dist.mean.cpu() for part in data.pictures.split(512)]
     data.latents = torch.cat(means)
-    vae.register_to_config(scaling_factor=round(1 / float(data.latents.std()), 4))
-    data.latents *= vae.config.scaling_factor
+    if data.latents.ndim == 5:
+        # Wan's autoencoder has a mean and a deviation for each channel.
+        parts = {"latents_mean": data.latents.mean((0, 2, 3, 4)), "latents_std": data.latents.std((0, 2, 3, 4))}
+        parts = {name: [round(float(value), 4) for value in values] for name, values in parts.items()}
+        vae.register_to_config(**parts)
+        mean, deviation = (torch.tensor(values)[:, None, None, None] for values in parts.values())
+        data.latents = (data.latents - mean) / deviation
+    else:
+        vae.register_to_config(scaling_factor=round(1 / float(data.latents.std()), 4))
+        data.latents *= vae.config.scaling_factor
+
+
+def latent_shape(size: torch.Size) -> tuple[int, ...]:
+    """What the autoencoders make of pictures or of frames: eight channels, a quarter of each side, half of the time."""
+    *frames, height, width = size
+    return (CHANNELS, *(1 + (count - 1) // 2 for count in frames), height // 4, width // 4)
 
 
 class Batches:
@@ -91,8 +112,15 @@ class Batches:
     def pictures(self, numbers: torch.Generator, _done: float) -> tuple[torch.Tensor, ...]:
         """For the autoencoder: pictures, and noise for its latents."""
         _, chosen = self.pick(numbers)
-        noise = torch.randn(self.size, 8, SIDE // 4, SIDE // 4, generator=numbers)
-        return images(self.data.pictures[chosen]), noise
+        pictures = self.data.pictures[chosen]
+        noise = torch.randn(self.size, *latent_shape(pictures.shape[2:]), generator=numbers)
+        return images(pictures), noise
+
+    def encoded(self, numbers: torch.Generator, _done: float) -> tuple[torch.Tensor, ...]:
+        """For the decoder alone: latents, noise, pictures."""
+        _, chosen = self.pick(numbers)
+        latents = self.data.latents[chosen]
+        return latents, torch.randn(latents.shape, generator=numbers), images(self.data.pictures[chosen])
 
     def questions(self, numbers: torch.Generator, _done: float) -> tuple[torch.Tensor, ...]:
         """For the text encoder: captions, and what is where."""

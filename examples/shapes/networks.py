@@ -1,6 +1,7 @@
-"""The networks of the two pipelines, each of the real kind and small."""
+"""The networks of the two pipelines for pictures, each of the real kind and small."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,27 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from .scenes import CLASSES, SIDE
+from .scenes import SIDE
 from .tokens import LENGTH
 
 CHANNELS = 8
 TEXT_WIDTH = 128
 # The autoencoder makes 8 x 8 latents.
 LATENT_SIDE = SIDE // 4
+
+
+T5 = {
+    "d_model": TEXT_WIDTH,
+    "d_kv": TEXT_WIDTH // 4,
+    "d_ff": 2 * TEXT_WIDTH,
+    "num_layers": 3,
+    "num_heads": 4,
+    # Exact distances up to the length of a caption.
+    "relative_attention_num_buckets": 64,
+    "relative_attention_max_distance": 64,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 def autoencoder() -> AutoencoderKL:
@@ -73,24 +88,20 @@ def clip_encoder(tokenizer: Any) -> CLIPTextModel:
 
 def t5_encoder(tokenizer: Any) -> T5EncoderModel:
     """Reads in both directions."""
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=TEXT_WIDTH,
-        d_kv=TEXT_WIDTH // 4,
-        d_ff=2 * TEXT_WIDTH,
-        num_layers=3,
-        num_heads=4,
-        # Exact distances up to the length of a caption.
-        relative_attention_num_buckets=64,
-        relative_attention_max_distance=64,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-    )
-    encoder = T5EncoderModel(config)
-    # Distance is all that tells the first object from the second. From T5's near-zero start these few numbers take
-    # thousands of steps to matter; so large, each head looks somewhere else from the beginning.
-    nn.init.normal_(encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
+    encoder = T5EncoderModel(T5Config(**T5 | {"vocab_size": len(tokenizer)}))
+    spread_heads(encoder.encoder.block[:1])
     return encoder
+
+
+def spread_heads(blocks: Iterable[Any]) -> None:
+    """
+    Make each head look somewhere else from the beginning.
+
+    Distance is all that tells the first object from the second. From T5's near-zero start these few numbers take
+    thousands of steps to matter.
+    """
+    for block in blocks:
+        nn.init.normal_(block.layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
 
 
 def unet() -> UNet2DConditionModel:
@@ -126,54 +137,13 @@ def transformer() -> PixArtTransformer2DModel:
     )
 
 
-class Conditioned(nn.Module):
-    """A text encoder and the denoiser that reads it."""
-
-    def __init__(self, text_encoder: nn.Module, denoiser: nn.Module, pad: int):
-        super().__init__()
-        self.text_encoder = text_encoder
-        self.denoiser = denoiser
-        self.pad = pad
-        self.register_buffer("signal", scheduler().alphas_cumprod.sqrt(), persistent=False)
-        self.register_buffer("noise", (1 - scheduler().alphas_cumprod).sqrt(), persistent=False)
-
-    def states(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the denoiser gets of the captions, as the pipelines give it."""
-        if isinstance(self.text_encoder, CLIPTextModel):
-            return self.text_encoder(tokens)[0], None
-        mask = (tokens != self.pad).long()
-        return self.text_encoder(tokens, attention_mask=mask)[0], mask
-
-    def forward(
-        self, latents: torch.Tensor, noise: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor
-    ) -> torch.Tensor:
-        """The loss: mean squared error of the predicted velocity."""
-        signal, spread = (scale[steps][:, None, None, None] for scale in (self.signal, self.noise))
-        noisy, velocity = signal * latents + spread * noise, signal * noise - spread * latents
-        states, mask = self.states(tokens)
-        if isinstance(self.denoiser, UNet2DConditionModel):
-            guess = self.denoiser(noisy, steps, states).sample
-        else:
-            sizes = {"resolution": None, "aspect_ratio": None}
-            options = {"encoder_attention_mask": mask, "timestep": steps, "added_cond_kwargs": sizes}
-            guess = self.denoiser(noisy, encoder_hidden_states=states, **options).sample
-        return nn.functional.mse_loss(guess.float(), velocity)
-
-
-def conditioned(model: str, tokenizer: Any) -> Conditioned:
-    """The untrained text encoder and denoiser of a model."""
-    if model == "sd":
-        return Conditioned(clip_encoder(tokenizer), unet(), tokenizer.pad_token_id)
-    return Conditioned(t5_encoder(tokenizer), transformer(), tokenizer.pad_token_id)
-
-
-def pipeline(vae: AutoencoderKL, conditioned: Conditioned, tokenizer: Any) -> DiffusionPipeline:
+def pipeline(vae: AutoencoderKL, text_encoder: nn.Module, denoiser: nn.Module, tokenizer: Any) -> DiffusionPipeline:
     """The trained parts as a pipeline."""
-    parts = {"vae": vae, "text_encoder": conditioned.text_encoder, "tokenizer": tokenizer, "scheduler": scheduler()}
-    if isinstance(conditioned.denoiser, PixArtTransformer2DModel):
-        return PixArtSigmaPipeline(transformer=conditioned.denoiser, **parts)
+    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "scheduler": scheduler()}
+    if isinstance(denoiser, PixArtTransformer2DModel):
+        return PixArtSigmaPipeline(transformer=denoiser, **parts)
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(unet=conditioned.denoiser, **parts, **absent)
+    return StableDiffusionPipeline(unet=denoiser, **parts, **absent)
 
 
 def save(pipe: DiffusionPipeline, folder: Path, tokenizer_folder: Path) -> None:
@@ -193,46 +163,3 @@ def save(pipe: DiffusionPipeline, folder: Path, tokenizer_folder: Path) -> None:
     if parts["tokenizer"][1].startswith("T5"):
         parts["tokenizer"][1] = "T5TokenizerFast"
     index.write_text(json.dumps(parts, indent=2, sort_keys=True) + "\n")
-
-
-class Autoencoding(nn.Module):
-    """The autoencoder with its loss."""
-
-    def __init__(self, vae: AutoencoderKL):
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Difference of the picture that comes back, and a weak pull of the latents to a normal distribution."""
-        latents = self.vae.encode(pictures).latent_dist
-        back = self.vae.decode(latents.mean + latents.std * noise).sample
-        difference = nn.functional.l1_loss(back.float(), pictures) + nn.functional.mse_loss(back.float(), pictures)
-        # In float32: squares of half-precision numbers are too coarse.
-        mean, spread = latents.mean.float(), latents.logvar.float()
-        pull = 0.5 * (mean.square() + spread.exp() - 1 - spread).mean()
-        return difference + 1e-3 * pull
-
-
-class Reading(nn.Module):
-    """
-    The text encoder with questions that teach it to read: what is at each of 8 x 8 places of the picture?
-
-    This stands in for the pretraining that the text encoders of large pipelines have behind them.
-    """
-
-    def __init__(self, conditioned: "Conditioned"):
-        super().__init__()
-        self.conditioned = Conditioned(conditioned.text_encoder, nn.Identity(), conditioned.pad)
-        self.places = nn.Parameter(torch.randn(LATENT_SIDE**2, TEXT_WIDTH) * 0.5)
-        self.attention = nn.MultiheadAttention(TEXT_WIDTH, 4, batch_first=True)
-        self.answer = nn.Sequential(
-            nn.LayerNorm(TEXT_WIDTH), nn.Linear(TEXT_WIDTH, 256), nn.GELU(), nn.Linear(256, len(CLASSES))
-        )
-
-    def forward(self, tokens: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of what is where."""
-        states, mask = self.conditioned.states(tokens)
-        absent = None if mask is None else mask == 0
-        asked = self.places.expand(len(tokens), -1, -1)
-        told, _ = self.attention(asked, states, states, key_padding_mask=absent, need_weights=False)
-        return nn.functional.cross_entropy(self.answer(asked + told).flatten(0, 1).float(), classes.flatten())

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,11 @@ class Thing:
         return f"a {self.size} {self.colour} {self.shape}"
 
 
+def hidden(caption: str) -> bool:
+    """Whether training must not see this caption: a fifth of all, by a hash, so that it never changes."""
+    return hashlib.sha256(caption.encode()).digest()[0] % 5 == 0
+
+
 @dataclass(frozen=True)
 class Scene:
     """One object at a place, or two with a relation."""
@@ -63,9 +69,14 @@ class Scene:
         return RELATIONS[self.where] if len(self.things) == 2 else (PLACES[self.where],)
 
     @property
+    def easy(self) -> bool:
+        """Whether there is but one object."""
+        return len(self.things) == 1
+
+    @property
     def held_out(self) -> bool:
-        """Whether training must not see this caption: a fifth of all, by a hash, so that it never changes."""
-        return hashlib.sha256(self.caption.encode()).digest()[0] % 5 == 0
+        """Whether training must not see it."""
+        return hidden(self.caption)
 
 
 THINGS = tuple(itertools.starmap(Thing, itertools.product(SIZES, COLOURS, SHAPES)))
@@ -110,21 +121,27 @@ def moved(scene: Scene, generator: torch.Generator) -> list[tuple[int, int]]:
     return [(x + int(dx), y + int(dy)) for (x, y), (dx, dy) in zip(scene.centres, moves, strict=True)]
 
 
-def draw(scene: Scene, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def painted(background: str, things: Iterable[tuple[Thing, tuple[float, float]]]) -> tuple[torch.Tensor, torch.Tensor]:
     """A picture, 3 x `SIDE` x `SIDE` from 0 to 1, and for each of its pixels what is there, as a class of `CLASSES`."""
     # Masks may reach over the edge, so there is a margin until the end.
     margin = MASK // 2
     side = SIDE + 2 * margin
-    picture = torch.tensor(BACKGROUNDS[scene.background])[:, None, None].repeat(1, side, side)
-    classes = torch.full((side, side), CLASSES.index(scene.background))
-    for thing, (x, y) in zip(scene.things, moved(scene, generator), strict=True):
-        area = (slice(y, y + MASK), slice(x, x + MASK))
-        cover = mask(thing.shape, thing.size)
+    picture = torch.tensor(BACKGROUNDS[background])[:, None, None].repeat(1, side, side)
+    classes = torch.full((side, side), CLASSES.index(background))
+    for thing, (x, y) in things:
+        column, row = int(x), int(y)
+        area = (slice(row, row + MASK), slice(column, column + MASK))
+        cover = mask(thing.shape, thing.size, x - column, y - row)
         colour = torch.tensor(COLOURS[thing.colour])[:, None, None]
         picture[:, *area] += cover * (colour - picture[:, *area])
         classes[area] = torch.where(cover > 0.5, CLASSES.index(thing), classes[area])
     inside = slice(margin, margin + SIDE)
     return picture[:, inside, inside], classes[inside, inside]
+
+
+def draw(scene: Scene, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A picture and its classes."""
+    return painted(scene.background, zip(scene.things, moved(scene, generator), strict=True))
 
 
 CLASSES: tuple[str | Thing, ...] = (*BACKGROUNDS, *THINGS)

@@ -21,7 +21,7 @@ import typer
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from evaluation.cutoff import cut_off
 from evaluation.drawing import Drawing, Table, denoiser_of
-from evaluation.methods import CHOICES, FOR_TRANSFORMER, METHODS, Entry, Settings, entries
+from evaluation.methods import CHOICES, METHODS, Entry, Settings, entries
 from evaluation.metrics import drawn, frechet
 from evaluation.plots import LOOKS, SHEET, chosen_for_sheet, contact_sheet, front
 from evaluation.prompts import coco_captions, held_out_captions, scenes_of
@@ -295,9 +295,7 @@ def drawing_of(pipe, folder, methods, captions):
 )
 def test_after_every_method_the_baseline_is_what_it_was(tmp_path, build):
     pipe = build()
-    # Caches for one batch of both halves are no matter of clips.
-    methods = CHOICES if build is not wan else [method for method in CHOICES if method not in FOR_TRANSFORMER]
-    drawing = drawing_of(pipe, tmp_path, methods, held_out_captions(2))
+    drawing = drawing_of(pipe, tmp_path, CHOICES, held_out_captions(2))
     fresh = drawing_of(build(), tmp_path / "fresh", ["baseline"], held_out_captions(2))
     baseline = fresh.draw(drawing.table.entries[0], range(2))
     denoiser = denoiser_of(pipe)

@@ -101,13 +101,17 @@ def diffusers_cache(pipe: Any, entry: Any) -> Iterator[dict[str, Any]]:
     One of diffusers' caches for one call.
 
     PixArt's denoiser is not a `CacheMixin`, so the cache is hooked in by its function, and the context in which it
-    keeps its state is opened here; both guidance halves are in one batch and share it.
+    keeps its state is opened here; both guidance halves are in one batch and share it. Other pipelines open theirs.
     """
     from diffusers import CacheMixin
 
     denoiser = pipe.transformer
     try:
         CACHES[entry.method](pipe, entry.cache)
+        registry = vars(denoiser).get("_diffusers_hook")
+        if hasattr(registry, "invalidate_child_registries_cache"):
+            # As `enable_cache` does: an earlier call may have noted that there is no hook in the blocks.
+            registry.invalidate_child_registries_cache()
         with CacheMixin.cache_context(denoiser, "both_halves"):
             yield {}
     finally:

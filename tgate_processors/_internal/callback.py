@@ -27,14 +27,15 @@ class StepClock:
 
     Args:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
+        max_memory (`int`, *optional*): Most bytes of kept cross-attention.
     """
 
-    def __init__(self, schedule: TGateSchedule) -> None:
+    def __init__(self, schedule: TGateSchedule, max_memory: int | None = None) -> None:
         if not isinstance(schedule, TGateSchedule):
             raise TypeError(
                 f"schedule={schedule!r} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
             )
-        self.state = TGateState(schedule)
+        self.state = TGateState(schedule, max_memory)
 
     def __call__(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]

@@ -8,7 +8,7 @@ import inspect
 import json
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import diffusers
 import torch
@@ -18,6 +18,7 @@ from .checking import checked_int
 from .counting import MACs, Profile, measure, run_schedule
 from .families import check_attention, family_of, find_family, known
 from .families.family import InputSize
+from .memory import checked_memory, within
 from .report import TGateReport
 from .schedule import TGateSchedule
 from .steps import Timeline
@@ -73,6 +74,7 @@ def estimate_cost(
     vae_scale_factor: int | None = None,
     dtype: torch.dtype | None = None,
     cross_attention: bool | None = None,
+    max_memory: SupportsIndex | str | None = None,
 ) -> TGateCost:
     r"""
     Count what a schedule costs, without weights. The denoiser runs on the meta device, which has neither memory nor
@@ -104,6 +106,7 @@ def estimate_cost(
         dtype (`torch.dtype`, *optional*):
             The type that the bytes held are counted in. Defaults to that of the denoiser.
         cross_attention (`bool`, *optional*): Whether cross-attention is reused, as in [`apply_tgate`].
+        max_memory (`int` or `str`, *optional*): Most bytes of kept cross-attention, as in [`apply_tgate`].
 
     Returns:
         `TGateCost`: MACs of a forward and of the run, parameters, and the report of the run.
@@ -128,6 +131,8 @@ def estimate_cost(
 
     Source: T-GATE (https://arxiv.org/abs/2404.02747), whose tables count `layers`.
     """
+    most = checked_memory(max_memory, cross_attention)
+    cross_attention = within(cross_attention, most)
     pipe, denoiser = _pipe_and_denoiser(pipe_or_denoiser, cross_attention)
     if not isinstance(schedule, TGateSchedule):
         raise TypeError(f"schedule is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
@@ -154,6 +159,7 @@ def estimate_cost(
         dtype=dtype,
         cross_attention=cross_attention,
         joint=family is not None and family.layout.joint,
+        max_memory=most,
     )
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
     return TGateCost(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from .families.family import InputSize
 from .halving import joined, sample_of
 from .layers import Layers, attention_modules
 from .layout import Layout, Seen, see
+from .memory import Sizes, saved_macs, sizes_of
 from .processor import TGateAttnProcessor
 from .report import TGateReport
 from .run import Run
@@ -54,10 +55,20 @@ class MACs:
 
 @dataclass(frozen=True)
 class Forward:
-    """What one forward took: MACs, and the parameters of the modules that ran."""
+    """What one forward took: MACs, those of some layers by themselves, and the parameters of the modules that ran."""
 
     macs: MACs
     parameters: int
+    layers: Mapping[str, MACs]
+
+
+@dataclass(frozen=True)
+class CrossLayer:
+    """A layer with cross-attention: the numbers that it gives out, what it takes, and by what it is chosen."""
+
+    width: int
+    macs: MACs
+    saved: int
 
 
 @dataclass(frozen=True)
@@ -67,13 +78,13 @@ class Profile:
 
     Args:
         forwards (`dict`): The forwards, by whether cross-attention and self-attention are reused in them.
-        cross_width (`int`): Numbers that all cross-attention layers give out.
+        cross (`tuple` of `CrossLayer`): The cross-attention layers.
         self_width (`int`): Numbers that all self-attention layers give out.
         width (`int`): Numbers that the denoiser itself gives out, a variance left out.
     """
 
     forwards: dict[tuple[bool, bool], Forward]
-    cross_width: int
+    cross: tuple[CrossLayer, ...]
     self_width: int
     width: int
 
@@ -83,6 +94,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.signals = Signals()
+        # The layers with cross-attention: the numbers that they give out, and what they save.
+        self.cross: dict[Any, tuple[int, int]] = {}
         self._kept: dict[Slot, torch.Tensor] = {}
 
     @property
@@ -99,8 +112,10 @@ class Recorder:
         """The kept output of a layer."""
         return self._kept.get(slot)
 
-    def computed(self, slot: Slot, attn: Any, output: torch.Tensor, action: Action, is_self: bool) -> None:
+    def computed(self, slot: Slot, attn: Any, output: torch.Tensor, action: Action, is_self: bool, *given: Any) -> None:
         """A layer has computed its output."""
+        if not is_self:
+            self.cross[attn] = output.numel(), saved_macs(attn, sizes_of(given[0], given[1], output))
         if action is Action.STORE:
             self._kept[slot] = output
         else:
@@ -112,7 +127,7 @@ def count_forwards(
     make: Callable[[], dict[str, Any]],
     ways: Sequence[tuple[Action, Action]],
     layout: Layout | None = None,
-) -> Iterator[tuple[Forward, int]]:
+) -> Iterator[tuple[Forward, Recorder]]:
     """
     Run a module with T-GATE's processors, one way of doing cross- and self-attention after the other.
 
@@ -123,7 +138,7 @@ def count_forwards(
         layout (`Layout`, *optional*): Which layers are never gated.
 
     Yields:
-        `tuple` of `Forward` and `int`: What the forward took, and the bytes held after it.
+        `tuple` of `Forward` and `Recorder`: What the forward took, and what is held after it.
     """
     state, recorder = TGateState(TGateSchedule()), Recorder()
     layers = attention_modules(module)
@@ -133,8 +148,8 @@ def count_forwards(
     for cross, own in ways:
         recorder.signals.set(cross, own)
         with state.entered(recorder):
-            forward = count_forward(module, make())
-        yield forward, recorder.nbytes
+            forward = count_forward(module, make(), layers)
+        yield forward, recorder
 
 
 def measure(twin: Any, size: InputSize) -> Profile:
@@ -156,30 +171,45 @@ def measure(twin: Any, size: InputSize) -> Profile:
 
     handle = twin.register_forward_hook(note, with_kwargs=True)
     counted = count_forwards(twin, lambda: make_inputs(twin, 1, size), ways, family.layout)
-    for way, (forward, held) in zip(ways, counted, strict=True):
+    for way, (forward, recorder) in zip(ways, counted, strict=True):
         forwards[way[0] is Action.REUSE, way[1] is Action.REUSE] = forward
-        widths.append(held // twin.dtype.itemsize)
+        widths.append(recorder.nbytes // twin.dtype.itemsize)
     handle.remove()
+    taken, seen = forwards[False, False].layers, recorder.cross
+    # In the order of the denoiser, not of its forward.
+    layers = ((name, seen[layer]) for name, layer in attention_modules(twin).items() if layer in seen)
+    cross = tuple(CrossLayer(width, taken[name], saved) for name, (width, saved) in layers)
     # What is computed but not stored is released: after the last forward only cross-attention is held.
-    return Profile(forwards, cross_width=widths[-1], self_width=widths[0] - widths[-1], width=given[0])
+    return Profile(forwards, cross, self_width=widths[0] - widths[-1], width=given[0])
 
 
-def count_forward(module: torch.nn.Module, inputs: dict[str, Any]) -> Forward:
-    """Run a module once and count."""
+def count_forward(
+    module: torch.nn.Module, inputs: dict[str, Any], apart: Mapping[str, torch.nn.Module] | None = None
+) -> Forward:
+    """Run a module once and count, in some of its parts by themselves too."""
     counter = FlopCounterMode(display=False)
     ran: set[torch.nn.Parameter] = set()
     in_layers = 0
+    names = {part: name for name, part in (apart or {}).items()}
+    taken: dict[str, MACs] = {}
+
+    def so_far() -> MACs:
+        return MACs(in_layers // 2, (counter.get_total_flops() - in_layers) // 2)
 
     def before(part: torch.nn.Module, args: Any) -> None:
         nonlocal in_layers
         ran.update(part.parameters(recurse=False))
         if isinstance(part, _LAYERS):
             in_layers -= counter.get_total_flops()
+        elif part in names:
+            taken[names[part]] = so_far() * -1
 
     def after(part: torch.nn.Module, args: Any, output: Any) -> None:
         nonlocal in_layers
         if isinstance(part, _LAYERS):
             in_layers += counter.get_total_flops()
+        elif part in names:
+            taken[names[part]] += so_far()
 
     # By module and not by operation: what attention's products are called depends on the version and the device.
     handles = [part.register_forward_pre_hook(before) for part in module.modules()]
@@ -190,17 +220,17 @@ def count_forward(module: torch.nn.Module, inputs: dict[str, Any]) -> Forward:
     finally:
         for handle in handles:
             handle.remove()
-    in_attention = counter.get_total_flops() - in_layers
-    return Forward(MACs(in_layers // 2, in_attention // 2), sum(parameter.numel() for parameter in ran))
+    return Forward(so_far(), sum(parameter.numel() for parameter in ran), taken)
 
 
 class _Layer(torch.nn.Module):
-    """All attention layers of a kind in one: it gives out as much as they do together."""
+    """An attention layer, or several in one: it gives out as much as they do together."""
 
-    def __init__(self, width: int, *, cross: bool) -> None:
+    def __init__(self, width: int, *, cross: bool, saved: int = 0) -> None:
         super().__init__()
         self.is_cross_attention = cross
         self.ran = False
+        self.saved = saved
         self._width = width
         self.processor: Any = self._compute
 
@@ -212,6 +242,10 @@ class _Layer(torch.nn.Module):
         """As every attention layer of diffusers."""
         return self.processor
 
+    def set_processor(self, processor: Any) -> None:
+        """Likewise."""
+        self.processor = processor
+
     def forward(self, picture: torch.Tensor, text: torch.Tensor | None) -> None:
         """Run what stands in the layer."""
         self.ran = False
@@ -219,21 +253,32 @@ class _Layer(torch.nn.Module):
 
 
 class _Denoiser(torch.nn.Module):
-    """A denoiser of two layers."""
+    """A denoiser of attention layers alone, with those for self-attention in one."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         self.own = _Layer(profile.self_width, cross=False)
-        self.cross = _Layer(profile.cross_width, cross=True)
+        self.cross = torch.nn.ModuleList(_Layer(layer.width, cross=True, saved=layer.saved) for layer in profile.cross)
+        self._profile = profile
 
-    def set_attn_processor(self, processors: dict[str, Any]) -> None:
-        """As every denoiser of diffusers."""
-        self.own.processor, self.cross.processor = processors["own.processor"], processors["cross.processor"]
-
-    def forward(self, picture: torch.Tensor) -> None:
-        """Run both layers."""
+    def forward(self, picture: torch.Tensor) -> MACs:
+        """Run all layers, and tell what such a forward takes for one picture."""
         self.own(picture, None)
-        self.cross(picture, torch.empty_like(picture))
+        text = torch.empty_like(picture)
+        for layer in self.cross:
+            layer(picture, text)
+        ran = [counted.macs for layer, counted in zip(self.cross, self._profile.cross, strict=True) if layer.ran]
+        reuses = len(ran) < len(self.cross)
+        return sum(ran if reuses else (), start=self._profile.forwards[reuses, not self.own.ran].macs)
+
+
+class _Layers(Layers):
+    """The layers of such a denoiser, which know what they save."""
+
+    def saved(self, slot: Slot, sizes: Sizes) -> int:
+        """What the layer of a gate saves."""
+        saved: int = self.of(slot).saved
+        return saved
 
 
 class _Announced(Call):
@@ -272,9 +317,10 @@ def run_schedule(
     dtype: torch.dtype,
     cross_attention: bool = True,
     joint: bool = False,
+    max_memory: int | None = None,
 ) -> tuple[MACs, TGateReport]:
     """
-    Go through a run, step by step, with T-GATE's own run and processors and these two layers.
+    Go through a run, step by step, with T-GATE's own run and processors and these layers.
 
     Args:
         profile (`Profile`): The denoiser.
@@ -285,12 +331,13 @@ def run_schedule(
         dtype (`torch.dtype`): The type of what is stored.
         cross_attention (`bool`, *optional*, defaults to `True`): Whether cross-attention is reused.
         joint (`bool`, *optional*, defaults to `False`): Whether no layer is gated.
+        max_memory (`int`, *optional*): Most bytes of kept cross-attention.
 
     Returns:
         `tuple` of `MACs` and `TGateReport`: What the run takes, and what T-GATE says of it.
     """
-    state, denoiser = TGateState(schedule), _Denoiser(profile)
-    layers = Layers(denoiser, state, "gate", Layout(joint=joint))
+    state, denoiser = TGateState(schedule, max_memory), _Denoiser(profile)
+    layers = _Layers(denoiser, state, "gate", Layout(joint=joint))
     layers.follow()
     call = _Announced(timeline, guided=guided, pictures=batch_size)
     run = Run(state, call, layers, droppable=True, by_forward=True, cross_attention=cross_attention)
@@ -300,7 +347,6 @@ def run_schedule(
         for _ in range(timeline.passes):
             run.before_forward(Seen(len(whole), tuple(whole.shape[1:]), {"sample": whole}))
             picture = whole[:batch_size] if run.half else whole
-            denoiser(picture[:, :1])
-            taken += profile.forwards[not denoiser.cross.ran, not denoiser.own.ran].macs * len(picture)
+            taken += denoiser(picture[:, :1]) * len(picture)
             run.after_forward(picture)
     return taken, run.report

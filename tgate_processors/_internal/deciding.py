@@ -104,7 +104,8 @@ class Decision:
         if droppable and self.phase is Phase.GATE:
             # Only half steps reuse what is kept, and there is no second call in them.
             return Action.COMPUTE, Action.COMPUTE
-        return signals.cross_attention, signals.self_attention
+        cross = Action.COMPUTE if droppable and self.stores else signals.cross_attention
+        return cross, signals.self_attention
 
     @property
     def _calls(self) -> int:

@@ -47,8 +47,7 @@ class Expert:
         """Hold nothing."""
         self.stored = None
         for outputs in self.by_call:
-            outputs.signals.rest()
-            outputs.kept.clear()
+            outputs.forget()
 
 
 class Experts:
@@ -105,6 +104,18 @@ class Experts:
     def settle(self) -> list[str]:
         """The loop starts: gate what the call itself has set, and tell the layers that leave guidance whole."""
         return [name for expert in self._all for name in expert.layers.settle()]
+
+    def limit(self, most: int | None, *, shared: bool) -> None:
+        """Cross-attention keeps so many bytes at most, for all calls of a step together if each keeps its own."""
+        for expert in self._all:
+            for outputs in expert.by_call:
+                outputs.limit(most // len(expert.by_call) if most is not None and shared else most)
+
+    @property
+    def layers_kept(self) -> tuple[int, int]:
+        """How many layers hold cross-attention, and how many would without a budget."""
+        kept = sum(outputs.cross_kept for outputs in self.now.by_call)
+        return kept, kept + sum(len(outputs.declined) for outputs in self.now.by_call)
 
     def check(self) -> None:
         """Refuse processors that were exchanged between two steps."""

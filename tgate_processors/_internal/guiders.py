@@ -43,11 +43,18 @@ def has_guider(pipe: Any) -> bool:
 
 
 def check_settings(
-    pipe: Any, schedule: TGateSchedule, cfg_half: CFGHalf | None, cross_attention: bool | None, deepcache: Any
+    pipe: Any,
+    schedule: TGateSchedule,
+    cfg_half: CFGHalf | None,
+    cross_attention: bool | None,
+    max_memory: int | None,
+    deepcache: Any,
 ) -> None:
     """Refuse what is about attention layers: a guider is guidance alone."""
     subject = f"the guidance of {type(pipe).__name__} is a guider, and T-GATE gates guidance alone there"
     intervals = (schedule.sp_interval, schedule.fi_interval)
+    if max_memory:
+        raise ValueError(f"max_memory={max_memory} is for kept cross-attention: {subject}. Leave max_memory out.")
     if cross_attention:
         raise ValueError(f"cross_attention=True is not possible: {subject}. Leave cross_attention out.")
     if max(intervals) > 1:

@@ -160,7 +160,7 @@ class DenoiserHooks:
     def _kept_half(self, run: Any) -> CFGHalf:
         """The half that stays, in the order of this pipeline's batch."""
         # Cross-attention that is computed anew on one half of the text belongs to that half.
-        conditional = run.control.conditional_only or self._state.schedule.predicts or not run.gates_cross
+        conditional = run.control.conditional_only or self._state.schedule.predicts or run.computes_cross
         kept = self._kept or ("conditional" if conditional else self._default)
         if run.batch.unconditional_first:
             return kept  # type: ignore[return-value]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from .layout import Layout
+from .memory import Sizes, saved_macs
 from .processor import TGateAttnProcessor, is_bare, is_own
 from .state import Slot, TGateState
 
@@ -90,6 +91,14 @@ class Layers:
     def of(self, slot: Slot) -> Any:
         """The layer of a gate."""
         return self._modules[self._by_slot[slot]]
+
+    def saved(self, slot: Slot, sizes: Sizes) -> int:
+        """What the layer of a gate saves if it reuses its cross-attention."""
+        return saved_macs(self.of(slot), sizes)
+
+    def place(self, slot: Slot) -> int:
+        """The place of a gate among all."""
+        return list(self._by_slot).index(slot)
 
     def is_cross(self, slot: Slot) -> bool:
         """Whether the layer of a gate has cross-attention."""

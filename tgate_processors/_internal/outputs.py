@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from .layers import Layers
+from .memory import Budget, Sizes, sizes_of
 from .processor import UNFIT, part_of
 from .schedule import Action
 from .skipping import is_compiled
-from .state import Signals, Slot, TGateState
+from .state import Part, Signals, Slot, TGateState
 
 
 class Kept(NamedTuple):
@@ -32,6 +33,7 @@ class Outputs:
 
     Attributes:
         halved_inside (`bool`): Whether layers may find the second half of a batch that was given whole.
+        declined (`set` of `Slot`): The gates of cross-attention that is computed in every step, beyond the budget.
     """
 
     def __init__(self, state: TGateState, layers: Layers) -> None:
@@ -39,12 +41,15 @@ class Outputs:
         self.halved_inside = False
         self.signals = Signals()
         self.kept: dict[Slot, Kept] = {}
+        self.declined: set[Slot] = set()
+        self._budget: Budget | None = None
         # How many layers did what, by whether it is self-attention and whether it was reused.
         self.did: Counter[tuple[bool, bool]] = Counter()
         self._state = state
         self._layer_of: dict[Slot, Any] = {}
         self._in_forward: set[Slot] = set()
         self._compiled_slots: set[Slot] = set()
+        self._sizes: dict[Slot, Sizes] = {}
         self._lent: dict[Slot, torch.Tensor] = {}
         self._is_compiled: bool | None = None
 
@@ -53,9 +58,33 @@ class Outputs:
         """Bytes held."""
         return sum(kept.tensor.nbytes for kept in self.kept.values())
 
+    def forget(self) -> None:
+        """Hold nothing, and choose anew."""
+        self.signals.rest()
+        self.kept.clear()
+        self.declined.clear()
+        self._sizes.clear()
+        if self._budget is not None:
+            self._budget.forget()
+
+    def limit(self, most: int | None) -> None:
+        """A loop begins, in which cross-attention keeps so many bytes at most."""
+        self._budget = None if most is None else Budget(most)
+
+    @property
+    def least(self) -> int | None:
+        """The bytes that the first layer needs, if any is beyond the budget."""
+        return self._budget.least if self._budget is not None and self.declined else None
+
+    @property
+    def cross_kept(self) -> int:
+        """How many layers hold an output of cross-attention."""
+        return sum(not kept.is_self for kept in self.kept.values())
+
     def missing(self) -> list[str]:
-        """The layers with cross-attention that hold no output."""
-        return [name for name, slot in self.layers.expected().items() if slot not in self.kept]
+        """The layers with cross-attention that hold no output, but for those that are beyond the budget."""
+        there = self.kept.keys() | self.declined
+        return [name for name, slot in self.layers.expected().items() if slot not in there]
 
     def silent(self) -> list[str]:
         """The layers with cross-attention that hold an output, but whose gate was not called in the last forward."""
@@ -67,6 +96,8 @@ class Outputs:
         self.did.clear()
         self._in_forward.clear()
         self._state.compiled.take(self.signals)
+        if self._budget is not None:
+            self._tell_compiled(self.signals.cross_attention)
         for slot in self._compiled_slots & self.kept.keys():
             kept = self.kept[slot]
             action = self.signals.self_attention if kept.is_self else self.signals.cross_attention
@@ -79,11 +110,13 @@ class Outputs:
     def after_forward(self) -> None:
         """A forward has ended: copy what compiled code has stored, which its next call may write to, one by one."""
         self._state.compiled.rest()
+        self._hear_compiled()
         for slot in self._state.filled_slots():
             tensor, slot.tensor = slot.tensor, None
             if tensor is not None and self._lent.get(slot) is not tensor:
                 self._compiled_slots.add(slot)
-                self._keep(slot, tensor.clone(), not self.layers.is_cross(slot))
+                if self._is_within(slot, self._sizes.get(slot)):
+                    self._keep(slot, tensor.clone(), not self.layers.is_cross(slot))
         self._lent.clear()
 
     def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
@@ -100,6 +133,8 @@ class Outputs:
             ValueError: If somebody has written to what is kept, or cross-attention would have to compute on a half.
         """
         self._enter(slot, attn)
+        if slot in self.declined:
+            return None
         kept = self.kept.get(slot)
         rows, tokens = hidden_states.shape[:2]
         half = self.halved_inside and kept is not None and kept.tensor.shape[:2] == (2 * rows, tokens)
@@ -116,7 +151,16 @@ class Outputs:
             raise ValueError(f"T-GATE: in {self.layers.name_of(attn)} {UNFIT}")
         return None
 
-    def computed(self, slot: Slot, attn: Any, output: torch.Tensor, action: Action, is_self: bool) -> None:
+    def computed(
+        self,
+        slot: Slot,
+        attn: Any,
+        output: torch.Tensor,
+        action: Action,
+        is_self: bool,
+        hidden_states: torch.Tensor,
+        context: Any,
+    ) -> None:
         """
         A layer has computed its output: keep it if it is to be kept.
 
@@ -126,6 +170,8 @@ class Outputs:
             output (`torch.Tensor`): What it gives out, shape `(batch, tokens, channels)`.
             action (`Action`): What it was to do.
             is_self (`bool`): Whether it attends to itself.
+            hidden_states (`torch.Tensor`): What it was given.
+            context (`torch.Tensor` or a sequence): What it attends to, if not to itself.
         """
         if action is not Action.REUSE:
             self._enter(slot, attn, keeps=action is Action.STORE)
@@ -133,6 +179,12 @@ class Outputs:
         if action is Action.COMPUTE:
             self.kept.pop(slot, None)
             return
+        if self._budget is not None and not is_self:
+            # Half steps leave the choice as it is.
+            if action is Action.REUSE and slot in self.declined:
+                return
+            if not self._is_within(slot, sizes_of(hidden_states, context, output)):
+                return
         tensor = part_of(output, self.signals.part)
         if tensor is output and _is_exposed(attn, slot):
             tensor = output.clone()
@@ -143,6 +195,8 @@ class Outputs:
         if self._compiled_slots or (not self.did and not self.layers.layout.joint and self._lies_in_compiled_code()):
             actions = self.signals.cross_attention, self.signals.self_attention
             cross, own = ((action is not Action.REUSE, action is Action.REUSE) for action in actions)
+            if cross[1] and self.declined:
+                cross = True, self.cross_kept > 0
             return cross, own
         cross, own = ((self.did[is_self, False] > 0, self.did[is_self, True] > 0) for is_self in (False, True))
         return cross, own
@@ -169,6 +223,44 @@ class Outputs:
                 "not serve both (windows of frames, tiles). Call remove_tgate(pipe) to use this pipeline."
             )
         self._in_forward.add(slot)
+
+    def _is_within(self, slot: Slot, sizes: Sizes | None) -> bool:
+        """Whether a layer keeps its output within the budget. For it, others may have to give up theirs."""
+        budget = self._budget
+        if budget is None or sizes is None:
+            return True
+        nbytes = sizes.nbytes // (1 if self.signals.part is Part.ALL else 2)
+        budget.meet(slot, self.layers.saved(slot, sizes), nbytes, self.layers.place(slot))
+        self.declined.discard(slot)
+        held = [each for each, kept in self.kept.items() if not kept.is_self]
+        for each in (slot, *held):
+            if each not in budget:
+                self.kept.pop(each, None)
+                self.declined.add(each)
+        return slot in budget
+
+    def _tell_compiled(self, action: Action) -> None:
+        """A forward begins: tell compiled code which of its layers are beyond the budget."""
+        assert self._budget is not None
+        if action is Action.STORE:
+            for slot, sizes in self._sizes.items():
+                if not self._budget.knows(slot):
+                    self._is_within(slot, sizes)
+        for slot in self.layers.expected().values():
+            slot.action = Action.COMPUTE if slot in self.declined else action
+
+    def _hear_compiled(self) -> None:
+        """A forward has ended: hear of compiled code how large its layers are."""
+        if self._budget is None:
+            return
+        for slot in self.layers.expected().values():
+            slot.action = Action.COMPUTE
+            sizes, slot.sizes = slot.sizes, None
+            if sizes is not None:
+                self._in_forward.add(slot)
+                # In half steps those that compute are half as large.
+                if slot.tensor is not None or slot not in self._sizes:
+                    self._sizes[slot] = sizes
 
     def _keep(self, slot: Slot, tensor: torch.Tensor, is_self: bool) -> None:
         """Keep an output."""

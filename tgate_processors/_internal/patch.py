@@ -16,6 +16,7 @@ from .families import check_guidance, check_half, find_family
 from .guiders import GuiderInstallation, check_settings, has_guider, is_modular
 from .installation import Installation
 from .layers import CustomProcessors
+from .memory import checked_memory, within
 from .pipeline import install, installed, uninstall
 from .report import TGateReport
 from .schedule import CFGHalf, GuidanceMode, TGateSchedule
@@ -52,6 +53,7 @@ def apply_tgate(
     warm_up: SupportsIndex = 0,
     cfg_half: CFGHalf | None = None,
     cross_attention: bool | None = None,
+    max_memory: SupportsIndex | str | None = None,
     custom_processors: CustomProcessors | None = None,
     deepcache: Any = None,
 ) -> Pipeline:
@@ -94,7 +96,8 @@ def apply_tgate(
             PixArt's masks, SVD's conditioning. Defaults to `"conditional"` where guidance is predicted or gated alone.
             Where it is dropped together with cross-attention, it defaults to what the published implementation does:
             `"conditional"` for Stable Video Diffusion, `"unconditional"` for the other families of the paper; in a
-            ControlNet's `guess_mode`, in GLIGEN and in other families to `"conditional"`. Guidance of more or other
+            ControlNet's `guess_mode`, in GLIGEN, in other families, and where `max_memory` leaves layers out, to
+            `"conditional"`. Guidance of more or other
             parts (InstructPix2Pix, perturbed-attention guidance) stays on whole, and then there is nothing to choose.
         cross_attention (`bool`, *optional*):
             Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True`, but to `False` for video
@@ -102,6 +105,12 @@ def apply_tgate(
             cross-attention takes gigabytes and saves little. Where attention is joint (Stable Diffusion 3,
             Qwen-Image) there is none to keep, so it has to be `False`. Where guidance is a guider, as in modular
             pipelines, it cannot be `True`.
+        max_memory (`int` or `str`, *optional*):
+            Most bytes that kept cross-attention takes, as an `int` or a string such as `"2GB"` or `"500MiB"`. Of the
+            layers those are kept that save most for each byte, by the shapes seen in the run. The others compute in
+            every step, in half steps on the half that goes on. It gates cross-attention where it is not gated by
+            default. `0` is `cross_attention=False`. Differences of guidance, a latent or two, and kept self-attention
+            come beside.
         custom_processors (`str`, *optional*):
             What happens to attention processors that are not diffusers' own. They may mix the pictures of a batch or
             count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone
@@ -135,11 +144,13 @@ def apply_tgate(
     schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance)  # type: ignore[arg-type]
     half = checked_half(cfg_half)
     check_switch("cross_attention", cross_attention)
+    most = checked_memory(max_memory, cross_attention)
+    cross_attention = within(cross_attention, most)
     if custom_processors not in (None, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {custom_processors!r}.')
-    clock, found = StepClock(schedule), None
+    clock, found = StepClock(schedule, most), None
     if has_guider(pipe):
-        check_settings(pipe, schedule, half, cross_attention, deepcache)
+        check_settings(pipe, schedule, half, cross_attention, most, deepcache)
         installation: Installation = GuiderInstallation(clock, custom=custom_processors)
     else:
         found = find_family(pipe, cross_attention)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from .memory import sizes_of
 from .schedule import Action
 from .state import Part, Slot, TGateState
 
@@ -136,7 +137,7 @@ def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, *
     # The layer's own flag is missing or wrong in several models; what it attends to is not.
     is_self = context is None or context is hidden_states
     if torch.compiler.is_compiling():
-        return _compiled_call(self, is_self, attn, hidden_states, args, kwargs)
+        return _compiled_call(self, None if is_self else context, attn, hidden_states, args, kwargs)
     run = self.state.current()
     if run is None:
         return self.original(attn, hidden_states, *args, **kwargs)
@@ -147,20 +148,23 @@ def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, *
         if kept is not None:
             return kept
     output = self.original(attn, hidden_states, *args, **kwargs)
-    outputs.computed(self.slot, attn, output, action, is_self)
+    outputs.computed(self.slot, attn, output, action, is_self, hidden_states, context)
     return output
 
 
-def _compiled_call(self: Any, is_self: bool, attn: Any, hidden_states: torch.Tensor, args: Any, kwargs: Any) -> Any:
+def _compiled_call(self: Any, context: Any, attn: Any, hidden_states: torch.Tensor, args: Any, kwargs: Any) -> Any:
     """The same in compiled code, which cannot ask for its thread and would be compiled anew for whatever it counts."""
     signals, slot = self.state.compiled, self.slot
-    action = signals.self_attention if is_self else signals.cross_attention
+    is_self = context is None
+    action = signals.self_attention if is_self else slot.action or signals.cross_attention
     if action is Action.REUSE:
         if slot.tensor is not None and slot.tensor.shape[:2] == hidden_states.shape[:2]:
             return slot.tensor
         if signals.half and not is_self:
             raise ValueError(UNFIT)
     output = self.original(attn, hidden_states, *args, **kwargs)
+    if not is_self and slot.action is not None:
+        slot.sizes = sizes_of(hidden_states, context, output)
     if action is not Action.COMPUTE:
         slot.tensor = part_of(output, signals.part)
     return output

@@ -31,6 +31,8 @@ class TGateReport:
             With `gate_step="auto"`, `(step, error)` for every full step whose guidance had been predicted too: how far
             off the guided output would have been, relative to that output, for the worst picture of the batch.
         peak_bytes (`int`): Most bytes held in stored outputs and differences of guidance at the end of a step.
+        kept_layers (`int`): Layers that kept their cross-attention, at the end of the step in which most did.
+        cross_attention_layers (`int`): Layers that could have; `max_memory` may leave some out. 0 without any to keep.
     """
 
     num_inference_steps: int = 0
@@ -44,13 +46,17 @@ class TGateReport:
     full_steps: tuple[int, ...] = ()
     prediction_errors: tuple[tuple[int, float], ...] = ()
     peak_bytes: int = 0
+    kept_layers: int = 0
+    cross_attention_layers: int = 0
 
     def __str__(self) -> str:
         if not self.num_inference_steps:
             return "T-GATE: no run yet."
         forwards = self.full_batch_forwards + self.half_batch_forwards
+        some = self.kept_layers < self.cross_attention_layers
+        where = f" in {self.kept_layers} of {self.cross_attention_layers} layers" if some else ""
         return (
             f"T-GATE: {self.num_inference_steps} steps, gate at step {self.gate_step}; of {forwards} denoiser forwards "
             f"{self.half_batch_forwards} ran on half the batch and {self.cross_attention_reused} reused "
-            f"cross-attention; at most {self.peak_bytes / 2**20:.1f} MiB held."
+            f"cross-attention{where}; at most {self.peak_bytes / 2**20:.1f} MiB held."
         )

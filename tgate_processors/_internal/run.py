@@ -18,7 +18,15 @@ from .layers import Layers
 from .layout import Seen
 from .outputs import Kept, Outputs
 from .report import TGateReport
-from .saying import Text, say_guidance_stays, say_left_alone, say_nothing_was_gated, say_unguided, say_what_is_late
+from .saying import (
+    Text,
+    say_guidance_stays,
+    say_left_alone,
+    say_nothing_fits,
+    say_nothing_was_gated,
+    say_unguided,
+    say_what_is_late,
+)
 from .schedule import Action, CFGHalf, StepPlan
 from .state import Part, Slot, TGateState
 from .steps import Loop
@@ -103,6 +111,11 @@ class Run:
     def guided(self) -> bool:
         """Whether the last forward was given both halves of guidance, in one batch."""
         return self._guided and self._droppable
+
+    @property
+    def computes_cross(self) -> bool:
+        """Whether any cross-attention is computed in half steps."""
+        return not self.gates_cross or bool(self.experts.now.by_call[0].declined)
 
     @property
     def half(self) -> bool:
@@ -234,7 +247,10 @@ class Run:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
             self.batch.settle(self._seen, self._guided and self._layout.calls == 1, tensors or {}, latents)
         did = self.experts.now.by_call[0].counts()
-        self._tally.add(loop, step, half=self.half, did=did, held=self.nbytes)
+        self._tally.add(loop, step, half=self.half, did=did, held=self.nbytes, layers=self.experts.layers_kept)
+        least = self.experts.now.by_call[0].least
+        if least is not None and not self.report.kept_layers:
+            say_nothing_fits(self._state, self.call, least)
         if not self._by_forward:
             loop.follow(self.call.timeline())
         if self._ticks == 1:
@@ -267,7 +283,8 @@ class Run:
         self._text.forget()
         self._seen = self._first = self._second = None
         reused = report.cross_attention_reused + report.self_attention_reused
-        if completed and not reused and (self._decision.due or not self._ticks):
+        too_little = report.cross_attention_layers > report.kept_layers == 0
+        if completed and not reused and not too_little and (self._decision.due or not self._ticks):
             say_nothing_was_gated(self.call, steps_seen=self._ticks > 0)
 
     def _begin(self) -> Loop:
@@ -281,6 +298,7 @@ class Run:
             say_guidance_stays(self._state, self.call)
         if self._by_forward:
             self.batch.expect(self.call.pictures())
+        self.experts.limit(self._state.max_memory, shared=not self._droppable)
         self._decision.begin()
         return loop
 

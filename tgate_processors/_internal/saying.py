@@ -89,6 +89,18 @@ def say_unguided(state: TGateState, call: Call, *, gates_cross: bool, joint: boo
         )
 
 
+def say_nothing_fits(state: TGateState, call: Call, least: int) -> None:
+    """Warn once that no layer keeps anything, because the budget is too small."""
+    if state.say_once("nothing fits"):
+        logger.warning(
+            "T-GATE: max_memory=%s is too little to keep any cross-attention of this call of %s: the first layer needs "
+            "%s bytes. All of it is computed in every step.",
+            state.max_memory,
+            call.subject,
+            least,
+        )
+
+
 def say_left_alone(state: TGateState, call: Call, names: list[str]) -> None:
     """Warn once that layers without a gate leave the batch whole."""
     if state.say_once("left alone"):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .memory import Sizes
 from .report import TGateReport
 from .schedule import Action, TGateSchedule
 
@@ -65,12 +66,15 @@ class Ongoing(Protocol):
 class Slot:
     """What tells the gate of one layer from another, and where its compiled code puts and finds the kept output."""
 
-    __slots__ = ("__weakref__", "own", "tensor")
+    __slots__ = ("__weakref__", "action", "own", "sizes", "tensor")
 
-    def __init__(self, own: bool) -> None:
+    def __init__(self, own: bool, action: Action | None = None) -> None:
         # Whether the processor behind is diffusers' own: others may hand out one buffer again and again.
         self.own = own
         self.tensor: torch.Tensor | None = None
+        # With a budget, what cross-attention does in this layer, and how large its compiled code has seen it to be.
+        self.action = action
+        self.sizes: Sizes | None = None
 
 
 class TGateState:
@@ -82,13 +86,15 @@ class TGateState:
 
     Args:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
+        max_memory (`int`, *optional*): Most bytes of kept cross-attention.
 
     Attributes:
         report (`TGateReport`): What the last run did.
     """
 
-    def __init__(self, schedule: TGateSchedule) -> None:
+    def __init__(self, schedule: TGateSchedule, max_memory: int | None = None) -> None:
         self.schedule = schedule
+        self.max_memory = max_memory
         self.report = TGateReport()
         self.compiled = Signals()
         # The run of whoever calls next, where nothing announces a call (hand wiring).
@@ -167,7 +173,7 @@ class TGateState:
 
     def new_slot(self, own: bool) -> Slot:
         """Make the place where one attention layer keeps its output."""
-        slot = Slot(own)
+        slot = Slot(own, None if self.max_memory is None else Action.COMPUTE)
         self._slots.add(slot)
         return slot
 

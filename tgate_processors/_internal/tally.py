@@ -32,7 +32,14 @@ class Tally:
         self._errors[self.steps_before + step] = error
 
     def add(
-        self, loop: Loop, step: int, *, half: bool, did: tuple[tuple[bool, bool], tuple[bool, bool]], held: int
+        self,
+        loop: Loop,
+        step: int,
+        *,
+        half: bool,
+        did: tuple[tuple[bool, bool], tuple[bool, bool]],
+        held: int,
+        layers: tuple[int, int] = (0, 0),
     ) -> None:
         """
         A pass has ended.
@@ -43,6 +50,7 @@ class Tally:
             half (`bool`): Whether it ran on half of the batch.
             did (`tuple`): Whether cross-attention was computed and reused in it, and whether self-attention was.
             held (`int`): Bytes held after it.
+            layers (`tuple` of `int`): Layers that keep their cross-attention after it, and those that could.
         """
         report, (cross, own) = self.report, did
         step += self.steps_before
@@ -61,6 +69,8 @@ class Tally:
             full_steps=full,
             prediction_errors=tuple(self._errors.items()),
             peak_bytes=max(report.peak_bytes, held),
+            kept_layers=max(report.kept_layers, layers[0]),
+            cross_attention_layers=max(report.cross_attention_layers, layers[1]),
         )
 
     def end_loop(self, loop: Loop) -> None:

@@ -294,6 +294,7 @@ def _with_another_layer():
         (None, {"vae_scale_factor": 0}, ValueError, "vae_scale_factor=0 is too small"),
         (None, {"max_sequence_length": 0}, ValueError, "max_sequence_length=0 is too small"),
         (None, {"num_frames": 3}, ValueError, "num_frames=3 means nothing for a UNet2DConditionModel: leave it out"),
+        (None, {"further_calls": [{"a": 1}]}, ValueError, "means nothing for a UNet2DConditionModel: leave it out"),
         (None, {"dtype": "float16"}, TypeError, "dtype='float16' is of type str: give a torch.dtype"),
         (None, {"dtype": torch.int8}, ValueError, "dtype=torch.int8 is not a floating-point type"),
         (lambda: BY_NAME["svd"].build(), {"max_sequence_length": 3}, ValueError, "max_sequence_length=3 means nothing"),

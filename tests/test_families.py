@@ -391,7 +391,7 @@ COSTS = {
     "sana_video": {"max_sequence_length": TOKENS, "num_frames": 5},
     "audioldm2": {"max_sequence_length": TOKENS, "height": 64, "width": 16},
     "latte": {"max_sequence_length": TOKENS, "num_frames": 2},
-    "ltx2": {"max_sequence_length": TOKENS},
+    "ltx2": {"max_sequence_length": TOKENS, "further_calls": []},
     "any_flow": {"max_sequence_length": TOKENS},
     "stable_audio3": {"max_sequence_length": TOKENS, "num_frames": 8},
     "hunyuan": {},
@@ -414,6 +414,30 @@ def test_the_estimate_is_what_a_run_takes(kind: Kind, settings):
     assert cost.with_tgate.total == pytest.approx(gated.total, rel=off)
     assert cost.report == get_tgate_report(pipe)
     assert cost.report.peak_bytes > 0
+
+
+@LTX2
+@pytest.mark.parametrize("scales", [{}, {"modality_scale": 1.0, "audio_modality_scale": 1.0}], ids=["both", "one"])
+def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Kind, scales):
+    pipe, further = kind.build(), further_calls(kind) | scales
+    size = {name: number for name, number in kind.size.items() if name in ("height", "width", "num_frames")}
+    told = [{"spatio_temporal_guidance_blocks": [1]}, {"isolate_modalities": True}][: 1 if scales else 2]
+
+    def estimate(**given):
+        choice = {"cross_attention": True, "max_sequence_length": TOKENS, **given}
+        return estimate_cost(pipe, TGateSchedule(GATE), STEPS, **size, **choice)
+
+    cost = estimate(further_calls=told)
+    assert cost.without_tgate.total == taken(pipe, kind, [0], **further).total
+    assert cost.with_tgate.total == taken(kind.gate(pipe, GATE), kind, [0], **further).total
+    assert cost.report == get_tgate_report(pipe) == estimate(further_calls=[]).report
+    with pytest.raises(
+        ValueError, match=r'give further_calls, .* each such as \{"isolate_modalities": True\}, or \[\]'
+    ):
+        estimate()
+    for wrong in ([{"stg_scale": 1}], [{}], ["isolate_modalities"]):
+        with pytest.raises(ValueError, match="means nothing for a LTX2VideoTransformer3DModel: give a dict for each"):
+            estimate(further_calls=wrong)
 
 
 def test_the_support_matrix_has_a_row_for_every_family():

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, SupportsIndex
@@ -15,14 +16,14 @@ import torch
 
 from .call import Call
 from .checking import checked_int
-from .counting import MACs, Profile, measure, run_schedule
+from .counting import MACs, Profile, count_forward, measure, run_schedule
 from .families import check_attention, family_of, find_family, known
 from .families.family import InputSize
 from .memory import checked_memory, within
 from .report import TGateReport
 from .schedule import TGateSchedule
 from .steps import Timeline
-from .twin import check_conditions, check_parameters, input_size, make_twin
+from .twin import check_conditions, check_parameters, input_size, make_inputs, make_twin
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def estimate_cost(
     dtype: torch.dtype | None = None,
     cross_attention: bool | None = None,
     max_memory: SupportsIndex | str | None = None,
+    further_calls: Sequence[Mapping[str, Any]] | None = None,
 ) -> TGateCost:
     r"""
     Count what a schedule costs, without weights. The denoiser runs on the meta device, which has neither memory nor
@@ -107,6 +109,11 @@ def estimate_cost(
             The type that the bytes held are counted in. Defaults to that of the denoiser.
         cross_attention (`bool`, *optional*): Whether cross-attention is reused, as in [`apply_tgate`].
         max_memory (`int` or `str`, *optional*): Most bytes of kept cross-attention, as in [`apply_tgate`].
+        further_calls (`list` of `dict`, *optional*):
+            What tells further calls of the denoiser in every step from those of guidance, a `dict` of its arguments for
+            each. They run whole. LTX-2 needs it: `[]` for none, or as many as the call makes of
+            `{"spatio_temporal_guidance_blocks": [28]}` (`stg_scale` above 0) and `{"isolate_modalities": True}`
+            (`modality_scale` above 1).
 
     Returns:
         `TGateCost`: MACs of a forward and of the run, parameters, and the report of the run.
@@ -162,13 +169,14 @@ def estimate_cost(
         max_memory=most,
     )
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
+    beside = _beside(denoiser, size, further_calls) * (timeline.passes * batch_size)
     return TGateCost(
         full=full.macs,
         without_cross_attention=without_cross.macs,
         without_self_attention=profile.forwards[False, True].macs,
         without_attention=profile.forwards[True, True].macs,
-        without_tgate=full.macs * (timeline.passes * batch_size * (2 if guided else 1)),
-        with_tgate=with_tgate,
+        without_tgate=full.macs * (timeline.passes * batch_size * (2 if guided else 1)) + beside,
+        with_tgate=with_tgate + beside,
         parameters=full.parameters,
         parameters_after_gate=without_cross.parameters,
         report=report,
@@ -191,6 +199,32 @@ def _profile(denoiser_class: Any, config: str, size: InputSize) -> tuple[Profile
     """What a denoiser takes, and the names of its parameters; kept, because most calls differ in the schedule only."""
     twin = make_twin(denoiser_class, json.loads(config))
     return measure(twin, size), frozenset(name for name, _ in twin.named_parameters())
+
+
+def _beside(denoiser: Any, size: InputSize, further_calls: Sequence[Mapping[str, Any]] | None) -> MACs:
+    """What the calls beside those of guidance take in a step, for one picture."""
+    family, name = family_of(denoiser), type(denoiser).__name__
+    assert family is not None
+    known = family.layout.beside
+    if further_calls is None:
+        if known:
+            raise ValueError(
+                f"pipelines may call {name} further times in every step, with {' or '.join(known)}, and these calls "
+                "run whole: give further_calls, a list with the arguments of each such as "
+                f'{{"{known[-1]}": True}}, or [] for none.'
+            )
+        return MACs()
+    for given in further_calls:
+        unknown = sorted(set(given) - set(known)) if isinstance(given, Mapping) else [given]
+        if unknown or not given:
+            raise ValueError(
+                f"further_calls={further_calls!r} means nothing for a {name}: "
+                + (f"give a dict for each call, with {' or '.join(known)}." if known else "leave it out.")
+            )
+    if not further_calls:
+        return MACs()
+    twin = make_twin(type(denoiser), json.loads(_config_of(denoiser)))
+    return sum((count_forward(twin, make_inputs(twin, 1, size) | dict(given)).macs for given in further_calls), MACs())
 
 
 def _pipe_and_denoiser(given: Any, cross_attention: bool | None) -> tuple[Any, Any]:

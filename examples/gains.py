@@ -19,29 +19,52 @@ from tables import check_output, print_table, write_table
 from tgate_processors import TGateCost, TGateSchedule, estimate_cost
 
 ROWS = json.loads(Path(__file__).with_suffix(".json").read_text())
-HEADINGS = ["", "steps", "cross-attention, %", "guidance alone", "with it", "GiB held", "auto, at most"]
+# What of cross-attention is kept within so much.
+BUDGET = "2GB"
+HEADINGS = [
+    "",
+    "steps",
+    "cross-attention, %",
+    "guidance alone",
+    "with it",
+    "GiB held",
+    BUDGET,
+    "layers",
+    "auto, at most",
+]
 
 
-def estimates(row: dict[str, Any], gate: float) -> tuple[TGateCost, TGateCost, TGateCost]:
-    """A gate for guidance alone, one for cross-attention too, and the fewest full steps of the default."""
+def estimates(row: dict[str, Any], gate: float) -> tuple[TGateCost, TGateCost, TGateCost, TGateCost]:
+    """A gate for guidance alone, for cross-attention too, within a budget, and the fewest full steps of the default."""
     with torch.device("meta"):
         denoiser = getattr(diffusers, row["class"])(**row["config"])
 
-    def cost(schedule: TGateSchedule, cross_attention: bool | None) -> TGateCost:
-        given = {"dtype": torch.bfloat16, "cross_attention": cross_attention, **row["size"]}
+    def cost(schedule: TGateSchedule, **choice: Any) -> TGateCost:
+        given = {"dtype": torch.bfloat16, **choice, **row["size"]}
         return estimate_cost(denoiser, schedule, row["steps"], **given)
 
     fixed = TGateSchedule(gate)
-    return cost(fixed, False), cost(fixed, True), cost(TGateSchedule(), None)
+    within = cost(fixed, max_memory=BUDGET)
+    return cost(fixed, cross_attention=False), cost(fixed, cross_attention=True), within, cost(TGateSchedule())
 
 
 def line(row: dict[str, Any], gate: float) -> list[str]:
     """The figures of a model; attention's own products are counted."""
-    alone, both, auto = estimates(row, gate)
+    alone, both, within, auto = estimates(row, gate)
     share = 1 - both.without_cross_attention.total / both.full.total
-    bounds = [f"{cost.without_tgate.total / cost.with_tgate.total:.3f}" for cost in (alone, both, auto)]
+    bounds = [f"{cost.without_tgate.total / cost.with_tgate.total:.3f}" for cost in (alone, both, within, auto)]
     held = both.report.peak_bytes / 2**30
-    return [row["model"], str(row["steps"]), f"{100 * share:.1f}", *bounds[:2], f"{held:.2f}", bounds[2]]
+    layers = f"{within.report.kept_layers} of {within.report.cross_attention_layers}"
+    return [
+        row["model"],
+        str(row["steps"]),
+        f"{100 * share:.1f}",
+        *bounds[:2],
+        f"{held:.2f}",
+        bounds[2],
+        layers,
+        bounds[3],
+    ]
 
 
 def main(

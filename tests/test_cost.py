@@ -413,7 +413,7 @@ def test_a_wrong_argument_of_the_command_says_what_is_wrong(arguments, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["Sana", "Stable Audio"])
+@pytest.mark.parametrize("model", ["Sana", "Stable Audio", pytest.param("Hunyuan", marks=pytest.mark.thorough)])
 def test_the_table_of_large_models_is_what_the_script_counts(model):
     (row,) = (row for row in gains.ROWS if model in row["model"])
     assert f"| {' | '.join(gains.line(row, 0.4))} |" in (ROOT / "docs" / "cost.md").read_text()

@@ -139,7 +139,7 @@ def test_the_layers_that_save_most_for_each_byte_are_kept_and_no_other(case: Cas
     check_restored(before, snapshot(remove_tgate(pipe), case))
 
 
-@law
+@pytest.mark.parametrize("case", rows(*MATRIX, quick=("pixart_alpha",)))
 @ways
 def test_nothing_is_guidance_alone_and_enough_is_as_without(case: Case, settings, caplog):
     pipe = case.build()

@@ -314,6 +314,10 @@ def test_a_guider_of_the_users_is_judged_by_what_it_changes(sdxl):
     ("settings", "message"),
     [
         ({"cross_attention": True}, "cross_attention=True is not possible: .* a guider, .* Leave cross_attention out"),
+        (
+            {"max_memory": "2GB"},
+            "max_memory=2000000000 is for kept cross-attention: .* a guider, .* Leave max_memory out",
+        ),
         ({"gate_step": 4, "sp_interval": 2}, "sp_interval=2 and fi_interval=1 reuse self-attention: .* Leave them out"),
         ({"cfg_half": "unconditional"}, "cfg_half='unconditional' is not possible: .* Leave cfg_half out"),
         ({"deepcache": object()}, r"deepcache is not possible: .* call helper.disable\(\)"),

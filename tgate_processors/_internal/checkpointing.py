@@ -45,7 +45,16 @@ class Replay:
         kept = self._kept.get(slot)
         return kept.tensor if kept is not None and kept.tensor.shape[:2] == hidden_states.shape[:2] else None
 
-    def computed(self, slot: Slot, attn: Any, output: torch.Tensor, action: Action, is_self: bool) -> None:
+    def computed(
+        self,
+        slot: Slot,
+        attn: Any,
+        output: torch.Tensor,
+        action: Action,
+        is_self: bool,
+        hidden_states: torch.Tensor,
+        context: Any,
+    ) -> None:
         """Nothing is kept twice."""
 
 

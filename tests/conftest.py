@@ -21,6 +21,8 @@ DEAREST = {
     "test_applied_before_or_after_and_removed[sd-exchange_for_compiled-True]",
     "test_with_deepcache_as_far_as_that_compiles[compile_in_place]",
     "test_three_graphs_and_none_for_other_prompts_steps_and_scales[lora]",
+    "test_three_graphs_and_none_for_other_prompts_steps_and_scales[sd]",
+    "test_applied_before_or_after_and_removed[pixart_alpha-exchange_for_compiled-False]",
     "test_three_graphs_and_none_for_other_prompts_steps_and_scales[ip_adapter]",
     "test_three_graphs_and_none_for_other_prompts_steps_and_scales[sdxl]",
     "test_three_graphs_and_none_for_other_plans[sd-compile_in_place]",

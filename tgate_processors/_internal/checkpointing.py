@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .schedule import Action
 from .state import Signals, Slot, TGateState
 
 if TYPE_CHECKING:
@@ -45,16 +44,7 @@ class Replay:
         kept = self._kept.get(slot)
         return kept.tensor if kept is not None and kept.tensor.shape[:2] == hidden_states.shape[:2] else None
 
-    def computed(
-        self,
-        slot: Slot,
-        attn: Any,
-        output: torch.Tensor,
-        action: Action,
-        is_self: bool,
-        hidden_states: torch.Tensor,
-        context: Any,
-    ) -> None:
+    def computed(self, *told: Any) -> None:
         """Nothing is kept twice."""
 
 

@@ -4,6 +4,7 @@ import random
 import re
 from collections import defaultdict
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -186,6 +187,25 @@ def test_the_estimate_chooses_the_same_layers_as_the_run(case: Case, settings):
         assert cost.report == get_tgate_report(pipe)
     for most, cross in ((0, False), (whole, True)):
         assert estimate(max_memory=most) == estimate(cross_attention=cross)
+
+
+def test_the_estimate_keeps_what_saves_most_for_a_byte_and_not_what_is_smallest():
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    # The layers at full resolution are wider here: larger, and they save more for each of their bytes.
+    config = {**pipe.unet.config, "block_out_channels": (128, 32, 32)}
+    torch.manual_seed(0)
+    pipe.unet = diffusers.UNet2DConditionModel.from_config(config).eval()
+    settings, given = {"gate_step": GATE}, sizes(case)
+    whole = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **given).report.peak_bytes
+    keys, macs, nbytes = watch(layers_of(pipe, case))
+    case.run(pipe)
+    nbytes = {name: size // 2 for name, size in nbytes.items()}
+    smallest = min(nbytes, key=nbytes.get)
+    kept = best(macs, nbytes, whole * 3 // 5)
+    assert kept and smallest not in kept
+    cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **given, max_memory=whole * 3 // 5)
+    assert cost.report.peak_bytes == sum(nbytes[name] for name in kept)
 
 
 @pytest.mark.parametrize("case", rows("wan", "pixart_alpha", "sdxl"))

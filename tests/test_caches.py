@@ -251,6 +251,17 @@ def test_both_orders_and_two_calls_agree_and_each_can_be_taken_out(pair, way):
     assert torch.equal(alone, fresh)
 
 
+@pytest.mark.slow
+def test_the_second_call_of_a_step_keeps_nothing_beside_a_cache_that_may_skip_the_gate():
+    pair = Pair("wan", "first_block")
+    gated = both(pair, "cache first", gate_step=GATE, cross_attention=True)
+    pair.run()
+    held = get_tgate_report(gated.pipe).peak_bytes
+    pair.take_out()
+    pair.run()
+    assert held == get_tgate_report(gated.pipe).peak_bytes > 0
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_two_prompts_equal_two_singles(pair, way):
     # A cache that decides for a whole batch does as for one if all of it is alike.

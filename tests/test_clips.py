@@ -2,7 +2,9 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from evaluation.metrics import drawn, frames_of, right
@@ -11,6 +13,9 @@ from shapes.evaluation import held_out, shares
 from shapes.scenes import Thing
 from shapes.scorer import Score
 
+from tests.testbeds import NEEDS_WAN
+
+MODELS = Path(__file__).parent.parent / "examples" / "models"
 CLIPS = list(all_clips())
 CLIP = Clip(Thing("large", "red", "circle"), "at the top left", "in the centre", "white")
 
@@ -81,3 +86,22 @@ def test_shares_of_right_clips():
     parts = shares([CLIPS[0], CLIP, CLIP], [good, good, bad])
     assert (parts["all right"], parts["at rest"], parts["moving"]) == (2 / 3, 1, 0.5)
     assert parts["layout"] == 2 / 3
+
+
+@NEEDS_WAN
+def test_the_decoder_is_trained_on_latents_as_the_denoiser_has_them():
+    from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+    from shapes.wan import ClipDecoding, decoded
+
+    vae = diffusers.AutoencoderKLWan.from_pretrained(MODELS / "shapes-wan" / "vae", dtype=torch.float32)
+    pictures = torch.from_numpy(frames(*CLIPS[::600])).permute(0, 4, 1, 2, 3) * 2 - 1
+    mean, deviation = (torch.tensor(vae.config[name])[:, None, None, None] for name in ("latents_mean", "latents_std"))
+    with torch.no_grad():
+        latents = vae.encode(pictures).latent_dist.mean
+        loss = ClipDecoding(vae)((latents - mean) / deviation, torch.zeros_like(latents), pictures)
+        back = unpatchify(decoded(vae, latents), vae.config.patch_size)
+        assert torch.equal(back.clamp(-1, 1), vae.decode(latents).sample)
+    # What is learned from is not clamped.
+    assert back.abs().max() > 1
+    error = back - pictures
+    assert loss.item() == pytest.approx((error.abs().mean() + error.square().mean()).item())

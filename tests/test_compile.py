@@ -11,7 +11,7 @@ from random_pipelines import narrowed, random_inputs, random_pipeline
 from torch._dynamo.testing import CompileCounter
 
 from tests.ecosystem import HOSTS_BY_NAME
-from tests.pipelines import BY_NAME
+from tests.pipelines import BY_NAME, thorough
 from tgate_processors import apply_tgate, remove_tgate
 from tgate_processors._internal.compilation import room_for_graphs
 
@@ -49,9 +49,7 @@ def other_calls(case):
     return [{}, {"num_inference_steps": 9}, {"prompts": [1]}, *([{"guidance_scale": 2.5}] if guided else [])]
 
 
-@pytest.mark.parametrize(
-    "name", ["pixart_alpha", *(pytest.param(name, marks=SLOW) for name in ("sd", "sdxl", "lora", "ip_adapter"))]
-)
+@pytest.mark.parametrize("name", ["pixart_alpha", *map(thorough, ("sd", "sdxl", "lora", "ip_adapter"))])
 def test_three_graphs_and_none_for_other_prompts_steps_and_scales(name):
     case = ALL[name]
     pipe = apply_tgate(case.build(), 3)
@@ -74,9 +72,9 @@ def test_three_graphs_and_none_for_other_prompts_steps_and_scales(name):
         pytest.param("pixart_alpha", compile_in_place, False, marks=SLOW),
         pytest.param("pixart_alpha", compile_blocks, False, marks=SLOW),
         pytest.param("pixart_alpha", compile_in_place, True, marks=SLOW),
-        pytest.param("pixart_alpha", exchange_for_compiled, False, marks=SLOW),
+        thorough("pixart_alpha", exchange_for_compiled, False),
         pytest.param("pixart_alpha", compile_blocks, True, marks=SLOW),
-        pytest.param("sd", exchange_for_compiled, True, marks=SLOW),
+        thorough("sd", exchange_for_compiled, True),
         pytest.param("sd", compile_blocks, False, marks=SLOW),
     ],
 )
@@ -263,7 +261,7 @@ def test_the_real_compiler_draws_the_same_picture():
 
 
 @SLOW
-@pytest.mark.parametrize("compile_it", [compile_in_place, compile_blocks])
+@pytest.mark.parametrize("compile_it", [thorough(compile_in_place), compile_blocks])
 def test_with_deepcache_as_far_as_that_compiles(compile_it):
     case = BY_NAME["sd"]
     pipe = case.build()

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.ecosystem import HOSTS, HOSTS_BY_NAME
 from tests.loops import Loop, built
-from tests.pipelines import BY_NAME, GUIDED, STEPS, Case, rows, slow, with_scheduler
+from tests.pipelines import BY_NAME, GUIDED, STEPS, Case, rows, slow, thorough, with_scheduler
 from tests.predicting import errors_of
 from tests.test_compile import compile_in_place, exchange_for_compiled
 from tests.test_cost import sizes, taken
@@ -589,7 +589,7 @@ def test_the_estimate_is_what_a_run_takes(name, settings):
     [
         ("pixart_alpha", compile_in_place),
         slow("pixart_alpha", exchange_for_compiled),
-        slow("sd", compile_in_place),
+        thorough("sd", compile_in_place),
     ],
 )
 def test_three_graphs_and_none_for_other_plans(name, compile_it):

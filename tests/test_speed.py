@@ -11,7 +11,7 @@ from cost_table import load_denoiser
 from random_pipelines import random_pipeline
 from typer.testing import CliRunner
 
-from tests.pipelines import GOLDEN, slow
+from tests.pipelines import GOLDEN, slow, thorough
 from tgate_processors import TGateSchedule, estimate_cost
 
 APP = typer.Typer()
@@ -27,7 +27,7 @@ def call(*arguments):
     return CliRunner().invoke(APP, [*map(str, arguments)], env={"COLUMNS": "80"})
 
 
-@pytest.mark.parametrize("name", [slow("sd"), slow("sdxl"), "pixart_alpha"])
+@pytest.mark.parametrize("name", [slow("sd"), thorough("sdxl"), "pixart_alpha"])
 @pytest.mark.parametrize("batch_size", [slow(1), 2])
 def test_a_denoiser_with_random_weights(name, batch_size, tmp_path):
     arguments = ("--model", CONFIGS[name], "--size", 64, "--steps", 6, "--gate-step", 3, "--batch-size", batch_size)

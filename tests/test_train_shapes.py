@@ -21,6 +21,7 @@ from shapes.stages import generator, write
 from shapes.tokens import LENGTH, encode, load, make
 from typer.testing import CliRunner
 
+from tests.pipelines import thorough
 from tests.testbeds import NEEDS_WAN
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +68,7 @@ def drawn_by(folder, caption):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["sd", "pixart"])
+@pytest.mark.parametrize("model", [thorough("sd"), "pixart"])
 def test_a_short_run_gives_a_pipeline_that_draws(trained, model):
     assert drawn_by(trained(model) / "pipeline", CAPTIONS[0]).images[0].size == (32, 32)
 

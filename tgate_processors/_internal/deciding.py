@@ -49,6 +49,11 @@ class Decision:
         """Whether the forward that runs now runs on half of the batch that the pipeline gives."""
         return self.half and self._calls == 1
 
+    @property
+    def keeps_half(self) -> bool:
+        """Whether what is kept of an output is one half of its batch, or the mean of both."""
+        return self._part is not Part.ALL
+
     def halves(self, loop: Loop, shape: tuple[int, ...]) -> bool:
         """Whether the step that runs now will run on half the batch, if its latents are of this shape."""
         stored = self._experts.now.stored

@@ -34,6 +34,7 @@ class Outputs:
     Attributes:
         halved_inside (`bool`): Whether layers may find the second half of a batch that was given whole.
         declined (`set` of `Slot`): The gates of cross-attention that is computed in every step, beyond the budget.
+        passed (`int`): Bytes of cross-attention that was computed in the last forward, and not kept.
     """
 
     def __init__(self, state: TGateState, layers: Layers) -> None:
@@ -42,6 +43,7 @@ class Outputs:
         self.signals = Signals()
         self.kept: dict[Slot, Kept] = {}
         self.declined: set[Slot] = set()
+        self.passed = 0
         self._budget: Budget | None = None
         # How many layers did what, by whether it is self-attention and whether it was reused.
         self.did: Counter[tuple[bool, bool]] = Counter()
@@ -94,6 +96,7 @@ class Outputs:
     def before_forward(self) -> None:
         """A forward begins: put what is reused where compiled code finds it."""
         self.did.clear()
+        self.passed = 0
         self._in_forward.clear()
         self._state.compiled.take(self.signals)
         if self._budget is not None:
@@ -178,6 +181,7 @@ class Outputs:
         self.did[is_self, False] += 1
         if action is Action.COMPUTE:
             self.kept.pop(slot, None)
+            self.passed += 0 if is_self else output.nbytes
             return
         if self._budget is not None and not is_self:
             # Half steps leave the choice as it is.

@@ -102,9 +102,9 @@ def apply_tgate(
         cross_attention (`bool`, *optional*):
             Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True`, but to `False` for video
             families whose guidance is two calls of the denoiser (Wan, SkyReels V2, Cosmos): there the kept
-            cross-attention takes gigabytes and saves little. Where attention is joint (Stable Diffusion 3,
-            Qwen-Image) there is none to keep, so it has to be `False`. Where guidance is a guider, as in modular
-            pipelines, it cannot be `True`.
+            cross-attention takes gigabytes and saves little; the report says how many bytes. Where attention is joint
+            (Stable Diffusion 3, Qwen-Image) there is none to keep, so it has to be `False`. Where guidance is a guider,
+            as in modular pipelines, it cannot be `True`.
         max_memory (`int` or `str`, *optional*):
             Most bytes that kept cross-attention takes, as an `int` or a string such as `"2GB"` or `"500MiB"`. Of the
             layers those are kept that save most for each byte, by the shapes seen in the run. The others compute in

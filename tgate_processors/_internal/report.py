@@ -33,6 +33,10 @@ class TGateReport:
         peak_bytes (`int`): Most bytes held in stored outputs and differences of guidance at the end of a step.
         kept_layers (`int`): Layers that kept their cross-attention, at the end of the step in which most did.
         cross_attention_layers (`int`): Layers that could have; `max_memory` may leave some out. 0 without any to keep.
+        cross_attention_bytes (`int`):
+            Where guidance alone is gated, the bytes that `cross_attention=True` would hold. 0 elsewhere, where
+            attention is joint or guidance a guider, and for layers inside compiled code. [`estimate_cost`] tells what
+            it would save.
     """
 
     num_inference_steps: int = 0
@@ -48,6 +52,7 @@ class TGateReport:
     peak_bytes: int = 0
     kept_layers: int = 0
     cross_attention_layers: int = 0
+    cross_attention_bytes: int = 0
 
     def __str__(self) -> str:
         if not self.num_inference_steps:
@@ -55,8 +60,10 @@ class TGateReport:
         forwards = self.full_batch_forwards + self.half_batch_forwards
         some = self.kept_layers < self.cross_attention_layers
         where = f" in {self.kept_layers} of {self.cross_attention_layers} layers" if some else ""
+        unkept = self.cross_attention_bytes / 2**20
+        more = f" cross_attention=True would hold {unkept:.1f} MiB more." if unkept else ""
         return (
             f"T-GATE: {self.num_inference_steps} steps, gate at step {self.gate_step}; of {forwards} denoiser forwards "
             f"{self.half_batch_forwards} ran on half the batch and {self.cross_attention_reused} reused "
-            f"cross-attention{where}; at most {self.peak_bytes / 2**20:.1f} MiB held."
+            f"cross-attention{where}; at most {self.peak_bytes / 2**20:.1f} MiB held.{more}"
         )

@@ -246,9 +246,12 @@ class Run:
         if self._droppable:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
             self.batch.settle(self._seen, self._guided and self._layout.calls == 1, tensors or {}, latents)
-        did = self.experts.now.by_call[0].counts()
-        self._tally.add(loop, step, half=self.half, did=did, held=self.nbytes, layers=self.experts.layers_kept)
-        least = self.experts.now.by_call[0].least
+        first = self.experts.now.by_call[0]
+        did, layers = first.counts(), self.experts.layers_kept
+        self._tally.add(loop, step, half=self.half, did=did, held=self.nbytes, layers=layers)
+        if not self.gates_cross and not self.half:
+            self._tally.passed(first.passed // (2 if self._decision.keeps_half else 1))
+        least = first.least
         if least is not None and not self.report.kept_layers:
             say_nothing_fits(self._state, self.call, least)
         if not self._by_forward:

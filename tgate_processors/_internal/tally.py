@@ -31,6 +31,10 @@ class Tally:
         """A prediction was compared with what was computed, in a step of this loop."""
         self._errors[self.steps_before + step] = error
 
+    def passed(self, nbytes: int) -> None:
+        """A step has ended in which cross-attention of so many bytes was not kept, because it is not gated."""
+        self.report = replace(self.report, cross_attention_bytes=max(self.report.cross_attention_bytes, nbytes))
+
     def add(
         self,
         loop: Loop,

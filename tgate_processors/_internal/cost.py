@@ -16,10 +16,11 @@ import torch
 
 from .call import Call
 from .checking import checked_int
-from .counting import MACs, Profile, count_forward, measure, run_schedule
+from .counting import MACs, Profile, count_forward, measure
 from .families import check_attention, family_of, find_family, known
 from .families.family import InputSize
 from .memory import checked_memory, within
+from .rehearsal import run_schedule
 from .report import TGateReport
 from .schedule import TGateSchedule
 from .steps import Timeline

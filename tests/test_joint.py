@@ -63,9 +63,13 @@ def processors(pipe):
 def test_half_steps_compute_one_half_and_removal_restores_every_object(kind: Joint, settings):
     pipe = kind.build()
     given, watch = [], pipe.transformer.register_forward_hook
-    handle = watch(lambda module, args, output: given.append(output[0].numel() // (3 - kind.calls)))
+    handle = watch(lambda module, args, output: given.append(output[0]))
+    noises = watch_scheduler(pipe)
     baseline = kind.run(pipe)
     handle.remove()
+    del pipe.scheduler.step
+    # Of the tokens of a given picture nothing is kept.
+    whole = given[0][:, : noises[0].shape[1]] if given[0].dim() == 3 else given[0]
     before, layers = snapshot(pipe, kind), processors(pipe)
     apply_tgate(pipe, **settings, **ALONE)
     gated = kind.run(pipe)
@@ -76,8 +80,8 @@ def test_half_steps_compute_one_half_and_removal_restores_every_object(kind: Joi
     assert report.full_steps == full
     assert (report.full_batch_forwards, report.half_batch_forwards) == (len(full), STEPS - len(full))
     assert report.cross_attention_computed == report.cross_attention_reused == 0
-    # The last two differences of a step, of as many values as the denoiser gives.
-    held = 2 * given[0] * gated.element_size() if report.half_batch_forwards and settings is not DROP else 0
+    # The last two differences of a step, of as many values as the denoiser gives for one half.
+    held = 2 * whole.nbytes // (3 - kind.calls) if report.half_batch_forwards and settings is not DROP else 0
     assert report.peak_bytes == held
     assert torch.equal(kind.run(pipe), gated)
     remove_tgate(pipe)
@@ -101,7 +105,7 @@ def test_the_denoiser_runs_on_both_halves_in_full_steps_and_on_one_in_half_steps
     assert controlled == (runs if kind.control else [])
 
 
-def watch(pipe):
+def watch_scheduler(pipe):
     """What the scheduler is given in each step."""
     noises, step = [], pipe.scheduler.step
 
@@ -122,13 +126,13 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
     note = pipe.transformer.register_forward_pre_hook
     handle = note(lambda module, args, kwargs: calls.append((args, dict(kwargs))), with_kwargs=True)
     apply_tgate(pipe, **settings, **ALONE)
-    noises = watch(pipe)
+    noises = watch_scheduler(pipe)
     kind.run(pipe)
     report = get_tgate_report(pipe)
     remove_tgate(pipe)
     handle.remove()
     with torch.no_grad():
-        outputs = iter([pipe.transformer(*args, **kwargs)[0] for args, kwargs in calls])
+        outputs = iter([tokens_of(pipe.transformer(*args, **kwargs)[0], noises[0]) for args, kwargs in calls])
     known, errors, scale = [], [], kind.guidance + kind.scale_beyond
     for step, noise in enumerate(noises):
         full = step in report.full_steps
@@ -147,16 +151,19 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
             known = [*known[-1:], Difference(step, prompt - none)]
         else:
             none = prompt if settings is DROP else prompt - predict(known, step)
-        torch.testing.assert_close(noise, read_of(kind.guided(none, prompt), noise), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(noise, frames_of(kind.guided(none, prompt), noise), rtol=1e-4, atol=1e-5)
     assert list(report.prediction_errors) == errors
     assert bool(errors) is (settings is PATIENT)
 
 
-def read_of(guided, noise):
-    """What the pipeline reads of an output: not the tokens of a given picture, nor the frame that is given."""
-    if guided.dim() == 3:
-        return guided[:, : noise.shape[1]]
-    return guided[:, :, -noise.shape[2] :]
+def tokens_of(output, noise):
+    """The tokens of an output that the pipeline reads: not those of a given picture, which follow."""
+    return output[:, : noise.shape[1]] if output.dim() == 3 else output
+
+
+def frames_of(guided, noise):
+    """The frames of an output that the pipeline reads: not one that is given."""
+    return guided if guided.dim() == 3 else guided[:, :, -noise.shape[2] :]
 
 
 @every_slow

@@ -26,6 +26,7 @@ class Guidance:
         self.pace = None if tolerance is None else Pace(tolerance)
         self.error: float | None = None
         self._known: list[Difference] = []
+        self._tokens: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -37,6 +38,14 @@ class Guidance:
         """Whether the next difference that is computed has a prediction to be compared with."""
         return len(self._known) >= LEAD
 
+    def read(self, tokens: int) -> None:
+        """The pipeline reads so many tokens of an output, the first ones: others say nothing of guidance."""
+        self._tokens = tokens
+        self._known = [
+            Difference(known.position, known.value[:, :tokens].clone()) if known.value.shape[1] > tokens else known
+            for known in self._known
+        ]
+
     def note(self, position: int, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, scale: Any) -> None:
         """
         Both halves were computed.
@@ -47,6 +56,7 @@ class Guidance:
             unconditional (`int`): Which of them is the unconditional one, 0 or 1.
             scale (`float` or `torch.Tensor`): Guidance scale; only needed where errors are measured.
         """
+        halves = halves[0][:, : self._tokens], halves[1][:, : self._tokens]
         computed = halves[1] - halves[0]
         if self._known and self._known[-1].value.shape != computed.shape:
             self._known.clear()

@@ -57,6 +57,8 @@ class Layout:
             They run as without T-GATE.
         scales (`tuple` of `str`): Where a pipeline has its guidance scales, if there is one for each tensor that the
             denoiser gives (video, audio).
+        given_last (`bool`): Whether the tokens of a given picture follow those of the latents. The pipeline does not
+            read what the denoiser makes of them.
         scale_beyond (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
             counted from the unconditional half.
     """
@@ -74,6 +76,7 @@ class Layout:
     apart: bool = False
     keeps_cross: bool = True
     joint: bool = False
+    given_last: bool = False
 
     @property
     def of_denoiser(self) -> Names:

@@ -246,6 +246,9 @@ class Run:
         if self._droppable:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
             self.batch.settle(self._seen, self._guided and self._layout.calls == 1, tensors or {}, latents)
+        now = (tensors or {}).get("latents")
+        if self._layout.given_last and loop.guidance is not None and isinstance(now, torch.Tensor) and now.dim() == 3:
+            loop.guidance.read(now.shape[1])
         first = self.experts.now.by_call[0]
         did, layers = first.counts(), self.experts.layers_kept
         self._tally.add(loop, step, half=self.half, did=did, held=self.nbytes, layers=layers)

@@ -161,7 +161,7 @@ JOINT = (
         residuals={"block_controlnet_hidden_states": None},
         beside=("skip_layers",),
     ),
-    _family("QwenImageTransformer2DModel", Inputs(_qwen, tokens=512), calls=2),
+    _family("QwenImageTransformer2DModel", Inputs(_qwen, tokens=512), calls=2, given_last=True),
     _family(
         "CogVideoXTransformer3DModel",
         Inputs(_cogvideox, tokens=226, frames=49, frame_scale=4),
@@ -171,12 +171,12 @@ JOINT = (
     _family("Lumina2Transformer2DModel", Inputs(_by_values, tokens=256), calls=2),
     _family("ChromaTransformer2DModel", Inputs(_flux, tokens=512), calls=2),
     _family("HunyuanVideoTransformer3DModel", Inputs(_hunyuan_video, tokens=256, frames=129, frame_scale=4), calls=2),
-    _family("FluxTransformer2DModel", Inputs(_flux, tokens=512), calls=2),
+    _family("FluxTransformer2DModel", Inputs(_flux, tokens=512), calls=2, given_last=True),
     _family("AuraFlowTransformer2DModel", Inputs(_aura_flow, tokens=256), untold=("AuraFlowPipeline",)),
     _family("CogView3PlusTransformer2DModel", Inputs(_cogview, tokens=224), arguments=_COGVIEW),
     _family("CogView4Transformer2DModel", Inputs(_cogview, tokens=1024), calls=2),
     # Version 2 itself is distilled; its small ones guide.
-    _family("Flux2Transformer2DModel", Inputs(_flux2, tokens=512, scale=16), calls=2),
+    _family("Flux2Transformer2DModel", Inputs(_flux2, tokens=512, scale=16), calls=2, given_last=True),
     _family("Krea2Transformer2DModel", Inputs(_krea2, tokens=512), calls=2, scale_beyond=1.0),
     _family("OvisImageTransformer2DModel", Inputs(_flux, tokens=256), untold=("OvisImagePipeline",), calls=2),
     _family("BriaTransformer2DModel", Inputs(_bria, tokens=128, scale=16)),

@@ -20,5 +20,5 @@ class FirstBlock(HookedCache):
 
     def repeated(self) -> bool:
         """Whether all blocks but the first were skipped."""
-        states = self.states
-        return bool(states) and not any(state.should_compute for state in states)
+        ran = self.ran
+        return bool(ran) and not any(state.should_compute for state in ran)

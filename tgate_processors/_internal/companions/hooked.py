@@ -43,6 +43,7 @@ class HookedCache(Companion):
         self.is_most = False
         self._other: dict[str, Any] = {}
         self._kept = 0
+        self._left_out = False
 
     @classmethod
     def knows(cls, hook: Any) -> bool:
@@ -69,10 +70,24 @@ class HookedCache(Companion):
             )
         return states[0] if states else None
 
+    @property
+    def ran(self) -> list[Any]:
+        """The states of the calls that ran in the last step, where guidance may be two."""
+        return self.states[:1] if self._left_out else self.states
+
     def start(self) -> None:
         """Forget what is kept; the context that the pipeline or its user is in stays."""
         _manager_of(self.hook)._state_cache.clear()
         self._other = {}
+        self._left_out = False
+
+    def catch_up(self) -> None:
+        """Both calls of guidance run again."""
+        self._left_out = False
+
+    def leave_out(self) -> None:
+        """The second call of guidance comes now, and does not run."""
+        self._left_out = True
 
     def halve(self, kept: int) -> None:
         """Keep the half that runs, and lay the other one aside."""

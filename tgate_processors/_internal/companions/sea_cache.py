@@ -15,15 +15,15 @@ class Sea(HookedCache):
 
     calls = (2,)
     batch = ("history",)
-    needs = ("gate_key", "gate_should_compute", "previous_indicator", "reset_trajectory")
+    needs = ("gate_should_compute", "previous_indicator", "reset_trajectory")
 
     def catch_up(self) -> None:
         """Have the next step computed, in each of its calls."""
+        super().catch_up()
         for state in self.states:
             state.reset_trajectory()
 
     def repeated(self) -> bool:
-        """Whether all blocks were skipped in the last step, in each of its calls that ran."""
-        keys = [state.gate_key for state in self.states if state.gate_key is not None]
-        last = max(keys, default=None)
-        return bool(keys) and not any(state.gate_should_compute for state in self.states if state.gate_key == last)
+        """Whether all blocks were skipped in the last step."""
+        ran = self.ran
+        return bool(ran) and not any(state.gate_should_compute for state in ran)

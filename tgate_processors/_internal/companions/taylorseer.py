@@ -54,6 +54,7 @@ class TaylorSeer(HookedCache):
 
     def catch_up(self) -> None:
         """Count the calls that were left out, and have the next step computed."""
+        super().catch_up()
         now = max((state.current_step for state in self.states), default=None)
         for state in self.states:
             state.current_step = now
@@ -91,6 +92,6 @@ class TaylorSeer(HookedCache):
 
     def repeated(self) -> bool:
         """Whether the last forward extrapolated."""
-        states = self.states
-        repeated = all(state.last_update_step != state.current_step for state in states)
-        return self.is_most and bool(states) and repeated
+        ran = self.ran
+        repeated = all(state.last_update_step != state.current_step for state in ran)
+        return self.is_most and bool(ran) and repeated

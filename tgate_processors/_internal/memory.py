@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
+Key = TypeVar("Key", bound=Hashable)
 # What works on the tokens of the picture; all other projections work on those of the text.
 _OF_PICTURE = ("to_q", "to_out", "out_layer")
 
@@ -80,7 +81,7 @@ def saved_macs(attn: Any, sizes: Sizes) -> int:
     return taken
 
 
-class Budget:
+class Budget(Generic[Key]):
     """
     Who keeps an output within so many bytes: the best in the order of what is saved for each byte, until one of them
     does not fit. So whoever is out stays out when more is known of others, and the choice does not depend on the order
@@ -92,10 +93,10 @@ class Budget:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._offers: dict[Hashable, tuple[tuple[Fraction, int], int]] = {}
-        self._chosen: frozenset[Hashable] = frozenset()
+        self._offers: dict[Key, tuple[tuple[Fraction, int], int]] = {}
+        self._chosen: frozenset[Key] = frozenset()
 
-    def __contains__(self, key: Hashable) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self._chosen
 
     def forget(self) -> None:
@@ -103,16 +104,17 @@ class Budget:
         self._offers.clear()
         self._chosen = frozenset()
 
-    def knows(self, key: Hashable) -> bool:
-        """Whether a layer was met."""
-        return key in self._offers
+    @property
+    def known(self) -> Collection[Key]:
+        """The layers that were met."""
+        return self._offers.keys()
 
     @property
     def least(self) -> int:
         """The bytes of the best."""
         return min(self._offers.values())[1]
 
-    def meet(self, key: Hashable, saved: int, nbytes: int, place: int) -> bool:
+    def meet(self, key: Key, saved: int, nbytes: int, place: int) -> bool:
         """
         A layer is met.
 
@@ -134,7 +136,7 @@ class Budget:
             self._chosen = self._choose()
         return key in self._chosen
 
-    def _choose(self) -> frozenset[Hashable]:
+    def _choose(self) -> frozenset[Key]:
         """The best that fit together."""
         chosen, held = set(), 0
         for key, (_, nbytes) in sorted(self._offers.items(), key=operator.itemgetter(1)):

@@ -44,7 +44,7 @@ class Outputs:
         self.kept: dict[Slot, Kept] = {}
         self.declined: set[Slot] = set()
         self.passed = 0
-        self._budget: Budget | None = None
+        self._budget: Budget[Slot] | None = None
         # How many layers did what, by whether it is self-attention and whether it was reused.
         self.did: Counter[tuple[bool, bool]] = Counter()
         self._state = state
@@ -71,7 +71,7 @@ class Outputs:
 
     def limit(self, most: int | None) -> None:
         """A loop begins, in which cross-attention keeps so many bytes at most."""
-        self._budget = None if most is None else Budget(most)
+        self._budget = None if most is None else Budget[Slot](most)
 
     @property
     def least(self) -> int | None:
@@ -237,7 +237,7 @@ class Outputs:
         budget.meet(slot, self.layers.saved(slot, sizes), nbytes, self.layers.place(slot))
         self.declined.discard(slot)
         held = [each for each, kept in self.kept.items() if not kept.is_self]
-        for each in (slot, *held):
+        for each in (*budget.known, *held):
             if each not in budget:
                 self.kept.pop(each, None)
                 self.declined.add(each)
@@ -248,7 +248,7 @@ class Outputs:
         assert self._budget is not None
         if action is Action.STORE:
             for slot, sizes in self._sizes.items():
-                if not self._budget.knows(slot):
+                if slot not in self._budget.known:
                     self._is_within(slot, sizes)
         for slot in self.layers.expected().values():
             slot.action = Action.COMPUTE if slot in self.declined else action

@@ -18,7 +18,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from tests.families import _hunyuan_text, assemble, hunyuan, sana
+from tests.families import _hunyuan_text, assemble, hunyuan, sana, sana_vae
 from tests.families import text as masked
 from tests.pipelines import (
     GOLDEN_PIXART,
@@ -715,8 +715,10 @@ HOSTS += [
 
 def pag_sana() -> Any:
     pipe = sana()
-    layers = {"pag_applied_layers": ["transformer_blocks.0"]}
-    return assemble("SanaPAGPipeline", transformer=pipe.transformer, scheduler=pipe.scheduler, **layers)
+    # The oldest diffusers wants a VAE and a tokenizer.
+    parts = {"vae": sana_vae(), "tokenizer": pipe.tokenizer}
+    parts |= {"transformer": pipe.transformer, "scheduler": pipe.scheduler}
+    return assemble("SanaPAGPipeline", **parts, pag_applied_layers=["transformer_blocks.0"])
 
 
 HOSTS += [

@@ -184,8 +184,8 @@ def sana(name: str = "SanaPipeline", scheduler: Any = None, **config: Any) -> An
     return assemble(name, transformer=transformer, tokenizer=tokenizer, scheduler=scheduler or _flow(shift=3.0))
 
 
-def sana_controlnet() -> Any:
-    vae = model(
+def sana_vae() -> Any:
+    return model(
         "AutoencoderDC",
         in_channels=3,
         latent_channels=4,
@@ -204,10 +204,13 @@ def sana_controlnet() -> Any:
         decoder_act_fns="silu",
         scaling_factor=0.41407,
     )
+
+
+def sana_controlnet() -> Any:
     controlnet = model("SanaControlNetModel", **{**_SANA, "num_layers": 1})
     pipe = sana()
-    components = {"vae": vae, "controlnet": controlnet, "transformer": pipe.transformer, "scheduler": pipe.scheduler}
-    return assemble("SanaControlNetPipeline", **components)
+    parts = {"vae": sana_vae(), "transformer": pipe.transformer, "scheduler": pipe.scheduler}
+    return assemble("SanaControlNetPipeline", controlnet=controlnet, **parts)
 
 
 def _control(prompts: list[int], guided: bool) -> dict[str, Any]:

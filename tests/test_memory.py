@@ -31,7 +31,17 @@ ALL = {**BY_NAME, **BY_KIND}
 def rows(*names, quick=()):
     """Parameters of a law: these pipelines, most of them where every family is held to every law."""
     marks = [pytest.mark.slow, pytest.mark.thorough]
-    return [pytest.param(ALL[name], id=name, marks=[] if name in quick else marks) for name in names]
+    return [
+        pytest.param(
+            ALL[name],
+            id=name,
+            marks=[
+                *([] if name in quick else marks),
+                pytest.mark.skipif(not getattr(ALL[name], "is_there", True), reason=f"this diffusers has no {name}"),
+            ],
+        )
+        for name in names
+    ]
 
 
 def run(case, pipe, **settings):

@@ -112,9 +112,9 @@ def estimate_cost(
         max_memory (`int` or `str`, *optional*): Most bytes of kept cross-attention, as in [`apply_tgate`].
         further_calls (`list` of `dict`, *optional*):
             What tells further calls of the denoiser in every step from those of guidance, a `dict` of its arguments for
-            each. They run whole. LTX-2 needs it: `[]` for none, or as many as the call makes of
-            `{"spatio_temporal_guidance_blocks": [28]}` (`stg_scale` above 0) and `{"isolate_modalities": True}`
-            (`modality_scale` above 1).
+            each. They run whole. By default there are none, but LTX-2 needs it: `[]` for none, or as many as the call
+            makes of `{"spatio_temporal_guidance_blocks": [28]}` (`stg_scale` above 0) and `{"isolate_modalities":
+            True}` (`modality_scale` above 1).
 
     Returns:
         `TGateCost`: MACs of a forward and of the run, parameters, and the report of the run.
@@ -206,11 +206,12 @@ def _beside(denoiser: Any, size: InputSize, further_calls: Sequence[Mapping[str,
     """What the calls beside those of guidance take in a step, for one picture."""
     family, name = family_of(denoiser), type(denoiser).__name__
     assert family is not None
+    assert family.inputs is not None
     known = family.layout.beside
     if further_calls is None:
-        if known:
+        if family.inputs.further:
             raise ValueError(
-                f"pipelines may call {name} further times in every step, with {' or '.join(known)}, and these calls "
+                f"pipelines call {name} further times in every step, with {' or '.join(known)}, and these calls "
                 "run whole: give further_calls, a list with the arguments of each such as "
                 f'{{"{known[-1]}": True}}, or [] for none.'
             )

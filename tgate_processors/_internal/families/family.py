@@ -36,6 +36,7 @@ class Inputs:
         sized (`bool`): Whether it has a height and a width.
         scale (`int`): Pixels of the picture for one of the latent, if no pipeline says it.
         frame_scale (`int`): Frames of the video, but for the first one, for one of the latent.
+        further (`bool`): Whether its pipelines call the denoiser further times in a step by default.
     """
 
     shapes: Callable[[Any, int, InputSize], Shapes]
@@ -45,6 +46,7 @@ class Inputs:
     sized: bool = True
     scale: int = 8
     frame_scale: int = 1
+    further: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ LTX = (
         "LTX2VideoTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_ltx2, tokens=1024, frames=121, scale=32, frame_scale=8),
+        Inputs(_ltx2, tokens=1024, frames=121, scale=32, frame_scale=8, further=True),
         Layout(
             arguments=(*_AUDIO, *_MORE),
             cross=("attn2",),

@@ -53,7 +53,7 @@ from tests.joint import (
     qwen,
     sd3,
 )
-from tests.pipelines import SIZE, images, seeded
+from tests.pipelines import GOLDEN_SD, GOLDEN_XL, SIZE, images, load_golden, other, seeded
 
 try:
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
@@ -605,6 +605,36 @@ def _audio3_text(prompts: list[int], guided: bool) -> dict[str, Any]:
     return {name.replace("prompt_attention", "encoder_attention"): value for name, value in given.items()}
 
 
+def text_to_video(name: str = "TextToVideoSDPipeline", **components: Any) -> Any:
+    unet = model(
+        "UNet3DConditionModel",
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+    )
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    return assemble(name, unet=unet, scheduler=scheduler, **{"vae": _picture_vae(), **components})
+
+
+def controlnet_xs(source: tuple[str, str], name: str) -> Any:
+    unet = load_golden(*source).unet
+    sizes = {"size_ratio": 0.5, "conditioning_embedding_out_channels": (4,) * 4}
+    torch.manual_seed(0)
+    adapter = diffusers.ControlNetXSAdapter.from_unet(unet, num_attention_heads=2, **sizes)
+    for parameter in adapter.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            # As it starts, it has no say.
+            torch.nn.init.normal_(parameter, std=0.1)
+    pipe = other(*source, name, controlnet=adapter)
+    pipe.unet.eval()
+    return pipe
+
+
 _LTX2_KIND: dict[str, Any] = {
     "first": "proj_in",
     "guidance": 3.0,
@@ -614,6 +644,8 @@ _LTX2_KIND: dict[str, Any] = {
     "second_scale": 4.0,
     "size": {"height": 32, "width": 32, "num_frames": 3},
 }
+# The layers of a UNet that are about one frame, not about several.
+_IN_FRAMES = tuple(f".attentions.{place}.transformer_blocks.0.attn2" for place in (0, 1))
 _HDR_CALL = {name: value for name, value in _LTX2_CALL.items() if "audio" not in name}
 
 AROUND = [
@@ -658,6 +690,56 @@ AROUND = [
         extra=_HDR_CALL,
         # Its sound is not guided.
         **_LTX2_KIND | {"off": {"guidance_scale": 1.0}, "second_scale": 0.0},
+    ),
+]
+
+AROUND += [
+    Kind(
+        "text_to_video",
+        text_to_video,
+        text(8, masked=False),
+        pipeline="TextToVideoSDPipeline",
+        denoiser="unet",
+        first="conv_in",
+        cross=_IN_FRAMES,
+        rows=2,
+        dear=True,
+        size={"height": 64, "width": 64, "num_frames": 2},
+    ),
+    Kind(
+        "video_to_video",
+        lambda: text_to_video("VideoToVideoSDPipeline"),
+        text(8, masked=False),
+        pipeline="VideoToVideoSDPipeline",
+        denoiser="unet",
+        first="conv_in",
+        cross=_IN_FRAMES,
+        rows=2,
+        dear=True,
+        batches=False,
+        extra={"video": images(range(2)), "strength": 1.0},
+    ),
+    Kind(
+        "controlnet_xs",
+        lambda: controlnet_xs(GOLDEN_SD, "StableDiffusionControlNetXSPipeline"),
+        text(32, masked=False),
+        pipeline="StableDiffusionControlNetXSPipeline",
+        denoiser="unet",
+        first="base_conv_in",
+        never="ctrl_",
+        image=True,
+        dear=True,
+    ),
+    Kind(
+        "controlnet_xs_xl",
+        lambda: controlnet_xs(GOLDEN_XL, "StableDiffusionXLControlNetXSPipeline"),
+        together(text(32, masked=False), pooled(32)),
+        pipeline="StableDiffusionXLControlNetXSPipeline",
+        denoiser="unet",
+        first="base_conv_in",
+        never="ctrl_",
+        image=True,
+        dear=True,
     ),
 ]
 

@@ -49,7 +49,7 @@ REFUSED = {
         AceStep AmusedImg2Img AmusedInpaint Amused AnyFlowFAR BriaFibo2 BriaFiboEdit BriaFibo Cosmos3Omni
         HiDreamImage HunyuanVideoFramepack Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR Kandinsky6TI2VA
         LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21 RFD4Proteina SanaWM
-        StableDiffusionControlNetXS StableDiffusionXLControlNetXS TextToVideoSD UniDiffuser VideoToVideoSD
+        UniDiffuser
     """,
     "cannot be gated with guider=AdaptiveProjectedMixGuidance": """
         HunyuanImage HunyuanImageRefiner

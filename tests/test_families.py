@@ -10,7 +10,7 @@ import torch
 from tests.around import AROUND, AROUND_TWO
 from tests.families import BY_KIND, TOKENS, TWO_CALLS, Kind
 from tests.families import KINDS as OWN
-from tests.pipelines import STEPS
+from tests.pipelines import SIZE, STEPS
 from tests.predicting import errors_of
 from tests.test_cost import taken
 from tests.test_counts import SETTINGS, computed
@@ -25,7 +25,7 @@ DROP = {"gate_step": GATE}
 # Others stand for these by default: their denoiser is the same.
 SECOND = {"sana_controlnet", "sana_sprint", "ltx_image", "ltx_condition", "hunyuan_controlnet", "sana_video_image"}
 SECOND |= {"ltx2_image", "stable_audio_negative", *(kind.name for kind in AROUND)}
-SECOND -= {"any_flow", "stable_audio3"}
+SECOND -= {"any_flow", "stable_audio3", "text_to_video", "controlnet_xs"}
 # One law of each of these by default: they differ from others in little but their data.
 ONCE = {"ltx2", "sana_video", "kandinsky3", "lumina", "audioldm2", "picture_video"}
 
@@ -90,7 +90,7 @@ def keys_of(layer):
 
 
 def is_cross(kind, name):
-    return name.removesuffix(".processor").endswith(kind.cross)
+    return kind.never not in name and name.removesuffix(".processor").endswith(kind.cross)
 
 
 @every
@@ -235,6 +235,35 @@ def test_either_scale_turns_guidance_on(kind: Kind):
         given = {**kind.conditioning([0], True), "guidance_scale": scales[0], "audio_guidance_scale": scales[1]}
         kind.run(pipe, **given)
         assert get_tgate_report(pipe).half_batch_forwards == halves
+
+
+def of(name):
+    """One kind of those around other denoisers."""
+    return pytest.mark.parametrize("kind", rows([kind for kind in AROUND if kind.name == name], ALL))
+
+
+@of("video_to_video")
+@pytest.mark.parametrize(("strength", "steps"), [(1.0, 6), (0.5, 3), (0.34, 2)])
+def test_a_video_that_is_noised_in_part_takes_the_rest_of_the_steps(kind: Kind, strength, steps):
+    pipe = kind.gate(kind.build(), 0.5)
+    seen = count(pipe, kind)["denoiser"]
+    kind.run(pipe, strength=strength)
+    report = get_tgate_report(pipe)
+    assert len(seen) == report.num_inference_steps == steps
+    assert report.half_batch_forwards == steps // 2
+
+
+@of("controlnet_xs")
+@pytest.mark.parametrize("control", [(0.0, 0.5), (0.5, 1.0), (0.3, 0.8)])
+def test_a_control_may_run_in_some_steps_only(kind: Kind, control):
+    call = dict(zip(("control_guidance_start", "control_guidance_end"), control, strict=True))
+    pipe, plain = kind.build(), kind.run(kind.build(), **call)
+    for settings in (DROP, FIXED, PATIENT):
+        gated = kind.run(kind.gate(pipe, **settings), **call)
+        report = get_tgate_report(pipe)
+        assert report.half_batch_forwards == report.cross_attention_reused == STEPS - len(report.full_steps) > 0
+        assert not torch.equal(gated, plain)
+    assert torch.equal(kind.run(kind.gate(pipe, STEPS), **call), plain)
 
 
 @pytest.mark.parametrize("kind", rows(GUIDED, ALL))
@@ -393,6 +422,9 @@ COSTS = {
     "latte": {"max_sequence_length": TOKENS, "num_frames": 2},
     "ltx2": {"max_sequence_length": TOKENS, "further_calls": []},
     "any_flow": {"max_sequence_length": TOKENS},
+    "text_to_video": {"max_sequence_length": TOKENS},
+    "controlnet_xs": {"max_sequence_length": TOKENS, "height": SIZE, "width": SIZE},
+    "controlnet_xs_xl": {"max_sequence_length": TOKENS, "height": SIZE, "width": SIZE},
     "stable_audio3": {"max_sequence_length": TOKENS, "num_frames": 8},
     "hunyuan": {},
 }

@@ -82,8 +82,15 @@ class Call:
             # A custom loop may never set what it inherits.
             return getattr(self._pipe, "_num_timesteps", None) or getattr(self._pipe, "num_timesteps", None)
         if self._until is None:
-            self._until = self._cut_off(self._arguments.get("denoising_end"))
+            self._until = self._cut_off(self._arguments.get("denoising_end")) - self._left_out()
         return self._until
+
+    def _left_out(self) -> int:
+        """Timesteps that do not run, because a video is given that is noised in part."""
+        strength, steps = self._arguments.get("strength"), self._arguments.get("num_inference_steps")
+        if strength is None or steps is None:
+            return 0
+        return int(steps - min(int(steps * strength), steps)) * int(getattr(self._pipe.scheduler, "order", 1))
 
     def _cut_off(self, denoising_end: Any) -> int:
         """Number of timesteps up to a share of the noise schedule, as SDXL's pipelines cut it off."""

@@ -1,4 +1,7 @@
-"""UNets: Stable Diffusion, SDXL and what is built around them, AnimateDiff, Stable Video Diffusion, I2VGen-XL."""
+"""
+UNets: Stable Diffusion, SDXL and what is built around them, AnimateDiff, Stable Video Diffusion, I2VGen-XL,
+text-to-video.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ from .family import Family, Inputs, InputSize, Shapes, first
 
 
 def _unet(config: Any, batch: int, size: InputSize) -> Shapes:
+    width = getattr(config, "encoder_hid_dim", None) or first(config.cross_attention_dim)
     shapes: Shapes = {
-        "sample": (batch, config.in_channels, size.height, size.width),
+        # With ControlNet-XS they are fixed.
+        "sample": (batch, getattr(config, "in_channels", 4), size.height, size.width),
         "timestep": (),
-        "encoder_hidden_states": (batch, size.tokens, config.encoder_hid_dim or first(config.cross_attention_dim)),
+        "encoder_hidden_states": (batch, size.tokens, width),
     }
     if config.time_cond_proj_dim is not None:
         shapes["timestep_cond"] = (batch, config.time_cond_proj_dim)
@@ -40,6 +45,21 @@ def _video(config: Any, batch: int, size: InputSize) -> Shapes:
         "timestep": (),
         "encoder_hidden_states": (batch, size.tokens, first(config.cross_attention_dim)),
         "added_time_ids": (batch, ids),
+    }
+
+
+def _with_control(config: Any, batch: int, size: InputSize) -> Shapes:
+    # The control is a picture, and every level of its embedding but the first halves the sides.
+    scale = 2 ** (len(config.ctrl_conditioning_embedding_out_channels) - 1)
+    picture = (batch, config.ctrl_conditioning_channels, scale * size.height, scale * size.width)
+    return _unet(config, batch, size) | {"controlnet_cond": picture}
+
+
+def _frames(config: Any, batch: int, size: InputSize) -> Shapes:
+    return {
+        "sample": (batch, config.in_channels, size.frames, size.height, size.width),
+        "timestep": (),
+        "encoder_hidden_states": (batch, size.tokens, config.cross_attention_dim),
     }
 
 
@@ -86,5 +106,21 @@ UNETS = (
         Inputs(_picture_video, tokens=77, frames=16),
         Layout(arguments=("fps", "image_latents", "image_embeddings")),
         untold={"I2VGenXLPipeline": None},
+    ),
+    Family(
+        "UNet3DConditionModel",
+        "unet",
+        "conditional",
+        Inputs(_frames, tokens=77, frames=16),
+        untold=dict.fromkeys(("TextToVideoSDPipeline", "VideoToVideoSDPipeline")),
+    ),
+    # UNet and control in one. The cross-attention of the control is computed in every step, as that of any ControlNet;
+    # the call says in which steps it runs at all.
+    Family(
+        "UNetControlNetXSModel",
+        "unet",
+        "conditional",
+        Inputs(_with_control, tokens=77),
+        Layout(arguments=("controlnet_cond",), never=("ctrl_",)),
     ),
 )

@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from PIL import Image
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from tests.families import (
     _KANDINSKY3_CROSS,
@@ -34,6 +35,7 @@ from tests.families import (
 )
 from tests.joint import (
     _CLIP,
+    _HUNYUAN_VIDEO,
     _QWEN,
     _SD3,
     _SMALL,
@@ -541,6 +543,45 @@ AROUND_JOINT += [
         dear=True,
         rows=2,
         size=_CLIP,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Framepack(Joint):
+    """It gives its sections one by one."""
+
+    def run(self, pipe: Any, prompts: list[int] | None = None, **overrides: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        return torch.cat(pipe(**self.inputs([0] if prompts is None else prompts, **overrides)).frames, 2)
+
+
+def framepack() -> Any:
+    config = {**_HUNYUAN_VIDEO, "has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True}
+    transformer = model("HunyuanVideoFramepackTransformer3DModel", **config)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {
+        "image_encoder": SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=32, patch_size=16)).eval(),
+        "feature_extractor": SiglipImageProcessor(size={"height": 32, "width": 32}),
+        "vae": _hunyuan_vae(),
+    }
+    return assemble("HunyuanVideoFramepackPipeline", transformer=transformer, scheduler=_flow(), **parts)
+
+
+AROUND_JOINT += [
+    Framepack(
+        "framepack",
+        framepack,
+        _hunyuan_text,
+        pipeline="HunyuanVideoFramepackPipeline",
+        first="x_embedder.proj",
+        dear=True,
+        image=True,
+        # One section.
+        size={**_SMALL, "num_frames": 5},
+        extra={"latent_window_size": 2},
+        **_TRUE,
     ),
 ]
 

@@ -47,7 +47,7 @@ BY_GUIDER = {"HunyuanVideo15Pipeline", "MotifVideoPipeline"}
 REFUSED = {
     "T-GATE does not know how": """
         AceStep AmusedImg2Img AmusedInpaint Amused AnyFlowFAR BriaFibo2 BriaFiboEdit BriaFibo Cosmos3Omni
-        HiDreamImage HunyuanVideoFramepack Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR Kandinsky6TI2VA
+        HiDreamImage Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR Kandinsky6TI2VA
         LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21 RFD4Proteina SanaWM
         UniDiffuser
     """,

@@ -254,8 +254,22 @@ def test_skip_layer_guidance_stays_on_as_it_is(kind: Joint):
     assert seen == [each for step in expected for each in step]
 
 
+@pytest.mark.parametrize("kind", rows([kind for kind in AROUND_JOINT if kind.name == "framepack"], ALL))
+def test_every_section_of_a_video_has_a_gate_of_its_own(kind: Joint):
+    pipe, two = kind.build(), {"num_frames": 10}
+    plain = kind.run(pipe, **two)
+    for settings in EVERY:
+        assert torch.equal(kind.run(apply_tgate(pipe, **settings, **ALONE), **two), plain)
+    apply_tgate(pipe, **FIXED, **ALONE)
+    seen = rows_seen(pipe.transformer, kind)
+    kind.run(pipe, **two)
+    full = full_of(FIXED)
+    assert get_tgate_report(pipe).full_steps == (*full, *(STEPS + step for step in full))
+    assert len(seen) == 2 * (STEPS + len(full))
+
+
 # These read values of their inputs.
-UNCOUNTED = {"lumina2", "mochi"}
+UNCOUNTED = {"lumina2", "mochi", "framepack"}
 MORE = [kind for kind in AROUND_JOINT if kind.name in {"flux2", "krea2", "ovis", "bria", "easy_animate"}]
 COUNTED = [kind for kind in [*OWN, *MORE] if kind.name not in UNCOUNTED and kind.batches and "sd3_" not in kind.name]
 
@@ -275,7 +289,7 @@ def test_the_estimate_is_what_a_run_takes(kind: Joint, settings):
     assert cost.report == get_tgate_report(pipe)
 
 
-@pytest.mark.parametrize("kind", rows([BY_JOINT[name] for name in sorted(UNCOUNTED)], ALL))
+@pytest.mark.parametrize("kind", rows([kind for kind in JOINT if kind.name in UNCOUNTED], ALL))
 def test_what_reads_its_inputs_is_not_counted(kind: Joint):
     with pytest.raises(ValueError, match="reads values of its inputs"):
         estimate_cost(kind.build(), TGateSchedule(**DROP), STEPS, **kind.size, **ALONE)

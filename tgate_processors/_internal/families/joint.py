@@ -171,6 +171,7 @@ JOINT = (
     _family("Lumina2Transformer2DModel", Inputs(_by_values, tokens=256), calls=2),
     _family("ChromaTransformer2DModel", Inputs(_flux, tokens=512), calls=2),
     _family("HunyuanVideoTransformer3DModel", Inputs(_hunyuan_video, tokens=256, frames=129, frame_scale=4), calls=2),
+    _family("HunyuanVideoFramepackTransformer3DModel", Inputs(_by_values, tokens=256, frames=33), calls=2),
     _family("FluxTransformer2DModel", Inputs(_flux, tokens=512), calls=2, given_last=True),
     _family("AuraFlowTransformer2DModel", Inputs(_aura_flow, tokens=256), untold=("AuraFlowPipeline",)),
     _family("CogView3PlusTransformer2DModel", Inputs(_cogview, tokens=224), arguments=_COGVIEW),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
@@ -676,6 +677,34 @@ def controlnet_xs(source: tuple[str, str], name: str) -> Any:
     return pipe
 
 
+def sana_world() -> Any:
+    transformer = model(
+        "SanaWMTransformer3DModel",
+        in_channels=4,
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        linear_head_dim=16,
+        softmax_every_n=2,
+        chunk_plucker_channels=12,
+        caption_channels=8,
+        mlp_ratio=1.0,
+    )
+    return assemble("SanaWMPipeline", transformer=transformer, scheduler=_flow(), vae=ltx2().vae)
+
+
+def _world_text(prompts: list[int], guided: bool) -> dict[str, Any]:
+    given = text(8)(prompts, True)
+    return {name: value if "mask" in name else value[:, None] for name, value in given.items()}
+
+
+def _forward(frames: int) -> np.ndarray[Any, Any]:
+    """Where a camera stands that goes straight on."""
+    places = np.tile(np.eye(4, dtype=np.float32), (frames, 1, 1))
+    places[:, 2, 3] = np.arange(frames) / 10
+    return places
+
+
 _LTX2_KIND: dict[str, Any] = {
     "first": "proj_in",
     "guidance": 3.0,
@@ -785,6 +814,19 @@ AROUND += [
 ]
 
 AROUND += [
+    Kind(
+        "sana_world",
+        sana_world,
+        _world_text,
+        pipeline="SanaWMPipeline",
+        first="x_embedder.proj",
+        cross="cross_attn",
+        own=False,
+        dear=True,
+        batches=False,
+        size={"height": 8, "width": 8, "num_frames": 3},
+        extra={"image": images([0])[0], "prompt": "", "c2w": _forward(3), "intrinsics": [64.0, 64.0, 32.0, 32.0]},
+    ),
     Kind(
         "any_flow",
         any_flow,

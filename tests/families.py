@@ -73,6 +73,8 @@ class Kind(Case):
     second_scale: float | None = None
     # Rows of its first layer for each sample.
     rows: int = 1
+    # Whether self-attention is among its layers.
+    own: bool = True
 
     def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
         scale = overrides.get("guidance_scale", self.guidance)

@@ -48,7 +48,7 @@ REFUSED = {
     "T-GATE does not know how": """
         AceStep AmusedImg2Img AmusedInpaint Amused AnyFlowFAR BriaFibo2 BriaFiboEdit BriaFibo Cosmos3Omni
         HiDreamImage Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR Kandinsky6TI2VA
-        LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21 RFD4Proteina SanaWM
+        LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21 RFD4Proteina
         UniDiffuser
     """,
     "cannot be gated with guider=AdaptiveProjectedMixGuidance": """

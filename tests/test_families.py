@@ -16,7 +16,7 @@ from tests.test_cost import taken
 from tests.test_counts import SETTINGS, computed
 from tests.test_laws import Stop, assert_same, distance, snapshot
 from tests.test_predicted import EVERY, FIXED, PATIENT, full_steps
-from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report, remove_tgate
+from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
 KINDS = [*OWN, *AROUND]
@@ -25,7 +25,7 @@ DROP = {"gate_step": GATE}
 # Others stand for these by default: their denoiser is the same.
 SECOND = {"sana_controlnet", "sana_sprint", "ltx_image", "ltx_condition", "hunyuan_controlnet", "sana_video_image"}
 SECOND |= {"ltx2_image", "stable_audio_negative", *(kind.name for kind in AROUND)}
-SECOND -= {"any_flow", "stable_audio3", "text_to_video", "controlnet_xs"}
+SECOND -= {"any_flow", "stable_audio3", "text_to_video", "controlnet_xs", "sana_world"}
 # One law of each of these by default: they differ from others in little but their data.
 ONCE = {"ltx2", "sana_video", "kandinsky3", "lumina", "audioldm2", "picture_video"}
 
@@ -86,7 +86,9 @@ def only_conditional(kind, half):
 
 def keys_of(layer):
     """What makes the keys of a layer."""
-    return next(getattr(layer, name) for name in ("to_k", "to_key", "to_kv", "to_qkv") if hasattr(layer, name))
+    return next(
+        getattr(layer, name) for name in ("to_k", "to_key", "to_kv", "to_qkv", "kv_linear") if hasattr(layer, name)
+    )
 
 
 def is_cross(kind, name):
@@ -137,7 +139,7 @@ def check_counts(kind, settings, prompts, plan, share):
     full = seen.pop("denoiser")
     assert full == [full[0] // part for part in share]
     kinds = {is_cross(kind, name) for name in seen}
-    assert kinds == {True, False}
+    assert kinds == {True, not kind.own}
     for name, batches in seen.items():
         of_kind = 0 if is_cross(kind, name) else 1
         assert batches == [batches[0] // part for part, ran in zip(share, plan, strict=True) if ran[of_kind]], name
@@ -148,10 +150,15 @@ def check_counts(kind, settings, prompts, plan, share):
     return report
 
 
+def reached(kind, settings):
+    """The settings, without those of self-attention where no layer has it."""
+    return {name: value for name, value in settings.items() if kind.own or name == "gate_step"}
+
+
 @every_once
 @pytest.mark.parametrize("name", ["v2", pytest.param("gate_1", marks=pytest.mark.slow)])
 def test_to_k_runs_exactly_as_the_schedule_says(kind: Kind, name):
-    settings = SETTINGS[name]
+    settings = reached(kind, SETTINGS[name])
     plan = [computed(step, STEPS, **settings) for step in range(STEPS)]
     halves = 2 if kind.is_guided else 1
     prompts = [0, 1] if kind.batches else [0]
@@ -266,6 +273,17 @@ def test_a_control_may_run_in_some_steps_only(kind: Kind, control):
     assert torch.equal(kind.run(kind.gate(pipe, STEPS), **call), plain)
 
 
+@of("sana_world")
+def test_self_attention_that_no_layer_has_is_not_reused(kind: Kind):
+    pipe = kind.build()
+    for name in ("sp_interval", "fi_interval"):
+        with pytest.raises(ValueError, match=r"=2.* reuse self-attention, and no layer of SanaWMTransformer3DModel "):
+            kind.gate(pipe, GATE, **{name: 2})
+    assert not is_tgate_applied(pipe)
+    with pytest.raises(ValueError, match="SanaWMTransformer3DModel does not run on the meta device"):
+        estimate_cost(pipe, TGateSchedule(GATE), STEPS)
+
+
 @pytest.mark.parametrize("kind", rows(GUIDED, ALL))
 def test_guidance_alone_runs_every_layer_on_one_half(kind: Kind):
     full = full_steps(STEPS, FIXED)
@@ -297,7 +315,10 @@ def test_a_run_that_breaks_leaves_nothing(kind: Kind, forward):
     settings = FIXED if kind.is_guided else DROP
     pipe, baseline = kind.build(), kind.plain()
     expected = kind.run(kind.gate(pipe, **settings))
-    layer = [module for name, module in attention_modules(denoiser_of(pipe, kind)).items() if not is_cross(kind, name)]
+    layers = attention_modules(denoiser_of(pipe, kind))
+    layer = denoiser_of(pipe, kind).get_submodule(kind.first)
+    if kind.own:
+        layer = keys_of([module for name, module in layers.items() if not is_cross(kind, name)][-1])
     calls = []
 
     def fail(module, args):
@@ -305,7 +326,7 @@ def test_a_run_that_breaks_leaves_nothing(kind: Kind, forward):
         if len(calls) == forward:
             raise Stop
 
-    handle = keys_of(layer[-1]).register_forward_pre_hook(fail)
+    handle = layer.register_forward_pre_hook(fail)
     with pytest.raises(Stop):
         kind.run(pipe)
     handle.remove()

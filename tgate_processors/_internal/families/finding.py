@@ -12,7 +12,15 @@ import torch
 from ..call import Call
 from ..schedule import CFGHalf, TGateSchedule
 from .family import Family
-from .refusing import INSTEAD, check_attention, check_loop, check_mode, why_distilled, why_no_denoiser
+from .refusing import (
+    INSTEAD,
+    check_attention,
+    check_loop,
+    check_mode,
+    check_self_attention,
+    why_distilled,
+    why_no_denoiser,
+)
 from .rows import family_of, known
 
 # Arguments of a pipeline's call that give away guidance of more or other parts than two halves. It stays on after the
@@ -136,11 +144,7 @@ def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule, cross_atten
             f"cross_attention=False gates guidance alone, and that of {type(pipe).__name__} is not two halves, so all "
             f"of it stays on. {INSTEAD if joint else 'Leave cross_attention out.'}"
         )
-    if joint and max(schedule.sp_interval, schedule.fi_interval) > 1:
-        raise ValueError(
-            f"sp_interval={schedule.sp_interval} and fi_interval={schedule.fi_interval} reuse self-attention, which "
-            f"{type(pipe).__name__} has not apart from its text, so there is nothing to keep: leave them out."
-        )
+    check_self_attention(found.denoiser, type(pipe).__name__, found.family.layout, schedule)
     if schedule.predicts and found.kept_half is None:
         what = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"'
         raise ValueError(

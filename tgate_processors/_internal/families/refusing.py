@@ -8,6 +8,7 @@ import torch
 
 from ..layers import attention_modules
 from ..layout import Layout
+from ..schedule import TGateSchedule
 
 # What makes a pipeline faster that T-GATE cannot gate.
 INSTEAD = "What helps there are fewer steps, half precision and torch.compile."
@@ -55,6 +56,22 @@ def check_attention(
         raise ValueError(f"{subject} cannot be gated: {name} has no attention layers. {INSTEAD}")
     if not any(getattr(module, "is_cross_attention", True) for module in modules):
         raise ValueError(f"{subject} cannot be gated: {name} has no cross-attention layers. {INSTEAD}")
+
+
+def check_self_attention(denoiser: torch.nn.Module, subject: str, layout: Layout, schedule: TGateSchedule) -> None:
+    """Refuse to reuse self-attention where no layer has it, or has it apart from its text."""
+    if max(schedule.sp_interval, schedule.fi_interval) == 1:
+        return
+    if layout.joint:
+        why = f"which {subject} has not apart from its text, so there is nothing to keep"
+    elif all(layout.is_cross(name, layer) for name, layer in attention_modules(denoiser).items()):
+        why = f"and no layer of {type(getattr(denoiser, '_orig_mod', denoiser)).__name__} that T-GATE can reach has it"
+    else:
+        return
+    raise ValueError(
+        f"sp_interval={schedule.sp_interval} and fi_interval={schedule.fi_interval} reuse self-attention, {why}: leave "
+        "them out."
+    )
 
 
 def why_distilled(denoiser: torch.nn.Module, subject: str) -> str:

@@ -40,4 +40,13 @@ SANA = (
         Inputs(_sana_video, tokens=300, frames=81, frame_scale=4),
         Layout(keeps_cross=False),
     ),
+    # It asks for the precision of its device in every forward, which the meta device does not have. Its self-attention
+    # is no attention layer of diffusers'.
+    Family(
+        "SanaWMTransformer3DModel",
+        "transformer",
+        "conditional",
+        None,
+        Layout(arguments=("mask", "camera_conditions", "chunk_plucker"), cross=("cross_attn",), keeps_cross=False),
+    ),
 )

@@ -616,7 +616,15 @@ def any_flow() -> Any:
     return assemble("AnyFlowPipeline", transformer=transformer, scheduler=scheduler, vae=wan_vae())
 
 
-def stable_audio3() -> Any:
+@dataclass(frozen=True)
+class Unguided(Kind):
+    """Its call knows no guidance."""
+
+    def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
+        return {name: value for name, value in super().inputs(prompts, **overrides).items() if name != "guidance_scale"}
+
+
+def stable_audio3(name: str = "StableAudio3Pipeline") -> Any:
     transformer = model(
         "StableAudio3DiTModel",
         io_channels=4,
@@ -634,17 +642,26 @@ def stable_audio3() -> Any:
     sizes = {"patch_size": 2, "encoder_channels": 4, "encoder_c_mults": (2,), "encoder_strides": (2,)}
     sizes |= {"encoder_transformer_depths": (1,), "dim_heads": 4, "ff_mult": 2, "sampling_rate": 16}
     vae = model("AutoencoderSAME", **sizes, audio_channels=2, latent_dim=4, use_differential_attention=False)
-    # What is drawn ends before it, and its weights cannot be copied.
-    vae.encoder = vae.decoder = torch.nn.Linear(1, 1)
+    for layer in vae.modules():
+        if hasattr(layer, "weight_g"):
+            # Weights that are computed cannot be copied.
+            torch.nn.utils.remove_weight_norm(layer)
     torch.manual_seed(0)
     parts = {"vae": vae, "duration_embedder": StableAudio3DurationEmbedder(output_dim=8, fourier_dim=8)}
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0)
-    return assemble("StableAudio3Pipeline", transformer=transformer, scheduler=scheduler, **parts)
+    return assemble(name, transformer=transformer, scheduler=scheduler, **parts)
 
 
 def _audio3_text(prompts: list[int], guided: bool) -> dict[str, Any]:
     given = text(8)(prompts, guided)
     return {name.replace("prompt_attention", "encoder_attention"): value for name, value in given.items()}
+
+
+def _audio3_positive(prompts: list[int], guided: bool) -> dict[str, Any]:
+    return _audio3_text(prompts, False)
+
+
+_SOUND = seeded((1, 2, 32), 800)
 
 
 def text_to_video(name: str = "TextToVideoSDPipeline", **components: Any) -> Any:
@@ -845,6 +862,30 @@ AROUND += [
         cross="cross_attn",
         dear=True,
         extra={"duration": 2.0},
+    ),
+    Unguided(
+        "stable_audio3_audio",
+        lambda: stable_audio3("StableAudio3AudioToAudioPipeline"),
+        _audio3_positive,
+        pipeline="StableAudio3AudioToAudioPipeline",
+        first="proj_in",
+        cross="cross_attn",
+        kept="",
+        dear=True,
+        extra={"duration": 2.0, "audio": _SOUND, "init_noise_level": 0.8},
+        off={},
+    ),
+    Unguided(
+        "stable_audio3_inpaint",
+        lambda: stable_audio3("StableAudio3InpaintPipeline"),
+        _audio3_positive,
+        pipeline="StableAudio3InpaintPipeline",
+        first="proj_in",
+        cross="cross_attn",
+        kept="",
+        dear=True,
+        extra={"duration": 2.0, "audio": _SOUND, "mask_start_seconds": 0.5, "mask_end_seconds": 1.5},
+        off={},
     ),
 ]
 

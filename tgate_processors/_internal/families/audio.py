@@ -98,5 +98,7 @@ AUDIO = (
         # 10 seconds.
         Inputs(_stable_audio3, tokens=256, frames=108, sized=False),
         Layout(arguments=("global_hidden_states",), cross=("cross_attn",)),
+        # Their call knows no guidance.
+        untold=dict.fromkeys(("StableAudio3AudioToAudioPipeline", "StableAudio3InpaintPipeline")),
     ),
 )

@@ -46,10 +46,9 @@ BY_GUIDER = {"HunyuanVideo15Pipeline", "MotifVideoPipeline"}
 # By what the error says, without "Pipeline" at the end; what has another end has a full stop instead.
 REFUSED = {
     "T-GATE does not know how": """
-        AceStep AmusedImg2Img AmusedInpaint Amused AnyFlowFAR BriaFibo2 BriaFiboEdit BriaFibo Cosmos3Omni
+        AceStep AmusedImg2Img AmusedInpaint Amused BriaFibo2 BriaFiboEdit BriaFibo
         HiDreamImage Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR Kandinsky6TI2VA
-        LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21 RFD4Proteina
-        UniDiffuser
+        LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21
     """,
     "cannot be gated with guider=AdaptiveProjectedMixGuidance": """
         HunyuanImage HunyuanImageRefiner
@@ -96,8 +95,20 @@ REFUSED = {
     "semantic guidance adds a part": """
         LEditsPPPipelineStableDiffusion. LEditsPPPipelineStableDiffusionXL. SemanticStableDiffusion
     """,
-    "it has no do_classifier_free_guidance, so": """
-        LTX2DFR LTX2DFRTemporalRefine StableAudio3AudioToAudio StableAudio3Inpaint
+    "it does not guide, and calls its denoiser once for every tile": """
+        LTX2DFR LTX2DFRTemporalRefine
+    """,
+    "it denoises a video piece by piece": """
+        AnyFlowFAR
+    """,
+    "packs text, video and sound into one sequence": """
+        Cosmos3Omni
+    """,
+    "makes proteins, without a text": """
+        RFD4Proteina
+    """,
+    "Its guidance compares calls that get fresh noise": """
+        UniDiffuser
     """,
     "windows of frames that overlap": """
         LTXI2VLongMultiPrompt

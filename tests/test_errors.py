@@ -10,8 +10,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 
 from tests.families import assemble, cosmos, ltx, ltx2, model, wan, wan_vae
+from tests.inventory import shell
 from tests.pipelines import BY_NAME, seeded
 from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
@@ -229,17 +231,18 @@ def added_keys():
     return diffusers.IFPipeline(unet=unet, scheduler=diffusers.DDPMScheduler(), requires_safety_checker=False, **absent)
 
 
-def text_to_video():
-    unet = diffusers.UNet3DConditionModel(
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        cross_attention_dim=4,
-        attention_head_dim=4,
-        norm_num_groups=2,
-    )
-    return diffusers.TextToVideoSDPipeline(CASE.build().vae, None, None, unet, diffusers.DDIMScheduler())
+class OwnUNet(diffusers.ModelMixin, diffusers.ConfigMixin):
+    """A denoiser that nobody knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention(4, cross_attention_dim=4)
+
+
+def own_denoiser():
+    pipe = CASE.build()
+    pipe.unet = OwnUNet()
+    return pipe
 
 
 def ledits():
@@ -339,7 +342,7 @@ def without_denoiser():
         (added_keys, "UNet2DConditionModel has joint attention"),
         (kandinsky, "UNet2DConditionModel has joint attention"),
         (ledits, "semantic guidance adds a part to the batch for every edit"),
-        (text_to_video, "T-GATE does not know how unet=UNet3DConditionModel does guidance"),
+        (own_denoiser, "T-GATE does not know how unet=OwnUNet does guidance"),
         (mochi, "MochiTransformer3DModel has joint attention"),
         (stable_cascade, "it denoises with decoder=StableCascadeUNet, whose attention joins the text with other keys"),
         needs(
@@ -353,7 +356,9 @@ def without_denoiser():
             "it denoises a video in pieces, with a ControlNet that runs twice in every step",
         ),
         needs("MotifVideoPipeline", motif, "MotifVideoTransformer3DModel has joint attention"),
-        needs("LTX2DFRPipeline", distilled_ltx2, "it has no do_classifier_free_guidance"),
+        needs("LTX2DFRPipeline", distilled_ltx2, "calls its denoiser once for every tile of a video in each step"),
+        needs("AnyFlowFARPipeline", lambda: shell("AnyFlowFARPipeline"), "it denoises a video piece by piece"),
+        needs("Cosmos3OmniPipeline", lambda: shell("Cosmos3OmniPipeline"), "its Cosmos3OmniTransformer packs text, "),
         needs("LTXI2VLongMultiPromptPipeline", long_ltx, "it denoises windows of frames that overlap"),
         (without_denoiser, "it has no `unet` or `transformer` at present."),
     ],
@@ -377,6 +382,8 @@ def without_denoiser():
         "cosmos_transfer",
         "motif",
         "distilled_ltx2",
+        "any_flow_far",
+        "cosmos3",
         "long_ltx",
         "no_denoiser",
     ],
@@ -384,7 +391,7 @@ def without_denoiser():
 def test_a_pipeline_that_cannot_be_gated_is_refused_with_the_reason(build, reason):
     pipe = build()
     before = dict(vars(pipe))
-    instead = r"(What helps there are|Load one|Call pipe\.disable_free_noise\(\)|cross_attention=False\))"
+    instead = r"(What helps there (are|is)|Load one|Call pipe\.disable_free_noise\(\)|cross_attention=False\))"
     with pytest.raises(ValueError, match=f"^{type(pipe).__name__} cannot be gated:? .*{re.escape(reason)}.*{instead}"):
         apply_tgate(pipe)
     assert vars(pipe) == before

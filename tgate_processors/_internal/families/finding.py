@@ -15,6 +15,7 @@ from .family import Family
 from .refusing import (
     INSTEAD,
     check_attention,
+    check_denoiser,
     check_loop,
     check_mode,
     check_self_attention,
@@ -164,6 +165,7 @@ def _find_denoiser(pipe: Any, subject: str, cross_attention: bool | None) -> tup
         if family is not None and family.attribute == attribute:
             return family, denoiser
         inner = getattr(denoiser, "_orig_mod", denoiser)
+        check_denoiser(inner, subject)
         if cross_attention is not False:
             check_attention(inner, subject)
         seen.append(f"{attribute}={type(inner).__name__}")

@@ -19,6 +19,20 @@ REFUSED_ARGUMENTS = {
     "overlap_history": "it denoises windows of frames, each with noise of its own (diffusion forcing)",
     "temporal_tile_size": "it denoises windows of frames that overlap, and runs a step less in each than it says",
     "controls_conditioning_scale": "it denoises a video in pieces, with a ControlNet that runs twice in every step",
+    "chunk_partition": "it denoises a video piece by piece, and calls its denoiser between them to keep their keys",
+    "keyframe_positions": "it does not guide, and calls its denoiser once for every tile of a video in each step",
+}
+# Denoisers that cannot be gated, and why.
+REFUSED_DENOISERS = {
+    "Cosmos3OmniTransformer": (
+        "packs text, video and sound into one sequence, and predicts and guides several of them at once. What helps "
+        "there is diffusers' SeaCache, pipe.transformer.enable_cache(SeaCacheConfig())."
+    ),
+    "RFD4ProteinaTransformer": f"makes proteins, without a text and without classifier-free guidance. {INSTEAD}",
+    "UniDiffuserModel": (
+        "has text and picture in one sequence. Its guidance compares calls that get fresh noise in every step in the "
+        f"place of one of them, so there is no difference to predict. {INSTEAD}"
+    ),
 }
 
 
@@ -88,6 +102,14 @@ def check_loop(subject: str, parameters: set[str]) -> None:
     for argument, reason in REFUSED_ARGUMENTS.items():
         if argument in parameters:
             raise ValueError(f"{subject} cannot be gated: {reason}. {INSTEAD}")
+
+
+def check_denoiser(denoiser: torch.nn.Module, subject: str) -> None:
+    """Refuse a denoiser that is known not to fit."""
+    for base in type(denoiser).__mro__:
+        if base.__name__ in REFUSED_DENOISERS:
+            why = REFUSED_DENOISERS[base.__name__]
+            raise ValueError(f"{subject} cannot be gated: its {type(denoiser).__name__} {why}")
 
 
 def check_mode(pipe: Any) -> None:

@@ -58,7 +58,7 @@ REFUSED = {
         MarigoldDepth MarigoldIntrinsics MarigoldNormals MusicLDM PaintByExample StableDiffusionAttendAndExcite
         StableDiffusionDiffEdit StableDiffusionGLIGENTextImage StableDiffusionInpaintPipelineLegacy.
         StableDiffusionModelEditing StableDiffusionParadigms StableDiffusionPipelineSafe.
-        StableDiffusionPix2PixZero StableDiffusionSAG StableUnCLIPImg2Img StableUnCLIP TextToVideoZero
+        StableDiffusionPix2PixZero StableDiffusionSAG TextToVideoZero
         TextToVideoZeroSDXL
     """,
     "has no cross-attention layers": """

@@ -182,6 +182,17 @@ def test_after_the_gate_the_half_with_the_boxes_stays_in_gligen():
     assert masks == [[0, 1]] + [[1]] * 5
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["unclip", "unclip_image"])
+def test_after_the_gate_the_half_with_the_picture_stays_in_unclip(name):
+    host, told = HOSTS_BY_NAME[name], []
+    pipe = apply_tgate(host.build(), 1)
+    pipe.unet.class_embedding.register_forward_pre_hook(lambda module, args: told.append(args[0].any(1).tolist()))
+    host.run(pipe)
+    assert told == [[False, True]] + [[True]] * 5
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["lcm_lora", "tcd", "turbo"])
 def test_few_steps_without_guidance(name, steps):

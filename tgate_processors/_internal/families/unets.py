@@ -90,6 +90,9 @@ UNETS = (
             "StableDiffusionUpscalePipeline": None,
             "StableDiffusionXLAdapterPipeline": None,
             "StableDiffusionXLInstructPix2PixPipeline": None,
+            # Their unconditional half has no picture.
+            "StableUnCLIPImg2ImgPipeline": "conditional",
+            "StableUnCLIPPipeline": "conditional",
         },
     ),
     Family("UNetMotionModel", "unet", "unconditional", Inputs(_motion, tokens=77, frames=16)),

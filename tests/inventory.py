@@ -43,6 +43,8 @@ AS_ANOTHER = {
 
 # Gated by their guider, in test_modular.py and test_errors.py.
 BY_GUIDER = {"HunyuanVideo15Pipeline", "MotifVideoPipeline"}
+# Guidance alone, in test_textless.py.
+TEXTLESS = {"AudioLDMPipeline", "MusicLDMPipeline"}
 # By what the error says, without "Pipeline" at the end; what has another end has a full stop instead.
 REFUSED = {
     "T-GATE does not know how": """
@@ -54,8 +56,8 @@ REFUSED = {
         HunyuanImage HunyuanImageRefiner
     """,
     "it has no callback_on_step_end, no num_timesteps, no do_classifier_free_guidance": """
-        AudioLDM BlipDiffusionControlNet BlipDiffusion CycleDiffusion DreamLiteMobile DreamLite LDMTextToImage
-        MarigoldDepth MarigoldIntrinsics MarigoldNormals MusicLDM PaintByExample StableDiffusionAttendAndExcite
+        BlipDiffusionControlNet BlipDiffusion CycleDiffusion DreamLiteMobile DreamLite LDMTextToImage
+        MarigoldDepth MarigoldIntrinsics MarigoldNormals PaintByExample StableDiffusionAttendAndExcite
         StableDiffusionDiffEdit StableDiffusionGLIGENTextImage StableDiffusionInpaintPipelineLegacy.
         StableDiffusionModelEditing StableDiffusionParadigms StableDiffusionPipelineSafe.
         StableDiffusionPix2PixZero StableDiffusionSAG TextToVideoZero
@@ -191,6 +193,7 @@ def with_rows() -> set[str]:
     return (
         classes
         | BY_GUIDER
+        | TEXTLESS
         | set(re.findall(r"^\| `(\w+Pipeline)`", page[: page.index("## Other families")], re.MULTILINE))
     )
 

@@ -19,6 +19,7 @@ from .refusing import (
     check_loop,
     check_mode,
     check_self_attention,
+    check_text,
     why_distilled,
     why_no_denoiser,
 )
@@ -88,6 +89,7 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
         if part is not None:
             check_attention(part, subject, family.layout, cross_attention)
     check_mode(pipe)
+    check_text(pipe, cross_attention)
     call = inspect.unwrap(type(pipe).__call__)
     vouched = call.__module__.split(".")[0] == "diffusers"
     if family.layout.calls > 1 and not vouched:

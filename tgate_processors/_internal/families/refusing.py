@@ -35,6 +35,10 @@ REFUSED_DENOISERS = {
     ),
 }
 
+# Pipelines that tell the text as a class, together with the time. Their layers, which have the flag of cross-attention,
+# attend to none.
+TEXTLESS = ("AudioLDMPipeline", "MusicLDMPipeline")
+
 
 def why_no_denoiser(pipe: Any) -> str:
     """Why a pipeline has neither a UNet nor a transformer."""
@@ -110,6 +114,16 @@ def check_denoiser(denoiser: torch.nn.Module, subject: str) -> None:
         if base.__name__ in REFUSED_DENOISERS:
             why = REFUSED_DENOISERS[base.__name__]
             raise ValueError(f"{subject} cannot be gated: its {type(denoiser).__name__} {why}")
+
+
+def check_text(pipe: Any, cross_attention: bool | None) -> None:
+    """Refuse to gate the cross-attention of a pipeline whose layers attend to no text."""
+    if cross_attention is not False and any(base.__name__ in TEXTLESS for base in type(pipe).__mro__):
+        raise ValueError(
+            f"{type(pipe).__name__} cannot be gated like this: its UNet is told the text together with the time, and "
+            "attends to no text, so there is no cross-attention output to keep. apply_tgate(pipe, "
+            "cross_attention=False) gates guidance alone."
+        )
 
 
 def check_mode(pipe: Any) -> None:

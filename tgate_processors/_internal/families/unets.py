@@ -82,6 +82,8 @@ UNETS = (
         "unconditional",
         Inputs(_unet, tokens=77),
         untold={
+            "AudioLDMPipeline": None,
+            "MusicLDMPipeline": None,
             "StableDiffusionAdapterPipeline": None,
             # Its unconditional half has no boxes.
             "StableDiffusionGLIGENPipeline": "conditional",

@@ -283,6 +283,12 @@ def _with_another_layer():
             "pipe_or_denoiser is of type str: give a diffusers pipeline, or its denoiser",
         ),
         (lambda: torch.nn.Linear(2, 2), {}, ValueError, "Linear cannot be gated: T-GATE does not know how it does"),
+        (
+            lambda: type("UniDiffuserModel", (torch.nn.Module,), {})(),
+            {},
+            ValueError,
+            "UniDiffuserModel cannot be gated: it has text and picture in one sequence",
+        ),
         (lambda: diffusers.UNet2DModel, {}, TypeError, "pipe_or_denoiser is of type type"),
         (None, {"schedule": 10}, TypeError, "schedule is of type int: give a TGateSchedule"),
         (None, {"num_inference_steps": 2.5}, TypeError, "num_inference_steps=2.5 is of type float: give an int"),

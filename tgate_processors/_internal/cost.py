@@ -17,7 +17,7 @@ import torch
 from .call import Call
 from .checking import checked_int
 from .counting import MACs, Profile, count_forward, measure
-from .families import check_attention, family_of, find_family, known
+from .families import check_attention, check_denoiser, family_of, find_family, known
 from .families.family import InputSize
 from .memory import checked_memory, within
 from .rehearsal import run_schedule
@@ -245,6 +245,7 @@ def _pipe_and_denoiser(given: Any, cross_attention: bool | None) -> tuple[Any, A
         raise TypeError(f"pipe_or_denoiser is of type {name}: give a diffusers pipeline, or its denoiser.")
     family = family_of(given)
     if family is None:
+        check_denoiser(given, name)
         raise ValueError(f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {known()}.")
     check_attention(given, name, family.layout, cross_attention)
     return None, getattr(given, "_orig_mod", given)

@@ -2,7 +2,7 @@
 
 from ..layers import attention_modules
 from .finding import Found, check_guidance, check_half, find_family
-from .refusing import check_attention, check_mode
+from .refusing import check_attention, check_denoiser, check_mode
 from .rows import FAMILIES, family_of, known
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Found",
     "attention_modules",
     "check_attention",
+    "check_denoiser",
     "check_guidance",
     "check_half",
     "check_mode",

@@ -110,10 +110,11 @@ def check_loop(subject: str, parameters: set[str]) -> None:
 
 def check_denoiser(denoiser: torch.nn.Module, subject: str) -> None:
     """Refuse a denoiser that is known not to fit."""
+    name = type(denoiser).__name__
     for base in type(denoiser).__mro__:
         if base.__name__ in REFUSED_DENOISERS:
-            why = REFUSED_DENOISERS[base.__name__]
-            raise ValueError(f"{subject} cannot be gated: its {type(denoiser).__name__} {why}")
+            what = "it" if subject == name else f"its {name}"
+            raise ValueError(f"{subject} cannot be gated: {what} {REFUSED_DENOISERS[base.__name__]}")
 
 
 def check_text(pipe: Any, cross_attention: bool | None) -> None:

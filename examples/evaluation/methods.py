@@ -144,7 +144,7 @@ GATED = ("cutoff", "tgate", "tgate-v2", "deepcache-tgate")
 FOR_UNET = ("deepcache", "deepcache-auto", "deepcache-tgate", "tome")
 FOR_TRANSFORMER = ("cache-dit", *CACHES, "taylorseer-auto", "first-block-cache-auto", "cache-dit-auto")
 # What these take differs from picture to picture.
-COUNTED = ("first-block-cache", "first-block-cache-auto", "taylorseer-auto", "deepcache-auto", "cache-dit-auto")
+COUNTED = ("first-block-cache", "cache-dit", *(method for method in METHODS if method.endswith("-auto")))
 
 
 def unsuited(method: str, pipe: Any) -> str | None:

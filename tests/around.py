@@ -57,6 +57,7 @@ from tests.joint import (
     sd3,
 )
 from tests.pipelines import GOLDEN_SD, GOLDEN_XL, SIZE, images, load_golden, other, seeded
+from tests.sound import SOUND, SOUND_TWO
 
 try:
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
@@ -947,3 +948,6 @@ AROUND_TWO = [
         extra={"num_latent_frames_per_chunk": 2, "pyramid_num_inference_steps_list": [6]},
     ),
 ]
+
+AROUND += SOUND
+AROUND_TWO += SOUND_TWO

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .families import family_of
 from .families.family import InputSize
-from .halving import joined, sample_of
+from .halving import prediction_of
 from .layers import attention_modules
 from .layout import Layout, see
 from .memory import saved_macs, sizes_of
@@ -160,13 +160,13 @@ def measure(twin: Any, size: InputSize) -> Profile:
 
     family = family_of(twin)
     assert family is not None
-    several = family.layout.scales
+    layout = family.layout
 
     def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        given.append((joined(output) if several else sample_of(output, see(module, args, kwargs).shape)).numel())
+        given.append(prediction_of(output, see(module, args, kwargs), layout).numel())
 
     handle = twin.register_forward_hook(note, with_kwargs=True)
-    counted = count_forwards(twin, lambda: make_inputs(twin, 1, size), ways, family.layout)
+    counted = count_forwards(twin, lambda: make_inputs(twin, 1, size), ways, layout)
     for way, (forward, recorder) in zip(ways, counted, strict=True):
         forwards[way[0] is Action.REUSE, way[1] is Action.REUSE] = forward
         widths.append(recorder.nbytes // twin.dtype.itemsize)

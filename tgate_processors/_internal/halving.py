@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .layout import Names, tensors_in
+from .layout import Layout, Names, Seen, tensors_in
 from .schedule import CFGHalf
 
 
@@ -41,7 +41,14 @@ def halve_named(given: Mapping[str, Any], names: Names, batch: int, kept: CFGHal
     return halved
 
 
-def double(output: Any, half: int, difference: torch.Tensor | None = None, ran: CFGHalf = "unconditional") -> Any:
+def double(
+    output: Any,
+    half: int,
+    difference: torch.Tensor | None = None,
+    ran: CFGHalf = "unconditional",
+    *,
+    several: bool = False,
+) -> Any:
     """
     Make the output of the whole batch from that of one half.
 
@@ -50,10 +57,13 @@ def double(output: Any, half: int, difference: torch.Tensor | None = None, ran: 
         half (`int`): Its samples.
         difference (`torch.Tensor`, *optional*): The second half minus the first. Zero by default.
         ran (`str`, *optional*, defaults to `"unconditional"`): Which half it belongs to, by its place.
+        several (`bool`, *optional*, defaults to `False`): Whether the difference is one of what `joined` makes.
 
     Returns:
         `torch.Tensor` or container: As `output`, every tensor with both halves.
     """
+    if several and difference is not None:
+        return _each_with(output, half, difference, lambda item, own: double(item, half, own, ran))
     if not isinstance(output, torch.Tensor):
         return _mapped(output, lambda item: double(item, half, difference, ran))
     if not output.dim() or output.shape[0] != half:
@@ -67,35 +77,42 @@ def double(output: Any, half: int, difference: torch.Tensor | None = None, ran: 
     return torch.cat([output, other] if ran == "unconditional" else [other, output])
 
 
-def joined(output: Any) -> torch.Tensor:
+def prediction_of(output: Any, seen: Seen, layout: Layout) -> torch.Tensor:
+    """
+    What guidance is about in a denoiser's output.
+
+    Args:
+        output (`torch.Tensor` or container): The output.
+        seen (`Seen`): What the denoiser was given.
+        layout (`Layout`): What its family is.
+
+    Returns:
+        `torch.Tensor`: The prediction, or several of them as `joined` makes them.
+    """
+    if not layout.several:
+        return sample_of(output, seen.shape)
+    return joined(output, tail=layout.tail is not None and seen.given.get(layout.tail) is not None)
+
+
+def joined(output: Any, *, tail: bool = False) -> torch.Tensor:
     """
     Several predictions of a denoiser (video and audio) in one tensor.
 
     Args:
         output (container): The output.
+        tail (`bool`, *optional*, defaults to `False`): Whether the last frame of the first one is left out.
 
     Returns:
         `torch.Tensor`: A row for every sample and prediction, those of a sample together, filled up with zeros.
     """
-    each = [tensor.flatten(1) for tensor in tensors_in(output)]
+    each = [tensor[:, :-1] if tail and not place else tensor for place, tensor in enumerate(tensors_in(output))]
+    each = [tensor.flatten(1) for tensor in each]
     width = max(tensor.shape[1] for tensor in each)
     filled = [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in each]
     return torch.stack(filled, 1).flatten(0, 1)
 
 
-def double_joined(output: Any, half: int, difference: torch.Tensor, ran: CFGHalf) -> Any:
-    """As `double`, with a difference of what `joined` makes of outputs."""
-    rows = iter(difference.view(half, -1, difference.shape[1]).unbind(1))
-
-    def each(item: Any) -> Any:
-        if not isinstance(item, torch.Tensor):
-            return item
-        return double(item, half, next(rows)[:, : item[0].numel()].reshape(item.shape), ran)
-
-    return _mapped(output, each)
-
-
-def second_of(output: Any, rows: int, difference: torch.Tensor | None) -> Any:
+def second_of(output: Any, rows: int, difference: torch.Tensor | None, *, several: bool = False) -> Any:
     """
     Make the output of the second call of guidance from that of the first.
 
@@ -103,10 +120,13 @@ def second_of(output: Any, rows: int, difference: torch.Tensor | None) -> Any:
         output (`torch.Tensor` or container): The output of the first call.
         rows (`int`): Its samples.
         difference (`torch.Tensor`, *optional*): The second minus the first. Zero by default.
+        several (`bool`, *optional*, defaults to `False`): Whether the difference is one of what `joined` makes.
 
     Returns:
         `torch.Tensor` or container: As `output`, in tensors of its own.
     """
+    if several and difference is not None:
+        return _each_with(output, rows, difference, lambda item, own: second_of(item, rows, own))
     if not isinstance(output, torch.Tensor):
         return _mapped(output, lambda item: second_of(item, rows, difference))
     other = output.clone()
@@ -130,6 +150,22 @@ def sample_of(output: Any, shape: tuple[int, ...]) -> torch.Tensor:
     while not isinstance(output, torch.Tensor):
         output = next(iter(output.values() if isinstance(output, Mapping) else output))
     return output[:, : shape[0]] if output.shape[1] == 2 * shape[0] else output
+
+
+def _each_with(
+    output: Any, rows: int, difference: torch.Tensor, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Any:
+    """Apply a function to every tensor of an output, its samples in a row each, and its part of a joined difference."""
+    parts = iter(difference.view(rows, -1, difference.shape[1]).unbind(1))
+
+    def each(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        flat = item.flatten(1)
+        # A last frame that was left out lies at the end, so that its part is shorter.
+        return function(flat, next(parts)[:, : flat.shape[1]]).unflatten(1, item.shape[1:])
+
+    return _mapped(output, each)
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:

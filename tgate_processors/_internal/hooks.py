@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .checkpointing import Differentiated, cannot_replay
-from .halving import double, double_joined, halve_named
+from .halving import double, halve_named
 from .layout import Layout, Names, rows_of, see
 from .schedule import CFGHalf
 from .state import TGateState
@@ -202,8 +202,7 @@ class DenoiserHooks:
                 "remove_tgate(pipe) to use this pipeline."
             )
         whole.give_back()
-        give = double if difference is None or not self._layout.scales else double_joined
-        return give(output, whole.rows, difference, whole.kept)
+        return double(output, whole.rows, difference, whole.kept, several=self._layout.several)
 
 
 class _Whole:

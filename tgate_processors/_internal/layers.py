@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,7 @@ class Layers:
         self._at_start: list[Any] = []
         self._in_loop: list[Any] = []
         self._by_slot: dict[Slot, str] = {}
+        self._absent: set[str] = set()
 
     def look(self) -> None:
         """Find the layers. An IP-Adapter may bring some of its own."""
@@ -84,9 +86,14 @@ class Layers:
             if gates[name] is None and (self.layout.is_cross(name, layer) or not self._is_harmless(name, layer))
         ]
 
+    def meet(self, given: Mapping[str, Any]) -> None:
+        """A forward with these arguments begins, in which some layers may not run."""
+        self._absent = {name for name in self._modules if self.layout.is_absent(name, given)}
+
     def expected(self) -> dict[str, Slot]:
         """The gates of all cross-attention: each has to hold an output before a half of the batch is left out."""
-        return {name: slot for slot, name in self._by_slot.items() if self.layout.is_cross(name, self._modules[name])}
+        there = {slot: name for slot, name in self._by_slot.items() if name not in self._absent}
+        return {name: slot for slot, name in there.items() if self.layout.is_cross(name, self._modules[name])}
 
     def of(self, slot: Slot) -> Any:
         """The layer of a gate."""

@@ -55,10 +55,13 @@ class Layout:
         joint (`bool`): Whether text and image share one softmax. Then no layer is gated, but guidance alone.
         beside (`tuple` of `str`): Arguments that tell further calls in a step, which are about the conditional half.
             They run as without T-GATE.
-        scales (`tuple` of `str`): Where a pipeline has its guidance scales, if there is one for each tensor that the
-            denoiser gives (video, audio).
+        several (`bool`): Whether the denoiser gives several tensors that are guided (video, sound).
+        scales (`tuple` of `str`): Where a pipeline has its guidance scales, if there is one for each of them.
+        part_of (`Mapping`): Parts of the names of layers that run only where an argument is given, and its name.
         given_last (`bool`): Whether the tokens of a given picture follow those of the latents. The pipeline does not
             read what the denoiser makes of them.
+        tail (`str`, *optional*): The argument that tells that the last frame of the latents is a given picture,
+            likewise.
         scale_beyond (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
             counted from the unconditional half.
     """
@@ -68,6 +71,7 @@ class Layout:
     cross: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    several: bool = False
     scales: tuple[str, ...] = ()
     conditional_first: bool = False
     mean: bool = True
@@ -77,6 +81,8 @@ class Layout:
     keeps_cross: bool = True
     joint: bool = False
     given_last: bool = False
+    part_of: Mapping[str, str] = field(default_factory=dict)
+    tail: str | None = None
 
     @property
     def of_denoiser(self) -> Names:
@@ -91,6 +97,10 @@ class Layout:
     def is_beside(self, given: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments is a further one, and no part of guidance by the two halves."""
         return any(given.get(name) for name in self.beside)
+
+    def is_absent(self, name: str, given: Mapping[str, Any]) -> bool:
+        """Whether the layer of this name does not run in a call with these arguments."""
+        return any(part in name and given.get(argument) is None for part, argument in self.part_of.items())
 
     def is_gated(self, name: str) -> bool:
         """Whether the layer of this name may be gated."""

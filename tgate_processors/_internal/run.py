@@ -13,7 +13,7 @@ from .companions.companion import Companions
 from .control import Control
 from .deciding import UNSEEN, Decision, refuse
 from .experts import Experts, Stored
-from .halving import joined, sample_of, second_of
+from .halving import prediction_of, second_of
 from .layers import Layers
 from .layout import Seen
 from .outputs import Kept, Outputs
@@ -186,6 +186,7 @@ class Run:
             say_unguided(self._state, self.call, gates_cross=self.gates_cross, joint=self._layout.joint)
         if self.gates_cross:
             self._text.watch(seen.text, loop)
+        self.experts.now.layers.meet(seen.given)
         self._decision.make(loop, seen, kept, guided=guided, droppable=self._droppable, may_halve=may_halve)
         self._seen, self._guided = seen, guided
         self.outputs.before_forward()
@@ -215,7 +216,8 @@ class Run:
         difference = self._difference(output)
         if self.half and self._layout.calls > 1:
             assert self._seen is not None
-            self._second, difference = second_of(output, self._seen.batch, difference), None
+            several = self._layout.several
+            self._second, difference = second_of(output, self._seen.batch, difference, several=several), None
         if self._by_forward:
             self.tick()
         return difference
@@ -333,7 +335,7 @@ class Run:
             return loop.guidance.predicted(loop.passes)
         if not loop.may_halve or (self._layout.calls == 1 and self._repeats_guidance()):
             return None
-        sample = joined(output) if self._layout.scales else sample_of(output, seen.shape)
+        sample = prediction_of(output, seen, self._layout)
         if self._layout.calls > 1:
             self._first = sample
         else:
@@ -377,7 +379,7 @@ class Run:
         if loop is None or loop.guidance is None or first is None or seen is None:
             return
         if not self._repeats_guidance():
-            self._note(loop, (first, sample_of(output, seen.shape)), 1)
+            self._note(loop, (first, prediction_of(output, seen, self._layout)), 1)
 
     def skips(self, denoiser: Any) -> bool:
         """Whether the call of a denoiser that comes now is the one that is left out."""

@@ -1,7 +1,8 @@
-"""Kandinsky 3: a UNet whose blocks list their attention. Kandinsky 5: guidance by two calls."""
+"""Kandinsky 3: a UNet whose blocks list their attention. Kandinsky 5 and 6: guidance by two calls; 6 has sound too."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,20 @@ def _kandinsky5(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
+def _kandinsky6(config: Any, batch: int, size: InputSize) -> Shapes:
+    channels = 2 * config.in_visual_dim + 1 if config.visual_cond else config.in_visual_dim
+    # 24 frames of the video a second, of which all but the first are four to one of the latent; and of the sound 44100
+    # samples, of which 1024 are one of the latent.
+    audio = math.ceil((4 * (size.frames - 1) + 1) / 24 * 44100 / 1024)
+    return {
+        "hidden_states": (batch, size.frames, size.height, size.width, channels),
+        "audio_hidden_states": (batch, audio, config.in_audio_dim),
+        "timestep": (batch,),
+        "encoder_hidden_states": (batch, size.tokens, config.in_text_dim),
+        "pooled_projections": (batch, config.in_text_dim2),
+    }
+
+
 KANDINSKY = (
     Family(
         "Kandinsky3UNet",
@@ -62,5 +77,22 @@ KANDINSKY = (
         ),
         # They tell their steps, and guide where `guidance_scale` is above 1.
         untold=dict.fromkeys(f"Kandinsky5{kind}Pipeline" for kind in ("T2V", "I2V", "T2I", "I2I")),
+    ),
+    Family(
+        "Kandinsky6Transformer3DModel",
+        "transformer",
+        "conditional",
+        Inputs(_kandinsky6, tokens=1024, frames=121, frame_scale=4),
+        Layout(
+            cross=("video_dec_block.cross_attention", "audio_dec_block.cross_attention"),
+            # What the latter two attend to is the other of video and sound.
+            never=("text_transformer_blocks", "va_cross_attention", "av_cross_attention"),
+            calls=2,
+            several=True,
+            # A video may be made without its sound, and what is given of it is one frame more.
+            part_of={"audio_dec_block": "audio_hidden_states"},
+            tail="visual_token_type_ids",
+            keeps_cross=False,
+        ),
     ),
 )

@@ -18,6 +18,7 @@ REFUSED_ARGUMENTS = {
     "view_batch_size": "it denoises several views in every step",
     "overlap_history": "it denoises windows of frames, each with noise of its own (diffusion forcing)",
     "temporal_tile_size": "it denoises windows of frames that overlap, and runs a step less in each than it says",
+    "tiles_batch_size": "it refines a video tile by tile, and has neither a text nor guidance to leave out",
     "controls_conditioning_scale": "it denoises a video in pieces, with a ControlNet that runs twice in every step",
     "chunk_partition": "it denoises a video piece by piece, and calls its denoiser between them to keep their keys",
     "keyframe_positions": "it does not guide, and calls its denoiser once for every tile of a video in each step",

@@ -163,7 +163,7 @@ def _each_with(
             return item
         flat = item.flatten(1)
         # A last frame that was left out lies at the end, so that its part is shorter.
-        return function(flat, next(parts)[:, : flat.shape[1]]).unflatten(1, item.shape[1:])
+        return function(flat, next(parts)[:, : flat.shape[1]]).reshape(-1, *item.shape[1:])
 
     return _mapped(output, each)
 

@@ -12,8 +12,8 @@ from .call import Call
 from .companions.companion import Companions
 from .control import Control
 from .deciding import UNSEEN, Decision, refuse
+from .differences import Differences
 from .experts import Experts, Stored
-from .halving import prediction_of, second_of
 from .layers import Layers
 from .layout import Seen
 from .outputs import Kept, Outputs
@@ -83,8 +83,7 @@ class Run:
         self._ticks = 0
         self._seen: Seen | None = None
         self._guided = False
-        self._first: torch.Tensor | None = None
-        self._second: Any = None
+        self._differences = self._compare()
 
     @property
     def report(self) -> TGateReport:
@@ -205,7 +204,8 @@ class Run:
         if self.experts.call > 0 or self.half or not self._guided or self._layout.calls == 1:
             self._companions.end_step()
         if self.experts.call > 0:
-            self._after_second(output)
+            if self._loop is not None and self._seen is not None:
+                self._differences.of_second(self._loop, output, self._seen, expert=self.experts.now.number)
             return None
         if self.half and not self._companions and self.gates_cross:
             refuse(self.outputs.silent(), "did not give out what they keep, but ran on half of the batch")
@@ -213,11 +213,10 @@ class Run:
         if self._decision.stores and self._seen is not None:
             rows = self._seen.batch // (1 if part is Part.ALL else 2)
             self.experts.now.stored = Stored(rows, self._seen.shape, part)
-        difference = self._difference(output)
-        if self.half and self._layout.calls > 1:
-            assert self._seen is not None
-            several = self._layout.several
-            self._second, difference = second_of(output, self._seen.batch, difference, several=several), None
+        difference, loop, seen = None, self._loop, self._seen
+        if loop is not None and seen is not None and self._guided and self._droppable:
+            number = self.experts.now.number
+            difference = self._differences.of_first(loop, output, seen, half=self.half, expert=number)
         if self._by_forward:
             self.tick()
         return difference
@@ -248,9 +247,7 @@ class Run:
         if self._droppable:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
             self.batch.settle(self._seen, self._guided and self._layout.calls == 1, tensors or {}, latents)
-        now = (tensors or {}).get("latents")
-        if self._layout.given_last and loop.guidance is not None and isinstance(now, torch.Tensor) and now.dim() == 3:
-            loop.guidance.read(now.shape[1])
+        self._differences.read(loop, (tensors or {}).get("latents"))
         first = self.experts.now.by_call[0]
         did, layers = first.counts(), self.experts.layers_kept
         self._tally.add(loop, step, half=self.half, did=did, held=self.nbytes, layers=layers)
@@ -277,6 +274,7 @@ class Run:
         self.call, self.batch, self._droppable = call, Batch(call, layers.layout), droppable
         self.experts.adopt(layers)
         self._layout = layers.layout
+        self._differences = self._compare()
         self.waiting = False
         self._begin().forward()
         self.outputs.after_forward()
@@ -289,7 +287,8 @@ class Run:
         self.experts.forget()
         self._loop = None
         self._text.forget()
-        self._seen = self._first = self._second = None
+        self._seen = None
+        self._differences.forget()
         reused = report.cross_attention_reused + report.self_attention_reused
         too_little = report.cross_attention_layers > report.kept_layers == 0
         if completed and not reused and not too_little and (self._decision.due or not self._ticks):
@@ -318,7 +317,7 @@ class Run:
         self.batch.forget()
         self._companions.end_loop()
         self._decision.begin()
-        self._first = self._second = None
+        self._differences.forget()
         self.experts.forget()
 
     def _needs_guidance(self) -> bool:
@@ -326,36 +325,10 @@ class Run:
         schedule = self._state.schedule
         return schedule.is_auto or not (self.gates_cross or max(schedule.sp_interval, schedule.fi_interval) > 1)
 
-    def _difference(self, output: Any) -> torch.Tensor | None:
-        """What the halves of guidance differ by: noted if both were computed, else predicted."""
-        loop, seen = self._loop, self._seen
-        if loop is None or loop.guidance is None or seen is None or not (self._guided and self._droppable):
-            return None
-        if self.half:
-            return loop.guidance.predicted(loop.passes)
-        if not loop.may_halve or (self._layout.calls == 1 and self._repeats_guidance()):
-            return None
-        sample = prediction_of(output, seen, self._layout)
-        if self._layout.calls > 1:
-            self._first = sample
-        else:
-            first, second = sample.chunk(2)
-            self._note(loop, (first, second), 0 if self.batch.unconditional_first else 1)
-        return None
-
-    def _repeats_guidance(self) -> bool:
-        """Whether the step that has run says nothing new of guidance, because a cache has repeated it."""
-        return self._state.schedule.is_auto and self._companions.repeated()
-
-    def _note(self, loop: Loop, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int) -> None:
-        """Both halves of guidance were computed."""
-        assert loop.guidance is not None
-        scale = self.call.scale(self.experts.now.number) if self._state.schedule.is_auto else None
-        if isinstance(scale, list):
-            scale = halves[0].new_tensor(scale).repeat(len(halves[0]) // len(scale)).unsqueeze(1)
-        loop.guidance.note(loop.passes, halves, unconditional, scale)
-        if loop.guidance.error is not None:
-            self._tally.measured(loop.step_index, loop.guidance.error)
+    def _compare(self) -> Differences:
+        """What compares the halves of guidance."""
+        is_auto = self._state.schedule.is_auto
+        return Differences(self.call, self.batch, self._layout, self._companions, self._tally, is_auto=is_auto)
 
     def _before_second(self, loop: Loop, seen: Seen, denoiser: Any) -> None:
         """The second call of a full step: as the first one, but what only half steps reuse is not kept of it."""
@@ -372,19 +345,10 @@ class Run:
         self.outputs.signals.set(cross, own)
         self.outputs.before_forward()
 
-    def _after_second(self, output: Any) -> None:
-        """The second call of a full step has ended."""
-        loop, seen, first = self._loop, self._seen, self._first
-        self._first = None
-        if loop is None or loop.guidance is None or first is None or seen is None:
-            return
-        if not self._repeats_guidance():
-            self._note(loop, (first, prediction_of(output, seen, self._layout)), 1)
-
     def skips(self, denoiser: Any) -> bool:
         """Whether the call of a denoiser that comes now is the one that is left out."""
         loop = self._loop
-        expected = self._second is not None and loop is not None and loop.forwards == 1
+        expected = self._differences.leaves_out and loop is not None and loop.forwards == 1
         return expected and self.experts.now.layers.denoiser is denoiser
 
     def skipped(self) -> Any:
@@ -392,5 +356,4 @@ class Run:
         assert self._loop is not None
         self._loop.forward(guided=True)
         self._companions.leave_out()
-        output, self._second = self._second, None
-        return output
+        return self._differences.left_out()

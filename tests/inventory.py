@@ -48,8 +48,8 @@ TEXTLESS = {"AudioLDMPipeline", "MusicLDMPipeline"}
 # By what the error says, without "Pipeline" at the end; what has another end has a full stop instead.
 REFUSED = {
     "T-GATE does not know how": """
-        AceStep AmusedImg2Img AmusedInpaint Amused BriaFibo2 BriaFiboEdit BriaFibo
-        HiDreamImage Ideogram4 JoyImageEdit JoyImageEditPlus Kandinsky6SR Kandinsky6TI2VA
+        AmusedImg2Img AmusedInpaint Amused BriaFibo2 BriaFiboEdit BriaFibo
+        HiDreamImage Ideogram4 JoyImageEdit JoyImageEditPlus
         LongCatImageEdit LongCatImage NucleusMoEImage OmniGen QwenImage21
     """,
     "cannot be gated with guider=AdaptiveProjectedMixGuidance": """
@@ -102,6 +102,9 @@ REFUSED = {
     """,
     "it denoises a video piece by piece": """
         AnyFlowFAR
+    """,
+    "it refines a video tile by tile": """
+        Kandinsky6SR
     """,
     "packs text, video and sound into one sequence": """
         Cosmos3Omni

@@ -11,6 +11,8 @@ from .steps import Timeline
 
 # Arguments that give the step in which a pipeline exchanges its text embeddings.
 _EXCHANGING = ("start_merge_step",)
+# The share of the noise schedule that is guided, as its begin and its end.
+_INTERVAL = {"start": 0.0, "end": 1.0}
 
 
 class Call:
@@ -80,10 +82,16 @@ class Call:
         """Passes of the loop, if the pipeline says how many."""
         if hasattr(type(self._pipe), "num_timesteps"):
             # A custom loop may never set what it inherits.
-            return getattr(self._pipe, "_num_timesteps", None) or getattr(self._pipe, "num_timesteps", None)
+            told = getattr(self._pipe, "_num_timesteps", None) or getattr(self._pipe, "num_timesteps", None)
+            return self._scheduled() if told is not None and self._is_only_asked(told) else told
         if self._until is None:
             self._until = self._cut_off(self._arguments.get("denoising_end")) - self._left_out()
         return self._until
+
+    def _is_only_asked(self, told: int) -> bool:
+        """Whether the pipeline tells the steps it was asked for, although `timesteps` gives others (ACE-Step)."""
+        given, asked = self._arguments.get("timesteps"), self._arguments.get("num_inference_steps")
+        return given is not None and told == asked != len(given) and "strength" not in self._arguments
 
     def _left_out(self) -> int:
         """Timesteps that do not run, because a video is given that is noised in part."""
@@ -106,6 +114,10 @@ class Call:
 
     def guided(self) -> bool:
         """Whether the denoiser's batch holds both halves of classifier-free guidance now."""
+        return self.guides() and self._is_within()
+
+    def guides(self) -> bool:
+        """Whether it does in some step of this call."""
         if not self._guides:
             return False
         self._check_end()
@@ -193,8 +205,23 @@ class Call:
         given = [self._arguments[name] is not None for name in embeds if name in self._arguments]
         return self._arguments.get("negative_prompt") is not None or (bool(given) and all(given))
 
+    def _is_within(self) -> bool:
+        """Whether the step that runs now is one of those that are guided, where the call says which (ACE-Step)."""
+        start, end = (self._arguments.get(f"cfg_interval_{name}", all_of_it) for name, all_of_it in _INTERVAL.items())
+        if (start, end) == tuple(_INTERVAL.values()):
+            return True
+        scheduler = self._pipe.scheduler
+        return bool(start <= 1.0 - float(scheduler.timesteps[scheduler.step_index or 0]) <= end)
+
     def _check_end(self) -> None:
-        """Refuse a call that ends guidance by itself (Lumina 2)."""
+        """Refuse a call that ends guidance by itself (Lumina 2), or mixes two songs (ACE-Step)."""
+        strength = self._arguments.get("audio_cover_strength", 1.0)
+        if strength < 1:
+            raise ValueError(
+                f"T-GATE: audio_cover_strength={strength} calls the denoiser of {self.subject} a second time in every "
+                "step, without the song that is covered, and what a layer keeps cannot serve both. Leave it out, or "
+                "call remove_tgate(pipe) to use it."
+            )
         ratio = self._arguments.get("cfg_trunc_ratio")
         if ratio is not None and ratio < 1:
             raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from .call import Call
 from .checking import checked_int
 from .counting import MACs, Profile, count_forward, measure
-from .families import check_attention, check_denoiser, family_of, find_family, known
+from .families import check_attention, check_denoiser, distilled_by, family_of, find_family, known
 from .families.family import InputSize
 from .memory import checked_memory, within
 from .rehearsal import run_schedule
@@ -255,14 +255,14 @@ def _guided(denoiser: Any, guidance: bool | None) -> bool:
     """Whether guidance is on; pipelines never double the batch of a denoiser that embeds the guidance scale."""
     if guidance is not None and not isinstance(guidance, bool):
         raise TypeError(f"guidance={guidance!r} is of type {type(guidance).__name__}: give True or False.")
-    settings = ("time_cond_proj_dim", "guidance_embeds")
-    embedded = next((name for name in settings if getattr(denoiser.config, name, None) not in (None, False)), None)
+    timed = getattr(denoiser.config, "time_cond_proj_dim", None) is not None
+    embedded = "time_cond_proj_dim" if timed else distilled_by(denoiser)
     family = family_of(denoiser)
     # Guidance by a second call, with a negative prompt, may come beside the embedded one.
     if guidance and embedded and (family is None or family.layout.calls == 1):
         raise ValueError(
-            f"guidance=True, but this {type(denoiser).__name__} embeds the guidance scale (config.{embedded}), so its "
-            "batch is never two halves: leave out `guidance`."
+            f"guidance=True, but this {type(denoiser).__name__} has its guidance in itself (config.{embedded}), so "
+            "its batch is never two halves: leave out `guidance`."
         )
     return not embedded if guidance is None else guidance
 

@@ -62,6 +62,7 @@ class Layout:
             read what the denoiser makes of them.
         tail (`str`, *optional*): The argument that tells that the last frame of the latents is a given picture,
             likewise.
+        remembers (`bool`): Whether guidance remembers that of the steps before, so that two equal halves do not end it.
         scale_beyond (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
             counted from the unconditional half.
     """
@@ -83,6 +84,7 @@ class Layout:
     given_last: bool = False
     part_of: Mapping[str, str] = field(default_factory=dict)
     tail: str | None = None
+    remembers: bool = False
 
     @property
     def of_denoiser(self) -> Names:

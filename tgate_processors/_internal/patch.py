@@ -77,7 +77,7 @@ def apply_tgate(
         guidance (`str`, *optional*):
             What happens to classifier-free guidance after the gate: `"drop"` ends it, as the published method does;
             `"predict"` keeps it, with the difference of the two halves predicted from the last full steps. Defaults to
-            `"predict"` with `gate_step="auto"`, else to `"drop"`.
+            `"predict"` with `gate_step="auto"`, else to `"drop"`. Guidance with a memory (ACE-Step) cannot be dropped.
         cfg_interval (`int`, *optional*):
             With `guidance="predict"`, every `cfg_interval`-th step after the gate is a full step: both halves are
             computed, and cross-attention and the difference are kept anew. By default there are none.

@@ -181,7 +181,7 @@ class Run:
             self.batch.check(seen, guided and self._layout.calls == 1)
         if self._by_forward and not self.call.vouched:
             self.call.check_timestep(seen.given.get("timestep"), loop.passes)
-        if self._needs_guidance() and not loop.passes and not (guided and self._droppable):
+        if self._needs_guidance() and not loop.passes and not (self._droppable and self.call.guides()):
             say_unguided(self._state, self.call, gates_cross=self.gates_cross, joint=self._layout.joint)
         if self.gates_cross:
             self._text.watch(seen.text, loop)

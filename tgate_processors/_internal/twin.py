@@ -67,7 +67,7 @@ def input_size(
         sides.append(value // factor)
     tokens = max_sequence_length
     if tokens is None:
-        padded = getattr(getattr(pipe, "tokenizer", None), "model_max_length", None)
+        padded = getattr(getattr(pipe, "tokenizer", None), "model_max_length", None) if inputs.padded else None
         tokens = _call_default(pipe, "max_sequence_length") or padded or inputs.tokens
     frames = num_frames
     if frames is None and inputs.frames is not None:

@@ -1,4 +1,7 @@
-"""Stable Audio: text and duration in one cross-attention. AudioLDM 2: two texts in turn. LongCat: two calls."""
+"""
+Stable Audio: text and duration in one cross-attention. AudioLDM 2: two texts in turn. LongCat: two calls. ACE-Step: the
+conditional half first, and guidance with a memory.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,18 @@ def _stable_audio3(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
+def _ace_step(config: Any, batch: int, size: InputSize) -> Shapes:
+    acoustic = config.audio_acoustic_hidden_dim
+    return {
+        "hidden_states": (batch, size.frames, acoustic),
+        "timestep": (batch,),
+        "timestep_r": (batch,),
+        # Lyrics, a token for the timbre, and the text.
+        "encoder_hidden_states": (batch, size.tokens, config.encoder_hidden_size or config.hidden_size),
+        "context_latents": (batch, size.frames, config.in_channels - acoustic),
+    }
+
+
 AUDIO = (
     Family(
         "StableAudioDiTModel",
@@ -100,5 +115,23 @@ AUDIO = (
         Layout(arguments=("global_hidden_states",), cross=("cross_attn",)),
         # Their call knows no guidance.
         untold=dict.fromkeys(("StableAudio3AudioToAudioPipeline", "StableAudio3InpaintPipeline")),
+    ),
+    Family(
+        "AceStepTransformer1DModel",
+        "transformer",
+        "conditional",
+        # A minute, 25 to a second.
+        Inputs(_ace_step, tokens=512, frames=1500, sized=False, padded=False),
+        Layout(
+            arguments=("timestep_r", "context_latents"),
+            conditional_first=True,
+            # A momentum of -0.75 lives in its loop (APG): where the halves are the same, three quarters of the last
+            # update come back with the other sign, and a rest of them in every step after that.
+            #
+            # Errors are measured as those of plain guidance with the same scale: text + (scale - 1) * difference is
+            # none + scale * difference, so nothing is to be added to it. APG makes the difference shorter, and with it
+            # what is off in it and the output: the two errors are alike (tests/test_sound.py compares them).
+            remembers=True,
+        ),
     ),
 )

@@ -33,6 +33,7 @@ class Inputs:
         tokens (`int`): Text tokens if nothing says how many.
         frames (`int`, *optional*): Frames likewise; nothing for pictures.
         text (`bool`): Whether the number of tokens may be told.
+        padded (`bool`): Whether pipelines fill the text up to what their tokenizer takes.
         sized (`bool`): Whether it has a height and a width.
         scale (`int`): Pixels of the picture for one of the latent, if no pipeline says it.
         frame_scale (`int`): Frames of the video, but for the first one, for one of the latent.
@@ -43,6 +44,7 @@ class Inputs:
     tokens: int
     frames: int | None = None
     text: bool = True
+    padded: bool = True
     sized: bool = True
     scale: int = 8
     frame_scale: int = 1

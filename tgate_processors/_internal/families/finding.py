@@ -81,7 +81,7 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
     # By a negative prompt, whatever the denoiser is told besides; the call says whether it does.
     by_negative = "true_cfg_scale" in parameters
     # Such a denoiser is guided by what it is told (Sana Sprint), in a batch of one half.
-    embedded = bool(getattr(denoiser.config, "guidance_embeds", False)) and not by_negative
+    embedded = distilled_by(denoiser) is not None and not by_negative
     if family.layout.joint and (embedded or not (legacy or by_negative or hasattr(type(pipe), _GUIDES))):
         raise ValueError(why_distilled(denoiser, subject))
     second = _second(pipe, family)
@@ -107,6 +107,14 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
     return Found(
         denoiser, family, kept_half, controlnet, vouched, by_forward=not ticks, guides=not embedded, second=second
     )
+
+
+def distilled_by(denoiser: Any) -> str | None:
+    """The setting that says that a denoiser has its guidance in itself, so that pipelines give it no other half."""
+    config = denoiser.config
+    if getattr(config, "model_version", None) == "turbo":
+        return "model_version"
+    return next((name for name in ("guidance_embeds", "is_turbo") if getattr(config, name, False)), None)
 
 
 def _second(pipe: Any, family: Family) -> torch.nn.Module | None:
@@ -146,6 +154,12 @@ def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule, cross_atten
         raise ValueError(
             f"cross_attention=False gates guidance alone, and that of {type(pipe).__name__} is not two halves, so all "
             f"of it stays on. {INSTEAD if joint else 'Leave cross_attention out.'}"
+        )
+    if found.family.layout.remembers and found.guides and not schedule.predicts:
+        raise ValueError(
+            f'guidance="drop" is not possible: {type(pipe).__name__} remembers the guidance of the steps before '
+            "(momentum), so it goes on where the two halves are the same. Predict it, "
+            f'apply_tgate(pipe, {schedule.gate_step}, guidance="predict"), or leave gate_step out.'
         )
     check_self_attention(found.denoiser, type(pipe).__name__, found.family.layout, schedule)
     if schedule.predicts and found.kept_half is None:

@@ -58,6 +58,7 @@ from tests.joint import (
 )
 from tests.pipelines import GOLDEN_SD, GOLDEN_XL, SIZE, images, load_golden, other, seeded
 from tests.sound import SOUND, SOUND_TWO
+from tests.z_image import Z_IMAGE
 
 try:
     from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
@@ -585,6 +586,7 @@ AROUND_JOINT += [
         extra={"latent_window_size": 2},
         **_TRUE,
     ),
+    *Z_IMAGE,
 ]
 
 

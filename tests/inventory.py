@@ -65,7 +65,7 @@ REFUSED = {
     """,
     "has no cross-attention layers": """
         ConsistencyModel DDIM DDPM DiT GlmImage KarrasVe LDM LDMSuperResolution PNDM RePaint ScoreSdeVe
-        VQDiffusion ZImageControlNetInpaint ZImageControlNet ZImageImg2Img ZImageInpaint ZImageOmni ZImage
+        VQDiffusion
     """,
     "with a ControlNet that runs twice in every step": """
         Cosmos2_5_Transfer

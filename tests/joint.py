@@ -25,13 +25,14 @@ class Joint(Kind):
 
     `calls` is the number of calls of its denoiser that guidance is, `scale` the argument that sets it. `normalised`
     says whether the pipeline gives what it has guided the length of the conditional output, `sign` what it multiplies
-    the output of its denoiser with.
+    the output of its denoiser with, `first_of_control` what `first` is in its ControlNet, if it is another one.
     """
 
     calls: int = 1
     scale: str = "guidance_scale"
     normalised: bool = False
     sign: int = 1
+    first_of_control: str = ""
 
     @property
     def is_there(self) -> bool:

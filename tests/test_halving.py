@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from tgate_processors._internal.halving import double, halve, halve_named
-from tgate_processors._internal.layout import DENOISER_ARGUMENTS
+from tgate_processors._internal.halving import double, halve, halve_named, stacked, unstacked
+from tgate_processors._internal.layout import DENOISER_ARGUMENTS, Layout, latents_of
 
 Pair = namedtuple("Pair", ["left", "right"])
 
@@ -94,6 +94,38 @@ def test_an_output_of_any_kind_is_given_back_as_both_halves(output):
         assert doubled.note == "kept"
     if isinstance(output, Pair):
         assert doubled.right is output.right
+
+
+@pytest.mark.parametrize(("kept", "half"), [("unconditional", slice(2)), ("conditional", slice(2, None))])
+def test_a_batch_that_is_a_list_is_halved_by_its_entries(kept, half):
+    given = {
+        # Channels, which are no samples, although there are as many.
+        "x": [[rows(5, 1, 4, 4), rows(4, 1, 2, 2)] for _ in range(4)],
+        "cap_feats": [rows(3 + place, 8) for place in range(4)],
+        "siglip_feats": [None] * 4,
+        "image_noise_mask": [[place] for place in range(4)],
+        "control_context": rows(4, 5),
+        "conditioning": [rows(4, 5)],
+    }
+    names = Layout(entries=("x", "cap_feats", "siglip_feats", "image_noise_mask", "control_context")).of_denoiser
+    halved = halve_named(given, names, 4, kept)
+    for name in ("x", "cap_feats", "siglip_feats", "image_noise_mask"):
+        assert [*map(id, halved[name])] == [*map(id, given[name][half])]
+    assert halved["control_context"][:, 0].tolist() == [0, 1, 2, 3][half]
+    assert halved["conditioning"] is given["conditioning"]
+    # Another number of entries is no batch.
+    assert halve_named({"x": given["x"]}, names, 3, kept)["x"] is given["x"]
+    assert latents_of(given) is given["x"][0][-1]
+
+
+@pytest.mark.parametrize("output", [([rows(4, 3)] * 2, "other"), UNet2DConditionOutput(sample=[rows(4, 3)] * 2)])
+def test_an_output_that_is_a_list_is_given_back_as_one_of_both_halves(output):
+    difference = torch.ones(2, 4, 3)
+    doubled = unstacked(double(stacked(output), 2, difference, "unconditional"))
+    assert type(doubled) is type(output)
+    assert type(doubled[0]) is list
+    assert [entry[0, 0].item() for entry in doubled[0]] == [0, 0, 1, 1]
+    assert len(output[0]) == 2
 
 
 def test_halves_are_views():

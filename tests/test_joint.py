@@ -16,6 +16,8 @@ from tests.test_cost import taken
 from tests.test_families import check_restored, rows
 from tests.test_laws import Stop, distance, snapshot
 from tests.test_predicted import EVERY, FIXED, PATIENT, full_steps
+from tests.test_two_calls import OwnLoop
+from tests.z_image import EVEN
 from tgate_processors import (
     TGateSchedule,
     apply_tgate,
@@ -46,10 +48,10 @@ def full_of(settings):
     return tuple(range(GATE)) if settings is DROP else full_steps(STEPS, settings)
 
 
-def rows_seen(module, kind):
+def rows_seen(module, first):
     """What the first layer is given in each forward."""
     seen = []
-    first = module.get_submodule(kind.first)
+    first = module.get_submodule(first)
     first.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     return seen
 
@@ -63,7 +65,7 @@ def processors(pipe):
 def test_half_steps_compute_one_half_and_removal_restores_every_object(kind: Joint, settings):
     pipe = kind.build()
     given, watch = [], pipe.transformer.register_forward_hook
-    handle = watch(lambda module, args, output: given.append(output[0]))
+    handle = watch(lambda module, args, output: given.append(tensor_of(output[0])))
     noises = watch_scheduler(pipe)
     baseline = kind.run(pipe)
     handle.remove()
@@ -92,8 +94,8 @@ def test_half_steps_compute_one_half_and_removal_restores_every_object(kind: Joi
 @every
 def test_the_denoiser_runs_on_both_halves_in_full_steps_and_on_one_in_half_steps(kind: Joint):
     pipe = apply_tgate(kind.build(), **FIXED, **ALONE)
-    seen = rows_seen(pipe.transformer, kind)
-    controlled = rows_seen(pipe.controlnet, kind) if kind.control else []
+    seen = rows_seen(pipe.transformer, kind.first)
+    controlled = rows_seen(pipe.controlnet, kind.first_of_control or kind.first) if kind.control else []
     prompts = [0, 1] if kind.batches else [0]
     kind.run(pipe, prompts)
     half = len(prompts) * kind.rows
@@ -124,7 +126,7 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
     calls = []
     # Registered before T-GATE's: sees what the pipeline gives.
     note = pipe.transformer.register_forward_pre_hook
-    handle = note(lambda module, args, kwargs: calls.append((args, dict(kwargs))), with_kwargs=True)
+    handle = note(lambda module, args, kwargs: calls.append((tuple(args), dict(kwargs))), with_kwargs=True)
     apply_tgate(pipe, **settings, **ALONE)
     noises = watch_scheduler(pipe)
     kind.run(pipe)
@@ -132,7 +134,8 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
     remove_tgate(pipe)
     handle.remove()
     with torch.no_grad():
-        outputs = iter([tokens_of(pipe.transformer(*args, **kwargs)[0], noises[0]) for args, kwargs in calls])
+        given = (tensor_of(pipe.transformer(*args, **kwargs)[0]) for args, kwargs in calls)
+        outputs = iter([tokens_of(output, noises[0]) for output in given])
     known, errors, scale = [], [], kind.guidance + kind.scale_beyond
     for step, noise in enumerate(noises):
         full = step in report.full_steps
@@ -142,7 +145,7 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
             # After a ControlNet on one half all of it is that half.
             prompt, none = next(outputs), None
         else:
-            none, prompt = next(outputs).chunk(2)
+            prompt, none = next(outputs).chunk(2)[:: 1 if kind.conditional_first else -1]
         if full:
             if len(known) == 2 and settings is PATIENT:
                 right = none + scale * (prompt - none)
@@ -154,6 +157,11 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
         torch.testing.assert_close(noise, frames_of(kind.guided(none, prompt), noise), rtol=1e-4, atol=1e-5)
     assert list(report.prediction_errors) == errors
     assert bool(errors) is (settings is PATIENT)
+
+
+def tensor_of(output):
+    """An output that may give its samples in a list, in one tensor."""
+    return torch.stack(output) if isinstance(output, list) else output
 
 
 def tokens_of(output, noise):
@@ -205,7 +213,7 @@ def test_a_run_that_breaks_leaves_nothing(kind: Joint, forward):
     assert torch.equal(kind.run(remove_tgate(pipe)), baseline)
 
 
-@pytest.mark.parametrize("kind", rows([BY_JOINT[name] for name in ("sd3", "qwen")], ALL))
+@pytest.mark.parametrize("kind", rows([BY_JOINT["sd3"], BY_JOINT["qwen"], EVEN[0]], ALL))
 def test_a_compiled_denoiser_gives_the_same_and_counts_no_attention(kind: Joint):
     pipe = kind.build()
     if kind.calls == 2:
@@ -247,7 +255,7 @@ def test_skip_layer_guidance_stays_on_as_it_is(kind: Joint):
     for settings in EVERY:
         assert torch.equal(kind.run(apply_tgate(pipe, **settings, **ALONE), **skipping), baseline)
     apply_tgate(pipe, **FIXED, **ALONE)
-    seen = rows_seen(pipe.transformer, kind)
+    seen = rows_seen(pipe.transformer, kind.first)
     kind.run(pipe, **skipping)
     # It makes one more forward on one half in each step but the first and the last.
     expected = [[2 if step in full_of(FIXED) else 1, *([1] if 0 < step < STEPS - 1 else [])] for step in range(STEPS)]
@@ -261,7 +269,7 @@ def test_every_section_of_a_video_has_a_gate_of_its_own(kind: Joint):
     for settings in EVERY:
         assert torch.equal(kind.run(apply_tgate(pipe, **settings, **ALONE), **two), plain)
     apply_tgate(pipe, **FIXED, **ALONE)
-    seen = rows_seen(pipe.transformer, kind)
+    seen = rows_seen(pipe.transformer, kind.first)
     kind.run(pipe, **two)
     full = full_of(FIXED)
     assert get_tgate_report(pipe).full_steps == (*full, *(STEPS + step for step in full))
@@ -271,7 +279,9 @@ def test_every_section_of_a_video_has_a_gate_of_its_own(kind: Joint):
 # These read values of their inputs.
 UNCOUNTED = {"lumina2", "mochi", "framepack"}
 MORE = [kind for kind in AROUND_JOINT if kind.name in {"flux2", "krea2", "ovis", "bria", "easy_animate"}]
-COUNTED = [kind for kind in [*OWN, *MORE] if kind.name not in UNCOUNTED and kind.batches and "sd3_" not in kind.name]
+COUNTED = [
+    kind for kind in [*OWN, *MORE, *EVEN] if kind.name not in UNCOUNTED and kind.batches and "sd3_" not in kind.name
+]
 
 
 @pytest.mark.parametrize("kind", rows(COUNTED, ALL))
@@ -303,11 +313,44 @@ def test_a_scale_without_a_negative_prompt_does_not_guide(kind: Joint, caplog):
     assert "It guides with true_cfg_scale above 1 and a negative prompt." in caplog.text
 
 
-@pytest.mark.parametrize("kind", rows([BY_JOINT["lumina2"]]))
+@pytest.mark.parametrize("kind", rows([BY_JOINT["lumina2"], EVEN[0]]))
 def test_guidance_that_ends_by_itself_is_refused(kind: Joint):
     pipe = apply_tgate(kind.build(), **DROP, **ALONE)
-    with pytest.raises(ValueError, match=r"cfg_trunc_ratio=0\.25 ends the guidance of Lumina2Pipeline by itself"):
-        kind.run(pipe, cfg_trunc_ratio=0.25)
+    name = "cfg_trunc_ratio" if kind.name == "lumina2" else "cfg_truncation"
+    with pytest.raises(ValueError, match=rf"{name}=0\.25 ends the guidance of {kind.pipeline} by itself"):
+        kind.run(pipe, **{name: 0.25})
+    # Without guidance there is none to end.
+    assert torch.equal(kind.run(pipe, **kind.off, **{name: 0.25}), kind.plain(**kind.off))
+
+
+@pytest.mark.parametrize("kind", rows([EVEN[0]]))
+def test_the_unconditional_half_of_a_list_may_stay(kind: Joint):
+    pipe, calls = kind.build(), []
+    handle = pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(args))
+    apply_tgate(pipe, **DROP, **ALONE, cfg_half="unconditional")
+    noises = watch_scheduler(pipe)
+    kind.run(pipe)
+    remove_tgate(pipe)
+    handle.remove()
+    with torch.no_grad():
+        _, none = tensor_of(pipe.transformer(*calls[-1])[0]).chunk(2)
+    torch.testing.assert_close(noises[-1], -none.squeeze(2))
+
+
+@pytest.mark.parametrize("kind", rows([EVEN[0]]))
+def test_the_user_finds_a_list_and_may_ask_for_several_pictures(kind: Joint):
+    pipe = apply_tgate(kind.build(), **FIXED, **ALONE)
+    seen = []
+    handle = pipe.transformer.register_forward_hook(lambda module, args, output: seen.append((args, output[0])))
+    one = kind.inputs([0, 1])
+    two = kind.inputs([0]) | {"num_images_per_prompt": 2, "generator": one["generator"]}
+    pictures = pipe(**two).images
+    handle.remove()
+    assert all(type(part) is list and len(part) == 4 for args, output in seen for part in (args[0], args[2], output))
+    assert distance(pictures[:1], kind.run(pipe)) < 1e-4
+    own = type("OwnLoop", (OwnLoop, type(pipe)), {"__module__": __name__})(**pipe.components)
+    with pytest.raises(ValueError, match="which half of its batch is the unconditional one cannot be told"):
+        apply_tgate(own, **ALONE)
 
 
 @pytest.mark.parametrize("kind", rows([BY_JOINT["cogvideox"]]))

@@ -118,9 +118,14 @@ class Call:
 
     def guides(self) -> bool:
         """Whether it does in some step of this call."""
-        if not self._guides:
-            return False
-        self._check_end()
+        self._check_cover()
+        guides = self._guides and self._asks()
+        if guides:
+            self._check_end()
+        return guides
+
+    def _asks(self) -> bool:
+        """Whether the pipeline, or else the call, asks for guidance now."""
         if not self._tells_guidance:
             return self._guided_by_argument()
         # Callbacks may change the scale between two steps. Where it is a tensor (SVD), asking the pipeline waits for
@@ -214,19 +219,23 @@ class Call:
         return bool(start <= 1.0 - float(scheduler.timesteps[scheduler.step_index or 0]) <= end)
 
     def _check_end(self) -> None:
-        """Refuse a call that ends guidance by itself (Lumina 2), or mixes two songs (ACE-Step)."""
+        """Refuse a call that ends guidance by itself (Lumina 2, Z-Image)."""
+        for name in ("cfg_trunc_ratio", "cfg_truncation"):
+            ratio = self._arguments.get(name)
+            if ratio is not None and ratio < 1:
+                raise ValueError(
+                    f"T-GATE: {name}={ratio} ends the guidance of {self.subject} by itself, where T-GATE expects both "
+                    "of its halves in every step: leave it out, or call remove_tgate(pipe) to use it."
+                )
+
+    def _check_cover(self) -> None:
+        """Refuse a call that mixes two songs (ACE-Step)."""
         strength = self._arguments.get("audio_cover_strength", 1.0)
         if strength < 1:
             raise ValueError(
                 f"T-GATE: audio_cover_strength={strength} calls the denoiser of {self.subject} a second time in every "
                 "step, without the song that is covered, and what a layer keeps cannot serve both. Leave it out, or "
                 "call remove_tgate(pipe) to use it."
-            )
-        ratio = self._arguments.get("cfg_trunc_ratio")
-        if ratio is not None and ratio < 1:
-            raise ValueError(
-                f"T-GATE: cfg_trunc_ratio={ratio} ends the guidance of {self.subject} by itself, where T-GATE expects "
-                "two calls of the denoiser in every step: leave it out, or call remove_tgate(pipe) to use it."
             )
 
     def pictures(self) -> int | None:

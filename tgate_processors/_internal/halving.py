@@ -34,11 +34,30 @@ def halve_named(given: Mapping[str, Any], names: Names, batch: int, kept: CFGHal
         inner = names.get(name, {})
         if inner is None:
             halved[name] = halve(value, batch, kept)
+        elif isinstance(inner, str):
+            halved[name] = _half_of_entries(value, batch, kept)
         elif inner and isinstance(value, Mapping):
             halved[name] = _like(value, halve_named(value, inner, batch, kept))
         else:
             halved[name] = value
     return halved
+
+
+def _half_of_entries(value: Any, batch: int, kept: CFGHalf) -> Any:
+    """Keep one half of a list, or of a tensor, that has an entry for each sample."""
+    if value is None or len(value) != batch:
+        return value
+    return value[: batch // 2] if kept == "unconditional" else value[batch // 2 :]
+
+
+def stacked(output: Any) -> Any:
+    """An output that gives its samples in a list, with one tensor for all of them."""
+    return torch.stack(output) if isinstance(output, list) else _mapped(output, stacked)
+
+
+def unstacked(output: Any) -> Any:
+    """The inverse of `stacked`."""
+    return list(output) if isinstance(output, torch.Tensor) else _mapped(output, unstacked)
 
 
 def double(
@@ -89,6 +108,8 @@ def prediction_of(output: Any, seen: Seen, layout: Layout) -> torch.Tensor:
     Returns:
         `torch.Tensor`: The prediction, or several of them as `joined` makes them.
     """
+    if layout.entries:
+        output = stacked(output)
     if not layout.several:
         return sample_of(output, seen.shape)
     return joined(output, tail=layout.tail is not None and seen.given.get(layout.tail) is not None)

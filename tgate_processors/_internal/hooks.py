@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .checkpointing import Differentiated, cannot_replay
-from .halving import double, halve_named
-from .layout import Layout, Names, rows_of, see
+from .halving import double, halve_named, stacked, unstacked
+from .layout import Layout, Names, latents_of, rows_of, see
 from .schedule import CFGHalf
 from .state import TGateState
 
@@ -118,7 +118,7 @@ class DenoiserHooks:
         run = self._state.current()
         if run is None or run.waiting:
             if torch.is_grad_enabled():
-                self._differentiated.check(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states")))
+                self._differentiated.check(latents_of({"sample": args[0]} if args else kwargs))
             return None
         if cannot_replay(self._denoiser):
             raise ValueError(
@@ -195,6 +195,8 @@ class DenoiserHooks:
         difference = run.after_forward(output)
         if whole is None:
             return None
+        if self._layout.entries:
+            output = stacked(output)
         if rows_of(output) != whole.rows:
             raise ValueError(
                 f"T-GATE: {type(module).__name__} gave {rows_of(output)} rows for half of the batch, where T-GATE "
@@ -202,7 +204,8 @@ class DenoiserHooks:
                 "remove_tgate(pipe) to use this pipeline."
             )
         whole.give_back()
-        return double(output, whole.rows, difference, whole.kept, several=self._layout.several)
+        doubled = double(output, whole.rows, difference, whole.kept, several=self._layout.several)
+        return unstacked(doubled) if self._layout.entries else doubled
 
 
 class _Whole:

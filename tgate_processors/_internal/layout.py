@@ -6,13 +6,14 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 # Arguments whose tensors have the guidance batch, or so many rows for each sample of it, as their first dimension.
-# `None`: all tensors inside; a mapping: only those of these keys, since the rest of the container is not ours.
-Names = Mapping[str, "Names | None"]
+# `None`: all tensors inside; a mapping: only those of these keys, since the rest of the container is not ours; "each":
+# a list (or a tensor) that has an entry for each sample, whatever that is.
+Names = Mapping[str, "Names | Literal['each'] | None"]
 
 _CONDITIONS: Names = dict.fromkeys(("text_embeds", "time_ids", "image_embeds", "hint", "resolution", "aspect_ratio"))
 _SHARED: Names = {
@@ -34,6 +35,8 @@ CONTROLNET_ARGUMENTS: Names = {
 RESIDUALS: Names = dict.fromkeys(("down_block_additional_residuals", "mid_block_additional_residual"))
 # What cross-attention alone reads, besides the sample and the time, which are the same in both halves.
 _NEUTRAL = ("sample", "hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
+# What denoisers call the noisy latents.
+_LATENTS = ("sample", "hidden_states", "x")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Layout:
 
     Args:
         arguments (`tuple` of `str`): Arguments with the guidance batch that other families do not have.
+        entries (`tuple` of `str`): Such arguments that are lists with an entry for each sample, where a family has its
+            batch like that. Then the denoiser gives a list too.
         residuals (`Mapping`): The arguments that a ControlNet gives.
         cross (`tuple` of `str`): How the names of layers with cross-attention end. Without any, their own flag says it.
         never (`tuple` of `str`): Parts of the names of layers that are never gated: what they attend to is no text, or
@@ -68,6 +73,7 @@ class Layout:
     """
 
     arguments: tuple[str, ...] = ()
+    entries: tuple[str, ...] = ()
     residuals: Names = field(default_factory=lambda: RESIDUALS)
     cross: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
@@ -89,12 +95,17 @@ class Layout:
     @property
     def of_denoiser(self) -> Names:
         """The denoiser's arguments with the guidance batch, those that a ControlNet gives left out."""
-        return {**DENOISER_ARGUMENTS, **dict.fromkeys(self.arguments)}
+        return {**DENOISER_ARGUMENTS, **self._own}
 
     @property
     def of_controlnet(self) -> Names:
         """The ControlNet's arguments with the guidance batch."""
-        return {**CONTROLNET_ARGUMENTS, **dict.fromkeys(self.arguments)}
+        return {**CONTROLNET_ARGUMENTS, **self._own}
+
+    @property
+    def _own(self) -> Names:
+        """The arguments with the guidance batch that other families do not have."""
+        return {**dict.fromkeys(self.arguments), **dict.fromkeys(self.entries, "each")}
 
     def is_beside(self, given: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments is a further one, and no part of guidance by the two halves."""
@@ -131,8 +142,9 @@ class Seen(NamedTuple):
 
     @property
     def sample(self) -> torch.Tensor:
-        """The noisy latents."""
-        sample: torch.Tensor = self.given["sample" if "sample" in self.given else "hidden_states"]
+        """The noisy latents; those of the first sample where the batch is a list."""
+        sample = latents_of(self.given)
+        assert sample is not None
         return sample
 
     @property
@@ -153,13 +165,25 @@ def see(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Seen:
     module_class: Any = type(getattr(module, "_orig_mod", module))
     names = _positions(module_class)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    sample = given.get("sample", given.get("hidden_states"))
-    if not isinstance(sample, torch.Tensor):
+    sample = latents_of(given)
+    if sample is None:
         raise ValueError(
             f"T-GATE: {type(module).__name__} was called without its noisy latents (`sample` or `hidden_states`), but "
             f"with {sorted(given)}. Call remove_tgate(pipe) to use this pipeline."
         )
+    listed = next(given[name] for name in _LATENTS if name in given)
+    if listed is not sample:
+        return Seen(len(listed), tuple(sample.shape), given)
     return Seen(sample.shape[0], tuple(sample.shape[1:]), given)
+
+
+def latents_of(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """The noisy latents among the arguments; those of the first sample where the batch is a list."""
+    value = next((given[name] for name in _LATENTS if name in given), None)
+    if isinstance(value, list) and value:
+        # They follow the pictures that are given, if a sample has some.
+        value = value[0][-1] if isinstance(value[0], list) else value[0]
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def rows_of(value: Any) -> int | None:
@@ -184,7 +208,7 @@ def conditions(seen: Seen, names: Names) -> list[str]:
     found = []
     for name, inner in names.items():
         value = seen.given.get(name)
-        if inner is not None and isinstance(value, Mapping):
+        if isinstance(inner, Mapping) and isinstance(value, Mapping):
             value = {key: value[key] for key in inner if key in value}
         elif inner is not None:
             continue

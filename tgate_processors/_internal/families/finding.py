@@ -92,10 +92,11 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
     check_text(pipe, cross_attention)
     call = inspect.unwrap(type(pipe).__call__)
     vouched = call.__module__.split(".")[0] == "diffusers"
-    if family.layout.calls > 1 and not vouched:
+    if (family.layout.calls > 1 or family.layout.entries) and not vouched:
+        what = "half of its batch" if family.layout.entries else "of its calls of the denoiser"
         raise ValueError(
-            f"{subject} cannot be gated: its loop is not diffusers' own, and which of its calls of the denoiser is the "
-            f"unconditional one cannot be told. Use the pipeline of diffusers that it derives from. {INSTEAD}"
+            f"{subject} cannot be gated: its loop is not diffusers' own, and which {what} is the unconditional one "
+            f"cannot be told. Use the pipeline of diffusers that it derives from. {INSTEAD}"
         )
     ticks = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
     if not legacy:

@@ -17,6 +17,7 @@ from .pixart import PIXART
 from .sana import SANA
 from .unets import UNETS
 from .wan import WAN
+from .z_image import Z_IMAGE
 
 FAMILIES: tuple[Family, ...] = (
     *UNETS,
@@ -31,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     *WAN,
     *COSMOS,
     *JOINT,
+    *Z_IMAGE,
 )
 
 

@@ -115,6 +115,9 @@ def check_restored(before, after):
     for made_anew in made:
         for seen in (before, after):
             seen["pipe"].pop(made_anew, None)
+    for seen in (before, after):
+        # Rotary tables, which some denoisers take to their device in every forward.
+        seen.get("transformer.pos_embed/vars", {}).pop("freqs", None)
     assert_same(before, after)
 
 

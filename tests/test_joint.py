@@ -11,6 +11,7 @@ from tests.around import AROUND_JOINT
 from tests.families import TOKENS, assemble, text, together
 from tests.joint import BY_JOINT, Joint, flux, pooled, sd3
 from tests.joint import JOINT as OWN
+from tests.pictures import GLM_EDIT
 from tests.pipelines import STEPS
 from tests.test_cost import taken
 from tests.test_families import check_restored, rows
@@ -71,7 +72,7 @@ def test_half_steps_compute_one_half_and_removal_restores_every_object(kind: Joi
     handle.remove()
     del pipe.scheduler.step
     # Of the tokens of a given picture nothing is kept.
-    whole = given[0][:, : noises[0].shape[1]] if given[0].dim() == 3 else given[0]
+    whole = tokens_of(given[0], noises[0], kind)
     before, layers = snapshot(pipe, kind), processors(pipe)
     apply_tgate(pipe, **settings, **ALONE)
     gated = kind.run(pipe)
@@ -135,7 +136,7 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
     handle.remove()
     with torch.no_grad():
         given = (tensor_of(pipe.transformer(*args, **kwargs)[0]) for args, kwargs in calls)
-        outputs = iter([tokens_of(output, noises[0]) for output in given])
+        outputs = iter([tokens_of(output, noises[0], kind) for output in given])
     known, errors, scale = [], [], kind.guidance + kind.scale_beyond
     for step, noise in enumerate(noises):
         full = step in report.full_steps
@@ -154,6 +155,7 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
             known = [*known[-1:], Difference(step, prompt - none)]
         else:
             none = prompt if settings is DROP else prompt - predict(known, step)
+        noise = tokens_of(noise, noise, kind)
         torch.testing.assert_close(noise, frames_of(kind.guided(none, prompt), noise), rtol=1e-4, atol=1e-5)
     assert list(report.prediction_errors) == errors
     assert bool(errors) is (settings is PATIENT)
@@ -164,9 +166,14 @@ def tensor_of(output):
     return torch.stack(output) if isinstance(output, list) else output
 
 
-def tokens_of(output, noise):
-    """The tokens of an output that the pipeline reads: not those of a given picture, which follow."""
-    return output[:, : noise.shape[1]] if output.dim() == 3 else output
+def tokens_of(output, noise, kind):
+    """The tokens of an output that the pipeline reads: not those of a given picture, which follow, or stand before."""
+    if output.dim() == 6:
+        # Pictures, of which the last one is drawn.
+        return output[:, -1:]
+    if output.dim() != 3:
+        return output
+    return output[:, -noise.shape[1] :] if kind.at_end else output[:, : noise.shape[1]]
 
 
 def frames_of(guided, noise):
@@ -276,9 +283,23 @@ def test_every_section_of_a_video_has_a_gate_of_its_own(kind: Joint):
     assert len(seen) == 2 * (STEPS + len(full))
 
 
+@pytest.mark.parametrize("kind", rows([GLM_EDIT], {GLM_EDIT.name}))
+def test_calls_before_the_loop_run_as_without_tgate(kind: Joint):
+    pipe, baseline = kind.build(), kind.plain()
+    for settings in EVERY:
+        assert torch.equal(kind.run(apply_tgate(pipe, **settings, **ALONE)), baseline)
+    apply_tgate(pipe, **FIXED, **ALONE)
+    seen = rows_seen(pipe.transformer, kind.first)
+    assert not torch.equal(kind.run(pipe), baseline)
+    full = full_of(FIXED)
+    assert get_tgate_report(pipe).full_steps == full
+    assert len(seen) == 1 + STEPS + len(full)
+
+
 # These read values of their inputs.
-UNCOUNTED = {"lumina2", "mochi", "framepack"}
-MORE = [kind for kind in AROUND_JOINT if kind.name in {"flux2", "krea2", "ovis", "bria", "easy_animate"}]
+UNCOUNTED = {"lumina2", "mochi", "framepack", "hidream", "qwen21", "glm", "fibo2", "nucleus", "joy"}
+ALSO = {"flux2", "krea2", "ovis", "bria", "easy_animate", "longcat", "fibo"}
+MORE = [kind for kind in AROUND_JOINT if kind.name in ALSO]
 COUNTED = [
     kind for kind in [*OWN, *MORE, *EVEN] if kind.name not in UNCOUNTED and kind.batches and "sd3_" not in kind.name
 ]

@@ -59,7 +59,9 @@ class Differences:
             predicted = None if guidance is None else guidance.predicted(loop.passes)
             if self._layout.calls == 1:
                 return predicted
-            self._left_out = second_of(output, seen.batch, predicted, several=self._layout.several)
+            layout = self._layout
+            several, at_end = layout.several, layout.reads_end
+            self._left_out = second_of(output, seen.batch, predicted, several=several, at_end=at_end)
             return None
         if guidance is None or not loop.may_halve or (self._layout.calls == 1 and self._repeats()):
             return None

@@ -36,6 +36,8 @@ def halve_named(given: Mapping[str, Any], names: Names, batch: int, kept: CFGHal
             halved[name] = halve(value, batch, kept)
         elif isinstance(inner, str):
             halved[name] = _half_of_entries(value, batch, kept)
+        elif isinstance(inner, int):
+            halved[name] = value if value is None else halve(value.movedim(inner, 0), batch, kept).movedim(0, inner)
         elif inner and isinstance(value, Mapping):
             halved[name] = _like(value, halve_named(value, inner, batch, kept))
         else:
@@ -110,6 +112,10 @@ def prediction_of(output: Any, seen: Seen, layout: Layout) -> torch.Tensor:
     """
     if layout.entries:
         output = stacked(output)
+    if layout.reads is not None:
+        length = layout.reads(seen.given)
+        whole = next(tensors_in(output))
+        return whole[:, -length:] if layout.reads_end else whole[:, :length]
     if not layout.several:
         return sample_of(output, seen.shape)
     return joined(output, tail=layout.tail is not None and seen.given.get(layout.tail) is not None)
@@ -133,7 +139,14 @@ def joined(output: Any, *, tail: bool = False) -> torch.Tensor:
     return torch.stack(filled, 1).flatten(0, 1)
 
 
-def second_of(output: Any, rows: int, difference: torch.Tensor | None, *, several: bool = False) -> Any:
+def second_of(
+    output: Any,
+    rows: int,
+    difference: torch.Tensor | None,
+    *,
+    several: bool = False,
+    at_end: bool = False,
+) -> Any:
     """
     Make the output of the second call of guidance from that of the first.
 
@@ -142,6 +155,8 @@ def second_of(output: Any, rows: int, difference: torch.Tensor | None, *, severa
         rows (`int`): Its samples.
         difference (`torch.Tensor`, *optional*): The second minus the first. Zero by default.
         several (`bool`, *optional*, defaults to `False`): Whether the difference is one of what `joined` makes.
+        at_end (`bool`, *optional*, defaults to `False`): Whether a difference that is shorter than the output is about
+            its end.
 
     Returns:
         `torch.Tensor` or container: As `output`, in tensors of its own.
@@ -149,10 +164,11 @@ def second_of(output: Any, rows: int, difference: torch.Tensor | None, *, severa
     if several and difference is not None:
         return _each_with(output, rows, difference, lambda item, own: second_of(item, rows, own))
     if not isinstance(output, torch.Tensor):
-        return _mapped(output, lambda item: second_of(item, rows, difference))
+        return _mapped(output, lambda item: second_of(item, rows, difference, at_end=at_end))
     other = output.clone()
     if difference is not None and other.dim() and other.shape[0] == rows:
-        other[:, : difference.shape[1]].add_(difference)
+        length = difference.shape[1]
+        (other[:, -length:] if at_end else other[:, :length]).add_(difference)
     return other
 
 

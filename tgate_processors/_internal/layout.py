@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 # Arguments whose tensors have the guidance batch, or so many rows for each sample of it, as their first dimension.
-# `None`: all tensors inside; a mapping: only those of these keys, since the rest of the container is not ours; "each":
-# a list (or a tensor) that has an entry for each sample, whatever that is.
-Names = Mapping[str, "Names | Literal['each'] | None"]
+# `None`: all tensors inside; a mapping: only those of these keys, since the rest of the container is not ours; a
+# number: the dimension that it is instead; "each": a list (or a tensor) that has an entry for each sample, whatever
+# that is.
+Names = Mapping[str, "Names | int | Literal['each'] | None"]
 
 _CONDITIONS: Names = dict.fromkeys(("text_embeds", "time_ids", "image_embeds", "hint", "resolution", "aspect_ratio"))
 _SHARED: Names = {
@@ -21,7 +22,7 @@ _SHARED: Names = {
     **dict.fromkeys(("attention_mask", "encoder_attention_mask", "added_time_ids")),
     "added_cond_kwargs": _CONDITIONS,
     "cross_attention_kwargs": {"gligen": None},
-    "joint_attention_kwargs": {"ip_adapter_image_embeds": None},
+    "joint_attention_kwargs": {"ip_adapter_image_embeds": None, "attention_mask": None},
 }
 DENOISER_ARGUMENTS: Names = {
     **_SHARED,
@@ -48,6 +49,7 @@ class Layout:
         arguments (`tuple` of `str`): Arguments with the guidance batch that other families do not have.
         entries (`tuple` of `str`): Such arguments that are lists with an entry for each sample, where a family has its
             batch like that. Then the denoiser gives a list too.
+        in_second (`tuple` of `str`): Such arguments that have the batch as their second dimension.
         residuals (`Mapping`): The arguments that a ControlNet gives.
         cross (`tuple` of `str`): How the names of layers with cross-attention end. Without any, their own flag says it.
         never (`tuple` of `str`): Parts of the names of layers that are never gated: what they attend to is no text, or
@@ -60,6 +62,7 @@ class Layout:
         joint (`bool`): Whether text and image share one softmax. Then no layer is gated, but guidance alone.
         beside (`tuple` of `str`): Arguments that tell further calls in a step, which are about the conditional half.
             They run as without T-GATE.
+        before (`Callable`, *optional*): Whether a call with these arguments prepares the loop, and runs likewise.
         several (`bool`): Whether the denoiser gives several tensors that are guided (video, sound).
         scales (`tuple` of `str`): Where a pipeline has its guidance scales, if there is one for each of them.
         part_of (`Mapping`): Parts of the names of layers that run only where an argument is given, and its name.
@@ -68,16 +71,21 @@ class Layout:
         tail (`str`, *optional*): The argument that tells that the last frame of the latents is a given picture,
             likewise.
         remembers (`bool`): Whether guidance remembers that of the steps before, so that two equal halves do not end it.
+        reads (`Callable`, *optional*): How much of the output's second dimension the pipeline reads, by the arguments
+            of the call, where that is not all of it.
+        reads_end (`bool`): Whether that is its end, and not its beginning.
         scale_beyond (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
             counted from the unconditional half.
     """
 
     arguments: tuple[str, ...] = ()
     entries: tuple[str, ...] = ()
+    in_second: tuple[str, ...] = ()
     residuals: Names = field(default_factory=lambda: RESIDUALS)
     cross: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
+    before: Callable[[Mapping[str, Any]], bool] | None = None
     several: bool = False
     scales: tuple[str, ...] = ()
     conditional_first: bool = False
@@ -91,6 +99,8 @@ class Layout:
     part_of: Mapping[str, str] = field(default_factory=dict)
     tail: str | None = None
     remembers: bool = False
+    reads: Callable[[Mapping[str, Any]], int] | None = None
+    reads_end: bool = False
 
     @property
     def of_denoiser(self) -> Names:
@@ -105,11 +115,12 @@ class Layout:
     @property
     def _own(self) -> Names:
         """The arguments with the guidance batch that other families do not have."""
-        return {**dict.fromkeys(self.arguments), **dict.fromkeys(self.entries, "each")}
+        others: Names = {**dict.fromkeys(self.entries, "each"), **dict.fromkeys(self.in_second, 1)}
+        return {**dict.fromkeys(self.arguments), **others}
 
     def is_beside(self, given: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments is a further one, and no part of guidance by the two halves."""
-        return any(given.get(name) for name in self.beside)
+        return any(given.get(name) for name in self.beside) or (self.before is not None and self.before(given))
 
     def is_absent(self, name: str, given: Mapping[str, Any]) -> bool:
         """Whether the layer of this name does not run in a call with these arguments."""

@@ -206,6 +206,8 @@ class Run:
         if self.experts.call > 0:
             if self._loop is not None and self._seen is not None:
                 self._differences.of_second(self._loop, output, self._seen, expert=self.experts.now.number)
+            if self._by_forward:
+                self.tick()
             return None
         if self.half and not self._companions and self.gates_cross:
             refuse(self.outputs.silent(), "did not give out what they keep, but ran on half of the batch")
@@ -217,7 +219,8 @@ class Run:
         if loop is not None and seen is not None and self._guided and self._droppable:
             number = self.experts.now.number
             difference = self._differences.of_first(loop, output, seen, half=self.half, expert=number)
-        if self._by_forward:
+        if self._by_forward and not (self._guided and self._layout.calls > 1):
+            # Else the second call is the end of the pass.
             self.tick()
         return difference
 
@@ -356,4 +359,7 @@ class Run:
         assert self._loop is not None
         self._loop.forward(guided=True)
         self._companions.leave_out()
-        return self._differences.left_out()
+        output = self._differences.left_out()
+        if self._by_forward:
+            self.tick()
+        return output

@@ -29,7 +29,23 @@ REFUSED_DENOISERS = {
         "packs text, video and sound into one sequence, and predicts and guides several of them at once. What helps "
         "there is diffusers' SeaCache, pipe.transformer.enable_cache(SeaCacheConfig())."
     ),
+    "Ideogram4Transformer2DModel": (
+        "is guided by a second denoiser, pipe.unconditional_transformer, which knows no text. T-GATE can leave out a "
+        f"call of the same denoiser, or half of its batch, but not that. {INSTEAD}"
+    ),
+    "JoyImageEditPlusTransformer3DModel": (
+        "is told the sizes of all pictures of each sample in a list (`shape_list`), and T-GATE can leave out one half "
+        f"of tensors only. JoyImageEditPipeline, for one picture to edit, can be gated. {INSTEAD}"
+    ),
+    "OmniGenTransformer2DModel": (
+        "is told given pictures by the place that they have in the batch, and with them guidance adds a third part to "
+        f"it, so it is not two halves that T-GATE could tell apart. {INSTEAD}"
+    ),
     "RFD4ProteinaTransformer": f"makes proteins, without a text and without classifier-free guidance. {INSTEAD}",
+    "UVit2DModel": (
+        "fills in the tokens of a picture, some of them at random in every step. It does not denoise all of it from "
+        f"step to step, as T-GATE's predictions and what its layers keep take for granted. {INSTEAD}"
+    ),
     "UniDiffuserModel": (
         "has text and picture in one sequence. Its guidance compares calls that get fresh noise in every step in the "
         f"place of one of them, so there is no difference to predict. {INSTEAD}"

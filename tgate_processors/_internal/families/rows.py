@@ -13,6 +13,7 @@ from .kandinsky import KANDINSKY
 from .latte import LATTE
 from .ltx import LTX
 from .lumina import LUMINA
+from .pictures import PICTURES
 from .pixart import PIXART
 from .sana import SANA
 from .unets import UNETS
@@ -33,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
     *COSMOS,
     *JOINT,
     *Z_IMAGE,
+    *PICTURES,
 )
 
 

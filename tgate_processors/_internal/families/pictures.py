@@ -1,0 +1,92 @@
+"""Further image models with joint attention, of which guidance alone is gated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .family import Inputs, InputSize, Shapes
+from .joint import _by_values, _family, _flux
+
+
+def _longcat(config: Any, batch: int, size: InputSize) -> Shapes:
+    return {name: shape for name, shape in _flux(config, batch, size).items() if name != "pooled_projections"}
+
+
+def _fibo(config: Any, batch: int, size: InputSize) -> Shapes:
+    pixels, blocks = size.height * size.width, config.num_layers + config.num_single_layers
+    text = torch.empty(batch, size.tokens, config.text_encoder_dim, device="meta")
+    return {
+        "hidden_states": (batch, pixels, config.in_channels),
+        "timestep": (batch,),
+        "encoder_hidden_states": (batch, size.tokens, config.joint_attention_dim),
+        "text_encoder_layers": [text] * blocks,
+        "img_ids": (pixels, 3),
+        "txt_ids": (size.tokens, 3),
+    }
+
+
+def _of_latents(given: Mapping[str, Any]) -> int:
+    """Tokens of the latents, which the pipeline numbers apart from those of a given picture."""
+    kinds = given["img_ids"][:, 0]
+    return len(kinds) if kinds.is_meta else int((kinds == kinds[0]).sum())
+
+
+def _of_last(given: Mapping[str, Any]) -> int:
+    """Tokens of the last picture, the one that is drawn."""
+    return math.prod(given["img_shapes"][0][-1])
+
+
+def _reads_given(given: Mapping[str, Any]) -> bool:
+    """Whether the denoiser reads a given picture, whose keys it keeps."""
+    caches = given.get("kv_caches")
+    return caches is not None and caches[0].mode == "write"
+
+
+def _of_one(given: Mapping[str, Any]) -> int:
+    """The picture that is drawn; those that are given stand before it."""
+    return 1
+
+
+PICTURES = (
+    _family(
+        "LongCatImageTransformer2DModel",
+        Inputs(_longcat, tokens=512),
+        ("LongCatImagePipeline", "LongCatImageEditPipeline"),
+        calls=2,
+        reads=_of_latents,
+    ),
+    _family(
+        "HiDreamImageTransformer2DModel",
+        Inputs(_by_values, tokens=128),
+        arguments=("timesteps", "encoder_hidden_states_t5", "pooled_embeds"),
+        in_second=("encoder_hidden_states_llama3",),
+    ),
+    _family(
+        "BriaFiboTransformer2DModel",
+        Inputs(_fibo, tokens=512, scale=16),
+        ("BriaFiboPipeline", "BriaFiboEditPipeline"),
+        arguments=("text_encoder_layers",),
+        given_last=True,
+    ),
+    _family(
+        "QwenImage21Transformer2DModel",
+        Inputs(_by_values, tokens=512, scale=16),
+        calls=2,
+        # Before them stand the text, and pictures that are given.
+        reads=_of_last,
+        reads_end=True,
+    ),
+    _family("GlmImageTransformer2DModel", Inputs(_by_values, tokens=256), calls=2, before=_reads_given),
+    _family("BriaFibo2Transformer2DModel", Inputs(_by_values, tokens=256), calls=2),
+    _family(
+        "NucleusMoEImageTransformer2DModel",
+        Inputs(_by_values, tokens=512),
+        ("NucleusMoEImagePipeline",),
+        calls=2,
+    ),
+    _family("JoyImageEditTransformer3DModel", Inputs(_by_values, tokens=512), calls=2, reads=_of_one, reads_end=True),
+)

@@ -84,7 +84,7 @@ KANDINSKY = (
         "conditional",
         Inputs(_kandinsky6, tokens=1024, frames=121, frame_scale=4),
         Layout(
-            cross=("video_dec_block.cross_attention", "audio_dec_block.cross_attention"),
+            cross=("cross_attention",),
             # What the latter two attend to is the other of video and sound.
             never=("text_transformer_blocks", "va_cross_attention", "av_cross_attention"),
             calls=2,

@@ -8,7 +8,8 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
 from tgate_processors._internal.halving import double, halve, halve_named, stacked, unstacked
-from tgate_processors._internal.layout import DENOISER_ARGUMENTS, Layout, latents_of
+from tgate_processors._internal.layout import DENOISER_ARGUMENTS, Layout
+from tgate_processors._internal.seen import latents_of
 
 Pair = namedtuple("Pair", ["left", "right"])
 

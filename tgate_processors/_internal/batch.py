@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from .call import Call
-from .layout import Layout, Seen, unconditional_first
+from .layout import Layout
+from .seen import Seen, unconditional_first
 
 
 class Batch:

@@ -15,11 +15,11 @@ from .guiders import has_guider
 from .halving import sample_of
 from .installation import Installation
 from .layers import attention_modules
-from .layout import see
 from .patch import check_pipeline, remove_tgate
 from .pipeline import install, installed
 from .probing import Probe
 from .schedule import TGateSchedule
+from .seen import see
 
 if TYPE_CHECKING:
     import matplotlib.figure

@@ -13,10 +13,11 @@ from .families import family_of
 from .families.family import InputSize
 from .halving import prediction_of
 from .layers import attention_modules
-from .layout import Layout, see
+from .layout import Layout
 from .memory import saved_macs, sizes_of
 from .processor import TGateAttnProcessor
 from .schedule import Action, TGateSchedule
+from .seen import see
 from .state import Signals, Slot, TGateState
 from .twin import make_inputs
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .companions.companion import Companions
 from .experts import Experts, Stored
-from .layout import Seen
 from .schedule import Action, CFGHalf, Phase, StepPlan
+from .seen import Seen
 from .state import Part, TGateState
 from .steps import Loop
 

@@ -10,7 +10,8 @@ from .batch import Batch
 from .call import Call
 from .companions.companion import Companions
 from .halving import prediction_of, second_of
-from .layout import Layout, Seen
+from .layout import Layout
+from .seen import Seen
 from .steps import Loop
 from .tally import Tally
 

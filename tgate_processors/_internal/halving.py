@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from .layout import Layout, Names, Seen, tensors_in
+from .layout import Layout, Names
 from .schedule import CFGHalf
+from .seen import Seen, tensors_in
 
 
 def halve(value: Any, batch: int, kept: CFGHalf) -> Any:

@@ -10,8 +10,9 @@ import torch
 
 from .checkpointing import Differentiated, cannot_replay
 from .halving import double, halve_named, stacked, unstacked
-from .layout import Layout, Names, latents_of, rows_of, see
+from .layout import Layout, Names
 from .schedule import CFGHalf
+from .seen import latents_of, rows_of, see
 from .state import TGateState
 
 

@@ -9,11 +9,12 @@ import torch
 from .call import Call
 from .counting import MACs, Profile
 from .layers import Layers
-from .layout import Layout, Seen
+from .layout import Layout
 from .memory import Sizes
 from .report import TGateReport
 from .run import Run
 from .schedule import TGateSchedule
+from .seen import Seen
 from .state import Slot, TGateState
 from .steps import Timeline
 

@@ -15,7 +15,6 @@ from .deciding import UNSEEN, Decision, refuse
 from .differences import Differences
 from .experts import Experts, Stored
 from .layers import Layers
-from .layout import Seen
 from .outputs import Kept, Outputs
 from .report import TGateReport
 from .saying import (
@@ -28,6 +27,7 @@ from .saying import (
     say_what_is_late,
 )
 from .schedule import Action, CFGHalf, StepPlan
+from .seen import Seen
 from .state import Part, Slot, TGateState
 from .steps import Loop
 from .tally import Tally

@@ -48,7 +48,7 @@ def _cogvideox(config: Any, batch: int, size: InputSize) -> Shapes:
     return shapes
 
 
-def _flux(config: Any, batch: int, size: InputSize) -> Shapes:
+def flux_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
     patches = size.height * size.width // 4
     shapes: Shapes = {
         "hidden_states": (batch, patches, config.in_channels),
@@ -66,11 +66,11 @@ def _flux(config: Any, batch: int, size: InputSize) -> Shapes:
 
 def _bria(config: Any, batch: int, size: InputSize) -> Shapes:
     # Its pipeline counts pixels of the picture for a patch of the latent.
-    return _flux(config, batch, replace(size, height=2 * size.height, width=2 * size.width))
+    return flux_shapes(config, batch, replace(size, height=2 * size.height, width=2 * size.width))
 
 
 def _flux2(config: Any, batch: int, size: InputSize) -> Shapes:
-    shapes = _flux(config, batch, size)
+    shapes = flux_shapes(config, batch, size)
     return shapes | {"img_ids": (shapes["hidden_states"][1], 4), "txt_ids": (size.tokens, 4)}
 
 
@@ -123,7 +123,7 @@ def _hunyuan_video(config: Any, batch: int, size: InputSize) -> Shapes:
     return shapes
 
 
-def _by_values(config: Any, batch: int, size: InputSize) -> Shapes:
+def by_values(config: Any, batch: int, size: InputSize) -> Shapes:
     raise ValueError(
         "this denoiser reads values of its inputs, and there are none without weights, so its cost cannot be counted. "
         "Gated guidance takes (N + F) / 2N of a run, with F full ones among N steps."
@@ -147,43 +147,47 @@ def _cogview(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
-def _family(name: str, inputs: Inputs, untold: tuple[str, ...] = (), **layout: Any) -> Family:
+def joint_family(name: str, inputs: Inputs, untold: tuple[str, ...] = (), **layout: Any) -> Family:
     """A row, with the pipelines that keep their guidance to themselves, but are known to guide by `guidance_scale`."""
     layout_of = Layout(joint=True, keeps_cross=False, **layout)
     return Family(name, "transformer", "conditional", inputs, layout_of, untold=dict.fromkeys(untold))
 
 
 JOINT = (
-    _family(
+    joint_family(
         "SD3Transformer2DModel",
         Inputs(_sd3, tokens=256),
         arguments=("pooled_projections",),
         residuals={"block_controlnet_hidden_states": None},
         beside=("skip_layers",),
     ),
-    _family("QwenImageTransformer2DModel", Inputs(_qwen, tokens=512), calls=2, given_last=True),
-    _family(
+    joint_family("QwenImageTransformer2DModel", Inputs(_qwen, tokens=512), calls=2, given_last=True),
+    joint_family(
         "CogVideoXTransformer3DModel",
         Inputs(_cogvideox, tokens=226, frames=49, frame_scale=4),
         untold=tuple(f"CogVideoX{name}Pipeline" for name in ("", "ImageToVideo", "VideoToVideo", "FunControl")),
     ),
-    _family("MochiTransformer3DModel", Inputs(_by_values, tokens=256, frames=19, frame_scale=6)),
-    _family("Lumina2Transformer2DModel", Inputs(_by_values, tokens=256), calls=2),
-    _family("ChromaTransformer2DModel", Inputs(_flux, tokens=512), calls=2),
-    _family("HunyuanVideoTransformer3DModel", Inputs(_hunyuan_video, tokens=256, frames=129, frame_scale=4), calls=2),
-    _family("HunyuanVideoFramepackTransformer3DModel", Inputs(_by_values, tokens=256, frames=33), calls=2),
-    _family("FluxTransformer2DModel", Inputs(_flux, tokens=512), calls=2, given_last=True),
-    _family("AuraFlowTransformer2DModel", Inputs(_aura_flow, tokens=256), untold=("AuraFlowPipeline",)),
-    _family("CogView3PlusTransformer2DModel", Inputs(_cogview, tokens=224), arguments=_COGVIEW),
-    _family("CogView4Transformer2DModel", Inputs(_cogview, tokens=1024), calls=2),
+    joint_family("MochiTransformer3DModel", Inputs(by_values, tokens=256, frames=19, frame_scale=6)),
+    joint_family("Lumina2Transformer2DModel", Inputs(by_values, tokens=256), calls=2),
+    joint_family("ChromaTransformer2DModel", Inputs(flux_shapes, tokens=512), calls=2),
+    joint_family(
+        "HunyuanVideoTransformer3DModel", Inputs(_hunyuan_video, tokens=256, frames=129, frame_scale=4), calls=2
+    ),
+    joint_family("HunyuanVideoFramepackTransformer3DModel", Inputs(by_values, tokens=256, frames=33), calls=2),
+    joint_family("FluxTransformer2DModel", Inputs(flux_shapes, tokens=512), calls=2, given_last=True),
+    joint_family("AuraFlowTransformer2DModel", Inputs(_aura_flow, tokens=256), untold=("AuraFlowPipeline",)),
+    joint_family("CogView3PlusTransformer2DModel", Inputs(_cogview, tokens=224), arguments=_COGVIEW),
+    joint_family("CogView4Transformer2DModel", Inputs(_cogview, tokens=1024), calls=2),
     # Version 2 itself is distilled; its small ones guide.
-    _family("Flux2Transformer2DModel", Inputs(_flux2, tokens=512, scale=16), calls=2, given_last=True),
-    _family("Krea2Transformer2DModel", Inputs(_krea2, tokens=512), calls=2, scale_beyond=1.0),
-    _family("OvisImageTransformer2DModel", Inputs(_flux, tokens=256), untold=("OvisImagePipeline",), calls=2),
-    _family("BriaTransformer2DModel", Inputs(_bria, tokens=128, scale=16)),
-    _family("PRXTransformer2DModel", Inputs(_prx, tokens=256), untold=("PRXPipeline", "PRXPixelPipeline")),
-    _family("ErnieImageTransformer2DModel", Inputs(_ernie, tokens=256), ("ErnieImagePipeline",), arguments=_ERNIE),
-    _family(
+    joint_family("Flux2Transformer2DModel", Inputs(_flux2, tokens=512, scale=16), calls=2, given_last=True),
+    joint_family("Krea2Transformer2DModel", Inputs(_krea2, tokens=512), calls=2, scale_beyond=1.0),
+    joint_family(
+        "OvisImageTransformer2DModel", Inputs(flux_shapes, tokens=256), untold=("OvisImagePipeline",), calls=2
+    ),
+    joint_family("BriaTransformer2DModel", Inputs(_bria, tokens=128, scale=16)),
+    joint_family("PRXTransformer2DModel", Inputs(_prx, tokens=256), untold=("PRXPipeline", "PRXPixelPipeline")),
+    joint_family("ErnieImageTransformer2DModel", Inputs(_ernie, tokens=256), ("ErnieImagePipeline",), arguments=_ERNIE),
+    joint_family(
         "EasyAnimateTransformer3DModel",
         Inputs(_easy_animate, tokens=256, frames=49, frame_scale=4),
         arguments=("inpaint_latents", "control_latents"),

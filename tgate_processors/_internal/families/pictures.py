@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from .family import Inputs, InputSize, Shapes
-from .joint import _by_values, _family, _flux
+from .joint import by_values, flux_shapes, joint_family
 
 
 def _longcat(config: Any, batch: int, size: InputSize) -> Shapes:
-    return {name: shape for name, shape in _flux(config, batch, size).items() if name != "pooled_projections"}
+    return {name: shape for name, shape in flux_shapes(config, batch, size).items() if name != "pooled_projections"}
 
 
 def _fibo(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -52,41 +52,43 @@ def _of_one(given: Mapping[str, Any]) -> int:
 
 
 PICTURES = (
-    _family(
+    joint_family(
         "LongCatImageTransformer2DModel",
         Inputs(_longcat, tokens=512),
         ("LongCatImagePipeline", "LongCatImageEditPipeline"),
         calls=2,
         reads=_of_latents,
     ),
-    _family(
+    joint_family(
         "HiDreamImageTransformer2DModel",
-        Inputs(_by_values, tokens=128),
+        Inputs(by_values, tokens=128),
         arguments=("timesteps", "encoder_hidden_states_t5", "pooled_embeds"),
         in_second=("encoder_hidden_states_llama3",),
     ),
-    _family(
+    joint_family(
         "BriaFiboTransformer2DModel",
         Inputs(_fibo, tokens=512, scale=16),
         ("BriaFiboPipeline", "BriaFiboEditPipeline"),
         arguments=("text_encoder_layers",),
         given_last=True,
     ),
-    _family(
+    joint_family(
         "QwenImage21Transformer2DModel",
-        Inputs(_by_values, tokens=512, scale=16),
+        Inputs(by_values, tokens=512, scale=16),
         calls=2,
         # Before them stand the text, and pictures that are given.
         reads=_of_last,
         reads_end=True,
     ),
-    _family("GlmImageTransformer2DModel", Inputs(_by_values, tokens=256), calls=2, before=_reads_given),
-    _family("BriaFibo2Transformer2DModel", Inputs(_by_values, tokens=256), calls=2),
-    _family(
+    joint_family("GlmImageTransformer2DModel", Inputs(by_values, tokens=256), calls=2, before=_reads_given),
+    joint_family("BriaFibo2Transformer2DModel", Inputs(by_values, tokens=256), calls=2),
+    joint_family(
         "NucleusMoEImageTransformer2DModel",
-        Inputs(_by_values, tokens=512),
+        Inputs(by_values, tokens=512),
         ("NucleusMoEImagePipeline",),
         calls=2,
     ),
-    _family("JoyImageEditTransformer3DModel", Inputs(_by_values, tokens=512), calls=2, reads=_of_one, reads_end=True),
+    joint_family(
+        "JoyImageEditTransformer3DModel", Inputs(by_values, tokens=512), calls=2, reads=_of_one, reads_end=True
+    ),
 )

@@ -32,11 +32,13 @@ GUIDED = {"late": (LATE, range(2, 6)), "early": (EARLY, range(4)), "between": (B
 def test_guidance_with_a_memory_cannot_be_dropped_but_predicted(kind):
     pipe = kind.build()
     plain = kind.run(pipe)
-    message = re.escape('guidance="drop" is not possible') + r".*apply_tgate\(pipe, 3, guidance=\"predict\"\)"
+    message = re.escape('guidance="drop" is not possible') + r".* gate_step=3 and guidance=\"predict\", or"
     for settings in ({}, {"cross_attention": False}, {"guidance": "drop"}):
         with pytest.raises(ValueError, match=message):
             apply_tgate(pipe, GATE, **settings)
         assert not is_tgate_applied(pipe)
+    with pytest.raises(ValueError, match=message):
+        estimate_cost(pipe, TGateSchedule(GATE), STEPS)
     alone = kind.run(apply_tgate(pipe, **PREDICT, cross_attention=False))
     assert get_tgate_report(pipe).half_batch_forwards == STEPS - GATE
     assert 0 < distance(alone, plain) < 1

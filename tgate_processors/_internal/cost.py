@@ -17,7 +17,7 @@ import torch
 from .call import Call
 from .checking import checked_int
 from .counting import MACs, Profile, count_forward, measure
-from .families import check_attention, check_denoiser, distilled_by, family_of, find_family, known
+from .families import check_attention, check_denoiser, check_dropped, distilled_by, family_of, find_family, known
 from .families.family import InputSize
 from .memory import checked_memory, within
 from .rehearsal import run_schedule
@@ -156,6 +156,8 @@ def estimate_cost(
 
     timeline = _timeline(pipe, num_inference_steps)
     family = family_of(denoiser)
+    if family is not None and guided:
+        check_dropped(denoiser_class.__name__, family.layout, schedule)
     if cross_attention is None:
         cross_attention = family is None or family.layout.keeps_cross
     with_tgate, report = run_schedule(

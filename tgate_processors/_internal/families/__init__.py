@@ -2,7 +2,7 @@
 
 from ..layers import attention_modules
 from .finding import Found, check_guidance, check_half, distilled_by, find_family
-from .refusing import check_attention, check_denoiser, check_mode
+from .refusing import check_attention, check_denoiser, check_dropped, check_mode
 from .rows import FAMILIES, family_of, known
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "attention_modules",
     "check_attention",
     "check_denoiser",
+    "check_dropped",
     "check_guidance",
     "check_half",
     "check_mode",

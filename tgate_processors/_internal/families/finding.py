@@ -16,6 +16,7 @@ from .refusing import (
     INSTEAD,
     check_attention,
     check_denoiser,
+    check_dropped,
     check_loop,
     check_mode,
     check_self_attention,
@@ -156,12 +157,8 @@ def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule, cross_atten
             f"cross_attention=False gates guidance alone, and that of {type(pipe).__name__} is not two halves, so all "
             f"of it stays on. {INSTEAD if joint else 'Leave cross_attention out.'}"
         )
-    if found.family.layout.remembers and found.guides and not schedule.predicts:
-        raise ValueError(
-            f'guidance="drop" is not possible: {type(pipe).__name__} remembers the guidance of the steps before '
-            "(momentum), so it goes on where the two halves are the same. Predict it, "
-            f'apply_tgate(pipe, {schedule.gate_step}, guidance="predict"), or leave gate_step out.'
-        )
+    if found.guides:
+        check_dropped(type(pipe).__name__, found.family.layout, schedule)
     check_self_attention(found.denoiser, type(pipe).__name__, found.family.layout, schedule)
     if schedule.predicts and found.kept_half is None:
         what = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"'

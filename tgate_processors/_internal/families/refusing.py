@@ -109,6 +109,16 @@ def check_self_attention(denoiser: torch.nn.Module, subject: str, layout: Layout
     )
 
 
+def check_dropped(subject: str, layout: Layout, schedule: TGateSchedule) -> None:
+    """Refuse to drop guidance that goes on by itself."""
+    if layout.remembers and not schedule.predicts:
+        raise ValueError(
+            f'guidance="drop" is not possible: the guidance of {subject} remembers that of the steps before '
+            "(momentum), so it goes on where the two halves are the same. Predict it, with "
+            f'gate_step={schedule.gate_step} and guidance="predict", or leave gate_step out.'
+        )
+
+
 def why_distilled(denoiser: torch.nn.Module, subject: str) -> str:
     """Why a pipeline has no half of guidance to leave out."""
     name = type(getattr(denoiser, "_orig_mod", denoiser)).__name__

@@ -29,6 +29,15 @@ def _fibo(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
+def _joy(config: Any, batch: int, size: InputSize) -> Shapes:
+    return {
+        # The picture that is edited, and the one that is drawn.
+        "hidden_states": (batch, 2, config.in_channels, 1, size.height, size.width),
+        "timestep": (batch,),
+        "encoder_hidden_states": (batch, size.tokens, config.text_dim),
+    }
+
+
 def _of_latents(given: Mapping[str, Any]) -> int:
     """Tokens of the latents, which the pipeline numbers apart from those of a given picture."""
     kinds = given["img_ids"][:, 0]
@@ -88,7 +97,5 @@ PICTURES = (
         ("NucleusMoEImagePipeline",),
         calls=2,
     ),
-    joint_family(
-        "JoyImageEditTransformer3DModel", Inputs(by_values, tokens=512), calls=2, reads=_of_one, reads_end=True
-    ),
+    joint_family("JoyImageEditTransformer3DModel", Inputs(_joy, tokens=1024), calls=2, reads=_of_one, reads_end=True),
 )

@@ -436,3 +436,8 @@ def test_a_model_that_the_script_does_not_have_is_named():
 def test_an_estimate_without_guidance_says_whose_it_is(caplog):
     estimate_cost(BY_NAME["sd"].build(), TGateSchedule(), 6, guidance=False)
     assert "this call of the denoiser has no guidance" in caplog.text
+    caplog.clear()
+    pipe = BY_NAME["sd"].build()
+    for schedule, choice in ((TGateSchedule(), {}), (TGateSchedule(3), {"cross_attention": False})):
+        assert estimate_cost(pipe, schedule, 6, **choice).report.half_batch_forwards > 0
+    assert not caplog.records

@@ -94,7 +94,7 @@ class _Announced(Call):
         """The steps."""
         return self._timeline
 
-    def guided(self) -> bool:
+    def guides(self) -> bool:
         """Whether guidance is on."""
         return self._guides
 

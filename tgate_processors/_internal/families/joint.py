@@ -49,6 +49,7 @@ def _cogvideox(config: Any, batch: int, size: InputSize) -> Shapes:
 
 
 def flux_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
+    """What Flux takes, and those that are built like it."""
     patches = size.height * size.width // 4
     shapes: Shapes = {
         "hidden_states": (batch, patches, config.in_channels),
@@ -124,6 +125,7 @@ def _hunyuan_video(config: Any, batch: int, size: InputSize) -> Shapes:
 
 
 def by_values(config: Any, batch: int, size: InputSize) -> Shapes:
+    """Refuse to count a denoiser that does not run without values."""
     raise ValueError(
         "this denoiser reads values of its inputs, and there are none without weights, so its cost cannot be counted. "
         "Gated guidance takes (N + F) / 2N of a run, with F full ones among N steps."

@@ -13,7 +13,15 @@ from tests.sound import SOUND, SOUND_TWO, ace_step, kandinsky6
 from tests.test_families import DROP, GATE, count, rows, samples_of
 from tests.test_laws import distance
 from tests.test_predicted import EVERY, FIXED, PATIENT
-from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
+from tgate_processors import (
+    TGateSchedule,
+    apply_tgate,
+    estimate_cost,
+    get_tgate_report,
+    is_tgate_applied,
+    measure_convergence,
+    remove_tgate,
+)
 from tgate_processors._internal.prediction import guided_output, relative_error
 
 ACE_STEP = pytest.mark.parametrize("kind", rows([kind for kind in SOUND if kind.name == "ace_step"]))
@@ -39,6 +47,8 @@ def test_guidance_with_a_memory_cannot_be_dropped_but_predicted(kind):
         assert not is_tgate_applied(pipe)
     with pytest.raises(ValueError, match=message):
         estimate_cost(pipe, TGateSchedule(GATE), STEPS)
+    # Nothing is dropped where a model is only watched.
+    assert measure_convergence(pipe, [kind.inputs([0])]).steps["error"].notna().any()
     alone = kind.run(apply_tgate(pipe, **PREDICT, cross_attention=False))
     assert get_tgate_report(pipe).half_batch_forwards == STEPS - GATE
     assert 0 < distance(alone, plain) < 1

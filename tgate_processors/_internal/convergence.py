@@ -158,14 +158,14 @@ def _watched(pipe: Any, probe: Probe) -> Iterator[None]:
     """Have T-GATE follow the calls of a pipeline without gating anything, and everything as it was afterwards."""
     before = installed(pipe)
     remove_tgate(pipe)
-    # A gate that no run reaches.
-    clock = StepClock(TGateSchedule(10**9))
+    found = find_family(pipe)
+    # A gate that no run reaches. Guidance with a memory cannot be dropped, not even then.
+    clock = StepClock(TGateSchedule(10**9, guidance="predict" if found.family.layout.remembers else None))
     clock.state.said.add("late")
     handles = []
     try:
         # Processors of any kind can be gated here, since nothing is reused.
         install(pipe, Installation(clock, custom="gate"))
-        found = find_family(pipe)
         denoiser, layout = found.denoiser, found.family.layout
         for name, layer in attention_modules(denoiser).items():
             if layout.is_cross(name, layer):

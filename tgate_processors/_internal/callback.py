@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from .call import Call
-from .checkpointing import replayed
+from .changing import exclusively
+from .checkpointing import replay, stop_replaying
 from .companions.others import check_others
 from .families import check_guidance, check_half, find_family
 from .hooks import DenoiserHooks
@@ -30,12 +31,15 @@ class StepClock:
         max_memory (`int`, *optional*): Most bytes of kept cross-attention.
     """
 
+    # Whether the user puts the processors in.
+    _by_hand: ClassVar[bool] = False
+
     def __init__(self, schedule: TGateSchedule, max_memory: int | None = None) -> None:
         if not isinstance(schedule, TGateSchedule):
             raise TypeError(
                 f"schedule={schedule!r} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
             )
-        self.state = TGateState(schedule, max_memory)
+        self.state = TGateState(schedule, max_memory, by_hand=self._by_hand)
 
     def __call__(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
@@ -99,6 +103,7 @@ class TGateCallback(StepClock):
     """
 
     tensor_inputs: ClassVar[list[str]] = []
+    _by_hand = True
 
     def __init__(self, schedule: TGateSchedule, *, cfg_half: CFGHalf | None = None) -> None:
         super().__init__(schedule)
@@ -154,10 +159,11 @@ class TGateCallback(StepClock):
         assert self._run is not None
         hooks = DenoiserHooks(self.state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
         forget = found.denoiser.register_forward_pre_hook(self._forget_a_broken_run)
-        hooks.install()
+        exclusively(hooks.install)
         self._place.callback(forget.remove)
-        self._place.callback(hooks.remove)
-        self._place.enter_context(replayed(found.denoiser, self.state))
+        self._place.callback(lambda: exclusively(hooks.remove))
+        self._place.callback(stop_replaying, found.denoiser, self)
+        replay(found.denoiser, self.state, self)
         self.state.enter(self._run)
         self._place.callback(self.state.leave)
         call = found.call(pipeline)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .changing import exclusively
 from .state import Signals, Slot, TGateState
 
 if TYPE_CHECKING:
     from .outputs import Kept
     from .run import Run
+
+# Where a block has the function that checkpoints it.
+_PLACE = "_gradient_checkpointing_func"
 
 
 class Replay:
@@ -65,25 +67,56 @@ class _Recomputed:
             return self._block(*args)
 
 
-@contextmanager
-def replayed(denoiser: torch.nn.Module, state: TGateState) -> Iterator[None]:
+class _Replaying:
+    """Stands in front of the function that checkpoints a block, for all runs of its denoiser."""
+
+    def __init__(self, behind: Any) -> None:
+        self.behind = behind
+        self.states: dict[object, TGateState] = {}
+
+    def __call__(self, block: Any, *args: Any) -> Any:
+        state = next((state for state in tuple(self.states.values()) if state.current() is not None), None)
+        return self.behind(block if state is None else _Recomputed(block, state), *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has no runs.
+        return _as_it_is, (self.behind,)
+
+
+def _as_it_is(function: Any) -> Any:
+    """What stands behind, in a copy."""
+    return function
+
+
+def replay(denoiser: torch.nn.Module, state: TGateState, run: object) -> None:
     """Have the checkpointed blocks of a denoiser replay their forward, while a run is on."""
     blocks = [module for module in denoiser.modules() if getattr(module, "gradient_checkpointing", False)]
-    given = {block: vars(block)["_gradient_checkpointing_func"] for block in blocks if _has_function(block)}
 
-    def replaying(checkpoint: Any) -> Any:
-        def call(block: Any, *args: Any) -> Any:
-            return checkpoint(block if state.current() is None else _Recomputed(block, state), *args)
+    def put_in() -> None:
+        for block in filter(_has_function, blocks):
+            found = vars(block)[_PLACE]
+            if not isinstance(found, _Replaying):
+                found = vars(block)[_PLACE] = _Replaying(found)
+            found.states[run] = state
 
-        return call
+    if blocks:
+        exclusively(put_in)
 
-    for block, function in given.items():
-        block._gradient_checkpointing_func = replaying(function)
-    try:
-        yield
-    finally:
-        for block, function in given.items():
-            block._gradient_checkpointing_func = function
+
+def stop_replaying(denoiser: torch.nn.Module, run: object) -> None:
+    """The inverse of `replay`."""
+    found = [block for block in denoiser.modules() if isinstance(vars(block).get(_PLACE), _Replaying)]
+
+    def take_out() -> None:
+        for block in found:
+            replaying = vars(block)[_PLACE]
+            if isinstance(replaying, _Replaying):
+                replaying.states.pop(run, None)
+                if not replaying.states:
+                    vars(block)[_PLACE] = replaying.behind
+
+    if found:
+        exclusively(take_out)
 
 
 def cannot_replay(denoiser: torch.nn.Module) -> bool:
@@ -120,4 +153,4 @@ class Differentiated:
 
 def _has_function(block: torch.nn.Module) -> bool:
     """Whether a block is checkpointed by a function that can be exchanged."""
-    return callable(vars(block).get("_gradient_checkpointing_func"))
+    return callable(vars(block).get(_PLACE))

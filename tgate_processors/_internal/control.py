@@ -4,11 +4,19 @@ from __future__ import annotations
 
 
 class Control:
-    """What the ControlNet ran on in this step: how many rows, and whether they are one half of guidance."""
+    """
+    What the ControlNet ran on in this step: how many rows, and whether they are one half of guidance.
+
+    Attributes:
+        conditional_only (`bool`): Whether it sees the conditional half alone, whatever T-GATE does.
+        halved (`bool`): Whether T-GATE has left one half out.
+        announced (`bool`): Whether the run knows of the denoiser's forward already.
+    """
 
     def __init__(self) -> None:
         self.conditional_only = False
         self.halved = False
+        self.announced = False
         self._rows = 0
 
     def enter(self, rows: int) -> None:

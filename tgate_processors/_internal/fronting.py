@@ -34,6 +34,16 @@ def front(base: Any, body: dict[str, Any]) -> Any:
     return kind(base.__name__, (base,), {**body, **names, BASE: base, _PLAIN: plain_call(base)})
 
 
+def is_front(pipeline_class: type) -> bool:
+    """Whether a class stands in front of another one, or somebody has put one on top of such a class."""
+    return hasattr(pipeline_class, BASE)
+
+
+def base_of(pipeline_class: type) -> Any:
+    """The class that a class stands in front of; itself if it does not."""
+    return vars(pipeline_class).get(BASE, pipeline_class)
+
+
 def plain_call(base: Any) -> Callable[..., Any]:
     """The call of a pipeline's class, as it is without cache-dit."""
     call: Callable[..., Any] = getattr(base, "_original_call", base.__call__)
@@ -48,7 +58,7 @@ def call_now(base: Any, gated: Callable[..., Any], plain: Callable[..., Any]) ->
 
 def give_back(pipeline_class: Any) -> Any:
     """The class before, in which a later removal of cache-dit finds its own call and not ours."""
-    base = vars(pipeline_class).get(BASE, pipeline_class)
+    base = base_of(pipeline_class)
     if base is not pipeline_class and vars(base).get("_original_call") is vars(pipeline_class)["__call__"]:
         base._original_call = vars(pipeline_class)[_PLAIN]
     return base

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from .companions.others import check_others
+from .ending import Ending
 from .guided_run import GuidedRun, GuiderCall
 from .installation import Installation
 from .layers import Layers
@@ -110,9 +109,8 @@ class GuiderInstallation(Installation):
             alone = "guidance is a guider here, and what a cache keeps of a call that T-GATE leaves out is not known"
             check_others(denoiser, self.callback.state.schedule, alone=alone)
 
-    @contextmanager
-    def guiding(self, pipe: Any) -> Iterator[GuidedRun]:
-        """Stand in for the guiders of a pipeline during a call."""
+    def guide(self, pipe: Any, ending: Ending) -> GuidedRun:
+        """Stand in for the guiders of a pipeline until the call ends."""
         self.enter(pipe)
         state, call = self.callback.state, GuiderCall(pipe)
         left_alone = [name for denoiser in _denoisers(pipe) for name in self._left_alone(denoiser)]
@@ -120,18 +118,18 @@ class GuiderInstallation(Installation):
             say_left_alone(state, call, left_alone)
         run = GuidedRun(state, call, droppable=not left_alone)
         stand_ins = {name: (guider, _stand_in(guider, run)) for name, guider in guiders_of(pipe).items()}
-        completed = False
-        try:
-            for name, (_, ours) in stand_ins.items():
-                # Not by `setattr`, by which some pipelines note in their configuration what they have.
-                vars(pipe)[name] = ours
-            yield run
-            completed = True
-        finally:
+
+        def end() -> None:
             for name, (guider, ours) in stand_ins.items():
                 if vars(pipe).get(name) is ours:
                     vars(pipe)[name] = guider
-            run.close(completed=completed)
+            self.end_run(pipe, run, (), completed=ending.completed)
+
+        ending.undo(end)
+        for name, (_, ours) in stand_ins.items():
+            # Not by `setattr`, by which some pipelines note in their configuration what they have.
+            vars(pipe)[name] = ours
+        return run
 
     def _left_alone(self, denoiser: Any) -> list[str]:
         """The layers whose processors may count their calls."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from .changing import exclusively
 from .checkpointing import Differentiated, cannot_replay
+from .copying import leave_out_of_copies, put_back_into_copies, remove_hooks
 from .halving import double, halve_named, stacked, unstacked
 from .layout import Layout, Names
 from .schedule import CFGHalf
@@ -22,9 +24,10 @@ class DenoiserHooks:
 
     They stand next to the forward, inside the user's hooks, which therefore see the batch that the pipeline gives and
     the output that it gets. Where a ControlNet has run on one half, the pipeline itself gives its residuals at half,
-    and then the user's hooks see one half of everything. Where guidance is dropped, the two halves that are given back
-    are the same, and the pipeline's own `uncond + scale * (cond - uncond)` gives them back exactly, for any scale and
-    any rescaling; where it is predicted, they differ by the predicted difference. Only the inputs of a ControlNet are
+    and then the user's hooks see one half of everything: a hook that stands outside of theirs does the work. Where
+    guidance is dropped, the two halves that are given back are the same, and the pipeline's own
+    `uncond + scale * (cond - uncond)` gives them back exactly, for any scale and any rescaling; where it is predicted,
+    they differ by the predicted difference. Only the inputs of a ControlNet are
     halved: what it gives goes to the denoiser, which needs the same half. The hooks are not compiled with the denoiser.
 
     Args:
@@ -52,75 +55,86 @@ class DenoiserHooks:
         self._kept = kept
         self._default = default
         self._layout = layout or Layout()
-        self._handles: list[tuple[Any, Any]] = []
         self._differentiated = Differentiated()
+
+    @property
+    def _modules(self) -> list[torch.nn.Module]:
+        """What has hooks."""
+        return [module for module in (self._denoiser, self._controlnet) if module is not None]
 
     def install(self) -> None:
         """Register the hooks."""
         self.remove()
-        self._register(self._denoiser.register_forward_pre_hook, self._denoiser._forward_pre_hooks, self.before)
-        self._register(self._denoiser.register_forward_hook, self._denoiser._forward_hooks, self.after)
-        controlnet = self._controlnet
-        if controlnet is not None:
-            hooks = controlnet._forward_pre_hooks
-            self._register(controlnet.register_forward_pre_hook, hooks, self.before_controlnet)
+        for module in self._modules:
+            leave_out_of_copies(module, _is_ours)
+        self._denoiser.register_forward_pre_hook(self._hook("before"), with_kwargs=True)
+        self._denoiser.register_forward_hook(self._hook("after"), with_kwargs=True)
+        if self._controlnet is not None:
+            self._denoiser.register_forward_pre_hook(self._hook("before_all"), with_kwargs=True, prepend=True)
+            self._controlnet.register_forward_pre_hook(self._hook("before_controlnet"), with_kwargs=True)
         self.stand_inside()
 
     def remove(self) -> None:
         """Take the hooks out again."""
-        for handle, _ in self._handles:
-            handle.remove()
-        self._handles = []
+        for module in self._modules:
+            # By looking, as an interrupt may have come between a hook and its handle.
+            remove_hooks(module, lambda hook: getattr(hook, "__self__", None) is self)
+            put_back_into_copies(module, _is_ours)
 
     def stand_inside(self) -> None:
-        """Stand next to the forward: last of those before it, first of those after it."""
-        for handle, hooks in self._handles:
-            if handle.id in hooks:
-                hooks.move_to_end(handle.id, last=hooks is not self._denoiser._forward_hooks)
+        """
+        Stand next to the forward: last of those before it, first of those after it.
 
-    def _stand_outside(self) -> None:
-        """Be the first of those before the forward."""
-        handle, hooks = self._handles[0]
-        hooks.move_to_end(handle.id, last=False)
+        Other threads may be calling the denoiser, so nothing is moved that stands where it should.
+        """
+        before: Any = self._denoiser._forward_pre_hooks
+        after: Any = self._denoiser._forward_hooks
+        for hooks, name, last in ((before, "before", True), (before, "before_all", False), (after, "after", False)):
+            number = self._number(hooks, name)
+            if number is not None and not _is_at_end(hooks, number, last=last):
+                hooks.move_to_end(number, last=last)
 
-    # Bound methods, which torch's compiler knows for such hooks, and which are copied with what they are bound to.
+    def _hook(self, method: str) -> types.MethodType:
+        """A hook: a bound method, which torch's compiler knows for such hooks."""
+        return types.MethodType(_eager(method), self)
 
-    @property
-    def before(self) -> types.MethodType:
-        """The hook before the denoiser's forward."""
-        return types.MethodType(_eager("before"), self)
-
-    @property
-    def after(self) -> types.MethodType:
-        """The hook after the denoiser's forward."""
-        return types.MethodType(_eager("after"), self)
-
-    @property
-    def before_controlnet(self) -> types.MethodType:
-        """The hook before the ControlNet's forward."""
-        return types.MethodType(_eager("before_controlnet"), self)
-
-    def _register(self, register: Any, hooks: Any, hook: Any) -> None:
-        """Register a hook."""
-        self._handles.append((register(hook, with_kwargs=True), hooks))
+    def _number(self, hooks: Any, method: str) -> int | None:
+        """The number of one of our hooks, if it is there."""
+        wanted = self._hook(method)
+        return next((number for number, hook in list(hooks.items()) if hook == wanted), None)
 
     def _is_innermost(self) -> bool:
         """Whether nobody but other pipelines' T-GATE reads the batch after us."""
-        own = self._handles[0][0].id
-        for number, hook in reversed(self._denoiser._forward_pre_hooks.items()):
-            if number == own:
-                return True
-            if not isinstance(getattr(hook, "__self__", None), DenoiserHooks):
-                return False
-        return False
+        number = self._number(self._denoiser._forward_pre_hooks, "before")
+        return number is not None and _is_at_end(self._denoiser._forward_pre_hooks, number, last=True)
 
-    def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward begins: tell the run, and halve the batch if it says so."""
-        run = self._state.current()
-        if run is None or run.waiting:
-            if torch.is_grad_enabled():
-                self._differentiated.check(latents_of({"sample": args[0]} if args else kwargs))
+    def _before_all(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """A forward begins whose ControlNet has run on one half."""
+        run = self._run(kwargs)
+        if run is None or not run.control.halved:
             return None
+        run.control.announced = True
+        return self._enter(run, module, args, kwargs or {})
+
+    def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """A forward begins."""
+        run = self._run(kwargs)
+        if run is None:
+            if torch.is_grad_enabled():
+                self._differentiated.check(latents_of({"sample": args[0]} if args else kwargs or {}))
+            return None
+        if run.control.announced:
+            run.control.announced = False
+            return None
+        return self._enter(run, module, args, kwargs or {})
+
+    def _run(self, kwargs: dict[str, Any] | None) -> Any:
+        """The run that a hook serves. Without keyword arguments torch calls what was removed when it had listed it."""
+        run = None if kwargs is None else self._state.current()
+        return None if run is None or run.waiting else run
+
+    def _enter(self, run: Any, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Tell the run of a forward, and halve the batch if it says so."""
         if cannot_replay(self._denoiser):
             raise ValueError(
                 "T-GATE: with gradients on, this version of diffusers computes checkpointed blocks again where T-GATE "
@@ -129,11 +143,13 @@ class DenoiserHooks:
         seen = see(module, args, kwargs)
         self._differentiated.note(seen.sample)
         if self._layout.is_beside(seen.given):
+            run.control.announced = False
             self._state.stand_aside()
             return None
         innermost = self._is_innermost()
-        # For the hooks after this forward, and for the next one: some may have come since the last.
-        self.stand_inside()
+        if not innermost:
+            # For the hooks after this forward, and for the next one: some may have come since the last.
+            exclusively(self.stand_inside)
         may_halve = innermost or run.control.halved or self._layout.calls > 1
         run.before_forward(seen, self._kept_half(run), may_halve=may_halve, denoiser=module)
         if not run.halves_batch:
@@ -167,17 +183,18 @@ class DenoiserHooks:
             return kept  # type: ignore[return-value]
         return "unconditional" if kept == "conditional" else "conditional"
 
-    def _before_controlnet(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_controlnet(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Halve the batch if the denoiser's will be, unless it is one half already."""
-        run = self._state.current()
-        if run is None or run.waiting:
+        run = self._run(kwargs)
+        if run is None or kwargs is None:
             return None
         seen = see(module, args, kwargs)
         run.control.enter(seen.batch)
         if run.control.conditional_only or not run.halves_next(seen.shape):
             return None
         run.control.halved = True
-        self._stand_outside()
         kept = self._kept_half(run)
         names = list(seen.given)
         positional = dict(zip(names, args, strict=False))
@@ -185,12 +202,14 @@ class DenoiserHooks:
         new_args = list(halve_named(positional, names_of_batch, seen.batch, kept).values())
         return new_args, halve_named(kwargs, names_of_batch, seen.batch, kept)
 
-    def _after(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _after(self, module: torch.nn.Module, args: Any, *rest: Any) -> Any:
         """A forward has ended: tell the run, and give the output of the half back as both halves."""
-        run = self._state.current()
-        if run is None:
+        kwargs, output = rest if len(rest) > 1 else (None, rest[0])
+        if self._state.current() is None:
             self._state.come_back()
-        if run is None or run.waiting:
+            return None
+        run = self._run(kwargs)
+        if run is None:
             return None
         whole, run.whole = run.whole, None
         difference = run.after_forward(output)
@@ -230,7 +249,21 @@ class _Whole:
 def _eager(method: str) -> Any:
     """A method that is not compiled with the denoiser."""
     # Here and not as a decorator, which would load the compiler with this package.
-    function = torch.compiler.disable(getattr(DenoiserHooks, f"_{method}"))  # type: ignore[no-untyped-call]
-    # Bound methods are pickled by this name.
-    function.__name__ = method
-    return function
+    return torch.compiler.disable(getattr(DenoiserHooks, f"_{method}"))  # type: ignore[no-untyped-call]
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether a hook is that of a pipeline with T-GATE."""
+    return isinstance(getattr(hook, "__self__", None), DenoiserHooks)
+
+
+def _is_at_end(hooks: Any, number: int, *, last: bool) -> bool:
+    """Whether a hook is the last one, or the first one, but for those of other pipelines with T-GATE."""
+    # A copy made at once: other threads may add and remove hooks meanwhile.
+    there = list(hooks.items())
+    for other, hook in reversed(there) if last else there:
+        if other == number:
+            return True
+        if not _is_ours(hook):
+            return False
+    return False

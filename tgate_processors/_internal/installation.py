@@ -2,51 +2,70 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
+import torch
+
 from .callback import StepClock
+from .changing import exclusively, soon
 from .companions.deepcache import DeepCacheOrder
 from .companions.others import check_others
+from .ending import Ending
 from .families import Found, check_guidance, check_half, check_mode, find_family
+from .guided_run import GuidedRun
 from .hooks import DenoiserHooks
 from .layers import CustomProcessors, Layers
+from .report import TGateReport
+from .run import Run
 from .schedule import CFGHalf
 
 
 class Place:
-    """The gates and hooks of one pipeline in its denoiser, or in both that it has."""
+    """
+    The gates and hooks of one pipeline in its denoiser, or in both that it has.
 
-    def __init__(self, found: Found, hooks: list[DenoiserHooks], layers: list[Layers]) -> None:
+    Args:
+        found (`Found`): The denoisers, and how they are gated.
+        hooks (`list` of `DenoiserHooks`): The hooks of each.
+        new_layers (`Callable`): Makes the `Layers` of a denoiser for one call.
+
+    Attributes:
+        owners (`WeakSet`): The copies of the pipeline that use it: one may still do so when another no longer does.
+    """
+
+    def __init__(
+        self, found: Found, hooks: list[DenoiserHooks], new_layers: Callable[[torch.nn.Module], Layers]
+    ) -> None:
         self.found = found
         self.hooks = hooks
-        self.layers = layers
+        self.owners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._new_layers = new_layers
 
-    def install(self) -> None:
+    def install(self) -> list[Layers]:
         """Put in what is not there yet."""
-        for layers, hooks in zip(self.layers, self.hooks, strict=True):
-            layers.follow()
+        all_layers = self.follow()
+        for hooks in self.hooks:
             hooks.install()
+        return all_layers
 
-    def follow(self) -> None:
-        """A call starts: processors and hooks may have come since the last one."""
-        for layers, hooks in zip(self.layers, self.hooks, strict=True):
+    def follow(self) -> list[Layers]:
+        """A call starts: find the layers. Processors and hooks may have come since the last one."""
+        all_layers = [self._new_layers(denoiser) for denoiser in self.found.denoisers]
+        for layers, hooks in zip(all_layers, self.hooks, strict=True):
             layers.follow()
             hooks.stand_inside()
-
-    def recover(self) -> None:
-        """After a failure, put back what the pipeline itself exchanges for a call."""
-        for layers in self.layers:
-            layers.recover()
+        return all_layers
 
     def remove(self) -> None:
-        """The inverse of `install`."""
-        for layers, hooks in zip(self.layers, self.hooks, strict=True):
+        """The inverse of `install`, of whatever part of it is there."""
+        for denoiser, hooks in zip(self.found.denoisers, self.hooks, strict=True):
             hooks.remove()
-            layers.remove()
+            self._new_layers(denoiser).remove()
 
 
 class Installation:
@@ -76,57 +95,79 @@ class Installation:
         self.cfg_half = cfg_half
         self.custom = custom
         self.deepcache = deepcache
-        self.__setstate__({"_places": []})
+        self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
-        transient = ("_owners", "_calls", "_wrapped", "_lock", "_finalizer")
+        # Copies of a denoiser are made without what is installed in it.
+        transient = ("_places", "_calls", "_reports", "_lock", "_finalizer")
         return {name: value for name, value in vars(self).items() if name not in transient}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._places: list[Place]
-        # Pipelines, by place: one of them may still use what another no longer does.
-        self._owners: list[weakref.WeakSet[Any]] = [weakref.WeakSet() for _ in self._places]
-        self._calls: set[int] = set()
-        self._wrapped: set[int] = set()
+        self._places: list[Place] = []
+        # The calls under way, by pipeline: each by an object of its own, and whether others are wrapped around it.
+        self._calls: dict[int, tuple[object, bool]] = {}
+        self._reports: weakref.WeakKeyDictionary[Any, TGateReport] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _remove_all, self._places)
+        self._finalizer = weakref.finalize(self, soon, functools.partial(_remove_all, self._places))
         self._finalizer.atexit = False
 
     def is_running(self, pipe: Any) -> bool:
         """Whether a call of the pipeline is under way."""
         return id(pipe) in self._calls
 
-    @contextmanager
-    def running(self, pipe: Any, *, wrapped: bool = False) -> Iterator[None]:
+    def begin_call(self, pipe: Any, ending: Ending, *, wrapped: bool = False) -> None:
         """Note that a call of the pipeline is under way; a pipeline has one scheduler and can be in one at a time."""
+        ending.undo(functools.partial(self._end_call, pipe, ending))
         with self._lock:
-            if id(pipe) in self._calls:
-                raise RuntimeError(
-                    f"T-GATE: {type(pipe).__name__} is running already, in another thread or in a call of which this "
-                    "is a callback: give every call that overlaps with another one a pipeline of its own, other = "
-                    "copy.copy(pipe) with other.scheduler = copy.deepcopy(pipe.scheduler). It is gated too."
-                )
-            self._calls.add(id(pipe))
-        if wrapped:
-            self._wrapped.add(id(pipe))
-        try:
-            yield
-        finally:
-            for calls in (self._calls, self._wrapped):
-                calls.discard(id(pipe))
+            if self._calls.setdefault(id(pipe), (ending, wrapped))[0] is ending:
+                return
+        raise RuntimeError(
+            f"T-GATE: {type(pipe).__name__} is running already, in another thread or in a call of which this is a "
+            "callback: give every call that overlaps with another one a pipeline of its own, other = copy.copy(pipe) "
+            "with other.scheduler = copy.deepcopy(pipe.scheduler). It is gated too."
+        )
+
+    def _end_call(self, pipe: Any, ending: Ending) -> None:
+        """The inverse of `begin_call`."""
+        call, _ = self._calls.get(id(pipe), (None, False))
+        if call is ending:
+            self._calls.pop(id(pipe), None)
 
     def comes_back(self, pipe: Any) -> bool:
         """Whether a call is the one that was begun, come back by way of what others have wrapped around it."""
+        _, wrapped = self._calls.get(id(pipe), (None, False))
         # In the user's callbacks there is no run.
-        return id(pipe) in self._wrapped and self.callback.state.current() is not None
+        return wrapped and self.callback.state.current() is not None
+
+    def report_of(self, pipe: Any) -> TGateReport:
+        """What the last call of a pipeline did, and not that of a copy."""
+        return self._reports.get(pipe, TGateReport())
+
+    def end_run(self, pipe: Any, run: Run | GuidedRun, layers: Sequence[Layers], *, completed: bool) -> None:
+        """A call of a pipeline has ended: hold nothing, and leave the report."""
+        self._reports[pipe] = run.report
+        for each in () if completed else layers:
+            exclusively(each.recover)
+        run.close(completed=completed)
 
     def enter(self, pipe: Any) -> None:
         """Come into a pipeline, or refuse it."""
         self.follow(pipe)
 
-    def follow(self, pipe: Any) -> Place:
-        """Be where the pipeline's denoiser is now, and refuse what has come beside T-GATE."""
+    def come_along(self, pipe: Any) -> None:
+        """Come into a copy of a pipeline. What stands against it is said by its first call."""
+        if not self._places:
+            with suppress(ValueError):
+                self.enter(pipe)
+
+    def follow(self, pipe: Any) -> tuple[Found, list[Layers]]:
+        """
+        Be where the pipeline's denoiser is now, and refuse what has come beside T-GATE.
+
+        Returns:
+            `tuple` of `Found` and `list` of `Layers`: The denoisers, and the layers of each, for one call.
+        """
         check_mode(pipe)
         here = next((place for place in self._places if place.found.is_of(pipe)), None)
         found = here.found if here is not None else find_family(pipe, self.cross_attention)
@@ -137,42 +178,50 @@ class Installation:
         asked: dict[str, Any] = {"calls": layout.calls, "gates_cross": gates_cross, "cfg_half": self.cfg_half}
         for denoiser in found.denoisers:
             check_others(denoiser, state.schedule, helper, **asked)
+        if here is None:
+            check_half(pipe, found, self.cfg_half)
+            check_guidance(pipe, found, state.schedule, self.cross_attention)
+        return found, exclusively(functools.partial(self._settle, pipe, found))
+
+    def remove(self, pipe: Any) -> None:
+        """Take out what no other copy of the pipeline uses."""
+        exclusively(functools.partial(self._let_go, pipe))
+
+    def _settle(self, pipe: Any, found: Found) -> list[Layers]:
+        """Be in the denoisers that were found, and in no other ones."""
+        # Another copy of the pipeline may have come here or gone meanwhile.
+        here = next((place for place in self._places if place.found.is_of(pipe)), None)
         self._let_go(pipe, but=here)
         if here is not None:
-            self._owners[self._places.index(here)].add(pipe)
-            here.follow()
-            return here
-        check_half(pipe, found, self.cfg_half)
-        check_guidance(pipe, found, state.schedule, self.cross_attention)
+            here.owners.add(pipe)
+            return here.follow()
+        # Not `self` in the place, which would keep the pipeline's installation alive.
+        state, custom, layout = self.callback.state, self.custom, found.family.layout
         hooks = [
             DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
             for denoiser in found.denoisers
         ]
-        here = Place(found, hooks, [Layers(denoiser, state, self.custom, layout) for denoiser in found.denoisers])
+        here = Place(found, hooks, lambda denoiser: Layers(denoiser, state, custom, layout))
+        here.owners.add(pipe)
         self._places.append(here)
-        self._owners.append(weakref.WeakSet([pipe]))
         try:
-            here.install()
+            return here.install()
         except BaseException:
             self._let_go(pipe)
             raise
-        return here
-
-    def remove(self, pipe: Any) -> None:
-        """Take out what no other copy of the pipeline uses."""
-        self._let_go(pipe)
 
     def _let_go(self, pipe: Any, but: Place | None = None) -> None:
         """The pipeline does not use its places any more, but for one."""
-        for place, owners in list(zip(self._places, self._owners, strict=True)):
-            owners.discard(pipe)
-            if place is not but and not owners:
-                index = self._places.index(place)
-                del self._places[index], self._owners[index]
-                place.remove()
+        for place in list(self._places):
+            if place is not but:
+                place.owners.discard(pipe)
+                if not place.owners:
+                    place.remove()
+                    self._places.remove(place)
 
 
 def _remove_all(places: list[Place]) -> None:
     """The pipelines are gone."""
     while places:
-        places.pop().remove()
+        places[-1].remove()
+        places.pop()

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from .changing import exclusively
 from .layout import Layout
 from .memory import Sizes, saved_macs
 from .processor import TGateAttnProcessor, is_bare, is_own
@@ -27,7 +28,9 @@ def attention_modules(denoiser: torch.nn.Module) -> dict[str, Any]:
 
 class Layers:
     """
-    The attention layers of a denoiser, with and without a gate of one pipeline.
+    The attention layers of a denoiser in one call of a pipeline, with and without a gate of it.
+
+    The gates stay from call to call, and copies of the pipeline share them. What is known of the layers is of one call.
 
     Args:
         denoiser (`torch.nn.Module`): The denoiser.
@@ -55,6 +58,11 @@ class Layers:
         self._by_slot: dict[Slot, str] = {}
         self._absent: set[str] = set()
 
+    @property
+    def slots(self) -> list[Slot]:
+        """The gates."""
+        return list(self._by_slot)
+
     def look(self) -> None:
         """Find the layers. An IP-Adapter may bring some of its own."""
         self._modules = attention_modules(self.denoiser)
@@ -64,7 +72,6 @@ class Layers:
         self.look()
         self._gate(list(self._modules))
         self._at_start = self._processors()
-        self._in_loop = []
 
     def settle(self) -> list[str]:
         """
@@ -76,7 +83,9 @@ class Layers:
         """
         started = dict(zip(self._modules, self._at_start, strict=False))
         lost = [name for name in self._cross() if name in started and self._gate_of(started[name]) is not None]
-        self._gate([name for name in lost if self._gate_of(self._modules[name].processor) is None])
+        lost = [name for name in lost if self._gate_of(self._modules[name].processor) is None]
+        if lost:
+            exclusively(lambda: self._gate(lost))
         self._in_loop = self._processors()
         gates = {name: self._gate_of(layer.processor) for name, layer in self._modules.items()}
         self._by_slot = {gate.slot: name for name, gate in gates.items() if gate is not None}
@@ -134,7 +143,7 @@ class Layers:
     def recover(self) -> None:
         """After a failure, put back what the pipeline itself exchanges for a call (perturbed-attention guidance)."""
         in_loop = self._in_loop or self._processors()
-        for layer, gate, last in zip(self._modules.values(), self._at_start, in_loop, strict=True):
+        for layer, gate, last in zip(self._modules.values(), self._at_start, in_loop, strict=False):
             if layer.processor is not gate and layer.processor is last and self._gate_of(last) is None:
                 layer.processor = gate
 
@@ -157,7 +166,6 @@ class Layers:
                 aside[name] = gate.original
             elif gate is not None:
                 _bypass(processor, gate)
-        self._modules = {}
 
     def _gate(self, names: list[str]) -> None:
         """Put gates in front of the processors of these layers, but for those that are left alone."""

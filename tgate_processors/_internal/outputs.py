@@ -63,6 +63,11 @@ class Outputs:
     def forget(self) -> None:
         """Hold nothing, and choose anew."""
         self.signals.rest()
+        # A forward that failed has left these as they were in it.
+        self._lent.clear()
+        self._state.compiled.rest()
+        for slot in self.layers.slots:
+            slot.tensor = None
         self.kept.clear()
         self.declined.clear()
         self._sizes.clear()
@@ -114,7 +119,7 @@ class Outputs:
         """A forward has ended: copy what compiled code has stored, which its next call may write to, one by one."""
         self._state.compiled.rest()
         self._hear_compiled()
-        for slot in self._state.filled_slots():
+        for slot in self.layers.slots:
             tensor, slot.tensor = slot.tensor, None
             if tensor is not None and self._lent.get(slot) is not tensor:
                 self._compiled_slots.add(slot)

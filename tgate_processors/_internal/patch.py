@@ -205,8 +205,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     ```
     """
     check_pipeline(pipe)
-    if installed(pipe) is not None:
-        uninstall(pipe)
+    uninstall(pipe)
     return pipe
 
 
@@ -264,7 +263,7 @@ def get_tgate_report(pipe: DiffusionPipeline | _Declared) -> TGateReport:
     installation = installed(pipe)
     if installation is None:
         raise ValueError(f"T-GATE is not applied to this {type(pipe).__name__}: call apply_tgate(pipe) before the run.")
-    report = installation.callback.state.report
+    report = installation.report_of(pipe)
     if not report.num_inference_steps:
         logger.warning("T-GATE: %s has not run since apply_tgate: the report is empty.", type(pipe).__name__)
     return report

@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
 from typing import Any
 
 from .chaining import chain, suspending
-from .checkpointing import replayed
+from .checkpointing import replay, stop_replaying
 from .companions.companion import Companions
 from .companions.others import companions_of
 from .compilation import room_for_graphs
-from .fronting import call_now, front, give_back, plain_call
+from .ending import Ending
+from .fronting import base_of, call_now, front, give_back, is_front, plain_call
 from .guiders import GuiderInstallation
 from .installation import Installation
 from .run import Run
-from .skipping import skipping
+from .skipping import stand_in_front, step_back
 from .state import Ongoing, TGateState
 
 logger = logging.getLogger(__name__)
@@ -35,29 +36,35 @@ _SETTINGS = {
 
 
 def installed(pipe: Any) -> Installation | None:
-    """What is installed in a pipeline."""
+    """What is installed in a pipeline, if all of it is."""
     found: Installation | None = vars(pipe).get(_ATTRIBUTE)
-    return found
+    return found if is_front(type(pipe)) else None
 
 
 def install(pipe: Any, installation: Installation) -> None:
     """Put T-GATE into a pipeline, or nothing of it if that fails."""
-    installation.enter(pipe)
-    vars(pipe)[_ATTRIBUTE] = installation
-    pipeline_class: Any = type(pipe)
-    pipe.__class__ = _gated_class(pipeline_class)
+    try:
+        # The first that comes and the last that goes: whatever is there by an interrupt is taken out by it.
+        vars(pipe)[_ATTRIBUTE] = installation
+        installation.enter(pipe)
+        pipe.__class__ = _gated_class(base_of(type(pipe)))
+    except BaseException:
+        uninstall(pipe)
+        raise
 
 
 def uninstall(pipe: Any) -> None:
-    """The inverse of `install`."""
-    installation = vars(pipe)[_ATTRIBUTE]
+    """The inverse of `install`, also of a part of it."""
+    installation = vars(pipe).get(_ATTRIBUTE)
+    if installation is None:
+        return
     if installation.is_running(pipe):
         raise RuntimeError(
             f"T-GATE: {type(pipe).__name__} is running: call apply_tgate and remove_tgate between two calls."
         )
-    del vars(pipe)[_ATTRIBUTE]
     installation.remove(pipe)
     pipe.__class__ = give_back(type(pipe))
+    del vars(pipe)[_ATTRIBUTE]
 
 
 @functools.cache
@@ -68,12 +75,19 @@ def _gated_class(pipeline_class: Any) -> Any:
         # Not by the name of the class, which is that of the one before.
         return _rebuild, (pipeline_class,), vars(self)
 
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        installation = installed(self)
+        if installation is not None:
+            installation.come_along(self)
+
     def __repr__(self: Any) -> str:
         installation, plain = installed(self), pipeline_class.__repr__(self)
         return plain if installation is None else f"{plain}\nwith T-GATE: {installation.callback.state.schedule!r}"
 
     gated = _gated(plain_call(pipeline_class), pipeline_class)
-    return front(pipeline_class, {"__call__": gated, "__repr__": __repr__, "__reduce_ex__": __reduce_ex__})
+    copying = {"__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__}
+    return front(pipeline_class, {"__call__": gated, "__repr__": __repr__, **copying})
 
 
 def _rebuild(pipeline_class: Any) -> Any:
@@ -92,8 +106,20 @@ def _gated(call: Callable[..., Any], base: Any = None) -> Callable[..., Any]:
         now = call if base is None else call_now(base, __call__, call)
         if inspect.isgeneratorfunction(call):
             return _step_by_step(self, now, bound)
-        with _running(self, bound, wrapped=now is not call) as (state, run), state.entered(run):
-            return now(*bound.args, **bound.kwargs)
+        ending = Ending()
+        # Twice, for an interrupt in the first.
+        try:
+            try:
+                state, run = _begin(self, bound, ending, wrapped=now is not call)
+                ending.undo(functools.partial(state.leave, state.current()))
+                state.enter(run)
+                output = now(*bound.args, **bound.kwargs)
+                ending.completed = True
+                return output
+            finally:
+                ending.end()
+        finally:
+            ending.end()
 
     functools.update_wrapper(__call__, call)
     __call__.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
@@ -131,75 +157,76 @@ def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         return None
 
 
-@contextmanager
-def _running(
-    pipe: Any, bound: inspect.BoundArguments, *, wrapped: bool = False
-) -> Iterator[tuple[TGateState, Ongoing]]:
-    """Have a run for a call, whose arguments get the clock, and hold nothing when it ends, however it ends."""
+def _begin(
+    pipe: Any, bound: inspect.BoundArguments, ending: Ending, *, wrapped: bool = False
+) -> tuple[TGateState, Ongoing]:
+    """Have a run for a call, whose arguments get the clock."""
     installation = installed(pipe)
     assert installation is not None
     state = installation.callback.state
-    with ExitStack() as stack:
-        stack.enter_context(installation.running(pipe, wrapped=wrapped))
-        if isinstance(installation, GuiderInstallation):
-            yield state, stack.enter_context(installation.guiding(pipe))
-            return
-        place = installation.follow(pipe)
-        found = place.found
-        call = found.call(pipe, _given(bound))
-        if not found.by_forward:
-            chain(pipe, installation.callback, bound, vouched=found.vouched)
-        elif bound.arguments.get("callback") is not None:
-            bound.arguments["callback"] = suspending(state, bound.arguments["callback"])
-        caches = [companions_of(denoiser) for denoiser in found.denoisers]
-        if installation.deepcache is not None:
-            caches[0].insert(0, installation.deepcache)
-        companions = Companions(caches, found.family.layout.calls)
-        run = Run(
-            state,
-            call,
-            place.layers,
-            droppable=found.kept_half is not None and not companions.keep_guidance,
-            by_forward=found.by_forward,
-            companions=companions,
-            cross_attention=installation.cross_attention,
-        )
-        stack.enter_context(room_for_graphs())
-        for denoiser in found.denoisers:
-            stack.enter_context(replayed(denoiser, state))
+    installation.begin_call(pipe, ending, wrapped=wrapped)
+    if isinstance(installation, GuiderInstallation):
+        return state, installation.guide(pipe, ending)
+    found, layers = installation.follow(pipe)
+    call = found.call(pipe, _given(bound))
+    if not found.by_forward:
+        chain(pipe, installation.callback, bound, vouched=found.vouched)
+    elif bound.arguments.get("callback") is not None:
+        bound.arguments["callback"] = suspending(state, bound.arguments["callback"])
+    caches = [companions_of(denoiser) for denoiser in found.denoisers]
+    if installation.deepcache is not None:
+        caches[0].insert(0, installation.deepcache)
+    companions = Companions(caches, found.family.layout.calls)
+    run = Run(
+        state,
+        call,
+        layers,
+        droppable=found.kept_half is not None and not companions.keep_guidance,
+        by_forward=found.by_forward,
+        companions=companions,
+        cross_attention=installation.cross_attention,
+    )
+    ending.undo(lambda: installation.end_run(pipe, run, layers, completed=ending.completed))
+    stack = ExitStack()
+    ending.undo(stack.close)
+    stack.enter_context(room_for_graphs())
+    for denoiser in found.denoisers:
+        ending.undo(functools.partial(stop_replaying, denoiser, run))
+        replay(denoiser, state, run)
         if found.family.layout.calls > 1:
-            stack.enter_context(skipping(found.denoisers, state))
-        stack.enter_context(companions.running())
-        completed = False
-        try:
-            yield state, run
-            completed = True
-        except BaseException:
-            place.recover()
-            raise
-        finally:
-            run.close(completed=completed)
+            ending.undo(functools.partial(step_back, denoiser, run))
+            stand_in_front(denoiser, state, run)
+    companions.begin_call(ending)
+    return state, run
 
 
 def _step_by_step(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArguments) -> Generator[Any, Any, Any]:
     """Run a call that yields: T-GATE steps aside whenever the consumer runs."""
-    with _running(pipe, bound) as (state, run):
-        inner = call(*bound.args, **bound.kwargs)
-        resume, value = inner.send, None
-        while True:
-            try:
-                # The consumer may ask for every item in another thread.
-                with state.entered(run):
-                    item = resume(value)
-            except StopIteration as stop:
-                return stop.value
-            try:
-                resume, value = inner.send, (yield item)
-            except GeneratorExit:
-                inner.close()
-                raise
-            except BaseException as error:
-                resume, value = inner.throw, error
+    ending = Ending()
+    try:
+        try:
+            state, run = _begin(pipe, bound, ending)
+            inner = call(*bound.args, **bound.kwargs)
+            resume, value = inner.send, None
+            while True:
+                try:
+                    # The consumer may ask for every item in another thread.
+                    with state.entered(run):
+                        item = resume(value)
+                except StopIteration as stop:
+                    ending.completed = True
+                    return stop.value
+                try:
+                    resume, value = inner.send, (yield item)
+                except GeneratorExit:
+                    inner.close()
+                    raise
+                except BaseException as error:
+                    resume, value = inner.throw, error
+        finally:
+            ending.end()
+    finally:
+        ending.end()
 
 
 def _given(bound: inspect.BoundArguments) -> dict[str, Any]:

@@ -80,14 +80,18 @@ class TGateAttnProcessor:
         pass
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if not self.state.by_hand:
+            return _as_it_is, (self.original,)
         return TGateAttnProcessor, (self.original, self.state)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Some of the classes behind define their own.
         return self.__reduce__()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TGateAttnProcessor:
-        copied = TGateAttnProcessor(copy.deepcopy(self.original, memo), copy.deepcopy(self.state, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = copy.deepcopy(self.original, memo)
+        if self.state.by_hand:
+            copied = TGateAttnProcessor(copied, copy.deepcopy(self.state, memo))
         memo[id(self)] = copied
         return copied
 
@@ -105,6 +109,11 @@ class _Bare:
             object.__setattr__(self, name, value)
         else:
             setattr(self.original, name, value)
+
+
+def _as_it_is(original: Any) -> Any:
+    """What a gate is in a pickle: the processor behind. A gated pipeline that is unpickled puts in gates of its own."""
+    return original
 
 
 def is_own(processor: Any) -> bool:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from .changing import exclusively
 from .state import TGateState
 
-_lock = threading.Lock()
 # If a module has this attribute, torch calls it in place of hooks and `forward`. A forward hook could not leave the
 # forward out, and offloading would replace a `forward` of ours. Copies and pickles leave the attribute out.
 _PLACE = "_compiled_call_impl"
@@ -28,12 +25,12 @@ class Front:
 
     def __init__(self, denoiser: torch.nn.Module, behind: Any) -> None:
         self.behind = behind
-        self.states: list[TGateState] = []
+        self.states: dict[object, TGateState] = {}
         self._denoiser = denoiser
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the denoiser, or give what a run has in place of its output."""
-        for state in tuple(self.states):
+        for state in tuple(self.states.values()):
             run = state.current()
             if run is not None and run.skips(self._denoiser):
                 return run.skipped()
@@ -46,38 +43,31 @@ def is_compiled(module: torch.nn.Module) -> bool:
     return (found.behind if isinstance(found, Front) else found) is not None
 
 
-@contextmanager
-def skipping(denoisers: Iterable[torch.nn.Module], state: TGateState) -> Iterator[None]:
-    """Let the runs of a state leave out calls of these denoisers."""
-    entered = []
-    try:
-        for denoiser in denoisers:
-            _enter(denoiser, state)
-            entered.append(denoiser)
-        yield
-    finally:
-        for denoiser in entered:
-            _leave(denoiser, state)
+def stand_in_front(denoiser: torch.nn.Module, state: TGateState, run: object) -> None:
+    """Let a run leave out calls of a denoiser. Runs of several threads share the place."""
 
-
-def _enter(denoiser: torch.nn.Module, state: TGateState) -> None:
-    """Stand in front of a denoiser; runs of several threads share the place."""
-    with _lock:
+    def put_in() -> None:
         # Not by attribute, which a compiled denoiser hands on to the one inside.
         front = vars(denoiser).get(_PLACE)
         if not isinstance(front, Front):
             front = vars(denoiser)[_PLACE] = Front(denoiser, front)
-        front.states.append(state)
+        front.states[run] = state
+
+    exclusively(put_in)
 
 
-def _leave(denoiser: torch.nn.Module, state: TGateState) -> None:
-    """The inverse of `_enter`."""
-    with _lock:
-        front = vars(denoiser)[_PLACE]
-        front.states.remove(state)
-        if front.states:
+def step_back(denoiser: torch.nn.Module, run: object) -> None:
+    """The inverse of `stand_in_front`."""
+
+    def take_out() -> None:
+        front = vars(denoiser).get(_PLACE)
+        if not isinstance(front, Front):
             return
-        if front.behind is None:
+        front.states.pop(run, None)
+        # torch reads the place twice in a row; between that no other thread gets its turn.
+        if not front.states and front.behind is None:
             del vars(denoiser)[_PLACE]
-        else:
+        elif not front.states:
             vars(denoiser)[_PLACE] = front.behind
+
+    exclusively(take_out)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -66,7 +65,7 @@ class Ongoing(Protocol):
 class Slot:
     """What tells the gate of one layer from another, and where its compiled code puts and finds the kept output."""
 
-    __slots__ = ("__weakref__", "action", "own", "sizes", "tensor")
+    __slots__ = ("action", "own", "sizes", "tensor")
 
     def __init__(self, own: bool, action: Action | None = None) -> None:
         # Whether the processor behind is diffusers' own: others may hand out one buffer again and again.
@@ -87,14 +86,17 @@ class TGateState:
     Args:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
         max_memory (`int`, *optional*): Most bytes of kept cross-attention.
+        by_hand (`bool`, *optional*, defaults to `True`):
+            Whether the user has put the processors in. Copies of the others are made without T-GATE.
 
     Attributes:
         report (`TGateReport`): What the last run did.
     """
 
-    def __init__(self, schedule: TGateSchedule, max_memory: int | None = None) -> None:
+    def __init__(self, schedule: TGateSchedule, max_memory: int | None = None, *, by_hand: bool = True) -> None:
         self.schedule = schedule
         self.max_memory = max_memory
+        self.by_hand = by_hand
         self.report = TGateReport()
         self.compiled = Signals()
         # The run of whoever calls next, where nothing announces a call (hand wiring).
@@ -102,19 +104,13 @@ class TGateState:
         self.said: set[str] = set()
         self._runs: dict[int, Ongoing] = {}
         self._aside: dict[int, Ongoing] = {}
-        self._slots: weakref.WeakSet[Slot] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.schedule}, {len(self._runs)} runs, {self.nbytes} bytes held)"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Runs stay where they run, and processors that are copied with the state make their slots anew.
-        transient = {"compiled": Signals(), "_runs": {}, "_aside": {}, "_slots": None, "waiting": None}
-        return {**vars(self), **transient}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._slots = weakref.WeakSet()
+        # Runs stay where they run.
+        return {**vars(self), "compiled": Signals(), "_runs": {}, "_aside": {}, "waiting": None}
 
     @property
     def nbytes(self) -> int:
@@ -129,15 +125,12 @@ class TGateState:
     @contextmanager
     def entered(self, run: Any) -> Iterator[None]:
         """Be in a run."""
-        thread = threading.get_ident()
-        before = self._runs.get(thread)
-        self._runs[thread] = run
+        before = self._runs.get(threading.get_ident())
+        self.enter(run)
         try:
             yield
         finally:
-            self.leave()
-            if before is not None:
-                self._runs[thread] = before
+            self.leave(before)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -163,23 +156,20 @@ class TGateState:
             self._runs[thread] = self._aside.pop(thread)
 
     def enter(self, run: Any) -> None:
-        """Be in a run until `leave`, for a run that begins and ends in callbacks."""
+        """Be in a run until `leave`."""
         self._runs[threading.get_ident()] = run
 
-    def leave(self) -> None:
-        """The inverse of `enter`."""
+    def leave(self, back: Any = None) -> None:
+        """The inverse of `enter`; be back in the run before, if there was one."""
+        thread = threading.get_ident()
         for runs in (self._runs, self._aside):
-            runs.pop(threading.get_ident(), None)
+            runs.pop(thread, None)
+        if back is not None:
+            self._runs[thread] = back
 
     def new_slot(self, own: bool) -> Slot:
         """Make the place where one attention layer keeps its output."""
-        slot = Slot(own, None if self.max_memory is None else Action.COMPUTE)
-        self._slots.add(slot)
-        return slot
-
-    def filled_slots(self) -> list[Slot]:
-        """The slots that compiled code has put something into."""
-        return [slot for slot in self._slots if slot.tensor is not None]
+        return Slot(own, None if self.max_memory is None else Action.COMPUTE)
 
     def say_once(self, what: str) -> bool:
         """Whether something has not been said of this pipeline yet."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,16 +75,15 @@ class DualBlocks(Companion):
         there = self._manager._cached_context_manager
         return [there[name] for name in self._denoiser._context_names if name in there]
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count from the start at the start of a call, and hold nothing at its end."""
+    def begin_call(self) -> None:
+        """Count from the start."""
         self._begin()
-        try:
-            yield
-        finally:
-            # It may have been disabled in the call.
-            if is_there(self._denoiser):
-                self._begin()
+
+    def end_call(self) -> None:
+        """Hold nothing."""
+        # It may have been disabled in the call.
+        if is_there(self._denoiser):
+            self._begin()
 
     def start(self) -> None:
         """Have the next step computed."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+
+from ..ending import Ending
 
 
 class Companion:
@@ -19,14 +20,13 @@ class Companion:
     computes_gate = False
     keeps_guidance = False
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Start afresh at the start and at the end of a call, whatever was before and however it ends."""
+    def begin_call(self) -> None:
+        """A call starts: start afresh, whatever was before."""
         self.start()
-        try:
-            yield
-        finally:
-            self.start()
+
+    def end_call(self) -> None:
+        """The call has ended, however it ended. May come twice, and before `begin_call`."""
+        self.start()
 
     def start(self) -> None:
         """Forget what is kept."""
@@ -95,13 +95,11 @@ class Companions:
         """Whether the layers may find half of the batch that the denoiser was given, the second one."""
         return any(each.keeps_guidance for each in self._all)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """A call runs."""
-        with ExitStack() as stack:
-            for each in itertools.chain.from_iterable(self._by_denoiser.values()):
-                stack.enter_context(each.running())
-            yield
+    def begin_call(self, ending: Ending) -> None:
+        """A call starts."""
+        for each in itertools.chain.from_iterable(self._by_denoiser.values()):
+            ending.undo(each.end_call)
+            each.begin_call()
 
     def take_over(self, number: int) -> None:
         """Another denoiser runs from now on, with full steps at first. What its caches keep is of no other one."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -51,25 +49,25 @@ class DeepCacheOrder(Companion):
     def __init__(self, helper: Any, *, halves: bool = False) -> None:
         self.helper = helper
         self.computes_gate = not halves
+        self._given: _Given | None = None
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Have the helper enabled during a call, and as it was afterwards."""
-        given_enabled = bool(getattr(self.helper, "function_dict", None))
-        given = dict(vars(self.helper))
+    def begin_call(self) -> None:
+        """Have the helper enabled."""
+        if getattr(self.helper, "function_dict", None):
+            self.start()
+            return
         modules = list(self.helper.pipe.unet.modules())
         forwards = {module: module.__dict__["forward"] for module in modules if "forward" in module.__dict__}
-        if given_enabled:
+        self._given = _Given(dict(vars(self.helper)), modules, forwards)
+        self.helper.enable()
+
+    def end_call(self) -> None:
+        """Have the helper as it was before the call."""
+        if self._given is None:
             self.start()
-        try:
-            if not given_enabled:
-                self.helper.enable()
-            yield
-        finally:
-            if given_enabled:
-                self.start()
-            else:
-                self._disable(given, modules, forwards)
+        else:
+            self._disable(self._given)
+            self._given = None
 
     def start(self) -> None:
         """Make the next step a full one."""
@@ -106,12 +104,20 @@ class DeepCacheOrder(Companion):
         """Whether the last forward skipped the inner blocks."""
         return not self.computes_gate and bool(self.helper.is_skip_step(0, 0, "mid"))
 
-    def _disable(self, given: dict[str, Any], modules: list[torch.nn.Module], forwards: dict[Any, Any]) -> None:
-        """Disable the helper; `disable()` leaves a `forward` on every module that it has touched."""
-        self.helper.disable()
-        for module in modules:
+    def _disable(self, given: _Given) -> None:
+        """Disable the helper; its own `disable()` leaves a `forward` on every module that it has touched."""
+        for module in given.modules:
             module.__dict__.pop("forward", None)
-            if module in forwards:
-                module.__dict__["forward"] = forwards[module]
-        vars(self.helper).clear()
-        vars(self.helper).update(given)
+            if module in given.forwards:
+                module.__dict__["forward"] = given.forwards[module]
+        for name in [name for name in vars(self.helper) if name not in given.attributes]:
+            delattr(self.helper, name)
+        vars(self.helper).update(given.attributes)
+
+
+class _Given(NamedTuple):
+    """A helper that is not enabled, and the modules of its denoiser, before a call."""
+
+    attributes: dict[str, Any]
+    modules: list[torch.nn.Module]
+    forwards: dict[torch.nn.Module, Any]

@@ -1,0 +1,47 @@
+"""Copies and pickles of a denoiser, which are made without the hooks of T-GATE, and how hooks are taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# The hooks that T-GATE puts in, and what torch notes about them. The notes go first: a hook without them does nothing.
+_HOOKS = {
+    "_forward_pre_hooks": "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks": "_forward_hooks_with_kwargs",
+}
+# Copies and pickles ask an object for its state by this name.
+_PLACE = "__getstate__"
+
+
+def remove_hooks(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
+    """Take hooks out of a module."""
+    for name, notes in _HOOKS.items():
+        hooks = vars(module)[name]
+        for number in [number for number, hook in list(hooks.items()) if which(hook)]:
+            vars(module)[notes].pop(number, None)
+            hooks.pop(number, None)
+
+
+def leave_out_of_copies(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
+    """Have copies of a module made without these hooks, which would serve nobody and could not be taken out."""
+
+    def state() -> Any:
+        module_class: Any = type(module)
+        kept = dict(module_class.__getstate__(module))
+        kept.pop(_PLACE, None)
+        for name, notes in _HOOKS.items():
+            gone = {number for number, hook in list(kept[name].items()) if which(hook)}
+            for part in (name, notes):
+                kept[part] = type(kept[part])((n, value) for n, value in list(kept[part].items()) if n not in gone)
+        return kept
+
+    vars(module).setdefault(_PLACE, state)
+
+
+def put_back_into_copies(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
+    """The inverse of `leave_out_of_copies`, when none of these hooks is left."""
+    if not any(which(hook) for name in _HOOKS for hook in list(vars(module)[name].values())):
+        vars(module).pop(_PLACE, None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-# The hooks that T-GATE puts in, and what torch notes about them. The notes go first: a hook without them does nothing.
+# The hooks that T-GATE puts in, and where torch notes which of them get keyword arguments.
 _HOOKS = {
     "_forward_pre_hooks": "_forward_pre_hooks_with_kwargs",
     "_forward_hooks": "_forward_hooks_with_kwargs",
@@ -17,12 +17,13 @@ _PLACE = "__getstate__"
 
 
 def remove_hooks(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
-    """Take hooks out of a module."""
+    """Take hooks out of a module, and what torch notes about them."""
     for name, notes in _HOOKS.items():
         hooks = vars(module)[name]
         for number in [number for number, hook in list(hooks.items()) if which(hook)]:
-            vars(module)[notes].pop(number, None)
             hooks.pop(number, None)
+        for number in [number for number in list(vars(module)[notes]) if number not in hooks]:
+            vars(module)[notes].pop(number, None)
 
 
 def leave_out_of_copies(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:

@@ -63,16 +63,17 @@ class DenoiserHooks:
         return [module for module in (self._denoiser, self._controlnet) if module is not None]
 
     def install(self) -> None:
-        """Register the hooks."""
-        self.remove()
+        """Register the hooks that are not there, and stand next to the forward."""
         for module in self._modules:
             leave_out_of_copies(module, _is_ours)
-        self._denoiser.register_forward_pre_hook(self._hook("before"), with_kwargs=True)
-        self._denoiser.register_forward_hook(self._hook("after"), with_kwargs=True)
+        register = self._denoiser.register_forward_pre_hook, self._denoiser.register_forward_hook
+        self._register(self._denoiser._forward_pre_hooks, register[0], "before")
+        self._register(self._denoiser._forward_hooks, register[1], "after")
         if self._controlnet is not None:
-            self._denoiser.register_forward_pre_hook(self._hook("before_all"), with_kwargs=True, prepend=True)
-            self._controlnet.register_forward_pre_hook(self._hook("before_controlnet"), with_kwargs=True)
-        self.stand_inside()
+            self._register(self._denoiser._forward_pre_hooks, register[0], "before_all")
+            register_controlnet = self._controlnet.register_forward_pre_hook
+            self._register(self._controlnet._forward_pre_hooks, register_controlnet, "before_controlnet")
+        self._stand_inside()
 
     def remove(self) -> None:
         """Take the hooks out again."""
@@ -81,7 +82,12 @@ class DenoiserHooks:
             remove_hooks(module, lambda hook: getattr(hook, "__self__", None) is self)
             put_back_into_copies(module, _is_ours)
 
-    def stand_inside(self) -> None:
+    def _register(self, hooks: Any, register: Any, method: str) -> None:
+        """Register a hook if it is not there."""
+        if self._number(hooks, method) is None:
+            register(self._hook(method), with_kwargs=True)
+
+    def _stand_inside(self) -> None:
         """
         Stand next to the forward: last of those before it, first of those after it.
 
@@ -149,7 +155,7 @@ class DenoiserHooks:
         innermost = self._is_innermost()
         if not innermost:
             # For the hooks after this forward, and for the next one: some may have come since the last.
-            exclusively(self.stand_inside)
+            exclusively(self._stand_inside)
         may_halve = innermost or run.control.halved or self._layout.calls > 1
         run.before_forward(seen, self._kept_half(run), may_halve=may_halve, denoiser=module)
         if not run.halves_batch:

@@ -47,18 +47,11 @@ class Place:
         self._new_layers = new_layers
 
     def install(self) -> list[Layers]:
-        """Put in what is not there yet."""
-        all_layers = self.follow()
-        for hooks in self.hooks:
-            hooks.install()
-        return all_layers
-
-    def follow(self) -> list[Layers]:
-        """A call starts: find the layers. Processors and hooks may have come since the last one."""
+        """Put in what is not there: all of it, or what has to stand in front of processors and hooks that have come."""
         all_layers = [self._new_layers(denoiser) for denoiser in self.found.denoisers]
         for layers, hooks in zip(all_layers, self.hooks, strict=True):
             layers.follow()
-            hooks.stand_inside()
+            hooks.install()
         return all_layers
 
     def remove(self) -> None:
@@ -194,7 +187,7 @@ class Installation:
         self._let_go(pipe, but=here)
         if here is not None:
             here.owners.add(pipe)
-            return here.follow()
+            return here.install()
         # Not `self` in the place, which would keep the pipeline's installation alive.
         state, custom, layout = self.callback.state, self.custom, found.family.layout
         hooks = [

@@ -12,6 +12,7 @@ import torch
 from .callback import StepClock, checked_half
 from .checking import Auto, check_switch
 from .companions.deepcache import DeepCacheOrder, check_helper
+from .compilation import give_back_room
 from .families import check_guidance, check_half, find_family
 from .guiders import GuiderInstallation, check_settings, has_guider, is_modular
 from .installation import Installation
@@ -207,6 +208,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     check_pipeline(pipe)
     if installed(pipe) is not None:
         uninstall(pipe)
+        give_back_room()
     return pipe
 
 

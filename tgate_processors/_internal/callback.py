@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from .call import Call
+from .checking import is_choice, shown
 from .checkpointing import replayed
 from .companions.others import check_others
 from .families import check_guidance, check_half, find_family
@@ -33,7 +34,7 @@ class StepClock:
     def __init__(self, schedule: TGateSchedule, max_memory: int | None = None) -> None:
         if not isinstance(schedule, TGateSchedule):
             raise TypeError(
-                f"schedule={schedule!r} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
+                f"schedule={shown(schedule)} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
             )
         self.state = TGateState(schedule, max_memory)
 
@@ -186,6 +187,6 @@ class _Nobody(Call):
 
 def checked_half(cfg_half: CFGHalf | None) -> CFGHalf | None:
     """Validate `cfg_half`."""
-    if cfg_half not in (None, "unconditional", "conditional"):
-        raise ValueError(f'cfg_half must be "unconditional" or "conditional", not {cfg_half!r}.')
+    if not is_choice("cfg_half", cfg_half, "unconditional", "conditional"):
+        raise ValueError(f'cfg_half must be "unconditional" or "conditional", not {shown(cfg_half)}.')
     return cfg_half

@@ -1,5 +1,6 @@
 """Bad input: an error that names the value and the remedy, and a pipeline that still works."""
 
+import dataclasses
 import math
 import re
 from decimal import Decimal
@@ -14,8 +15,17 @@ from diffusers.models.attention_processor import Attention
 
 from tests.families import assemble, cosmos, ltx, ltx2, model, wan, wan_vae
 from tests.inventory import shell
-from tests.pipelines import BY_NAME, seeded
-from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
+from tests.pipelines import BY_NAME, seeded, slow
+from tgate_processors import (
+    TGateCallback,
+    TGateSchedule,
+    apply_tgate,
+    estimate_cost,
+    get_tgate_report,
+    is_tgate_applied,
+    measure_convergence,
+    remove_tgate,
+)
 
 CASE = BY_NAME["sd"]
 
@@ -80,6 +90,82 @@ def test_numbers_of_every_kind_are_taken(given, meant):
 def test_what_is_no_number_is_refused(given):
     with pytest.raises(TypeError, match=r"gate_step=.* is of type \w+: give a number of steps"):
         TGateSchedule(given)
+
+
+class Unwilling:
+    """What raises errors of its own for everything that a number or a setting is asked."""
+
+    def refuse(self, *args):
+        raise RuntimeError("no")
+
+    __float__ = __index__ = __eq__ = __repr__ = __len__ = __bool__ = refuse
+    __hash__ = object.__hash__
+
+
+ODD = [
+    10**400,
+    10**5000,
+    Fraction(10**400),
+    float,
+    Decimal("sNaN"),
+    torch.tensor(1 + 1j),
+    torch.empty((), device="meta"),
+    np.datetime64("2020-01-01"),
+    np.array([1, 2]),
+    Unwilling(),
+    *map(
+        slow,
+        (
+            -(10**5000),
+            int,
+            torch.tensor(1 + 0j),
+            torch.empty((), device="meta", dtype=torch.int64),
+            np.timedelta64(1, "s"),
+            np.complex64(1),
+            np.array("drop"),
+            torch.ones(2),
+        ),
+    ),
+]
+SCHEDULED = [field.name for field in dataclasses.fields(TGateSchedule)]
+APPLIED = [*SCHEDULED, "cfg_half", "cross_attention", "max_memory", "custom_processors", "deepcache"]
+COUNTED = ["num_inference_steps", "guidance", "height", "width", "batch_size", "max_sequence_length", "num_frames"]
+COUNTED += ["vae_scale_factor", "dtype", "cross_attention", "max_memory", "further_calls"]
+
+
+@pytest.fixture(scope="module")
+def untouched():
+    return CASE.build()
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: f"{type(value).__module__}.{type(value).__name__}")
+def test_what_is_no_setting_at_all_is_refused_by_name_everywhere(value, untouched):
+    pipe, schedule = untouched, TGateSchedule(2)
+    ways = [(name, lambda name=name: apply_tgate(pipe, **{name: value})) for name in APPLIED]
+    ways += [(name, lambda name=name: TGateSchedule(**{name: value})) for name in SCHEDULED]
+    ways += [
+        (name, lambda name=name: estimate_cost(pipe, schedule, **{"num_inference_steps": 5, name: value}))
+        for name in COUNTED
+    ]
+    ways += [
+        ("schedule", lambda: estimate_cost(pipe, value, 5)),
+        ("schedule", lambda: TGateCallback(value)),
+        ("cfg_half", lambda: TGateCallback(schedule, cfg_half=value)),
+        ("num_inference_steps", lambda: schedule.plan(value)),
+        ("num_inference_steps", lambda: schedule.resolve_gate_step(value)),
+        ("tolerances", lambda: measure_convergence(pipe, ["a circle"], tolerances=[value])),
+        ("prompts", lambda: measure_convergence(pipe, [value])),
+        ("call", lambda: measure_convergence(pipe, ["a circle"], value)),
+    ]
+    for name, way in ways:
+        with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
+            way()
+    assert not is_tgate_applied(pipe)
+
+
+def test_sizes_larger_than_torch_counts_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"height, width, .* larger than torch counts"):
+        estimate_cost(CASE.build(), TGateSchedule(2), 5, height=8 * 10**5, width=8 * 10**5)
 
 
 def test_joint_attention_is_told_what_helps_there():

@@ -155,7 +155,7 @@ def test_the_layers_that_save_most_for_each_byte_are_kept_and_no_other(case: Cas
 def test_nothing_is_guidance_alone_and_enough_is_as_without(case: Case, settings, caplog):
     pipe = case.build()
     alone, enough = (run(case, pipe, **settings, cross_attention=cross) for cross in (False, True))
-    for most, (picture, report) in ((0, alone), (1, alone), ("2GB", enough), (np.int64(10**9), enough)):
+    for most, (picture, report) in ((0, alone), ("0", alone), (1, alone), ("2GB", enough), (np.int64(10**9), enough)):
         again, said = run(case, pipe, **settings, max_memory=most)
         assert torch.equal(again, picture)
         if most != 1:

@@ -9,6 +9,7 @@ import torch
 
 from .call import Call
 from .changing import exclusively
+from .checking import is_choice, shown
 from .checkpointing import replay, stop_replaying
 from .companions.others import check_others
 from .families import check_guidance, check_half, find_family
@@ -37,7 +38,7 @@ class StepClock:
     def __init__(self, schedule: TGateSchedule, max_memory: int | None = None) -> None:
         if not isinstance(schedule, TGateSchedule):
             raise TypeError(
-                f"schedule={schedule!r} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
+                f"schedule={shown(schedule)} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
             )
         self.state = TGateState(schedule, max_memory, by_hand=self._by_hand)
 
@@ -192,6 +193,6 @@ class _Nobody(Call):
 
 def checked_half(cfg_half: CFGHalf | None) -> CFGHalf | None:
     """Validate `cfg_half`."""
-    if cfg_half not in (None, "unconditional", "conditional"):
-        raise ValueError(f'cfg_half must be "unconditional" or "conditional", not {cfg_half!r}.')
+    if not is_choice("cfg_half", cfg_half, "unconditional", "conditional"):
+        raise ValueError(f'cfg_half must be "unconditional" or "conditional", not {shown(cfg_half)}.')
     return cfg_half

@@ -9,6 +9,11 @@ from typing import Literal
 Auto = Literal["auto"]
 
 DEFAULT_TOLERANCE = 0.6
+# What numpy's types stand for: complex numbers, times, texts and objects are not numbers of steps.
+_NO_NUMBERS = "cmMSUO"
+_LONGEST = 200
+# Beyond what anyone means, and within what torch counts with.
+_MOST = 2**31 - 1
 
 
 def checked_gate_step(value: object) -> int | float | Auto:
@@ -19,58 +24,95 @@ def checked_gate_step(value: object) -> int | float | Auto:
         "give a number of steps (an int of at least 1), a share of the steps (a float between 0 and 1), or "
         '"auto" to have the run decide'
     )
-    share = _as_float(value)
+    share = _as_float(value) if as_int(value) is None else None
     if share is None:
         return checked_int("gate_step", value, 1, remedy)
     if not 0.0 < share < 1.0:
-        raise ValueError(f"gate_step={value!r} is not a share of the steps: {remedy}.")
+        raise ValueError(f"gate_step={shown(value)} is not a share of the steps: {remedy}.")
     return share
 
 
-def checked_tolerance(value: object) -> float:
+def checked_tolerance(value: object, name: str = "tolerance") -> float:
     """Validate `tolerance`."""
     if value is None:
         return DEFAULT_TOLERANCE
     remedy = "give the relative error to accept, a number of at least 0 such as 0.6"
-    if isinstance(value, (str, bytes)) or _is_no_number(value) or not hasattr(value, "__float__"):
-        raise TypeError(f"tolerance={value!r} is of type {type(value).__name__}: {remedy}.")
-    tolerance = float(value)
+    tolerance = _as_float(value)
+    if tolerance is None:
+        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: {remedy}.")
     if not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance={value!r} is out of range: {remedy}.")
+        raise ValueError(f"{name}={shown(value)} is out of range: {remedy}.")
     return tolerance
 
 
 def _as_float(value: object) -> float | None:
-    """A number whose type is not an integer type: a float (numpy's and torch's too) or a fraction."""
-    if isinstance(value, (str, bytes)) or _is_no_number(value):
+    """A number as a float; infinite if it is too large for one, and none if it is no number."""
+    if _is_no_number(value) or not hasattr(value, "__float__"):
         return None
     try:
-        operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        return float(value) if hasattr(value, "__float__") else None
-    return None
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except ValueError:
+        return math.nan
+    except Exception:
+        # Other libraries raise what they like, for a tensor without a value say.
+        return None
+
+
+def as_int(value: object) -> int | None:
+    """A number of an integer type, numpy's and torch's too."""
+    if _is_no_number(value):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except Exception:
+        return None
 
 
 def _is_no_number(value: object) -> bool:
-    """Whether a value is a bool or an array, which Python would accept as a number."""
-    return isinstance(value, bool) or bool(getattr(value, "ndim", 0)) or "bool" in str(getattr(value, "dtype", ""))
+    """Whether a value is a bool, a text, a type or an array, which Python may accept as a number."""
+    dtype = getattr(value, "dtype", "")
+    other = getattr(dtype, "kind", " ") in _NO_NUMBERS or any(word in str(dtype) for word in ("bool", "complex"))
+    return isinstance(value, (bool, str, bytes, type)) or bool(getattr(value, "ndim", 0)) or other
 
 
-def checked_int(name: str, value: object, least: int, remedy: str | None = None) -> int:
+def checked_int(name: str, value: object, least: int, remedy: str | None = None, most: int = _MOST) -> int:
     """Validate an integer setting."""
     remedy = remedy or f"give an int of at least {least}"
-    if _is_no_number(value):
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: {remedy}.")
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: {remedy}.") from None
+    number = as_int(value)
+    if number is None:
+        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: {remedy}.")
     if number < least:
-        raise ValueError(f"{name}={value!r} is too small: {remedy}.")
+        raise ValueError(f"{name}={shown(value)} is too small: {remedy}.")
+    if number > most:
+        raise ValueError(f"{name}={shown(value)} is too large: {remedy}, and of at most {most}.")
     return number
+
+
+def is_choice(name: str, value: object, *choices: str) -> bool:
+    """Whether a setting is one of these, or left out; what is no text is of the wrong kind."""
+    if value is None:
+        return True
+    if not isinstance(value, str):
+        remedy = " or ".join(f'"{choice}"' for choice in choices)
+        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: give {remedy}.")
+    return value in choices
 
 
 def check_switch(name: str, value: object) -> None:
     """Refuse anything but `True`, `False` and `None`."""
     if value is not None and not isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: give True or False, or leave it out.")
+        raise TypeError(
+            f"{name}={shown(value)} is of type {type(value).__name__}: give True or False, or leave it out."
+        )
+
+
+def shown(value: object) -> str:
+    """A value as it is written in a message, of any size."""
+    try:
+        text = repr(value)
+    except Exception:
+        # An int of more digits than Python writes out.
+        return "..."
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

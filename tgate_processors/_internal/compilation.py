@@ -6,13 +6,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from .schedule import Action
 
 # Each kind of attention computes, stores or reuses.
 _GRAPHS_FOR_EACH = len(Action) ** 2
 _lock = threading.Lock()
-_raised_to: int | None = None
+_calls = 0
+_users = 0
+_kept_for = 0
+_left = 0
 
 
 @contextmanager
@@ -22,8 +26,10 @@ def room_for_graphs() -> Iterator[None]:
 
     Beyond `torch._dynamo.config.recompile_limit` graphs of one function the compiler gives up, and with
     `fullgraph=True` it raises. The repeated blocks of SD-1.5 come to 9 graphs with T-GATE, where 8 are allowed.
+
+    The graphs stay, for the next gated call, and count in calls without T-GATE too. So the limit stays higher by them.
     """
-    global _raised_to
+    global _calls, _users, _kept_for, _left
     # Anyone who compiles has loaded it; nobody else should wait for the import.
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
@@ -31,15 +37,51 @@ def room_for_graphs() -> Iterator[None]:
         return
     config = dynamo.config
     with _lock:
-        before = config.recompile_limit
-        # Older versions of torch have one limit for all threads, so a call may find it raised by another one.
-        raising = before != _raised_to
-        if raising:
-            _raised_to = config.recompile_limit = before * _GRAPHS_FOR_EACH
+        if not _calls:
+            _users = config.recompile_limit
+        _calls += 1
+        users, more = _users, (_GRAPHS_FOR_EACH - 1) * _users
+        _raise_limit(config, more, users)
+        before = _graphs(dynamo)
     try:
         yield
     finally:
-        if raising:
-            with _lock:
-                config.recompile_limit = before
-                _raised_to = None
+        with _lock:
+            _calls -= 1
+            made = (count for code, count in _graphs(dynamo).items() if count > before.get(code, 0))
+            kept_for = max(_kept_for, *made, 0)
+            _raise_limit(config, kept_for - _kept_for - more, users)
+            _kept_for, _left = kept_for, config.recompile_limit
+
+
+def give_back_room() -> None:
+    """Put the limit back, if all graphs have gone (`torch._dynamo.reset()`)."""
+    global _kept_for
+    dynamo = sys.modules.get("torch._dynamo")
+    with _lock:
+        if dynamo is not None and _kept_for and not _calls and not any(_graphs(dynamo).values()):
+            limit = dynamo.config.recompile_limit
+            # Another one has been set since, and stays.
+            _raise_limit(dynamo.config, -_kept_for, 1 if limit == _left else limit)
+            _kept_for = 0
+
+
+def _raise_limit(config: Any, more: int, least: int) -> None:
+    """Raise the limit, or lower it again: by steps, so calls that overlap end in any order."""
+    before = config.recompile_limit
+    # What is set is a thread's own in newer versions of torch; what nobody has set is for all. Siblings of the
+    # pipeline may run in other threads.
+    entry: Any = getattr(config, "_config", {}).get("recompile_limit")
+    if isinstance(getattr(entry, "default", None), int):
+        entry.default += more
+    if config.recompile_limit == before:
+        config.recompile_limit = max(before + more, least)
+
+
+def _graphs(dynamo: Any) -> dict[int, int]:
+    """How many graphs each compiled function has, as far as this torch tells."""
+    try:
+        codes = [code for seen in dynamo.convert_frame.input_codes.seen if (code := seen()) is not None]
+        return {id(code): len(dynamo.eval_frame._debug_get_cache_entry_list(code)) for code in codes}
+    except AttributeError:
+        return {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .callback import StepClock
+from .checking import checked_tolerance, shown
 from .cost import estimate_cost
 from .families import find_family
 from .guiders import has_guider
@@ -106,8 +107,8 @@ def measure_convergence(
         `TGateConvergence`: Changes and errors by step, and what each tolerance would give.
 
     Raises:
-        TypeError: If `pipe` is not a pipeline, or `prompts` is one string.
-        ValueError: If the pipeline cannot be gated, or there are no prompts.
+        TypeError: If `pipe` is not a pipeline, or an argument is of the wrong kind (`prompts` as one string).
+        ValueError: If the pipeline cannot be gated, there are no prompts, or a tolerance is out of range.
         ImportError: If pandas is missing (`pip install "tgate_processors[probe]"`).
 
     Example:
@@ -125,10 +126,20 @@ def measure_convergence(
     import pandas as pd
 
     check_pipeline(pipe)
-    if isinstance(prompts, (str, Mapping)):
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(
-            f"prompts={prompts!r} is of type {type(prompts).__name__}: give a list, with a prompt for each call."
+            f"prompts={shown(prompts)} is of type {type(prompts).__name__}: give a list, with a prompt for each call."
         )
+    prompts = list(prompts)
+    if not all(isinstance(each, (str, Mapping)) for each in prompts):
+        raise TypeError(f"prompts={shown(prompts)}: give a str, or a dict of the arguments, for each call.")
+    if call is not None and not isinstance(call, Mapping):
+        raise TypeError(f"call={shown(call)} is of type {type(call).__name__}: give a dict of arguments.")
+    if not isinstance(tolerances, Iterable):
+        raise TypeError(
+            f"tolerances={shown(tolerances)} is of type {type(tolerances).__name__}: give a list of numbers."
+        )
+    schedules = [TGateSchedule("auto", tolerance=checked_tolerance(each, "tolerances")) for each in tolerances]
     calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
     if has_guider(pipe) or find_family(pipe).family.layout.calls > 1:
         raise ValueError(
@@ -136,8 +147,7 @@ def measure_convergence(
             'one batch: use gate_step="auto" there, whose report tells the errors.'
         )
     if not calls:
-        raise ValueError(f"prompts={prompts!r} is empty: give some prompts, with a call for each.")
-    schedules = [TGateSchedule("auto", tolerance=tolerance) for tolerance in tolerances]
+        raise ValueError(f"prompts={shown(prompts)} is empty: give some prompts, with a call for each.")
     probe = Probe()
     with _watched(pipe, probe):
         for each in pipe.progress_bar(calls):

@@ -15,7 +15,7 @@ import diffusers
 import torch
 
 from .call import Call
-from .checking import checked_int
+from .checking import check_switch, checked_int, shown
 from .counting import MACs, Profile, count_forward, measure
 from .families import check_attention, check_denoiser, check_dropped, distilled_by, family_of, find_family, known
 from .families.family import InputSize
@@ -24,7 +24,7 @@ from .rehearsal import run_schedule
 from .report import TGateReport
 from .schedule import TGateSchedule
 from .steps import Timeline
-from .twin import check_conditions, check_parameters, input_size, make_inputs, make_twin
+from .twin import MOST_OF_ALL, check_conditions, check_parameters, input_size, make_inputs, make_twin
 
 
 @dataclass(frozen=True)
@@ -139,19 +139,28 @@ def estimate_cost(
 
     Source: T-GATE (https://arxiv.org/abs/2404.02747), whose tables count `layers`.
     """
+    check_switch("cross_attention", cross_attention)
     most = checked_memory(max_memory, cross_attention)
     cross_attention = within(cross_attention, most)
     pipe, denoiser = _pipe_and_denoiser(pipe_or_denoiser, cross_attention)
     if not isinstance(schedule, TGateSchedule):
         raise TypeError(f"schedule is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
-    num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 1)
-    batch_size = checked_int("batch_size", batch_size, 1)
+    num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 1, most=MOST_OF_ALL)
+    batch_size = checked_int("batch_size", batch_size, 1, most=MOST_OF_ALL)
     guided = _guided(denoiser, guidance)
     size = input_size(pipe, denoiser, height, width, max_sequence_length, num_frames, vae_scale_factor)
     dtype = _dtype(denoiser, dtype)
     check_conditions(denoiser)
     denoiser_class: Any = type(denoiser)
-    profile, names = _profile(denoiser_class, _config_of(denoiser), size)
+    try:
+        profile, names = _profile(denoiser_class, _config_of(denoiser), size)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise ValueError(
+            f"height, width, num_frames and max_sequence_length make tensors larger than torch counts, {size}: give "
+            "smaller ones."
+        ) from None
     check_parameters(denoiser, names)
 
     timeline = _timeline(pipe, num_inference_steps)
@@ -210,6 +219,11 @@ def _beside(denoiser: Any, size: InputSize, further_calls: Sequence[Mapping[str,
     assert family is not None
     assert family.inputs is not None
     known = family.layout.beside
+    if further_calls is not None and not isinstance(further_calls, Sequence):
+        raise TypeError(
+            f"further_calls={shown(further_calls)} is of type {type(further_calls).__name__}: give a list, with a dict "
+            "for each call."
+        )
     if further_calls is None:
         if family.inputs.further:
             raise ValueError(
@@ -219,10 +233,10 @@ def _beside(denoiser: Any, size: InputSize, further_calls: Sequence[Mapping[str,
             )
         return MACs()
     for given in further_calls:
-        unknown = sorted(set(given) - set(known)) if isinstance(given, Mapping) else [given]
+        unknown = set(given) - set(known) if isinstance(given, Mapping) else [given]
         if unknown or not given:
             raise ValueError(
-                f"further_calls={further_calls!r} means nothing for a {name}: "
+                f"further_calls={shown(further_calls)} means nothing for a {name}: "
                 + (f"give a dict for each call, with {' or '.join(known)}." if known else "leave it out.")
             )
     if not further_calls:
@@ -256,7 +270,7 @@ def _pipe_and_denoiser(given: Any, cross_attention: bool | None) -> tuple[Any, A
 def _guided(denoiser: Any, guidance: bool | None) -> bool:
     """Whether guidance is on; pipelines never double the batch of a denoiser that embeds the guidance scale."""
     if guidance is not None and not isinstance(guidance, bool):
-        raise TypeError(f"guidance={guidance!r} is of type {type(guidance).__name__}: give True or False.")
+        raise TypeError(f"guidance={shown(guidance)} is of type {type(guidance).__name__}: give True or False.")
     timed = getattr(denoiser.config, "time_cond_proj_dim", None) is not None
     embedded = "time_cond_proj_dim" if timed else distilled_by(denoiser)
     family = family_of(denoiser)
@@ -274,7 +288,7 @@ def _dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
     dtype = denoiser.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
-            f"dtype={dtype!r} is of type {type(dtype).__name__}: give a torch.dtype, such as torch.float16."
+            f"dtype={shown(dtype)} is of type {type(dtype).__name__}: give a torch.dtype, such as torch.float16."
         )
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is not a floating-point type: give the one that the denoiser computes in.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Collection, Hashable, Sequence
 from fractions import Fraction
 from typing import Any, Generic, NamedTuple, TypeVar
+
+from .checking import as_int, shown
 
 Key = TypeVar("Key", bound=Hashable)
 # What works on the tokens of the picture; all other projections work on those of the text.
@@ -21,21 +24,19 @@ def checked_memory(value: Any, cross_attention: bool | None) -> int | None:
     from accelerate.utils import convert_file_size_to_int  # type: ignore[import-untyped]
 
     remedy = 'give bytes as an int of at least 0, or a string with a unit such as "2GB" or "500MiB"'
-    if not isinstance(value, str):
-        if isinstance(value, bool) or getattr(value, "ndim", None) or "bool" in str(getattr(value, "dtype", "")):
-            raise TypeError(f"max_memory={value!r} is of type {type(value).__name__}: {remedy}.")
-        try:
-            value = operator.index(value)
-        except TypeError:
-            raise TypeError(f"max_memory={value!r} is of type {type(value).__name__}: {remedy}.") from None
+    size = value if isinstance(value, str) else as_int(value)
+    if size is None:
+        raise TypeError(f"max_memory={shown(value)} is of type {type(value).__name__}: {remedy}.")
     try:
-        most: int = convert_file_size_to_int(value)
+        most: int = 0 if isinstance(size, str) and size.strip() == "0" else convert_file_size_to_int(size)
     except (ValueError, OverflowError):
-        raise ValueError(f"max_memory={value!r} is not a size: {remedy}.") from None
+        most = -1
+    if not 0 <= most <= sys.maxsize:
+        raise ValueError(f"max_memory={shown(value)} is not a size: {remedy}.")
     if cross_attention is False:
         raise ValueError(
-            f"max_memory={value!r} is for kept cross-attention, and cross_attention=False keeps none: leave one of "
-            "them out."
+            f"max_memory={shown(value)} is for kept cross-attention, and cross_attention=False keeps none: leave one "
+            "of them out."
         )
     return most
 

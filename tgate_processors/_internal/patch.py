@@ -10,8 +10,9 @@ import diffusers
 import torch
 
 from .callback import StepClock, checked_half
-from .checking import Auto, check_switch
+from .checking import Auto, check_switch, is_choice, shown
 from .companions.deepcache import DeepCacheOrder, check_helper
+from .compilation import give_back_room
 from .families import check_guidance, check_half, find_family
 from .guiders import GuiderInstallation, check_settings, has_guider, is_modular
 from .installation import Installation
@@ -146,8 +147,8 @@ def apply_tgate(
     check_switch("cross_attention", cross_attention)
     most = checked_memory(max_memory, cross_attention)
     cross_attention = within(cross_attention, most)
-    if custom_processors not in (None, "leave", "gate"):
-        raise ValueError(f'custom_processors must be "leave" or "gate", not {custom_processors!r}.')
+    if not is_choice("custom_processors", custom_processors, "leave", "gate"):
+        raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
     clock, found = StepClock(schedule, most), None
     if has_guider(pipe):
         check_settings(pipe, schedule, half, cross_attention, most, deepcache)
@@ -206,6 +207,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     """
     check_pipeline(pipe)
     uninstall(pipe)
+    give_back_room()
     return pipe
 
 
@@ -282,5 +284,5 @@ def check_pipeline(pipe: Any, gate_step: Any = None) -> None:
     elif isinstance(pipe, torch.nn.Module):
         what, remedy = f"of type {type(pipe).__name__}", "give the DiffusionPipeline that it is a part of"
     else:
-        what, remedy = f"{pipe!r}, of type {type(pipe).__name__}", "give a DiffusionPipeline"
+        what, remedy = f"{shown(pipe)}, of type {type(pipe).__name__}", "give a DiffusionPipeline"
     raise TypeError(f"pipe is {what}, not a diffusers pipeline: {remedy}.")

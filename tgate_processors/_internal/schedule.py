@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .checking import Auto, checked_gate_step, checked_int, checked_tolerance
+from .checking import Auto, checked_gate_step, checked_int, checked_tolerance, is_choice, shown
 from .pace import LEAD, Pace
 
 CFGHalf = Literal["unconditional", "conditional"]
@@ -104,8 +104,8 @@ class TGateSchedule:
         checked: dict[str, object] = {"gate_step": checked_gate_step(self.gate_step)}
         for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
             checked[name] = checked_int(name, getattr(self, name), least)
-        if self.guidance not in (None, "drop", "predict"):
-            raise ValueError(f'guidance={self.guidance!r} is unknown: give "drop" or "predict".')
+        if not is_choice("guidance", self.guidance, "drop", "predict"):
+            raise ValueError(f'guidance={shown(self.guidance)} is unknown: give "drop" or "predict".')
         checked["guidance"] = self.guidance or ("predict" if self.is_auto else "drop")
         if self.cfg_interval is not None:
             checked["cfg_interval"] = checked_int("cfg_interval", self.cfg_interval, 1)
@@ -135,6 +135,7 @@ class TGateSchedule:
         Returns:
             `int`: The first step of the fidelity-improving phase; with `"auto"` the first one that it can be.
         """
+        num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 0)
         if isinstance(self.gate_step, str):
             halves = (i for i, step in enumerate(self.plan(num_inference_steps)) if step.phase is _HALF)
             return next(halves, num_inference_steps)
@@ -155,6 +156,7 @@ class TGateSchedule:
         Returns:
             `tuple` of `StepPlan`: One entry per step.
         """
+        num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 0)
         if isinstance(self.gate_step, str):
             return self._shortest_plan(num_inference_steps)
         gate = self.resolve_gate_step(num_inference_steps)

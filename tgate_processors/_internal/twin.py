@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .checking import checked_int
+from .checking import checked_int, shown
 from .families import family_of
 from .families.family import Inputs, InputSize, Shapes
 
@@ -20,6 +20,8 @@ _KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
     "num_class_embeds": (None,),
     "attention_type": (None, "default", "regular"),
 }
+# More steps, pictures or pixels than anyone counts.
+MOST_OF_ALL = 10**6
 
 
 def family_inputs(denoiser: torch.nn.Module) -> Inputs:
@@ -52,18 +54,18 @@ def input_size(
         ("width", width, not inputs.sized),
     ):
         if value is not None and senseless:
-            raise ValueError(f"{argument}={value!r} means nothing for a {name}: leave it out.")
+            raise ValueError(f"{argument}={shown(value)} means nothing for a {name}: leave it out.")
     factor = _scale(pipe, inputs) if vae_scale_factor is None else vae_scale_factor
-    factor = checked_int("vae_scale_factor", factor, 1)
+    factor = checked_int("vae_scale_factor", factor, 1, most=MOST_OF_ALL)
     sides = []
     for axis, (argument, value) in enumerate((("height", height), ("width", width))):
         if not inputs.sized:
             value = factor
         if value is None:
             value = _call_default(pipe, argument) or _sample_size(denoiser, axis, argument) * factor
-        value = checked_int(argument, value, factor)
+        value = checked_int(argument, value, factor, most=MOST_OF_ALL)
         if value % factor:
-            raise ValueError(f"{argument}={value!r} is not a multiple of {factor}: give one.")
+            raise ValueError(f"{argument}={shown(value)} is not a multiple of {factor}: give one.")
         sides.append(value // factor)
     tokens = max_sequence_length
     if tokens is None:
@@ -72,11 +74,11 @@ def input_size(
     frames = num_frames
     if frames is None and inputs.frames is not None:
         frames = getattr(denoiser.config, "num_frames", None) or _call_default(pipe, "num_frames") or inputs.frames
-    frames = checked_int("num_frames", 1 if frames is None else frames, 1)
+    frames = checked_int("num_frames", 1 if frames is None else frames, 1, most=MOST_OF_ALL)
     return InputSize(
         height=sides[0],
         width=sides[1],
-        tokens=checked_int("max_sequence_length", tokens, 1),
+        tokens=checked_int("max_sequence_length", tokens, 1, most=MOST_OF_ALL),
         frames=(frames - 1) // _frame_scale(pipe, inputs) + 1,
     )
 

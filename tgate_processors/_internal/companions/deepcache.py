@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checking import shown
 from .companion import Companion
 from .halves import split
 
@@ -16,7 +17,7 @@ def check_helper(helper: Any, pipe: Any) -> None:
         callable(getattr(helper, name, None)) for name in ("enable", "disable", "set_params")
     ):
         raise TypeError(
-            f"deepcache={helper!r} is of type {type(helper).__name__}: give a DeepCacheSDHelper(pipe) "
+            f"deepcache={shown(helper)} is of type {type(helper).__name__}: give a DeepCacheSDHelper(pipe) "
             "(pip install DeepCache)."
         )
     if getattr(helper, "pipe", None) is not pipe:

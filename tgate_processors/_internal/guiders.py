@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .companions.forwards import Forwards
 from .companions.others import check_others
 from .guided_run import GuidedRun, GuiderCall
 from .installation import Installation
@@ -109,6 +110,7 @@ class GuiderInstallation(Installation):
         for denoiser in _denoisers(pipe):
             alone = "guidance is a guider here, and what a cache keeps of a call that T-GATE leaves out is not known"
             check_others(denoiser, self.callback.state.schedule, alone=alone)
+        self._forwards(pipe).check()
 
     @contextmanager
     def guiding(self, pipe: Any) -> Iterator[GuidedRun]:
@@ -118,7 +120,7 @@ class GuiderInstallation(Installation):
         left_alone = [name for denoiser in _denoisers(pipe) for name in self._left_alone(denoiser)]
         if left_alone:
             say_left_alone(state, call, left_alone)
-        run = GuidedRun(state, call, droppable=not left_alone)
+        run = GuidedRun(state, call, self._forwards(pipe), droppable=not left_alone)
         stand_ins = {name: (guider, _stand_in(guider, run)) for name, guider in guiders_of(pipe).items()}
         completed = False
         try:
@@ -132,6 +134,10 @@ class GuiderInstallation(Installation):
                 if vars(pipe).get(name) is ours:
                     vars(pipe)[name] = guider
             run.close(completed=completed)
+
+    def _forwards(self, pipe: Any) -> Forwards:
+        """What the denoisers do when they are called."""
+        return Forwards(_denoisers(pipe), self.custom_forwards)
 
     def _left_alone(self, denoiser: Any) -> list[str]:
         """The layers whose processors may count their calls."""

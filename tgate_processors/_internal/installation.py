@@ -10,6 +10,7 @@ from typing import Any
 
 from .callback import StepClock
 from .companions.deepcache import DeepCacheOrder
+from .companions.forwards import CustomForwards, Forwards
 from .companions.others import check_others
 from .families import Found, check_guidance, check_half, check_mode, find_family
 from .hooks import DenoiserHooks
@@ -61,6 +62,7 @@ class Installation:
         custom (`str`, *optional*): What becomes of processors that are not diffusers' own.
         deepcache (`DeepCacheOrder`, *optional*): The order of a DeepCache helper.
         cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
+        custom_forwards (`str`, *optional*): What becomes of a `forward` that is not its class's own.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class Installation:
         custom: CustomProcessors | None = None,
         deepcache: DeepCacheOrder | None = None,
         cross_attention: bool | None = None,
+        custom_forwards: CustomForwards | None = None,
     ) -> None:
+        self.custom_forwards = custom_forwards
         self.cross_attention = cross_attention
         self.callback = callback
         self.cfg_half = cfg_half
@@ -137,6 +141,7 @@ class Installation:
         asked: dict[str, Any] = {"calls": layout.calls, "gates_cross": gates_cross, "cfg_half": self.cfg_half}
         for denoiser in found.denoisers:
             check_others(denoiser, state.schedule, helper, **asked)
+        self.forwards(found).check()
         self._let_go(pipe, but=here)
         if here is not None:
             self._owners[self._places.index(here)].add(pipe)
@@ -157,6 +162,11 @@ class Installation:
             self._let_go(pipe)
             raise
         return here
+
+    def forwards(self, found: Found) -> Forwards:
+        """What the denoisers do when they are called, and what is called before them."""
+        called = (*found.denoisers, found.controlnet)
+        return Forwards([each for each in called if each is not None], self.custom_forwards)
 
     def remove(self, pipe: Any) -> None:
         """Take out what no other copy of the pipeline uses."""

@@ -163,6 +163,7 @@ def _running(
             by_forward=found.by_forward,
             companions=companions,
             cross_attention=installation.cross_attention,
+            forwards=installation.forwards(found),
         )
         stack.enter_context(room_for_graphs())
         for denoiser in found.denoisers:

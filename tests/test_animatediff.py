@@ -48,7 +48,7 @@ def test_any_number_of_frames(host, frames):
 @pytest.mark.parametrize("host", CONTROLLED, ids=lambda host: host.name)
 def test_halving_the_controlnet_changes_nothing(host, frames, half):
     host = with_frames(host, frames)
-    pipe = apply_tgate(host.build(), GATE, cfg_half=half)
+    pipe = apply_tgate(host.build(), GATE, cfg_half=half, custom_forwards="gate")
     rows = []
     forward = pipe.unet.forward
 

@@ -425,6 +425,7 @@ ELSEWHERE = {
     "diffusers' FasterCache": "test_caches.py::test_beside_fastercache_cross_attention_alone_is_gated",
     "everything else": "test_others.py::test_a_cache_that_is_not_known_is_refused_by_name",
     "HyperTile": "test_others.py::test_tiles_go_with_what_is_not_reused",
+    "TeaCache and others": "test_forwards.py::test_it_is_refused_by_name_whichever_came_first",
     "ToMe (`tomesd`)": "test_others.py::test_merged_tokens_go_with_what_is_not_reused",
 }
 

@@ -1,5 +1,6 @@
 """A gated denoiser compiles without a graph break: a graph each for compute, store and reuse, and none later."""
 
+import contextlib
 import threading
 
 import pytest
@@ -13,10 +14,18 @@ from torch._dynamo.testing import CompileCounter
 from tests.ecosystem import HOSTS_BY_NAME
 from tests.pipelines import BY_NAME, quiet, thorough
 from tgate_processors import apply_tgate, remove_tgate
-from tgate_processors._internal.compilation import give_back_room, room_for_graphs
+from tgate_processors._internal.compilation import RoomForGraphs, give_back_room
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
 SLOW = pytest.mark.slow
+
+
+@contextlib.contextmanager
+def room_for_graphs():
+    room = RoomForGraphs()
+    room.open()
+    yield
+    room.close()
 
 
 @pytest.fixture(autouse=True)

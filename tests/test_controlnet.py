@@ -55,7 +55,7 @@ def test_halving_the_controlnet_changes_nothing(case, half):
 def test_in_guess_mode_the_half_with_the_control_stays(name, half):
     case = BY_NAME[name]
     pipe = case.build()
-    apply_tgate(pipe, 2, cfg_half=half)
+    apply_tgate(pipe, 2, cfg_half=half, custom_forwards="gate")
     seen = watch(pipe)
     residuals = []
     forward = pipe.unet.forward

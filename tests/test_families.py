@@ -415,7 +415,7 @@ def test_after_the_gate_the_denoiser_gives_what_it_gives_with_what_is_kept_in_th
 # Lumina's layers give out their heads one by one.
 @pytest.mark.parametrize("kind", rows([kind for kind in GUIDED if kind.name not in SECOND | {"lumina"}], ALL))
 def test_a_layer_that_attends_to_the_text_and_keeps_nothing_is_named(kind: Kind):
-    pipe = kind.gate(kind.build(), GATE)
+    pipe = kind.gate(kind.build(), GATE, custom_forwards="gate")
     layers = attention_modules(denoiser_of(pipe, kind))
     name, layer = next((name, layer) for name, layer in layers.items() if is_cross(kind, name))
     layer.forward = lambda hidden_states, *args, **kwargs: torch.zeros_like(hidden_states)

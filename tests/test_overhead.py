@@ -125,7 +125,7 @@ def test_after_the_gate_a_forward_works_with_the_memory_of_a_run_without_guidanc
         return sets
 
     guided, unguided = working_sets(), working_sets(guidance_scale=1.0)
-    apply_tgate(pipe, 3)
+    apply_tgate(pipe, 3, custom_forwards="gate")
     gated = working_sets()
     assert max(unguided) < max(guided)
     assert max(gated[:2]) == max(guided)

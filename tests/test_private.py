@@ -92,7 +92,7 @@ def test_a_block_that_writes_to_a_layers_output_is_found_out(scale):
     baseline = case.plain(guidance_scale=scale)
     block.forward = written
     assert torch.allclose(case.run(pipe, guidance_scale=scale), baseline, atol=1e-4)
-    apply_tgate(pipe, GATE)
+    apply_tgate(pipe, GATE, custom_forwards="gate")
     with pytest.raises(ValueError, match=r"what mid_block\..*attn2 keeps was written to in place by somebody else"):
         case.run(pipe, guidance_scale=scale)
     del block.forward

@@ -46,7 +46,7 @@ def test_layers_that_do_not_call_their_processors_are_named(case, which):
         layer.forward = without_processors(layer)
     baseline = case.run(pipe)
     assert torch.allclose(baseline, plain, atol=1e-3)
-    apply_tgate(pipe, GATE)
+    apply_tgate(pipe, GATE, custom_forwards="gate")
     with pytest.raises(
         ValueError, match=rf"{len(patched)} cross-attention layers, {patched[0][0]} among them, keep no"
     ):
@@ -82,7 +82,8 @@ def test_without_guidance_they_leave_the_plain_picture_and_a_warning(case, caplo
     for layer in layers(pipe, case).values():
         layer.forward = without_processors(layer)
     baseline = case.run(pipe, guidance_scale=1.0)
-    assert torch.equal(case.run(apply_tgate(pipe, GATE), guidance_scale=1.0), baseline)
+    apply_tgate(pipe, GATE, custom_forwards="gate")
+    assert torch.equal(case.run(pipe, guidance_scale=1.0), baseline)
     assert get_tgate_report(pipe).cross_attention_reused == 0
     messages = [record.message for record in caplog.records if record.name.startswith("tgate")]
     (message,) = messages
@@ -181,7 +182,7 @@ class TestInside:
         pipe = case.build()
         self.shrink_from(pipe.unet, 4)
         rows = rows_of_text(pipe, case)
-        apply_tgate(pipe, GATE)
+        apply_tgate(pipe, GATE, custom_forwards="gate")
         with pytest.raises(
             ValueError, match=r"in mid_block\..*attn2 a cross-attention layer would have to compute on ha"
         ):
@@ -191,7 +192,7 @@ class TestInside:
     @pytest.mark.parametrize("name", ["sd", "sdxl"])
     def test_without_guidance_it_is_computed_and_kept_anew(self, name):
         case = BY_NAME[name]
-        pipe = apply_tgate(case.build(), GATE)
+        pipe = apply_tgate(case.build(), GATE, custom_forwards="gate")
         self.shrink_from(pipe.unet, 4)
         rows = rows_of_text(pipe, case)
         case.run(pipe, guidance_scale=1.0)
@@ -211,7 +212,7 @@ def test_a_layer_that_runs_twice_in_a_forward_is_refused(case):
 
     layer.forward = twice
     baseline = case.run(pipe)
-    apply_tgate(pipe, GATE)
+    apply_tgate(pipe, GATE, custom_forwards="gate")
     with pytest.raises(ValueError, match=f"{name} ran twice in one call of the denoiser"):
         case.run(pipe)
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)

@@ -178,7 +178,7 @@ def test_a_video_may_be_silent_in_one_call_and_sound_in_the_next(kind):
 
 @KANDINSKY6
 def test_a_layer_of_the_sound_that_keeps_nothing_is_named(kind):
-    pipe = kind.gate(kind.build(), GATE)
+    pipe = kind.gate(kind.build(), GATE, custom_forwards="gate")
     # Whatever did not run in the call before.
     kind.run(pipe, sample_audio=False)
     layer = pipe.transformer.visual_transformer_blocks[1].audio_dec_block.cross_attention

@@ -23,6 +23,7 @@ def right(pipe: Own) -> None:
     apply_tgate(pipe, np.float32(0.4))
     apply_tgate(pipe, torch.tensor(10))
     apply_tgate(pipe, "auto", tolerance=np.float64(0.1))
+    apply_tgate(pipe, custom_processors="leave", custom_forwards="gate")
 
 
 def wrong(pipe: Own, module: torch.nn.Module) -> None:
@@ -33,6 +34,7 @@ def wrong(pipe: Own, module: torch.nn.Module) -> None:
     apply_tgate(10, pipe)  # type: ignore[type-var]
     apply_tgate(pipe, "automatic")  # type: ignore[arg-type]
     apply_tgate(pipe, guidance="none")  # type: ignore[arg-type]
+    apply_tgate(pipe, custom_forwards="leave")  # type: ignore[arg-type]
     apply_tgate(pipe, sp_interval="2")  # type: ignore[arg-type]
     remove_tgate("sdxl-turbo")  # type: ignore[type-var]
     is_tgate_applied(module)  # type: ignore[arg-type]

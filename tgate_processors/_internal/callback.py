@@ -11,6 +11,7 @@ from .call import Call
 from .changing import exclusively
 from .checking import is_choice, shown
 from .checkpointing import replay, stop_replaying
+from .companions.forwards import CustomForwards, Forwards, checked_forwards
 from .companions.others import check_others
 from .families import check_guidance, check_half, find_family
 from .hooks import DenoiserHooks
@@ -77,6 +78,9 @@ class TGateCallback(StepClock):
         cfg_half (`str`, *optional*):
             The half of classifier-free guidance that stays after the gate, `"unconditional"` or `"conditional"`.
             Defaults to what the published implementation keeps for the pipeline.
+        custom_forwards (`str`, *optional*):
+            `"gate"` says that a `forward` that is not its class's own keeps nothing from one call to the next. By
+            default it is refused.
 
     Attributes:
         state (`TGateState`): The run, for [`TGateAttnProcessor`]. `state.report` tells what the last run did.
@@ -85,8 +89,8 @@ class TGateCallback(StepClock):
     Raises:
         TypeError: If `schedule` is not a `TGateSchedule`.
         ValueError:
-            If `cfg_half` is neither half; when run, if the pipeline cannot be gated, or if the gate lies in the first
-            step of a guided call, whose end is the first that a callback sees.
+            If `cfg_half` or `custom_forwards` is none of its words; when run, if the pipeline cannot be gated, or if
+            the gate lies in the first step of a guided call, whose end is the first that a callback sees.
 
     Example:
 
@@ -106,8 +110,15 @@ class TGateCallback(StepClock):
     tensor_inputs: ClassVar[list[str]] = []
     _by_hand = True
 
-    def __init__(self, schedule: TGateSchedule, *, cfg_half: CFGHalf | None = None) -> None:
+    def __init__(
+        self,
+        schedule: TGateSchedule,
+        *,
+        cfg_half: CFGHalf | None = None,
+        custom_forwards: CustomForwards | None = None,
+    ) -> None:
         super().__init__(schedule)
+        self._custom_forwards = checked_forwards(custom_forwards)
         self.cfg_half = checked_half(cfg_half)
         self._run: Run | None = None
         self._place = ExitStack()
@@ -153,6 +164,7 @@ class TGateCallback(StepClock):
             )
         alone = "a callback alone cannot tell it where the batch changes: use apply_tgate(pipe, ...)"
         check_others(found.denoiser, self.state.schedule, alone=alone)
+        Forwards([found.denoiser], self._custom_forwards).check()
         layout = found.family.layout
         layers = Layers(found.denoiser, self.state, "gate", layout)
         layers.look()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from .schedule import Action
@@ -19,39 +17,48 @@ _kept_for = 0
 _left = 0
 
 
-@contextmanager
-def room_for_graphs() -> Iterator[None]:
+class RoomForGraphs:
     """
-    Let a denoiser have as many forms (widths, batch sizes) compiled as it may have without T-GATE.
+    For one call, let a denoiser have as many forms (widths, batch sizes) compiled as it may have without T-GATE.
 
     Beyond `torch._dynamo.config.recompile_limit` graphs of one function the compiler gives up, and with
     `fullgraph=True` it raises. The repeated blocks of SD-1.5 come to 9 graphs with T-GATE, where 8 are allowed.
 
     The graphs stay, for the next gated call, and count in calls without T-GATE too. So the limit stays higher by them.
     """
-    global _calls, _users, _kept_for, _left
-    # Anyone who compiles has loaded it; nobody else should wait for the import.
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:
-        yield
-        return
-    config = dynamo.config
-    with _lock:
-        if not _calls:
-            _users = config.recompile_limit
-        _calls += 1
-        users, more = _users, (_GRAPHS_FOR_EACH - 1) * _users
-        _raise_limit(config, more, users)
-        before = _graphs(dynamo)
-    try:
-        yield
-    finally:
+
+    def __init__(self) -> None:
+        # Anyone who compiles has loaded it; nobody else should wait for the import.
+        self._dynamo: Any = sys.modules.get("torch._dynamo")
+        self._more = self._users = 0
+        self._before: dict[int, int] = {}
+
+    def open(self) -> None:
+        """The call starts."""
+        global _calls, _users
+        if self._dynamo is None:
+            return
+        config = self._dynamo.config
         with _lock:
+            if not _calls:
+                _users = config.recompile_limit
+            self._before = _graphs(self._dynamo)
+            self._users, self._more = _users, (_GRAPHS_FOR_EACH - 1) * _users
+            _calls += 1
+            _raise_limit(config, self._more, self._users)
+
+    def close(self) -> None:
+        """The call has ended. May come twice."""
+        global _calls, _kept_for, _left
+        if not self._more:
+            return
+        with _lock:
+            more, self._more = self._more, 0
             _calls -= 1
-            made = (count for code, count in _graphs(dynamo).items() if count > before.get(code, 0))
+            made = (count for code, count in _graphs(self._dynamo).items() if count > self._before.get(code, 0))
             kept_for = max(_kept_for, *made, 0)
-            _raise_limit(config, kept_for - _kept_for - more, users)
-            _kept_for, _left = kept_for, config.recompile_limit
+            _raise_limit(self._dynamo.config, kept_for - _kept_for - more, self._users)
+            _kept_for, _left = kept_for, self._dynamo.config.recompile_limit
 
 
 def give_back_room() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .call import Call
+from .companions.forwards import Forwards
 from .halving import second_of
 from .report import TGateReport
 from .saying import say_nothing_was_gated, say_unguided, say_what_is_late
@@ -39,12 +40,14 @@ class GuidedRun:
     Args:
         state (`TGateState`): The settings, and where the report goes.
         call (`Call`): What messages say of the call.
+        forwards (`Forwards`): What its denoisers do when they are called.
         droppable (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be left out.
     """
 
-    def __init__(self, state: TGateState, call: Call, *, droppable: bool = True) -> None:
+    def __init__(self, state: TGateState, call: Call, forwards: Forwards, *, droppable: bool = True) -> None:
         self._state = state
         self._call = call
+        self._forwards = forwards
         self._droppable = droppable
         self._tally = Tally(is_auto=state.schedule.is_auto)
         self._loop: Loop | None = None
@@ -133,6 +136,7 @@ class GuidedRun:
             scale (`float`): What guidance multiplies their difference with.
         """
         loop = self._loop
+        self._forwards.after(len(halves[0]))
         self._computed += 1
         if loop is None or loop.guidance is None or not (self._droppable and loop.may_halve):
             return
@@ -181,6 +185,7 @@ class GuidedRun:
         if self._loop is not None and not self._running:
             self._tally.end_loop(self._loop)
         self._guider = None
+        self._forwards.begin()
         self._loop = loop = Loop(self._state.schedule, Timeline(steps))
         return loop
 

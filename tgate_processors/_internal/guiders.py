@@ -6,6 +6,7 @@ import functools
 import sys
 from typing import Any
 
+from .companions.forwards import Forwards
 from .companions.others import check_others
 from .ending import Ending
 from .guided_run import GuidedRun, GuiderCall
@@ -108,6 +109,7 @@ class GuiderInstallation(Installation):
         for denoiser in _denoisers(pipe):
             alone = "guidance is a guider here, and what a cache keeps of a call that T-GATE leaves out is not known"
             check_others(denoiser, self.callback.state.schedule, alone=alone)
+        self._forwards(pipe).check()
 
     def guide(self, pipe: Any, ending: Ending) -> GuidedRun:
         """Stand in for the guiders of a pipeline until the call ends."""
@@ -116,7 +118,7 @@ class GuiderInstallation(Installation):
         left_alone = [name for denoiser in _denoisers(pipe) for name in self._left_alone(denoiser)]
         if left_alone:
             say_left_alone(state, call, left_alone)
-        run = GuidedRun(state, call, droppable=not left_alone)
+        run = GuidedRun(state, call, self._forwards(pipe), droppable=not left_alone)
         stand_ins = {name: (guider, _stand_in(guider, run)) for name, guider in guiders_of(pipe).items()}
 
         def end() -> None:
@@ -130,6 +132,10 @@ class GuiderInstallation(Installation):
             # Not by `setattr`, by which some pipelines note in their configuration what they have.
             vars(pipe)[name] = ours
         return run
+
+    def _forwards(self, pipe: Any) -> Forwards:
+        """What the denoisers do when they are called."""
+        return Forwards(_denoisers(pipe), self.custom_forwards)
 
     def _left_alone(self, denoiser: Any) -> list[str]:
         """The layers whose processors may count their calls."""

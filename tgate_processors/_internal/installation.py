@@ -14,6 +14,7 @@ import torch
 from .callback import StepClock
 from .changing import exclusively, soon
 from .companions.deepcache import DeepCacheOrder
+from .companions.forwards import CustomForwards, Forwards
 from .companions.others import check_others
 from .ending import Ending
 from .families import Found, check_guidance, check_half, check_mode, find_family
@@ -73,6 +74,7 @@ class Installation:
         custom (`str`, *optional*): What becomes of processors that are not diffusers' own.
         deepcache (`DeepCacheOrder`, *optional*): The order of a DeepCache helper.
         cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
+        custom_forwards (`str`, *optional*): What becomes of a `forward` that is not its class's own.
     """
 
     def __init__(
@@ -82,7 +84,9 @@ class Installation:
         custom: CustomProcessors | None = None,
         deepcache: DeepCacheOrder | None = None,
         cross_attention: bool | None = None,
+        custom_forwards: CustomForwards | None = None,
     ) -> None:
+        self.custom_forwards = custom_forwards
         self.cross_attention = cross_attention
         self.callback = callback
         self.cfg_half = cfg_half
@@ -174,7 +178,13 @@ class Installation:
         if here is None:
             check_half(pipe, found, self.cfg_half)
             check_guidance(pipe, found, state.schedule, self.cross_attention)
+        self.forwards(found).check()
         return found, exclusively(functools.partial(self._settle, pipe, found))
+
+    def forwards(self, found: Found) -> Forwards:
+        """What the denoisers do when they are called, and what is called before them."""
+        called = (*found.denoisers, found.controlnet)
+        return Forwards([each for each in called if each is not None], self.custom_forwards)
 
     def remove(self, pipe: Any) -> None:
         """Take out what no other copy of the pipeline uses."""

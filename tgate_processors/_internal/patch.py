@@ -12,6 +12,7 @@ import torch
 from .callback import StepClock, checked_half
 from .checking import Auto, check_switch, is_choice, shown
 from .companions.deepcache import DeepCacheOrder, check_helper
+from .companions.forwards import CustomForwards, checked_forwards
 from .compilation import give_back_room
 from .families import check_guidance, check_half, find_family
 from .guiders import GuiderInstallation, check_settings, has_guider, is_modular
@@ -56,6 +57,7 @@ def apply_tgate(
     cross_attention: bool | None = None,
     max_memory: SupportsIndex | str | None = None,
     custom_processors: CustomProcessors | None = None,
+    custom_forwards: CustomForwards | None = None,
     deepcache: Any = None,
 ) -> Pipeline:
     r"""
@@ -117,6 +119,11 @@ def apply_tgate(
             count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone
             and all of guidance stays on; cross-attention of diffusers' own processors is still gated. `"gate"` treats
             them like diffusers' own. `"leave"` leaves mere functions alone too, which are refused by default.
+        custom_forwards (`str`, *optional*):
+            What happens where a `forward` of the denoiser, its blocks or its layers is not that of its class. It may be
+            a cache (TeaCache and others), so by default the pipeline is refused, unless the function is known to keep
+            nothing (offloading, compilation, LoRA and others). `"gate"` says of all of them that they keep nothing from
+            one call to the next, as a profiler does.
         deepcache (`DeepCacheSDHelper`, *optional*):
             A DeepCache helper of this pipeline, with its parameters set, to run together with T-GATE. It may be
             enabled or not.
@@ -149,10 +156,11 @@ def apply_tgate(
     cross_attention = within(cross_attention, most)
     if not is_choice("custom_processors", custom_processors, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
+    forwards = checked_forwards(custom_forwards)
     clock, found = StepClock(schedule, most), None
     if has_guider(pipe):
         check_settings(pipe, schedule, half, cross_attention, most, deepcache)
-        installation: Installation = GuiderInstallation(clock, custom=custom_processors)
+        installation: Installation = GuiderInstallation(clock, custom=custom_processors, custom_forwards=forwards)
     else:
         found = find_family(pipe, cross_attention)
         check_half(pipe, found, half)
@@ -161,7 +169,7 @@ def apply_tgate(
         if deepcache is not None:
             check_helper(deepcache, pipe)
             order = DeepCacheOrder(deepcache, halves=schedule.predicts)
-        installation = Installation(clock, half, custom_processors, order, cross_attention)
+        installation = Installation(clock, half, custom_processors, order, cross_attention, forwards)
     before = installed(pipe)
     remove_tgate(pipe)
     try:

@@ -6,14 +6,13 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Generator
-from contextlib import ExitStack
 from typing import Any
 
 from .chaining import chain, suspending
 from .checkpointing import replay, stop_replaying
 from .companions.companion import Companions
 from .companions.others import companions_of
-from .compilation import room_for_graphs
+from .compilation import RoomForGraphs
 from .ending import Ending
 from .fronting import base_of, call_now, front, give_back, is_front, plain_call
 from .guiders import GuiderInstallation
@@ -185,11 +184,12 @@ def _begin(
         by_forward=found.by_forward,
         companions=companions,
         cross_attention=installation.cross_attention,
+        forwards=installation.forwards(found),
     )
     ending.undo(lambda: installation.end_run(pipe, run, layers, completed=ending.completed))
-    stack = ExitStack()
-    ending.undo(stack.close)
-    stack.enter_context(room_for_graphs())
+    room = RoomForGraphs()
+    ending.undo(room.close)
+    room.open()
     for denoiser in found.denoisers:
         ending.undo(functools.partial(stop_replaying, denoiser, run))
         replay(denoiser, state, run)

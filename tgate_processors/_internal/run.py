@@ -10,6 +10,7 @@ import torch
 from .batch import Batch
 from .call import Call
 from .companions.companion import Companions
+from .companions.forwards import Forwards
 from .control import Control
 from .deciding import UNSEEN, Decision, refuse
 from .differences import Differences
@@ -46,6 +47,7 @@ class Run:
             Whether the end of a forward is the tick, for pipelines without step callbacks.
         companions (`Companions`, *optional*): The caches of others on the denoiser.
         cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
+        forwards (`Forwards`, *optional*): What its denoisers do when they are called.
 
     Attributes:
         waiting (`bool`): Whether no call has been announced yet (hand wiring).
@@ -61,6 +63,7 @@ class Run:
         by_forward: bool = False,
         companions: Companions | None = None,
         cross_attention: bool | None = None,
+        forwards: Forwards | None = None,
     ) -> None:
         self.call = call
         self.experts = Experts(state, [layers] if isinstance(layers, Layers) else layers)
@@ -74,6 +77,7 @@ class Run:
         self._state = state
         self._droppable = droppable
         self._by_forward = by_forward
+        self._forwards = forwards or Forwards(())
         self._companions = companions or Companions()
         self.experts.halved_inside(self._companions.keep_guidance)
         self._decision = Decision(state, self.experts, self._companions, cross_attention=self.gates_cross)
@@ -201,6 +205,8 @@ class Run:
             `torch.Tensor`, *optional*: After a half step, what the second half is to have more than the first.
         """
         self.outputs.after_forward()
+        if self._guided and self._droppable and not self.half and self._seen is not None:
+            self._forwards.after(self._seen.batch)
         if self.experts.call > 0 or self.half or not self._guided or self._layout.calls == 1:
             self._companions.end_step()
         if self.experts.call > 0:
@@ -299,6 +305,7 @@ class Run:
 
     def _begin(self) -> Loop:
         """A loop begins: its steps are told by now, or in its first step."""
+        self._forwards.begin()
         self._loop = loop = Loop(self._state.schedule, self.call.timeline(), self._layout.calls)
         left_alone = self.experts.settle()
         if left_alone and self._droppable:

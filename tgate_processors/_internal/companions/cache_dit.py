@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .companion import Companion
+from .forwards import comes_from
 from .halves import split
 
 # What a context has to have, to be one that is known here. `pruned_blocks` is that of another kind of cache.
@@ -28,7 +29,9 @@ _UNKNOWN = ("pruned_blocks",)
 
 def is_there(denoiser: torch.nn.Module) -> bool:
     """Whether cache-dit is enabled for a denoiser."""
-    return bool(vars(denoiser).get("_is_cached")) or "_context_manager" in vars(denoiser)
+    # ParaAttention, from which it is descended, leaves the first of these marks too.
+    marked = bool(vars(denoiser).get("_is_cached")) and not comes_from(denoiser, "para_attn")
+    return marked or "_context_manager" in vars(denoiser)
 
 
 def why_not(denoiser: torch.nn.Module, calls: int) -> str | None:

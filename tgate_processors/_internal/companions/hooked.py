@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +11,9 @@ from .companion import Companion
 from .halves import join, split
 
 
-def stateful_hooks(denoiser: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, Any]]:
-    """The hooks of a denoiser that keep something from one forward to the next: module, name and hook."""
-    for module in denoiser.modules():
+def stateful_hooks(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, str, Any]]:
+    """The hooks of a denoiser's modules that keep something from one forward to the next: module, name and hook."""
+    for module in modules:
         registry = vars(module).get("_diffusers_hook")
         for name, hook in getattr(registry, "hooks", {}).items():
             if getattr(hook, "_is_stateful", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import diffusers
@@ -24,7 +25,11 @@ _KNOWN: tuple[type[HookedCache], ...] = (FirstBlock, TaylorSeer, Magnitude, Broa
 def companions_of(denoiser: torch.nn.Module) -> list[Companion]:
     """The caches on a denoiser that run together with T-GATE; `check_others` has refused what does not."""
     inner = getattr(denoiser, "_orig_mod", denoiser)
-    found = [(kind(hook), module) for module, _, hook in stateful_hooks(inner) if (kind := _kind_of(hook)) is not None]
+    found = [
+        (kind(hook), module)
+        for module, _, hook in stateful_hooks(inner.modules())
+        if (kind := _kind_of(hook)) is not None
+    ]
     hooked = {weight for _, module in found for weight in module.parameters()}
     is_most = 2 * sum(weight.numel() for weight in hooked) > sum(weight.numel() for weight in inner.parameters())
     for companion, _ in found:
@@ -59,14 +64,15 @@ def check_others(
         ValueError: If there is one. The message names it and says what to do.
     """
     inner = getattr(denoiser, "_orig_mod", denoiser)
+    modules = list(inner.modules())
     if cache_dit.is_there(inner):
         _check_cache_dit(inner, schedule, calls, alone)
-    _check_tome(inner, schedule)
-    _check_hypertile(inner, schedule)
-    for _, name, hook in stateful_hooks(inner):
+    _check_tome(modules, schedule)
+    _check_hypertile(modules, schedule)
+    for _, name, hook in stateful_hooks(modules):
         why = Faster.why_not(schedule, gates_cross=gates_cross, cfg_half=cfg_half) if Faster.knows(hook) else None
         _check_hook(name, hook, schedule, calls, alone or why)
-    for module in inner.modules() if helper is None else ():
+    for module in modules if helper is None else ():
         _check_deepcache(module)
 
 
@@ -120,10 +126,10 @@ def _check_intervals(subject: str, schedule: TGateSchedule) -> None:
         )
 
 
-def _check_tome(denoiser: torch.nn.Module, schedule: TGateSchedule) -> None:
+def _check_tome(modules: Sequence[torch.nn.Module], schedule: TGateSchedule) -> None:
     """The package tomesd, which merges other tokens in every step."""
     # `tomesd.remove_patch` leaves the settings behind.
-    patched = (module for module in denoiser.modules() if type(module).__name__ == "ToMeBlock")
+    patched = (module for module in modules if type(module).__name__ == "ToMeBlock")
     args = getattr(next(patched, None), "_tome_info", {}).get("args", {})
     if args.get("merge_crossattn"):
         raise ValueError(
@@ -139,9 +145,9 @@ def _check_tome(denoiser: torch.nn.Module, schedule: TGateSchedule) -> None:
         )
 
 
-def _check_hypertile(denoiser: torch.nn.Module, schedule: TGateSchedule) -> None:
+def _check_hypertile(modules: Sequence[torch.nn.Module], schedule: TGateSchedule) -> None:
     """The package HyperTile, which splits the pictures into other tiles in every step."""
-    tiled = any("_split_sizes" in vars(module) for module in denoiser.modules())
+    tiled = any("_split_sizes" in vars(module) for module in modules)
     if tiled and max(schedule.sp_interval, schedule.fi_interval) > 1:
         raise ValueError(
             f"T-GATE cannot reuse self-attention (sp_interval={schedule.sp_interval}, "

@@ -1,7 +1,9 @@
 """Nothing outlives its pipeline, and nothing of a run outlives its call: dropped, pickled, copied, differentiated."""
 
 import copy
+import functools
 import gc
+import inspect
 import multiprocessing
 import pickle
 import threading
@@ -9,8 +11,11 @@ import threading
 import pytest
 import torch
 
+from tests.families import BY_KIND
+from tests.joint import BY_JOINT
 from tests.loops import Loop
 from tests.pipelines import BY_NAME, quiet, slow
+from tests.states import state_of
 from tests.test_laws import assert_same_but_for_rounding
 from tests.test_sharing import in_threads
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
@@ -109,6 +114,91 @@ def test_a_gated_pipeline_pickles_and_its_copy_is_gated_on_its_own(case, called)
     gc.collect()
     assert not denoiser._forward_hooks
     assert components
+
+
+def pickled_copy(pipe):
+    return pickle.loads(pickle.dumps(pipe))
+
+
+OTHERS = {**BY_NAME, "wan": BY_KIND["wan"], "sd3": BY_JOINT["sd3"]}
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, pickled_copy], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", ["sd", "sd3", slow("wan"), slow("sd_controlnet"), slow("pixart_alpha")])
+def test_copies_of_a_plain_pipeline_beside_a_gated_one_are_plain(name, clone):
+    case = OTHERS[name]
+    base = case.build()
+    plain = case.run(base)
+    expected = state_of(base, case)
+    sibling = apply_tgate(around(base), GATE, cross_attention=False if name == "sd3" else None)
+    gated = case.run(sibling)
+    denoiser = getattr(base, case.denoiser)
+    copies = []
+
+    def on_step_end(pipe, step, timestep, tensors):
+        # While the sibling runs, too.
+        if step == GATE:
+            copies.append(clone(base))
+        return tensors
+
+    copies += [clone(base), clone(base)]
+    setattr(copies[1], case.denoiser, clone(denoiser))
+    if "callback_on_step_end" in inspect.signature(type(base).__call__).parameters:
+        case.run(sibling, callback_on_step_end=on_step_end)
+    for copied in map(quiet, copies):
+        kind, attributes, hooks, layers, parts = state_of(copied, case)
+        assert (kind, attributes, hooks, parts) == (expected[0], expected[1], expected[2], expected[4])
+        assert not any("TGate" in type(processor).__name__ for processor, _ in layers)
+        assert_same_but_for_rounding(case.run(copied), plain)
+        # It can be gated like any other.
+        apply_tgate(copied, GATE, cross_attention=False if name == "sd3" else None)
+        assert_same_but_for_rounding(case.run(copied), gated)
+        remove_tgate(copied)
+    assert torch.equal(case.run(sibling), gated)
+    remove_tgate(sibling)
+    assert state_of(base, case) == expected
+
+
+def test_a_copy_of_a_gated_pipeline_that_cannot_be_gated_any_more_says_so_when_it_is_called():
+    case = BY_NAME["sd"]
+    pipe = apply_tgate(case.build(), GATE)
+    pipe.unet.forward = functools.partial(type(pipe.unet).forward, pipe.unet)
+    pipe.unet.forward = lambda *args, own=pipe.unet.forward, **kwargs: own(*args, **kwargs)
+    copied = quiet(copy.deepcopy(pipe))
+    with pytest.raises(ValueError, match="forward"):
+        case.run(copied)
+    remove_tgate(copied)
+    assert case.run(copied).isfinite().all()
+
+
+def test_the_report_is_that_of_the_copy_that_ran():
+    case = BY_NAME["sd"]
+    pipe = apply_tgate(case.build(), 2)
+    first, second = shallow(pipe), shallow(pipe)
+    case.run(first, num_inference_steps=5)
+    case.run(second, num_inference_steps=7)
+    assert get_tgate_report(first).num_inference_steps == 5
+    assert get_tgate_report(second).num_inference_steps == 7
+    assert get_tgate_report(pipe).num_inference_steps == 0
+    with pytest.raises(ValueError, match="divisible by 8"):
+        case.run(first, height=63)
+    assert get_tgate_report(first).num_inference_steps == 0
+    assert get_tgate_report(second).num_inference_steps == 7
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", slow("wan")])
+def test_a_copy_that_starts_or_fails_leaves_the_one_that_runs_alone(name):
+    case = OTHERS[name]
+    pipe = apply_tgate(case.build(), GATE, cross_attention=False if name == "sd3" else None)
+    expected = case.run(pipe)
+    other = shallow(pipe)
+
+    def on_step_end(pipe, step, timestep, tensors):
+        with pytest.raises(ValueError, match="divisible"):
+            case.run(other, height=63)
+        return tensors
+
+    assert torch.equal(case.run(pipe, callback_on_step_end=on_step_end), expected)
 
 
 def work(pickled, answers):

@@ -11,7 +11,6 @@ from .layers import Layers
 from .memory import Budget, Sizes, sizes_of
 from .processor import UNFIT, part_of
 from .schedule import Action
-from .skipping import is_compiled
 from .state import Part, Signals, Slot, TGateState
 
 
@@ -215,7 +214,7 @@ class Outputs:
         if self._is_compiled is None:
             denoiser = self.layers.denoiser
             parts = [denoiser, *getattr(denoiser, "_orig_mod", denoiser).modules()]
-            in_place = any(is_compiled(part) for part in parts)
+            in_place = any(_is_compiled(part) for part in parts)
             self._is_compiled = in_place or hasattr(denoiser, "_orig_mod")
         return self._is_compiled
 
@@ -275,6 +274,12 @@ class Outputs:
         """Keep an output."""
         # Tensors of inference mode do not count how often they are written to.
         self.kept[slot] = Kept(tensor, None if tensor.is_inference() else tensor._version, is_self)
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module was compiled in place, perhaps behind what a run has put there to leave out calls."""
+    found = getattr(module, "_compiled_call_impl", None)
+    return getattr(found, "behind", found) is not None
 
 
 def _is_exposed(attn: Any, slot: Slot) -> bool:

@@ -196,7 +196,7 @@ def _begin(
         if found.family.layout.calls > 1:
             ending.undo(functools.partial(step_back, denoiser, run))
             stand_in_front(denoiser, state, run)
-    companions.begin_call(ending)
+    companions.begin_call(ending.undo)
     return state, run
 
 

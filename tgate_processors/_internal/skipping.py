@@ -37,12 +37,6 @@ class Front:
         return (self.behind or self._denoiser._call_impl)(*args, **kwargs)
 
 
-def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether a module was compiled in place."""
-    found = getattr(module, _PLACE, None)
-    return (found.behind if isinstance(found, Front) else found) is not None
-
-
 def stand_in_front(denoiser: torch.nn.Module, state: TGateState, run: object) -> None:
     """Let a run leave out calls of a denoiser. Runs of several threads share the place."""
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-
-from ..ending import Ending
+from collections.abc import Callable, Sequence
 
 
 class Companion:
@@ -95,10 +93,15 @@ class Companions:
         """Whether the layers may find half of the batch that the denoiser was given, the second one."""
         return any(each.keeps_guidance for each in self._all)
 
-    def begin_call(self, ending: Ending) -> None:
-        """A call starts."""
+    def begin_call(self, undo: Callable[[Callable[[], object]], None]) -> None:
+        """
+        A call starts.
+
+        Args:
+            undo (`Callable`): Is told what has to be called when the call has ended.
+        """
         for each in itertools.chain.from_iterable(self._by_denoiser.values()):
-            ending.undo(each.end_call)
+            undo(each.end_call)
             each.begin_call()
 
     def take_over(self, number: int) -> None:

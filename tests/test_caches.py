@@ -343,6 +343,22 @@ def test_where_they_do_not_go_together_it_is_said():
         apply_tgate(ltx, GATE)
 
 
+@pytest.mark.parametrize("name", ["sd_controlnet", slow("sdxl_controlnet")])
+def test_a_cache_on_a_controlnet_is_refused(name):
+    case = BY_NAME[name]
+    pipe = apply_tgate(case.build(), 2)
+    hooks.apply_taylorseer_cache(
+        pipe.controlnet, hooks.TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=[r".*attn1"])
+    )
+    with pytest.raises(ValueError, match="cannot run beside TaylorSeerCacheHook on ControlNetModel: it keeps tensors"):
+        case.run(pipe)
+    for module in pipe.controlnet.modules():
+        if "_diffusers_hook" in vars(module):
+            for hook in list(module._diffusers_hook.hooks):
+                module._diffusers_hook.remove_hook(hook, recurse=False)
+    assert torch.equal(case.run(pipe), case.gated(2))
+
+
 @pytest.mark.parametrize("gate", [2, GATE])
 def test_beside_fastercache_cross_attention_alone_is_gated_and_what_is_kept_fits_the_half_that_it_runs(gate, caplog):
     pair = Pair("pixart_sigma", "faster")

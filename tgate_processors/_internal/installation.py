@@ -11,7 +11,7 @@ from typing import Any
 from .callback import StepClock
 from .companions.deepcache import DeepCacheOrder
 from .companions.forwards import CustomForwards, Forwards
-from .companions.others import check_others
+from .companions.others import check_before, check_others
 from .families import Found, check_guidance, check_half, check_mode, find_family
 from .hooks import DenoiserHooks
 from .layers import CustomProcessors, Layers
@@ -141,6 +141,8 @@ class Installation:
         asked: dict[str, Any] = {"calls": layout.calls, "gates_cross": gates_cross, "cfg_half": self.cfg_half}
         for denoiser in found.denoisers:
             check_others(denoiser, state.schedule, helper, **asked)
+        if found.controlnet is not None:
+            check_before(found.controlnet)
         self.forwards(found).check()
         self._let_go(pipe, but=here)
         if here is not None:

@@ -178,6 +178,8 @@ class _StandIn:
         guided = super().num_conditions > 1  # type: ignore[misc]
         if self._run.halves(self):
             pred_uncond = self._run.unconditional(pred_cond)
+            # The prediction that was left out, as if it had been prepared.
+            guider._count_prepared += 1
         elif guided:
             scale = guider.guidance_scale + (1 if guider.use_original_formulation else 0)
             self._run.note((pred_cond, pred_uncond), scale)

@@ -142,6 +142,18 @@ class Pair:
             cache for cache in own if cache is not None
         ]
 
+    def counted(self):
+        """All numbers that the cache has, of hooks and of their states."""
+        found = [hook for registry in self.registries() for hook in registry.hooks.values()]
+        own = [hook.state for hook in found if getattr(hook, "state", None) is not None]
+        return [numbers(each) for each in found + own]
+
+
+def numbers(value):
+    """The numbers in an object, by name, and how much is in its containers."""
+    found = {name: each for name, each in vars(value).items() if isinstance(each, (bool, int, float))}
+    return found | {name: len(each) for name, each in vars(value).items() if isinstance(each, (dict, list, set))}
+
 
 class DitPair(Pair):
     """A pipeline and cache-dit, which wraps the call of the pipeline's class and the forward of the denoiser."""
@@ -169,6 +181,9 @@ class DitPair(Pair):
 
         self.there.remove(self)
         cache_dit.disable_cache(self.pipe)
+
+    def counted(self):
+        return [numbers(each) for each in self.denoiser._context_manager._cached_context_manager.values()]
 
     def kept(self):
         contexts = self.denoiser._context_manager._cached_context_manager.values()
@@ -247,6 +262,27 @@ def test_both_orders_and_two_calls_agree_and_each_can_be_taken_out(pair, way):
     pair.take_out()
     fresh = Pair.of(pair.case.name, pair.cache, **pair.call).put_in().run()
     assert torch.equal(alone, fresh)
+
+
+@pytest.mark.parametrize("way", [*WAYS][1:])
+def test_after_a_run_that_leaves_out_calls_every_counter_is_where_it_starts(pair, way):
+    pair.call = {"num_inference_steps": 12 * len(pair.denoisers)} if way == "auto" else {}
+    apply_tgate(pair.put_in().pipe, 99)
+    pair.run()
+    fresh = pair.counted()
+    assert fresh
+    apply_tgate(pair.pipe, **WAYS[way])
+    pair.run()
+    assert get_tgate_report(pair.pipe).half_batch_forwards > 0
+    assert pair.counted() == fresh
+    remove_tgate(pair.pipe)
+    assert pair.counted() == fresh
+    # And where the next one goes on to.
+    alone, counted = pair.run(), pair.counted()
+    pair.take_out()
+    other = Pair.of(pair.case.name, pair.cache, **pair.call).put_in()
+    assert torch.equal(other.run(), alone)
+    assert other.counted() == counted
 
 
 @pytest.mark.slow
@@ -341,6 +377,22 @@ def test_where_they_do_not_go_together_it_is_said():
     ltx = Pair("ltx", "sea").put_in().pipe
     with pytest.raises(ValueError, match=r"cannot run beside SeaCacheRootHook .* in one batch, and what that cache"):
         apply_tgate(ltx, GATE)
+
+
+@pytest.mark.parametrize("name", ["sd_controlnet", slow("sdxl_controlnet")])
+def test_a_cache_on_a_controlnet_is_refused(name):
+    case = BY_NAME[name]
+    pipe = apply_tgate(case.build(), 2)
+    hooks.apply_taylorseer_cache(
+        pipe.controlnet, hooks.TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=[r".*attn1"])
+    )
+    with pytest.raises(ValueError, match="cannot run beside TaylorSeerCacheHook on ControlNetModel: it keeps tensors"):
+        case.run(pipe)
+    for module in pipe.controlnet.modules():
+        if "_diffusers_hook" in vars(module):
+            for hook in list(module._diffusers_hook.hooks):
+                module._diffusers_hook.remove_hook(hook, recurse=False)
+    assert torch.equal(case.run(pipe), case.gated(2))
 
 
 @pytest.mark.parametrize("gate", [2, GATE])

@@ -296,6 +296,22 @@ def test_what_is_behind_it_is_found(put_in, name):
         apply_tgate(pipe, GATE)
 
 
+def test_what_was_put_behind_a_hook_later_is_found():
+    """Where caches look for the `forward` that offloading has laid aside."""
+    pipe = apply_tgate(BY_NAME["sd"].build(), GATE)
+    moved(pipe.unet)
+    pipe.unet._old_forward = cached(pipe.unet._old_forward)
+    with pytest.raises(ValueError, match=FOUND + r".*cached\.<locals>\.again"):
+        apply_tgate(pipe, GATE)
+    accelerate.hooks.remove_hook_from_module(pipe.unet)
+    del pipe.unet.forward
+    registered(pipe.unet)
+    behind = pipe.unet._diffusers_hook._fn_refs[0]
+    behind.forward = cached(behind.forward)
+    with pytest.raises(ValueError, match=FOUND + r".*cached\.<locals>\.again"):
+        apply_tgate(pipe, GATE)
+
+
 def test_what_is_between_hooks_of_diffusers_is_found():
     hooks = pytest.importorskip("diffusers.hooks", reason="this diffusers has no hook registry")
     pipe = BY_NAME["sd"].build()

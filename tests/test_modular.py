@@ -151,6 +151,16 @@ def test_a_controlnet_is_not_asked_for_the_half_that_is_left_out(guess_mode):
     assert len(calls) == (6 if guess_mode else 9)
 
 
+def test_a_guider_has_counted_what_it_counts_in_a_plain_run(sdxl):
+    SDXL.run(sdxl)
+    plain = {name: value for name, value in vars(sdxl.guider).items() if isinstance(value, (bool, int, float))}
+    assert plain
+    SDXL.run(apply_tgate(sdxl, 2))
+    assert {name: vars(sdxl.guider)[name] for name in plain} == plain
+    SDXL.run(remove_tgate(sdxl))
+    assert {name: vars(sdxl.guider)[name] for name in plain} == plain
+
+
 @pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("failing", [5, 8], ids=["in_a_full_step", "in_a_half_step"])

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from .companions.forwards import Forwards
-from .companions.others import check_others
+from .companions.others import check_before, check_others
 from .ending import Ending
 from .guided_run import GuidedRun, GuiderCall
 from .installation import Installation
@@ -109,6 +109,8 @@ class GuiderInstallation(Installation):
         for denoiser in _denoisers(pipe):
             alone = "guidance is a guider here, and what a cache keeps of a call that T-GATE leaves out is not known"
             check_others(denoiser, self.callback.state.schedule, alone=alone)
+        for controlnet in _controlnets(pipe):
+            check_before(controlnet)
         self._forwards(pipe).check()
 
     def guide(self, pipe: Any, ending: Ending) -> GuidedRun:
@@ -135,7 +137,7 @@ class GuiderInstallation(Installation):
 
     def _forwards(self, pipe: Any) -> Forwards:
         """What the denoisers do when they are called."""
-        return Forwards(_denoisers(pipe), self.custom_forwards)
+        return Forwards(_denoisers(pipe) + _controlnets(pipe), self.custom_forwards)
 
     def _left_alone(self, denoiser: Any) -> list[str]:
         """The layers whose processors may count their calls."""
@@ -174,6 +176,8 @@ class _StandIn:
         guided = super().num_conditions > 1  # type: ignore[misc]
         if self._run.halves(self):
             pred_uncond = self._run.unconditional(pred_cond)
+            # The prediction that was left out, as if it had been prepared.
+            guider._count_prepared += 1
         elif guided:
             scale = guider.guidance_scale + (1 if guider.use_original_formulation else 0)
             self._run.note((pred_cond, pred_uncond), scale)
@@ -202,3 +206,8 @@ def _stand_in_class(guider_class: Any) -> Any:
 def _denoisers(pipe: Any) -> list[Any]:
     """The denoisers of a pipeline."""
     return [part for name in _DENOISERS if (part := getattr(pipe, name, None)) is not None]
+
+
+def _controlnets(pipe: Any) -> list[Any]:
+    """What it calls before them."""
+    return [part for part in (getattr(pipe, "controlnet", None),) if part is not None]

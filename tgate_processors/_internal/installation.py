@@ -15,7 +15,7 @@ from .callback import StepClock
 from .changing import exclusively, soon
 from .companions.deepcache import DeepCacheOrder
 from .companions.forwards import CustomForwards, Forwards
-from .companions.others import check_others
+from .companions.others import check_before, check_others
 from .ending import Ending
 from .families import Found, check_guidance, check_half, check_mode, find_family
 from .guided_run import GuidedRun
@@ -175,6 +175,8 @@ class Installation:
         asked: dict[str, Any] = {"calls": layout.calls, "gates_cross": gates_cross, "cfg_half": self.cfg_half}
         for denoiser in found.denoisers:
             check_others(denoiser, state.schedule, helper, **asked)
+        if found.controlnet is not None:
+            check_before(found.controlnet)
         if here is None:
             check_half(pipe, found, self.cfg_half)
             check_guidance(pipe, found, state.schedule, self.cross_attention)

@@ -76,6 +76,28 @@ def check_others(
         _check_deepcache(module)
 
 
+def check_before(module: torch.nn.Module) -> None:
+    """
+    Refuse every cache on what the pipeline calls before its denoiser: it is not told where the batch changes.
+
+    Args:
+        module (`torch.nn.Module`): A ControlNet.
+
+    Raises:
+        ValueError: If there is one. The message names it and says what to do.
+    """
+    inner = getattr(module, "_orig_mod", module)
+    found = [type(hook).__name__ for _, _, hook in stateful_hooks(inner.modules())]
+    if cache_dit.is_there(inner):
+        found.append("cache-dit")
+    if found:
+        raise ValueError(
+            f"T-GATE cannot run beside {found[0]} on {type(inner).__name__}: it keeps tensors of the batch or counts "
+            "calls, T-GATE halves the batch and leaves calls out, and only caches on the denoiser are told. Take it "
+            "out, or call remove_tgate(pipe)."
+        )
+
+
 def _kind_of(hook: Any) -> type[HookedCache] | None:
     """What a hook is known as."""
     return next((kind for kind in _KNOWN if kind.knows(hook)), None)

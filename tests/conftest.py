@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests count the warnings of T-GATE; what these say depends on which test loads a module first.
 for library in ("diffusers", "transformers"):
     logging.getLogger(library).setLevel(logging.ERROR)
+# Else it is as quiet as diffusers.
+logging.getLogger("tgate_processors").setLevel(logging.WARNING)
 # One thread a worker: the tensors are tiny, and sums are then always made in the same order.
 torch.set_num_threads(1)
 

@@ -108,6 +108,13 @@ class Call:
         trained = self._pipe.scheduler.config.num_train_timesteps
         return int((timesteps >= round(trained - denoising_end * trained)).sum())
 
+    @property
+    def has_no_steps(self) -> bool:
+        """Whether the pipeline says that there is no pass of its loop at all (a strength near zero)."""
+        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+        nothing = timesteps is not None and len(timesteps) == 0
+        return nothing or getattr(self._pipe, "_num_timesteps", None) == 0
+
     def is_over(self) -> bool:
         """Whether the scheduler was set up anew since the loop began: another call has started."""
         return self._pipe.scheduler.timesteps is not self._timesteps

@@ -24,7 +24,7 @@ from .rehearsal import run_schedule
 from .report import TGateReport
 from .schedule import TGateSchedule
 from .steps import Timeline
-from .twin import MOST_OF_ALL, check_conditions, check_parameters, input_size, make_inputs, make_twin
+from .twin import MOST_OF_ALL, check_conditions, check_parameters, input_size, make_inputs, make_twin, takes
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def estimate_cost(
             alone has one forward a step.
         guidance (`bool`, *optional*):
             Whether classifier-free guidance is on. Defaults to `True`, except for a denoiser that embeds the guidance
-            scale (`time_cond_proj_dim`), where it is always off.
+            scale (`time_cond_proj_dim`) and for a pipeline whose call takes none, where it is always off.
         height (`int`, *optional*):
             Height of the picture in pixels. Defaults to that of the pipeline or of the denoiser's configuration.
         width (`int`, *optional*): Width of the picture in pixels, likewise.
@@ -103,7 +103,7 @@ def estimate_cost(
         max_sequence_length (`int`, *optional*):
             Number of text tokens. Defaults to that of the pipeline; for a denoiser alone to 77, for PixArt to 120.
         num_frames (`int`, *optional*): Number of frames of a video. Defaults to that of the denoiser's configuration
-            or of the pipeline.
+            or of the pipeline; to 1 for a pipeline that draws pictures with such a denoiser.
         vae_scale_factor (`int`, *optional*):
             Pixels of the picture for each of the latent. Defaults to that of the pipeline; for a denoiser alone to 8.
         dtype (`torch.dtype`, *optional*):
@@ -147,7 +147,7 @@ def estimate_cost(
         raise TypeError(f"schedule is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
     num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 1, most=MOST_OF_ALL)
     batch_size = checked_int("batch_size", batch_size, 1, most=MOST_OF_ALL)
-    guided = _guided(denoiser, guidance)
+    guided = _guided(pipe, denoiser, guidance)
     size = input_size(pipe, denoiser, height, width, max_sequence_length, num_frames, vae_scale_factor)
     dtype = _dtype(denoiser, dtype)
     check_conditions(denoiser)
@@ -267,7 +267,7 @@ def _pipe_and_denoiser(given: Any, cross_attention: bool | None) -> tuple[Any, A
     return None, getattr(given, "_orig_mod", given)
 
 
-def _guided(denoiser: Any, guidance: bool | None) -> bool:
+def _guided(pipe: Any, denoiser: Any, guidance: bool | None) -> bool:
     """Whether guidance is on; pipelines never double the batch of a denoiser that embeds the guidance scale."""
     if guidance is not None and not isinstance(guidance, bool):
         raise TypeError(f"guidance={shown(guidance)} is of type {type(guidance).__name__}: give True or False.")
@@ -280,7 +280,13 @@ def _guided(denoiser: Any, guidance: bool | None) -> bool:
             f"guidance=True, but this {type(denoiser).__name__} has its guidance in itself (config.{embedded}), so "
             "its batch is never two halves: leave out `guidance`."
         )
-    return not embedded if guidance is None else guidance
+    asks = pipe is None or hasattr(type(pipe), "do_classifier_free_guidance") or takes(pipe, "guidance", "cfg")
+    if guidance and not asks:
+        raise ValueError(
+            f"guidance=True, but the call of {type(pipe).__name__} takes no guidance_scale, so its batch is never two "
+            "halves: leave out `guidance`."
+        )
+    return asks and not embedded if guidance is None else guidance
 
 
 def _dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, SupportsIndex, TypeVar
 
@@ -18,6 +17,7 @@ from .families import check_guidance, check_half, find_family
 from .guiders import GuiderInstallation, check_settings, has_guider, is_modular
 from .installation import Installation
 from .layers import CustomProcessors
+from .logs import logger
 from .memory import checked_memory, within
 from .pipeline import install, installed, uninstall
 from .report import TGateReport
@@ -25,8 +25,6 @@ from .schedule import CFGHalf, GuidanceMode, TGateSchedule
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-logger = logging.getLogger(__name__)
 
 
 class _Declared(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -20,8 +19,6 @@ from .installation import Installation
 from .run import Run
 from .skipping import stand_in_front, step_back
 from .state import Ongoing, TGateState
-
-logger = logging.getLogger(__name__)
 
 # In the `__dict__` of a pipeline with T-GATE: its installation.
 _ATTRIBUTE = "_tgate"

@@ -86,7 +86,7 @@ class Run:
         self._last_index: int | None = None
         self._ticks = 0
         self._seen: Seen | None = None
-        self._guided = False
+        self._guided = self._left_alone = False
         self._differences = self._compare()
 
     @property
@@ -185,7 +185,7 @@ class Run:
             self.batch.check(seen, guided and self._layout.calls == 1)
         if self._by_forward and not self.call.vouched:
             self.call.check_timestep(seen.given.get("timestep"), loop.passes)
-        if self._needs_guidance() and not loop.passes and not (self._droppable and self.call.guides()):
+        if self._needs_guidance() and not loop.passes and not self.call.guides():
             say_unguided(self._state, self.call, gates_cross=self.gates_cross, joint=self._layout.joint)
         if self.gates_cross:
             self._text.watch(seen.text, loop)
@@ -300,19 +300,26 @@ class Run:
         self._differences.forget()
         reused = report.cross_attention_reused + report.self_attention_reused
         too_little = report.cross_attention_layers > report.kept_layers == 0
-        if completed and not reused and not too_little and (self._decision.due or not self._ticks):
-            say_nothing_was_gated(self.call, steps_seen=self._ticks > 0)
+        expected = self._decision.due or not (self._ticks or self.call.has_no_steps)
+        if completed and expected and not (reused or too_little):
+            say_nothing_was_gated(
+                self.call,
+                steps_seen=self._ticks > 0,
+                halved=report.half_batch_forwards > 0,
+                left_alone=self._left_alone,
+            )
 
     def _begin(self) -> Loop:
         """A loop begins: its steps are told by now, or in its first step."""
         self._forwards.begin()
         self._loop = loop = Loop(self._state.schedule, self.call.timeline(), self._layout.calls)
         left_alone = self.experts.settle()
+        self._left_alone = self._left_alone or bool(left_alone)
         if left_alone and self._droppable:
             self._droppable = False
             say_left_alone(self._state, self.call, left_alone)
         if self._companions.keep_guidance:
-            say_guidance_stays(self._state, self.call)
+            say_guidance_stays(self._state, self.call, gates_cross=self.gates_cross)
         if self._by_forward:
             self.batch.expect(self.call.pictures())
         self.experts.limit(self._state.max_memory, shared=not self._droppable)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 
 from .call import Call
+from .logs import logger
 from .schedule import Action
 from .state import TGateState
 from .steps import Loop
-
-logger = logging.getLogger(__name__)
 
 
 class Text:
@@ -54,7 +52,7 @@ def say_what_is_late(state: TGateState, call: Call, loop: Loop, *, gates_cross: 
     gate, steps = loop.gate_step, loop.timeline.steps
     stays = ["cross-attention is always computed"] if gates_cross else []
     stays += ["guidance stays on"] if call.guided() else []
-    if gate >= steps and not state.schedule.is_auto and state.say_once("late"):
+    if stays and gate >= steps and not state.schedule.is_auto and state.say_once("late"):
         logger.warning(
             "T-GATE: gate_step=%s is not before the last of the %s steps that run: %s. Give a smaller gate_step, or a "
             "share of the steps such as gate_step=0.4.",
@@ -114,19 +112,21 @@ def say_left_alone(state: TGateState, call: Call, names: list[str]) -> None:
         )
 
 
-def say_guidance_stays(state: TGateState, call: Call) -> None:
+def say_guidance_stays(state: TGateState, call: Call, *, gates_cross: bool) -> None:
     """Warn once that another one has the guidance."""
     if call.guided() and state.say_once("guidance stays"):
         logger.warning(
-            "T-GATE: FasterCache leaves out half of the guidance of %s itself, and T-GATE leaves that to it: "
-            "cross-attention alone stops after the gate.",
+            "T-GATE: FasterCache leaves out half of the guidance of %s itself, and T-GATE leaves that to it: %s.",
             call.subject,
+            "cross-attention alone stops after the gate" if gates_cross else "guidance alone is gated, so nothing is",
         )
 
 
-def say_nothing_was_gated(call: Call, *, steps_seen: bool) -> None:
+def say_nothing_was_gated(call: Call, *, steps_seen: bool, halved: bool = False, left_alone: bool = False) -> None:
     """Warn of a call in which no layer reused anything, where it should have."""
+    what = "no attention layer reused anything" if halved else "nothing was gated"
     why = "its attention layers do not call their processors" if steps_seen else "its steps were not seen"
-    logger.warning(
-        "T-GATE: nothing was gated in this call of %s: %s. The picture is that without T-GATE.", call.subject, why
-    )
+    if left_alone:
+        why = "its attention processors are left alone"
+    stands = "Guidance alone was gated." if halved else "The picture is that without T-GATE."
+    logger.warning("T-GATE: %s in this call of %s: %s. %s", what, call.subject, why, stands)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Set
 from typing import Any
@@ -20,6 +21,8 @@ _KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
     "num_class_embeds": (None,),
     "attention_type": (None, "default", "regular"),
 }
+# What pipelines call the number of frames.
+_FRAMES = ("num_frames", "video_length", "frames", "segment_frame_length")
 # More steps, pictures or pixels than anyone counts.
 MOST_OF_ALL = 10**6
 
@@ -73,14 +76,48 @@ def input_size(
         tokens = _call_default(pipe, "max_sequence_length") or padded or inputs.tokens
     frames = num_frames
     if frames is None and inputs.frames is not None:
-        frames = getattr(denoiser.config, "num_frames", None) or _call_default(pipe, "num_frames") or inputs.frames
+        frames = _frames(pipe, denoiser, inputs)
     frames = checked_int("num_frames", 1 if frames is None else frames, 1, most=MOST_OF_ALL)
+    places = getattr(denoiser.config, "video_length", None)
+    if places is not None and frames not in (1, places):
+        raise ValueError(f"num_frames={frames}, but this {name} has places for {places}: leave num_frames out.")
     return InputSize(
         height=sides[0],
         width=sides[1],
         tokens=checked_int("max_sequence_length", tokens, 1, most=MOST_OF_ALL),
         frames=(frames - 1) // _frame_scale(pipe, inputs) + 1,
+        picture=_picture_tokens(pipe),
+        given=_is_given_parts(pipe, inputs),
+        crossed=bool(_call_default(pipe, "use_cross_timestep")),
     )
+
+
+def _frames(pipe: Any, denoiser: Any, inputs: Inputs) -> int | None:
+    """Frames of the video if nobody says how many; one where the call draws a picture."""
+    if pipe is not None and inputs.sized and not takes(pipe, "frame", "video"):
+        return 1
+    told = (getattr(denoiser.config, name, None) or _call_default(pipe, name) for name in _FRAMES)
+    return next(filter(None, told), inputs.frames)
+
+
+def takes(pipe: Any, *words: str) -> bool:
+    """Whether the call of a pipeline has an argument with one of these words in its name, or any argument."""
+    parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    return any(each.kind is each.VAR_KEYWORD or any(word in each.name for word in words) for each in parameters)
+
+
+def _picture_tokens(pipe: Any) -> int:
+    """Tokens of a given picture, where it is encoded."""
+    config: Any = getattr(getattr(pipe, "image_encoder", None), "config", None)
+    if not isinstance(getattr(config, "image_size", None), int):
+        return InputSize.picture
+    return int(config.image_size // config.patch_size) ** 2 + 1
+
+
+def _is_given_parts(pipe: Any, inputs: Inputs) -> bool:
+    """Whether the denoiser is told which parts are given; of Wan some checkpoints want that in every call."""
+    named = any(base.__name__ in inputs.given for base in type(pipe).__mro__)
+    return named or bool(getattr(getattr(pipe, "config", None), "expand_timesteps", False))
 
 
 def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
@@ -131,6 +168,9 @@ def make_twin(denoiser_class: Any, config: dict[str, Any]) -> Any:
     # From the configuration and not a copy: a copy would bring hooks, offloaded weights and patched forwards along.
     with torch.device("meta"):
         twin = denoiser_class.from_config(config)
+    for name, stand_in in family_inputs(twin).instead.items():
+        part = twin.get_submodule(name)
+        part.forward = functools.partial(stand_in, part)
     # Buffers that are made from numpy are not on meta yet.
     return twin.eval().requires_grad_(False).to("meta")
 

@@ -57,13 +57,17 @@ def _longcat(config: Any, batch: int, size: InputSize) -> Shapes:
 def _stable_audio3(config: Any, batch: int, size: InputSize) -> Shapes:
     # The duration is one token more.
     tokens = size.tokens + 1
-    return {
+    shapes: Shapes = {
         "hidden_states": (batch, config.io_channels, size.frames),
         "timestep": (batch,),
         "encoder_hidden_states": (batch, tokens, config.cond_token_dim),
         "global_hidden_states": (batch, config.global_cond_dim),
         "encoder_attention_mask": torch.empty(batch, tokens, dtype=torch.long, device="meta"),
     }
+    if size.given:
+        # A mask, and what it leaves.
+        shapes["local_add_cond"] = (batch, config.local_add_cond_dim, size.frames)
+    return shapes
 
 
 def _ace_step(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -111,7 +115,7 @@ AUDIO = (
         "transformer",
         "conditional",
         # 10 seconds.
-        Inputs(_stable_audio3, tokens=256, frames=108, sized=False),
+        Inputs(_stable_audio3, tokens=256, frames=108, sized=False, given=("StableAudio3InpaintPipeline",)),
         Layout(arguments=("global_hidden_states",), cross=("cross_attn",)),
         # Their call knows no guidance.
         untold=dict.fromkeys(("StableAudio3AudioToAudioPipeline", "StableAudio3InpaintPipeline")),

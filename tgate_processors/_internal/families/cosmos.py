@@ -13,7 +13,7 @@ from .family import Family, Inputs, InputSize, Shapes
 def _cosmos(config: Any, batch: int, size: InputSize) -> Shapes:
     shapes: Shapes = {
         "hidden_states": (batch, config.in_channels, size.frames, size.height, size.width),
-        "timestep": (batch,),
+        "timestep": (batch, 1, size.frames, 1, 1) if size.given else (batch,),
         "encoder_hidden_states": (batch, size.tokens, config.text_embed_dim),
     }
     if config.concat_padding_mask:
@@ -21,12 +21,14 @@ def _cosmos(config: Any, batch: int, size: InputSize) -> Shapes:
     return shapes
 
 
+_GIVEN = ("Cosmos2VideoToWorldPipeline", "Cosmos2_5_PredictBasePipeline", "Cosmos2_5_TransferPipeline")
+
 COSMOS = (
     Family(
         "CosmosTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_cosmos, tokens=512, frames=121, frame_scale=8),
+        Inputs(_cosmos, tokens=512, frames=121, frame_scale=8, given=_GIVEN),
         Layout(calls=2, apart=True, keeps_cross=False, scale_beyond=1.0),
     ),
 )

@@ -14,12 +14,26 @@ Shapes = dict[str, Any]
 
 @dataclass(frozen=True)
 class InputSize:
-    """What a denoiser's inputs are as large as, for one picture: pixels of the latent, tokens, frames of the latent."""
+    """
+    What a denoiser's inputs are as large as, for one picture.
+
+    Args:
+        height (`int`): Pixels of the latent.
+        width (`int`): Likewise.
+        tokens (`int`): Tokens of the text.
+        frames (`int`): Frames of the latent.
+        picture (`int`): Tokens of a picture that is given, where an encoder makes some of it.
+        given (`bool`): Whether parts of it are given, as by a time for every token or frame.
+        crossed (`bool`): Whether attention between video and sound takes the time of the whole (LTX-2).
+    """
 
     height: int
     width: int
     tokens: int
     frames: int
+    picture: int = 257
+    given: bool = False
+    crossed: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,9 @@ class Inputs:
         scale (`int`): Pixels of the picture for one of the latent, if no pipeline says it.
         frame_scale (`int`): Frames of the video, but for the first one, for one of the latent.
         further (`bool`): Whether its pipelines call the denoiser further times in a step by default.
+        given (`tuple` of `str`): Pipelines that tell the denoiser which parts are given, by a time for every token or
+            frame, or by an input more.
+        instead (`Mapping`): Parts without weights that do not run on the meta device, and what gives out as much.
     """
 
     shapes: Callable[[Any, int, InputSize], Shapes]
@@ -49,6 +66,8 @@ class Inputs:
     scale: int = 8
     frame_scale: int = 1
     further: bool = False
+    given: tuple[str, ...] = ()
+    instead: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

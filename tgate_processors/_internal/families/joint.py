@@ -111,6 +111,11 @@ def _ernie(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
+def _ernie_places(part: Any, ids: torch.Tensor) -> torch.Tensor:
+    """The table of places of ERNIE-Image, which opens an autocast for its device."""
+    return ids.new_empty((*ids.shape[:-1], 1, sum(part.axes_dim)), dtype=torch.float32)
+
+
 def _hunyuan_video(config: Any, batch: int, size: InputSize) -> Shapes:
     shapes: Shapes = {
         "hidden_states": (batch, config.in_channels, size.frames, size.height, size.width),
@@ -188,7 +193,12 @@ JOINT = (
     ),
     joint_family("BriaTransformer2DModel", Inputs(_bria, tokens=128, scale=16)),
     joint_family("PRXTransformer2DModel", Inputs(_prx, tokens=256), untold=("PRXPipeline", "PRXPixelPipeline")),
-    joint_family("ErnieImageTransformer2DModel", Inputs(_ernie, tokens=256), ("ErnieImagePipeline",), arguments=_ERNIE),
+    joint_family(
+        "ErnieImageTransformer2DModel",
+        Inputs(_ernie, tokens=256, instead={"pos_embed": _ernie_places}),
+        ("ErnieImagePipeline",),
+        arguments=_ERNIE,
+    ),
     joint_family(
         "EasyAnimateTransformer3DModel",
         Inputs(_easy_animate, tokens=256, frames=49, frame_scale=4),

@@ -9,10 +9,11 @@ from .family import Family, Inputs, InputSize, Shapes
 
 
 def _ltx(config: Any, batch: int, size: InputSize) -> Shapes:
+    tokens = size.frames * size.height * size.width
     return {
-        "hidden_states": (batch, size.frames * size.height * size.width, config.in_channels),
+        "hidden_states": (batch, tokens, config.in_channels),
         "encoder_hidden_states": (batch, size.tokens, config.caption_channels),
-        "timestep": (batch,),
+        "timestep": (batch, tokens) if size.given else (batch,),
         "encoder_attention_mask": (batch, size.tokens),
         "num_frames": size.frames,
         "height": size.height,
@@ -29,25 +30,30 @@ def _ltx2(config: Any, batch: int, size: InputSize) -> Shapes:
     per_second = config.audio_sampling_rate / config.audio_hop_length / config.audio_scale_factor
     audio = round(seconds * per_second)
     shapes = _ltx(config, batch, size)
+    if size.crossed:
+        shapes["use_cross_timestep"] = True
     return shapes | {
         "encoder_hidden_states": (batch, size.tokens, widths[0]),
         "audio_encoder_hidden_states": (batch, size.tokens, widths[1]),
         "audio_encoder_attention_mask": (batch, size.tokens),
         "audio_hidden_states": (batch, audio, config.audio_in_channels),
         "audio_num_frames": audio,
+        "audio_timestep": (batch,),
         "sigma": (batch,),
     }
 
 
 _AUDIO = ("audio_hidden_states", "audio_encoder_hidden_states", "audio_encoder_attention_mask", "audio_timestep")
 _MORE = ("sigma", "audio_sigma", "video_coords", "audio_coords", "video_self_attention_mask", "video_keyframes_mask")
+_GIVEN = ("LTXImageToVideoPipeline", "LTXConditionPipeline")
+_GIVEN2 = tuple(f"LTX2{kind}Pipeline" for kind in ("ImageToVideo", "Condition", "InContext", "HDR"))
 
 LTX = (
     Family(
         "LTXVideoTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_ltx, tokens=128, frames=161, scale=32, frame_scale=8),
+        Inputs(_ltx, tokens=128, frames=161, scale=32, frame_scale=8, given=_GIVEN),
         # Its layers have no flag that says which of them attend to the text.
         Layout(arguments=("video_coords",), cross=("attn2",)),
     ),
@@ -55,7 +61,7 @@ LTX = (
         "LTX2VideoTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_ltx2, tokens=1024, frames=121, scale=32, frame_scale=8, further=True),
+        Inputs(_ltx2, tokens=1024, frames=121, scale=32, frame_scale=8, further=True, given=_GIVEN2),
         Layout(
             arguments=(*_AUDIO, *_MORE),
             cross=("attn2",),

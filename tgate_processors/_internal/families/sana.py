@@ -22,6 +22,9 @@ def _sana(config: Any, batch: int, size: InputSize) -> Shapes:
 
 def _sana_video(config: Any, batch: int, size: InputSize) -> Shapes:
     shapes = _sana(config, batch, size)
+    if size.given:
+        sides = (size.frames, size.height, size.width)
+        shapes["timestep"] = (batch, 1, *(side // patch for side, patch in zip(sides, config.patch_size, strict=True)))
     return shapes | {"hidden_states": (batch, config.in_channels, size.frames, size.height, size.width)}
 
 
@@ -37,7 +40,7 @@ SANA = (
         "SanaVideoTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_sana_video, tokens=300, frames=81, frame_scale=4),
+        Inputs(_sana_video, tokens=300, frames=81, frame_scale=4, given=("SanaImageToVideoPipeline",)),
         Layout(keeps_cross=False),
     ),
     # It asks for the precision of its device in every forward, which the meta device does not have. Its self-attention

@@ -13,11 +13,18 @@ from .family import Family, Inputs, InputSize, Shapes
 
 
 def _wan(config: Any, batch: int, size: InputSize) -> Shapes:
-    return {
+    _, height, width = config.patch_size
+    tokens = size.frames * (size.height // height) * (size.width // width)
+    shapes: Shapes = {
         "hidden_states": (batch, config.in_channels, size.frames, size.height, size.width),
-        "timestep": (batch,),
+        "timestep": (batch, tokens) if size.given else (batch,),
         "encoder_hidden_states": (batch, size.tokens, config.text_dim),
     }
+    if getattr(config, "image_dim", None) is not None:
+        # The first picture, or with places of their own the first and the last one.
+        pictures = batch if getattr(config, "pos_embed_seq_len", None) is None else 2 * batch
+        shapes["encoder_hidden_states_image"] = (pictures, size.picture, config.image_dim)
+    return shapes
 
 
 def _vace(config: Any, batch: int, size: InputSize) -> Shapes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from .chaining import chain, suspending
+from .chaining import chain, suspend_legacy
 from .checkpointing import replayed
 from .companions.companion import Companions
 from .companions.others import companions_of
@@ -149,8 +149,7 @@ def _running(
         call = found.call(pipe, _given(bound))
         if not found.by_forward:
             chain(pipe, installation.callback, bound, vouched=found.vouched)
-        elif bound.arguments.get("callback") is not None:
-            bound.arguments["callback"] = suspending(state, bound.arguments["callback"])
+        suspend_legacy(state, bound)
         caches = [companions_of(denoiser) for denoiser in found.denoisers]
         if installation.deepcache is not None:
             caches[0].insert(0, installation.deepcache)

@@ -142,6 +142,8 @@ def _running(
     with ExitStack() as stack:
         stack.enter_context(installation.running(pipe, wrapped=wrapped))
         if isinstance(installation, GuiderInstallation):
+            if bound.arguments.get("callback_on_step_end") is not None:
+                chain(pipe, installation.callback, bound, vouched=True)
             yield state, stack.enter_context(installation.guiding(pipe))
             return
         place = installation.follow(pipe)

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from tests.ecosystem import HOSTS_BY_NAME
 from tests.pipelines import BY_NAME, quiet, thorough
-from tgate_processors import apply_tgate, remove_tgate
+from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.compilation import RoomForGraphs, give_back_room
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
@@ -57,6 +57,26 @@ def other_calls(case):
     """Calls that compiled code has to serve as it is."""
     guided = case.guidance and case.guidance > 1 and case.name not in ("lcm", "turbo")
     return [{}, {"num_inference_steps": 9}, {"prompts": [1]}, *([{"guidance_scale": 2.5}] if guided else [])]
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_other_latents_of_a_callback_are_computed_anew():
+    case = ALL["sd"]
+
+    def resample(pipe, step, timestep, tensors):
+        return {"latents": tensors["latents"][[0, 0]]} if step == 4 else {}
+
+    def run():
+        latents = case.run(pipe, [0, 1], num_inference_steps=12, callback_on_step_end=resample)
+        return latents, get_tgate_report(pipe)
+
+    pipe = apply_tgate(case.build(), 8, sp_interval=6, fi_interval=2)
+    expected, report = run()
+    compile_in_place(pipe, case, "eager")
+    latents, told = run()
+    torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
+    assert told == report
 
 
 @pytest.mark.parametrize("name", ["pixart_alpha", *map(thorough, ("sd", "sdxl", "lora", "ip_adapter"))])

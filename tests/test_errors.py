@@ -509,6 +509,38 @@ def test_motif_with_a_guider_is_gated_by_it():
     assert torch.equal(run(), plain)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(diffusers, "MotifVideoPipeline"), reason="this diffusers has no Motif")
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds", "negative_prompt_embeds"])
+def test_what_a_callback_exchanges_in_motif_gets_a_full_step(name, caplog):
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
+    pipe = motif(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=wan_vae(), guider=guider)
+    given = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 9, "output_type": "latent"}
+    for kind in ("prompt", "negative_prompt"):
+        given |= {f"{kind}_embeds": seeded((1, 5, 8), len(kind)), f"{kind}_attention_mask": torch.ones(1, 5)}
+    given |= {"callback_on_step_end_tensor_inputs": ["latents", name]}
+
+    def run(at):
+        def callback(pipe, step, timestep, tensors):
+            return {**tensors, name: tensors[name].flip(1)} if step in at else tensors
+
+        return pipe(**given, generator=torch.Generator().manual_seed(0), callback_on_step_end=callback).frames
+
+    full = {"drop": (0, 1, 5) if name == "latents" else (0, 1), "predict": (0, 1, 5)}
+    for guidance, steps in full.items():
+        apply_tgate(pipe, 2, guidance=guidance)
+        run([4])
+        assert get_tgate_report(pipe).full_steps == steps
+    apply_tgate(pipe, tolerance=1e6)
+    run([4])
+    assert get_tgate_report(pipe).full_steps == (0, 1, 2, 4, 5, 6, 7)
+    assert not caplog.records
+    run(range(9))
+    assert get_tgate_report(pipe).full_steps == tuple(range(9))
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith("T-GATE: nothing was gated in this call of MotifVideoPipeline")
+
+
 def test_a_bad_argument_of_the_call_gets_the_pipelines_own_error():
     case = BY_NAME["svd"]
     pipe = apply_tgate(case.build(), 3)

@@ -414,6 +414,40 @@ def test_a_loop_that_tells_its_guider_something_else_is_refused(twice):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("field", ["prompt_embeds", "negative_pooled_prompt_embeds"])
+@pytest.mark.parametrize(
+    ("settings", "full"),
+    [
+        ({"gate_step": 3}, (0, 1, 2)),
+        ({"gate_step": 3, "guidance": "predict"}, (0, 1, 2, 5)),
+        ({"tolerance": 1e6}, (0, 1, 2, 4, 5, 6, 7, 9)),
+    ],
+    ids=["drop", "predict", "auto"],
+)
+def test_text_that_a_block_exchanges_gets_a_full_step_where_guidance_is_predicted(field, settings, full, caplog):
+    class Travel(diffusers.modular_pipelines.ModularPipelineBlocks):
+        model_name = "stable-diffusion-xl"
+
+        @torch.no_grad()
+        def __call__(self, components, block_state, i, t):
+            value = getattr(block_state, field)
+            # In the other steps it is another object.
+            setattr(block_state, field, value * 0.5 if i == 4 else value.clone())
+            return components, block_state
+
+    def change(blocks):
+        loop = functools.reduce(lambda block, name: block.sub_blocks[name], ["denoise"] * 3, blocks)
+        loop.sub_blocks.insert("travel", Travel(), 2)
+
+    sdxl = apply_tgate(SDXL.build(change), **settings)
+    calls = counted(SDXL, sdxl)
+    SDXL.run(sdxl, num_inference_steps=STEPS)
+    assert get_tgate_report(sdxl).full_steps == full
+    assert list(calls.values()) == [2 if step in full else 1 for step in range(STEPS)]
+    assert not caplog.records
+
+
+@pytest.mark.slow
 @pytest.mark.thorough
 def test_a_classic_pipeline_with_a_guider_is_gated_by_it():
     pipe, embeds = hunyuan(), {}

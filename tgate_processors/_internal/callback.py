@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -50,7 +51,9 @@ class StepClock:
         self.tick(step_index, callback_kwargs)
         return callback_kwargs
 
-    def tick(self, step_index: int, tensors: dict[str, Any], latents: Any = None) -> None:
+    def tick(
+        self, step_index: int, tensors: dict[str, Any], latents: Any = None, exchanged: Collection[str] = ()
+    ) -> None:
         """
         One pass of the loop has ended.
 
@@ -58,10 +61,11 @@ class StepClock:
             step_index (`int`): The pipeline's number of the pass.
             tensors (`dict`): What the pipeline has told.
             latents (`torch.Tensor`, *optional*): The latents of the next pass, if the user's callback gave others.
+            exchanged (`Collection` of `str`, *optional*): The names of what the user's callback gave others of.
         """
         run = self.state.current()
         if run is not None:
-            run.tick(step_index, latents, tensors)
+            run.tick(step_index, latents, tensors, exchanged)
 
 
 class TGateCallback(StepClock):

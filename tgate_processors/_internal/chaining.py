@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from .callback import StepClock, TGateCallback
+from .seen import is_another, writes_to
 from .state import TGateState
 
 # What the clock compares the batch with, and what tells the halves of guidance apart in a custom loop.
@@ -45,36 +46,70 @@ def chain(pipe: Any, clock: StepClock, bound: inspect.BoundArguments, *, vouched
     given = None if inputs is None else bound.arguments.get(inputs.name, inputs.default)
     asked = list(given) if isinstance(given, (list, tuple)) else []
     added = [name for name in wanted if name not in asked]
+    unasked: dict[str, Any] = {}
 
     def on_step_end(pipeline: Any, step_index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        return _step_end(clock, users, added, pipeline, step_index, timestep, tensors)
+        return _step_end(clock, users, added, unasked, pipeline, step_index, timestep, tensors)
 
     bound.arguments["callback_on_step_end"] = on_step_end
     if inputs is not None:
         bound.arguments[inputs.name] = [*asked, *added]
 
 
-def suspending(state: TGateState, function: Any) -> Any:
-    """A user's function that may call other pipelines on the same denoiser."""
+def suspend_legacy(state: TGateState, bound: inspect.BoundArguments) -> None:
+    """Step aside for the legacy callback of a call, which may write to latents and call other pipelines."""
+    parameters = bound.signature.parameters.items()
+    swallowing = (name for name, parameter in parameters if parameter.kind is inspect.Parameter.VAR_KEYWORD)
+    for arguments in (bound.arguments, *(bound.arguments.get(name, {}) for name in swallowing)):
+        if callable(arguments.get("callback")):
+            arguments["callback"] = _suspending(state, arguments["callback"])
+
+
+def _suspending(state: TGateState, function: Any) -> Any:
+    """A legacy callback: it gives nothing back, and comes after the clock."""
 
     @functools.wraps(function, updated=())
     def suspended(*args: Any, **kwargs: Any) -> Any:
+        writes = writes_to(args)
         with state.suspended():
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+        run = state.current()
+        if run is not None and writes_to(args) != writes:
+            run.exchange(("latents",))
+        return result
 
     return suspended
 
 
 def _step_end(
-    clock: StepClock, users: Any, added: list[str], pipeline: Any, step_index: int, timestep: Any, tensors: Any
+    clock: StepClock,
+    users: Any,
+    added: list[str],
+    unasked: dict[str, Any],
+    pipeline: Any,
+    step_index: int,
+    timestep: Any,
+    tensors: Any,
 ) -> dict[str, Any]:
-    """The user's callback, then the clock."""
+    """The user's callback, then the clock. What it gives without having asked for it is in `unasked`."""
     told = dict(tensors)
     outputs: dict[str, Any] = {name: value for name, value in tensors.items() if name not in added}
-    if users is not None:
-        with clock.state.suspended():
-            outputs = users(pipeline, step_index, timestep, outputs)
-    clock.tick(step_index, told, outputs.get("latents"))
+    if users is None:
+        clock.tick(step_index, told)
+        return outputs
+    before = {**unasked, **told}
+    writes = {name: writes_to(value) for name, value in before.items()}
+    with clock.state.suspended():
+        outputs = users(pipeline, step_index, timestep, outputs)
+    # One pipeline takes nothing for an answer.
+    given = {} if outputs is None else outputs
+    exchanged = [
+        name
+        for name, value in {**before, **given}.items()
+        if writes_to(before.get(name)) != writes.get(name, ()) or is_another(before.get(name), value)
+    ]
+    unasked.update((name, value) for name, value in given.items() if name not in told)
+    clock.tick(step_index, told, given.get("latents"), exchanged)
     return outputs
 
 
@@ -89,6 +124,7 @@ def _official_chain() -> type:
             self._clock = clock
             self._users = users
             self._added = [name for name in wanted if name not in users.tensor_inputs]
+            self._unasked: dict[str, Any] = {}
 
         @property
         def tensor_inputs(self) -> list[str]:
@@ -97,6 +133,6 @@ def _official_chain() -> type:
         def __call__(self, pipeline: Any, step_index: int, timestep: Any, tensors: Any) -> dict[str, Any]:
             # The latent consistency pipelines do not ask what is wanted.
             added = self._added if set(tensors) == set(self.tensor_inputs) else []
-            return _step_end(self._clock, self._users, added, pipeline, step_index, timestep, tensors)
+            return _step_end(self._clock, self._users, added, self._unasked, pipeline, step_index, timestep, tensors)
 
     return Chain

@@ -28,6 +28,7 @@ class Decision:
         phase (`Phase`): The phase that this step is in.
         due (`bool`): Whether any step so far was to reuse something.
         stores (`bool`): Whether cross-attention is kept in it.
+        lost (`bool`): Whether any step so far was a full one only because something was exchanged before it.
     """
 
     def __init__(self, state: TGateState, experts: Experts, companions: Companions, *, cross_attention: bool) -> None:
@@ -36,13 +37,17 @@ class Decision:
         self._companions = companions
         self._gates_cross = cross_attention
         self._part = Part.ALL
-        self.due = False
+        self.due = self.lost = False
         self.begin()
 
     def begin(self) -> None:
         """A loop begins, or has ended."""
-        self.half = self.stores = False
+        self.half = self.stores = self._afresh = False
         self.phase = Phase.SEMANTICS_PLANNING
+
+    def begin_afresh(self) -> None:
+        """Nothing that was kept is there any more."""
+        self._afresh = True
 
     @property
     def halves_batch(self) -> bool:
@@ -80,6 +85,11 @@ class Decision:
         may_halve = may_halve and self._knows_guidance(loop)
         cross, own, phase = plan.cross_attention, plan.self_attention, plan.phase
         self.due = self.due or own is Action.REUSE or (self._gates_cross and cross is Action.REUSE)
+        if self._afresh:
+            own = Action.STORE if own is Action.REUSE else own
+            reuses = half or (self._gates_cross and cross is Action.REUSE)
+            self.lost = self.lost or reuses or bool(guided and droppable and self._schedule.tolerance)
+            self._afresh = False
         if cross is Action.REUSE and not (self._fits(seen, half, guided) and (may_halve or not half)):
             # As at the gate: the whole batch, everything computed and kept anew.
             half = False

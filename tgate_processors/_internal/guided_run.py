@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from .call import Call
 from .companions.forwards import Forwards
 from .halving import second_of
 from .report import TGateReport
-from .saying import say_nothing_was_gated, say_unguided, say_what_is_late
+from .saying import say_exchanged_in_vain, say_nothing_was_gated, say_unguided, say_what_is_late
 from .schedule import Phase
+from .seen import is_another, is_picture
 from .state import TGateState
 from .steps import Loop, Timeline
 from .tally import Tally
@@ -54,6 +56,9 @@ class GuidedRun:
         self._guider: Any = None
         self._half = self._running = False
         self._ever_guided = self._took_over = False
+        # Whether something was exchanged, and whether a step was full because of that.
+        self._exchanged = self._lost = False
+        self._conditions: list[Any] = []
         # Guided steps of this loop in which the present guider had both halves.
         self._computed = 0
 
@@ -100,7 +105,42 @@ class GuidedRun:
         self._ever_guided = self._ever_guided or guided
         loop.forward()
         improving = loop.planned().phase is Phase.FIDELITY_IMPROVING
-        self._half = guided and self._droppable and improving and self._knows_guidance(loop)
+        may_halve = guided and self._droppable
+        self._half = may_halve and improving and self._knows_guidance(loop)
+        self._lost = self._lost or (self._exchanged and may_halve and bool(improving or self._state.schedule.tolerance))
+        self._exchanged = False
+
+    def meet(self, conditions: Mapping[str, Any]) -> None:
+        """
+        A guider is given the conditions of the step that runs now: others make it a full step.
+
+        Args:
+            conditions (`Mapping`): What the halves have of their own, as tuples, the conditional one first.
+        """
+        own = {name: pair for name, pair in conditions.items() if isinstance(pair, tuple) and name != "hidden_states"}
+        before, self._conditions = self._conditions, [*own.values()]
+        loop = self._loop
+        if loop is None or loop.guidance is None or not before or loop.planned().phase is Phase.SEMANTICS_PLANNING:
+            return
+        if is_another(before, self._conditions):
+            self.exchange(("text",))
+            self._half = self._exchanged = False
+            self._lost = True
+
+    def exchange(self, names: Collection[str]) -> None:
+        """
+        Something is another one from now on: the next step is a full one.
+
+        Args:
+            names (`Collection` of `str`): What pipelines call it.
+        """
+        if self._loop is not None and (any(map(is_picture, names)) or (names and self._loop.guidance is not None)):
+            self._loop.begin_guidance()
+            self._computed, self._exchanged = 0, True
+
+    def tick(self, index: int, latents: Any, tensors: dict[str, Any], exchanged: Collection[str]) -> None:
+        """The pipeline's step callback has run; the guider has told of the step already."""
+        self.exchange(exchanged)
 
     def unconditional(self, conditional: Any) -> torch.Tensor:
         """
@@ -175,7 +215,10 @@ class GuidedRun:
         """The call has ended, however it ended: hold nothing, leave the report."""
         self._state.report = report = self._tally.report
         self._loop = self._guider = None
-        if completed and not report.num_inference_steps:
+        self._conditions = []
+        if completed and self._lost and not (report.half_batch_forwards or report.prediction_errors):
+            say_exchanged_in_vain(self._state, self._call)
+        elif completed and not report.num_inference_steps:
             say_nothing_was_gated(self._call, steps_seen=False)
         elif completed and not self._ever_guided:
             say_unguided(self._state, self._call, gates_cross=False, joint=True)

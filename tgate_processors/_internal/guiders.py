@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from .companions.forwards import Forwards
@@ -169,6 +170,18 @@ class _StandIn:
         guider: Any = self
         guided = super().num_conditions > 1  # type: ignore[misc]
         self._run.begin_step(self, guider._step, guider._num_inference_steps, guided=guided)
+
+    def prepare_inputs(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """The halves get their inputs."""
+        if isinstance(data, Mapping):
+            self._run.meet(data)
+        return super().prepare_inputs(data, *args, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: Any, *args: Any, **kwargs: Any) -> Any:
+        """The same, by the names of what is in a block's state."""
+        own = {name: fields for name, fields in input_fields.items() if isinstance(fields, tuple)}
+        self._run.meet({name: tuple(getattr(data, each, None) for each in fields) for name, fields in own.items()})
+        return super().prepare_inputs_from_block_state(data, input_fields, *args, **kwargs)  # type: ignore[misc]
 
     def forward(self, pred_cond: Any, pred_uncond: Any = None) -> Any:
         """The predictions of the step are there: give the guided output."""

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Generator
 from typing import Any
 
-from .chaining import chain, suspending
+from .chaining import chain, suspend_legacy
 from .checkpointing import replay, stop_replaying
 from .companions.companion import Companions
 from .companions.others import companions_of
@@ -162,13 +162,14 @@ def _begin(
     state = installation.callback.state
     installation.begin_call(pipe, ending, wrapped=wrapped)
     if isinstance(installation, GuiderInstallation):
+        if bound.arguments.get("callback_on_step_end") is not None:
+            chain(pipe, installation.callback, bound, vouched=True)
         return state, installation.guide(pipe, ending)
     found, layers = installation.follow(pipe)
     call = found.call(pipe, _given(bound))
     if not found.by_forward:
         chain(pipe, installation.callback, bound, vouched=found.vouched)
-    elif bound.arguments.get("callback") is not None:
-        bound.arguments["callback"] = suspending(state, bound.arguments["callback"])
+    suspend_legacy(state, bound)
     caches = [companions_of(denoiser) for denoiser in found.denoisers]
     if installation.deepcache is not None:
         caches[0].insert(0, installation.deepcache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from .outputs import Kept, Outputs
 from .report import TGateReport
 from .saying import (
     Text,
+    say_exchanged_in_vain,
     say_guidance_stays,
     say_left_alone,
     say_nothing_fits,
@@ -28,7 +29,7 @@ from .saying import (
     say_what_is_late,
 )
 from .schedule import Action, CFGHalf, StepPlan
-from .seen import Seen
+from .seen import Seen, is_picture
 from .state import Part, Slot, TGateState
 from .steps import Loop
 from .tally import Tally
@@ -87,6 +88,7 @@ class Run:
         self._ticks = 0
         self._seen: Seen | None = None
         self._guided = self._left_alone = False
+        self._late: Collection[str] = ()
         self._differences = self._compare()
 
     @property
@@ -187,8 +189,7 @@ class Run:
             self.call.check_timestep(seen.given.get("timestep"), loop.passes)
         if self._needs_guidance() and not loop.passes and not self.call.guides():
             say_unguided(self._state, self.call, gates_cross=self.gates_cross, joint=self._layout.joint)
-        if self.gates_cross:
-            self._text.watch(seen.text, loop)
+        self._meet_text(seen.text, loop, guided)
         self.experts.now.layers.meet(seen.given)
         self._decision.make(loop, seen, kept, guided=guided, droppable=self._droppable, may_halve=may_halve)
         self._seen, self._guided = seen, guided
@@ -230,7 +231,13 @@ class Run:
             self.tick()
         return difference
 
-    def tick(self, index: int | None = None, latents: Any = None, tensors: dict[str, Any] | None = None) -> None:
+    def tick(
+        self,
+        index: int | None = None,
+        latents: Any = None,
+        tensors: dict[str, Any] | None = None,
+        exchanged: Collection[str] = (),
+    ) -> None:
         """
         A pass of the loop has ended.
 
@@ -238,6 +245,7 @@ class Run:
             index (`int`, *optional*): The pipeline's number of the pass.
             latents (`torch.Tensor`, *optional*): The latents of the next one, if the user's callback gave others.
             tensors (`dict`, *optional*): What the pipeline has told its callback.
+            exchanged (`Collection` of `str`, *optional*): The names of what the user's callback gave others of.
 
         Raises:
             ValueError: If the steps or the batch are not what the pipeline said.
@@ -271,6 +279,29 @@ class Run:
             say_what_is_late(self._state, self.call, loop, gates_cross=self.gates_cross)
         if loop.over:
             self._end(loop)
+        else:
+            self.exchange([*exchanged, *self._late])
+        self._late = ()
+
+    def exchange(self, names: Collection[str]) -> None:
+        """
+        Something is another one from now on: the next step is a full one if what is kept is not of it.
+
+        What is kept goes by the place in the batch, so other latents leave nothing of it. Other conditions (the text)
+        leave cross-attention as it is, but not the difference that they make.
+
+        Args:
+            names (`Collection` of `str`): What pipelines call it.
+        """
+        loop = self._loop
+        if loop is None or not (any(map(is_picture, names)) or (names and self._predicts)):
+            return
+        if self.experts.now.nbytes:
+            # All layers have to run in the full step.
+            self._companions.begin_afresh()
+        self.experts.now.forget()
+        self._decision.begin_afresh()
+        loop.begin_guidance()
 
     def prime(self, plan: StepPlan) -> None:
         """Wait for a forward that no hook announces."""
@@ -300,8 +331,11 @@ class Run:
         self._differences.forget()
         reused = report.cross_attention_reused + report.self_attention_reused
         too_little = report.cross_attention_layers > report.kept_layers == 0
+        gated = reused or report.half_batch_forwards or report.prediction_errors
         expected = self._decision.due or not (self._ticks or self.call.has_no_steps)
-        if completed and expected and not (reused or too_little):
+        if completed and self._decision.lost and not gated:
+            say_exchanged_in_vain(self._state, self.call)
+        elif completed and expected and not (reused or too_little):
             say_nothing_was_gated(
                 self.call,
                 steps_seen=self._ticks > 0,
@@ -336,6 +370,25 @@ class Run:
         self._decision.begin()
         self._differences.forget()
         self.experts.forget()
+
+    @property
+    def _predicts(self) -> bool:
+        """Whether the difference of the halves of guidance is predicted from what is known."""
+        return self._state.schedule.predicts and self._droppable and self.call.guided()
+
+    def _meet_text(self, text: Any, loop: Loop, guided: bool) -> None:
+        """A forward is given this text: if it is another one, what is kept is of the old one."""
+        predicts = self._state.schedule.predicts and self._droppable and guided
+        if not (self.gates_cross or predicts) or not self._text.is_exchanged(text, loop, at_gate=predicts):
+            return
+        if not predicts:
+            if self.experts.now.stored is not None:
+                self._text.say(loop)
+        elif self.control.halved:
+            # The ControlNet has run on one half already, so the next step is the full one.
+            self._late = ("text",)
+        else:
+            self.exchange(("text",))
 
     def _needs_guidance(self) -> bool:
         """Whether nothing is gated in a call without guidance."""

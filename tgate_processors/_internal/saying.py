@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from .call import Call
 from .logs import logger
-from .schedule import Action
+from .schedule import Phase
+from .seen import is_another
 from .state import TGateState
 from .steps import Loop
 
 
 class Text:
     """
-    The text embeddings of a run, watched when nobody reads them any more.
+    The text embeddings of a run, watched when what is reused was made with them.
 
     Args:
         state (`TGateState`): What the gates of the pipeline share.
@@ -25,16 +24,26 @@ class Text:
         self._state = state
         self._before: Any = None
 
-    def watch(self, text: Any, loop: Loop) -> None:
-        """Warn once of embeddings that are exchanged; they are compared only where they are another object."""
-        if not isinstance(text, torch.Tensor):
-            return
+    def is_exchanged(self, text: Any, loop: Loop, *, at_gate: bool) -> bool:
+        """
+        Whether embeddings are not those of the step before, in a step that is to reuse something.
+
+        Args:
+            text (`torch.Tensor` or a list): The embeddings.
+            loop (`Loop`): The loop.
+            at_gate (`bool`): Whether to look in steps that keep something, too.
+        """
         before, self._before = self._before, text
-        # With another batch it is guidance that was switched off, and not the prompt.
-        same = before is None or before is text or before.shape[0] != text.shape[0]
-        if same or loop.planned().cross_attention is not Action.REUSE:
-            return
-        if (before.shape != text.shape or not torch.equal(before, text)) and self._state.say_once("exchanged"):
+        # With another batch it is guidance that was switched, and not the prompt.
+        if before is None or text is None or before is text or len(before) != len(text):
+            return False
+        phase = loop.planned().phase
+        watched = phase is Phase.FIDELITY_IMPROVING or (at_gate and phase is Phase.GATE)
+        return watched and is_another(before, text)
+
+    def say(self, loop: Loop) -> None:
+        """Warn once that new ones have no effect."""
+        if self._state.say_once("exchanged"):
             logger.warning(
                 "T-GATE: the text embeddings were exchanged in step %s, after the gate: cross-attention still "
                 "reuses the outputs for the old ones. Exchange them before gate_step=%s, or give a later gate_step.",
@@ -61,7 +70,9 @@ def say_what_is_late(state: TGateState, call: Call, loop: Loop, *, gates_cross: 
             " and ".join(stays),
         )
     exchange = call.exchanges_text_at()
-    if exchange is not None and gate <= exchange < steps and state.say_once("exchange"):
+    # Where guidance is predicted, the new ones get a full step.
+    stale = gates_cross and not (state.schedule.predicts and call.guided())
+    if stale and exchange is not None and gate <= exchange < steps and state.say_once("exchange"):
         logger.warning(
             "T-GATE: %s exchanges its text embeddings in step %s, after gate_step=%s: the new ones never enter the "
             "picture. Give a gate_step above %s.",
@@ -69,6 +80,17 @@ def say_what_is_late(state: TGateState, call: Call, loop: Loop, *, gates_cross: 
             exchange,
             gate,
             exchange,
+        )
+
+
+def say_exchanged_in_vain(state: TGateState, call: Call) -> None:
+    """Warn once of a call in which exchanges left no step that could reuse anything."""
+    if state.say_once("in vain"):
+        logger.warning(
+            "T-GATE: nothing was gated in this call of %s: its step callback gives other latents, or its text is "
+            "exchanged, so often that all its steps are full ones. Change them in fewer steps, or call "
+            "remove_tgate(pipe): T-GATE gains nothing here.",
+            call.subject,
         )
 
 

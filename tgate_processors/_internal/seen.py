@@ -94,6 +94,28 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(item)
 
 
+def is_another(before: Any, after: Any) -> bool:
+    """Whether a value is another one, compared (which waits for the device) only where it is another object."""
+    if after is before:
+        return False
+    if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
+        alike = before.shape == after.shape and before.dtype == after.dtype and before.device == after.device
+        return not (alike and torch.equal(before, after))
+    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
+        return len(before) != len(after) or any(map(is_another, before, after))
+    return not (isinstance(before, (int, float, str)) and before == after)
+
+
+def is_picture(name: str) -> bool:
+    """Whether pipelines call something so that goes by the place in the batch, from step to step."""
+    return name.endswith("latents")
+
+
+def writes_to(value: Any) -> tuple[int | None, ...]:
+    """How often the tensors in a value have been written to. Tensors of inference mode do not count that."""
+    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors_in(value))
+
+
 def conditions(seen: Seen, names: Names) -> list[str]:
     """The arguments besides the text that may tell the halves of the batch apart."""
     found = []

@@ -157,6 +157,12 @@ class Companions:
         for each in self._all:
             each.settle()
 
+    def begin_afresh(self) -> None:
+        """The next step computes everything, on the whole batch."""
+        for each in self._all:
+            each.start()
+        self._half, self._rows = False, None
+
     def end_loop(self) -> None:
         """A denoiser has no more steps: if it comes back, it is not with the half of its last one."""
         if self._half:

@@ -8,6 +8,7 @@ import accelerate.hooks
 import diffusers
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tests import modular
 from tests.families import KINDS, TWO_CALLS
@@ -92,6 +93,7 @@ WAYS = {
     "function": (on_module, cached),
     "wraps": (on_module, wrapped),
     "partial": (on_module, lambda forward: functools.partial(cached(forward))),
+    "handed on": (on_module, lambda forward: functools.partial(checkpoint, cached(forward), use_reentrant=False)),
     "object": (on_module, Stands),
     "its method": (on_module, lambda forward: Stands(forward).other_name),
     "behind torch": (on_module, lambda forward: torch.no_grad()(cached(forward))),
@@ -250,6 +252,8 @@ def unchanged(pipe, case, way):
         layer.to_out[0] = torch.compile(layer.to_out[0], backend="eager")
     elif way == "autocast":
         block.forward = torch.autocast("cpu", enabled=False)(block.forward)
+        layer.forward = torch.profiler.record_function("layer")(layer.forward)
+        denoiser.forward = functools.partial(checkpoint, denoiser.forward, use_reentrant=False)
     elif way == "accelerate":
         for module in (denoiser, block, layer, layer.to_q):
             moved(module)
@@ -267,8 +271,8 @@ def unchanged(pipe, case, way):
         layer.to_q = traced(torch.nn.Sequential(layer.to_q))
 
 
-HARMLESS = ["its own, bound", slow("torch.compile"), "autocast", "accelerate", "registry", "registry and accelerate"]
-HARMLESS += ["adapter", "torch.fx", "a compiled block"]
+HARMLESS = ["its own, bound", "accelerate", "registry", "adapter", slow("torch.compile"), slow("autocast")]
+HARMLESS += [slow("registry and accelerate"), slow("torch.fx"), slow("a compiled block")]
 
 
 @pytest.mark.parametrize("way", HARMLESS)
@@ -293,6 +297,18 @@ def test_what_is_behind_it_is_found(put_in, name):
     module.forward = cached(module.forward)
     put_in(module)
     with pytest.raises(ValueError, match=FOUND + r".*cached\.<locals>\.again of tests\.test_forwards"):
+        apply_tgate(pipe, GATE)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_it_is_found_on_a_denoiser_that_is_compiled(inside):
+    pipe = BY_NAME["sd"].build()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    apply_tgate(pipe, GATE)
+    module = pipe.unet._orig_mod.mid_block if inside else pipe.unet
+    module.forward = cached(module.forward)
+    name = r"mid_block \(UNetMidBlock2DCrossAttn\)" if inside else "OptimizedModule"
+    with pytest.raises(ValueError, match=FOUND + rf": that of {name} is cached"):
         apply_tgate(pipe, GATE)
 
 

@@ -14,9 +14,8 @@ from ..checking import is_choice, shown
 CustomForwards = Literal["gate"]
 
 # Packages whose wrappers keep nothing of a batch, or are judged elsewhere (DeepCache, cache-dit, hook registries).
-_KNOWN = frozenset(
-    ("accelerate", "bitsandbytes", "cache_dit", "DeepCache", "diffusers", "nvtx", "peft", "torch", "torchao")
-)
+_KNOWN = {"accelerate", "bitsandbytes", "cache_dit", "contextlib", "DeepCache", "diffusers", "nvtx", "peft"}
+_KNOWN |= {"torch", "torchao"}
 # Code that torch.fx has generated is of no module, but of a file of this name.
 _GENERATED = "<eval_with_key>"
 # Where wrappers put what they stand in front of, besides `__wrapped__`: accelerate, cache-dit and HyperTile.
@@ -40,7 +39,7 @@ class Forwards:
     """
 
     def __init__(self, denoisers: Sequence[torch.nn.Module], custom: CustomForwards | None = None) -> None:
-        self._denoisers = () if custom else [getattr(each, "_orig_mod", each) for each in denoisers]
+        self._denoisers = () if custom else tuple(denoisers)
         self._custom: list[tuple[torch.nn.Module, torch.nn.Module]] = []
         self._before: set[int] = set()
 
@@ -211,7 +210,8 @@ def _behind(forward: Any) -> Iterator[Any]:
         yield forward.__func__
         return
     if isinstance(forward, functools.partial):
-        yield forward.func
+        given = (forward.func, *forward.args, *forward.keywords.values())
+        yield from (each for each in given if callable(each) and not isinstance(each, torch.nn.Module))
     if hasattr(forward, "__wrapped__"):
         yield forward.__wrapped__
 
@@ -249,6 +249,8 @@ def _is_hypertile(forward: Any, module: torch.nn.Module) -> bool:
 def _named(denoiser: torch.nn.Module, module: torch.nn.Module) -> str:
     """What errors call a module."""
     name = next(name for name, each in denoiser.named_modules() if each is module)
+    # `torch.compile(pipe.unet)` wraps the module.
+    name = name.removeprefix("_orig_mod").removeprefix(".")
     return f"{name} ({type(module).__name__})" if name else type(module).__name__
 
 

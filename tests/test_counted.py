@@ -57,6 +57,7 @@ MORE = [
     "sana_video",
     "sana_video_image",
     "hunyuan_controlnet",
+    "wan_experts",
     "wan_image",
     "wan_vace",
     "wan_animate",

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
@@ -386,6 +387,29 @@ def test_a_scale_that_changes_in_every_step_needs_a_number(kind: Joint):
     assert get_tgate_report(pipe).full_steps == full_of(FIXED)
     with pytest.raises(ValueError, match="use_dynamic_cfg=True changes the guidance scale of CogVideoXPipeline"):
         kind.run(apply_tgate(pipe, **ALONE), **dynamic)
+
+
+class SkipsLayers(diffusers.DiffusionPipeline):
+    """Community code: a third part of the batch skips layers, and the pipeline does not tell that it guides."""
+
+    num_timesteps = 0
+
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    def __call__(self, prompt=None, guidance_scale=6.0, stg_scale=0.0, callback_on_step_end=None):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("alone", [{}, ALONE], ids=["all", "alone"])
+def test_a_loop_of_someone_else_that_does_not_tell_its_guidance_is_not_called_distilled(alone):
+    whole = BY_JOINT["cogvideox"].build()
+    pipe = SkipsLayers(whole.transformer, whole.scheduler)
+    with pytest.raises(
+        ValueError, match="it has no do_classifier_free_guidance, so its steps and its guidance are not"
+    ):
+        apply_tgate(pipe, GATE, **ALONE)
 
 
 @pytest.mark.parametrize("alone", [{}, ALONE], ids=["all", "alone"])

@@ -18,7 +18,7 @@ from .call import Call
 from .checking import check_switch, checked_int, shown
 from .counting import MACs, Profile, count_forward, measure
 from .families import check_attention, check_denoiser, check_dropped, distilled_by, family_of, find_family, known
-from .families.family import InputSize
+from .families.family import Family, InputSize
 from .memory import checked_memory, within
 from .rehearsal import run_schedule
 from .report import TGateReport
@@ -163,8 +163,8 @@ def estimate_cost(
         ) from None
     check_parameters(denoiser, names)
 
-    timeline = _timeline(pipe, num_inference_steps)
     family = family_of(denoiser)
+    timeline, takes_over = _timeline(pipe, num_inference_steps, family)
     if family is not None and guided:
         check_dropped(denoiser_class.__name__, family.layout, schedule)
     if cross_attention is None:
@@ -179,6 +179,7 @@ def estimate_cost(
         cross_attention=cross_attention,
         joint=family is not None and family.layout.joint,
         max_memory=most,
+        takes_over=takes_over,
     )
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
     beside = _beside(denoiser, size, further_calls) * (timeline.passes * batch_size)
@@ -301,13 +302,21 @@ def _dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def _timeline(pipe: Any, num_inference_steps: int) -> Timeline:
-    """Passes of the loop, passes per step, first passes that repeat step 0; as in the pipeline's own run."""
+def _timeline(pipe: Any, num_inference_steps: int, family: Family | None) -> tuple[Timeline, int | None]:
+    """
+    Passes of the loop, passes per step, first passes that repeat step 0; as in the pipeline's own run.
+
+    And the pass from which another denoiser runs, as in Wan 2.2.
+    """
     if pipe is None:
-        return Timeline(num_inference_steps)
+        return Timeline(num_inference_steps), None
     scheduler = copy.deepcopy(pipe.scheduler)
     # Some schedulers accept this for two steps only; for any other number their pipelines pass `None`.
     odd = "intermediate_timesteps" in inspect.signature(scheduler.set_timesteps).parameters
     more = {"intermediate_timesteps": None} if odd and num_inference_steps != 2 else {}
     scheduler.set_timesteps(num_inference_steps, **more)
-    return Call(SimpleNamespace(scheduler=scheduler)).timeline()
+    ratio = getattr(pipe.config, "boundary_ratio", None)
+    takes_over = None
+    if ratio is not None and family is not None and family.second and getattr(pipe, family.second, None) is not None:
+        takes_over = int((scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps).sum())
+    return Call(SimpleNamespace(scheduler=scheduler)).timeline(), takes_over

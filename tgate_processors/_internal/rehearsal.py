@@ -114,6 +114,7 @@ def run_schedule(
     cross_attention: bool = True,
     joint: bool = False,
     max_memory: int | None = None,
+    takes_over: int | None = None,
 ) -> tuple[MACs, TGateReport]:
     """
     Go through a run, step by step, with T-GATE's own run and processors and these layers.
@@ -128,20 +129,24 @@ def run_schedule(
         cross_attention (`bool`, *optional*, defaults to `True`): Whether cross-attention is reused.
         joint (`bool`, *optional*, defaults to `False`): Whether no layer is gated.
         max_memory (`int`, *optional*): Most bytes of kept cross-attention.
+        takes_over (`int`, *optional*): The pass from which another denoiser of the same size runs.
 
     Returns:
         `tuple` of `MACs` and `TGateReport`: What the run takes, and what T-GATE says of it.
     """
-    state, denoiser = TGateState(schedule, max_memory), _Denoiser(profile)
-    layers = _Layers(denoiser, state, "gate", Layout(joint=joint))
-    layers.follow()
+    state = TGateState(schedule, max_memory)
+    denoisers = [_Denoiser(profile) for _ in range(1 if takes_over is None else 2)]
+    layers = [_Layers(denoiser, state, "gate", Layout(joint=joint)) for denoiser in denoisers]
+    for each in layers:
+        each.follow()
     call = _Announced(timeline, guided=guided, pictures=batch_size)
     run = Run(state, call, layers, droppable=True, by_forward=True, cross_attention=cross_attention)
     whole = torch.empty((2 if guided else 1) * batch_size, profile.width, 1, dtype=dtype, device="meta")
     taken = MACs()
     with state.entered(run):
-        for _ in range(timeline.passes):
-            run.before_forward(Seen(len(whole), tuple(whole.shape[1:]), {"sample": whole}))
+        for index in range(timeline.passes):
+            denoiser = denoisers[0 if takes_over is None or index < takes_over else 1]
+            run.before_forward(Seen(len(whole), tuple(whole.shape[1:]), {"sample": whole}), denoiser=denoiser)
             picture = whole[:batch_size] if run.half else whole
             taken += denoiser(picture[:, :1]) * len(picture)
             run.after_forward(picture)

@@ -83,7 +83,14 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
     by_negative = "true_cfg_scale" in parameters
     # Such a denoiser is guided by what it is told (Sana Sprint), in a batch of one half.
     embedded = distilled_by(denoiser) is not None and not by_negative
-    if family.layout.joint and (embedded or not (legacy or by_negative or hasattr(type(pipe), _GUIDES))):
+    call = inspect.unwrap(type(pipe).__call__)
+    vouched = call.__module__.split(".")[0] == "diffusers"
+    ticks = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    tells = legacy or by_negative or hasattr(type(pipe), _GUIDES)
+    if family.layout.joint and (embedded or not tells):
+        if not (embedded or vouched):
+            # A loop of someone else's may well guide, and not say so.
+            _check_loop(type(pipe), ticks, subject, guides=True)
         raise ValueError(why_distilled(denoiser, subject))
     second = _second(pipe, family)
     for part in (denoiser, second):
@@ -91,15 +98,12 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
             check_attention(part, subject, family.layout, cross_attention)
     check_mode(pipe)
     check_text(pipe, cross_attention)
-    call = inspect.unwrap(type(pipe).__call__)
-    vouched = call.__module__.split(".")[0] == "diffusers"
     if (family.layout.calls > 1 or family.layout.entries) and not vouched:
         what = "half of its batch" if family.layout.entries else "of its calls of the denoiser"
         raise ValueError(
             f"{subject} cannot be gated: its loop is not diffusers' own, and which {what} is the unconditional one "
             f"cannot be told. Use the pipeline of diffusers that it derives from. {INSTEAD}"
         )
-    ticks = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
     if not legacy:
         _check_loop(type(pipe), ticks, subject, guides=not embedded and not by_negative)
     kept_half: CFGHalf | None = (family.untold[legacy[0]] if legacy else None) or family.kept_half

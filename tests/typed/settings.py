@@ -23,6 +23,7 @@ def right(pipe: Own) -> None:
     apply_tgate(pipe, np.float32(0.4))
     apply_tgate(pipe, torch.tensor(10))
     apply_tgate(pipe, "auto", tolerance=np.float64(0.1))
+    apply_tgate(pipe, 10, batch_arguments=("garment", "cross_attention_kwargs.features"))
 
 
 def wrong(pipe: Own, module: torch.nn.Module) -> None:

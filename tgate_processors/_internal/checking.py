@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Literal
 
 Auto = Literal["auto"]
@@ -74,3 +75,12 @@ def check_switch(name: str, value: object) -> None:
     """Refuse anything but `True`, `False` and `None`."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: give True or False, or leave it out.")
+
+
+def checked_names(name: str, value: object) -> tuple[str, ...] | None:
+    """Validate a setting that is a sequence of names."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: give a tuple of names, or leave it out.")
+    return tuple(value)

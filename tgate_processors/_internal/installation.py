@@ -61,6 +61,7 @@ class Installation:
         custom (`str`, *optional*): What becomes of processors that are not diffusers' own.
         deepcache (`DeepCacheOrder`, *optional*): The order of a DeepCache helper.
         cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
+        batch_arguments (`tuple` of `str`, *optional*): Arguments that its denoiser alone has which are a batch.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class Installation:
         custom: CustomProcessors | None = None,
         deepcache: DeepCacheOrder | None = None,
         cross_attention: bool | None = None,
+        batch_arguments: tuple[str, ...] | None = None,
     ) -> None:
         self.cross_attention = cross_attention
+        self.batch_arguments = batch_arguments
         self.callback = callback
         self.cfg_half = cfg_half
         self.custom = custom
@@ -144,8 +147,10 @@ class Installation:
             return here
         check_half(pipe, found, self.cfg_half)
         check_guidance(pipe, found, state.schedule, self.cross_attention)
+        told = self.batch_arguments is not None
+        layout = layout.with_own(self.batch_arguments or ())
         hooks = [
-            DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
+            DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout, told)
             for denoiser in found.denoisers
         ]
         here = Place(found, hooks, [Layers(denoiser, state, self.custom, layout) for denoiser in found.denoisers])

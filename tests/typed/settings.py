@@ -24,6 +24,7 @@ def right(pipe: Own) -> None:
     apply_tgate(pipe, torch.tensor(10))
     apply_tgate(pipe, "auto", tolerance=np.float64(0.1))
     apply_tgate(pipe, custom_processors="leave", custom_forwards="gate")
+    apply_tgate(pipe, 10, batch_arguments=("garment", "cross_attention_kwargs.features"))
 
 
 def wrong(pipe: Own, module: torch.nn.Module) -> None:

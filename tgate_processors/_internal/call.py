@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dis
+import functools
+import inspect
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +34,9 @@ class Call:
         scale_beyond (`float`, *optional*, defaults to 0):
             What is added to the scale before guidance multiplies the difference of its halves with it.
         scales (`tuple` of `str`, *optional*): Where the pipeline has several scales.
+        asks_scale (`bool`, *optional*, defaults to `False`):
+            Whether a loop that does not tell its guidance asks for the scale anew in every step.
+        first_expert (`int`, *optional*, defaults to 0): The place of the first denoiser that the pipeline has.
     """
 
     def __init__(
@@ -41,6 +48,8 @@ class Call:
         guides: bool = True,
         scale_beyond: float = 0.0,
         scales: tuple[str, ...] = (),
+        asks_scale: bool = False,
+        first_expert: int = 0,
     ) -> None:
         self._pipe = pipe
         self._arguments = dict(arguments or {})
@@ -48,6 +57,8 @@ class Call:
         self._guides = guides
         self._scale_beyond = scale_beyond
         self._scales = scales
+        self._asks_scale = asks_scale
+        self._first_expert = first_expert
         self._guided: bool | None = None
         self._seen_scale: Any = None
         self._timesteps: Any = None
@@ -170,11 +181,13 @@ class Call:
             )
         if self._is_true:
             return self._arguments["true_cfg_scale"]
-        scale = getattr(self._pipe, f"_guidance_scale_{expert + 1}", None) if expert else None
-        if scale is None:
-            scale = getattr(self._pipe, "_guidance_scale", None)
-        if scale is None:
-            scale = self._arguments.get("guidance_scale")
+        expert += self._first_expert
+        names = [*([f"guidance_scale_{expert + 1}"] if expert else []), "guidance_scale"]
+        asked = [getattr(self._pipe, f"_{name}", None) for name in names]
+        given = [self._arguments.get(name) for name in names]
+        # A callback may have set another one, which only those loops see that ask for it.
+        keeps = self.vouched and "guidance_scale" in self._arguments and _keeps_scale(type(self._pipe))
+        scale = next((scale for scale in (given + asked if keeps else asked + given) if scale is not None), None)
         if scale is None:
             raise ValueError(
                 f'T-GATE: {self.subject} does not tell its guidance scale, which gate_step="auto" measures with: it '
@@ -188,6 +201,8 @@ class Call:
         if self._is_true:
             return self._arguments["true_cfg_scale"] > 1 and self._has_negative()
         scale = self._arguments.get("guidance_scale")
+        if self._asks_scale and self._may_begin_to_guide(scale):
+            scale = getattr(self._pipe, "_guidance_scale", scale)
         if scale is None and not self.vouched:
             raise ValueError(
                 f"T-GATE: {self.subject} has a loop of its own that does not say whether it guides: it needs a "
@@ -195,6 +210,11 @@ class Call:
                 "use it as it is."
             )
         return scale is not None and bool(scale > 1)
+
+    def _may_begin_to_guide(self, scale: Any) -> bool:
+        """Whether there is a negative prompt for guidance that comes on later: those that encode it do so if asked."""
+        given = [value for name, value in self._arguments.items() if name.startswith("negative_prompt_embeds")]
+        return (scale is not None and scale > 1) or not given or any(value is not None for value in given)
 
     @property
     def guides_by(self) -> str:
@@ -281,3 +301,28 @@ class Call:
                 f"{None if expected is None else float(expected)}, but is for {None if value is None else float(value)}"
                 ". Call callback_on_step_end in that loop, or call remove_tgate(pipe) to use it."
             )
+
+
+def _keeps_scale(pipeline_class: Any) -> bool:
+    """Whether a loop of diffusers guides with the scale that it was given, and does not ask the pipeline for it."""
+    # Behind our own call, and those of others.
+    calls = [inspect.unwrap(vars(base)["__call__"]) for base in pipeline_class.__mro__ if "__call__" in vars(base)]
+    codes = [call.__code__ for call in calls if call.__globals__["__name__"].split(".")[0] == "diffusers"]
+    return bool(codes) and _ends_with_variable(codes[0])
+
+
+@functools.cache
+def _ends_with_variable(code: types.CodeType) -> bool:
+    """Whether the last that reads `guidance_scale`, which is the arithmetic of guidance, reads a variable."""
+    kinds = [
+        step.opname
+        for step in dis.get_instructions(code)
+        # Two variables may be loaded at once.
+        if step.opname.startswith("LOAD_") and "guidance_scale" in (step.argval, *_several(step.argval))
+    ]
+    return bool(kinds) and not kinds[-1].startswith("LOAD_ATTR")
+
+
+def _several(names: Any) -> tuple[Any, ...]:
+    """What an instruction with more than one operand names."""
+    return names if isinstance(names, tuple) else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Literal
 
 Auto = Literal["auto"]
@@ -116,3 +117,14 @@ def shown(value: object) -> str:
         # An int of more digits than Python writes out.
         return "..."
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def checked_names(name: str, value: object) -> tuple[str, ...] | None:
+    """Validate a setting that is a sequence of names."""
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
+        raise TypeError(
+            f"{name}={shown(value)} is of type {type(value).__name__}: give a tuple of names, or leave it out."
+        )
+    return tuple(value)

@@ -14,7 +14,7 @@ from .copying import leave_out_of_copies, put_back_into_copies, remove_hooks
 from .halving import double, halve_named, stacked, unstacked
 from .layout import Layout, Names
 from .schedule import CFGHalf
-from .seen import latents_of, rows_of, see
+from .seen import Seen, latents_of, rows_of, see, unknown_batches
 from .state import TGateState
 
 
@@ -38,6 +38,8 @@ class DenoiserHooks:
         default (`str`, *optional*): The half that stays if none is given and guidance is dropped; with a ControlNet
             that sees the conditional half only (`guess_mode`) it is that one, because the other has no control.
         layout (`Layout`, *optional*): What the batch is.
+        told (`bool`, *optional*, defaults to `False`):
+            Whether the user has said which arguments that the denoiser alone has are a batch.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class DenoiserHooks:
         kept: CFGHalf | None = None,
         default: CFGHalf | None = None,
         layout: Layout | None = None,
+        told: bool = False,
     ) -> None:
         self._state = state
+        self._told = told
         self._denoiser = denoiser
         self._controlnet = controlnet
         self._kept = kept
@@ -158,6 +162,8 @@ class DenoiserHooks:
             exclusively(self._stand_inside)
         may_halve = innermost or run.control.halved or self._layout.calls > 1
         run.before_forward(seen, self._kept_half(run), may_halve=may_halve, denoiser=module)
+        if run.guided and run.will_halve:
+            self._check_own(module, seen, self._layout.of_denoiser)
         if not run.halves_batch:
             run.control.see(rows_of([seen.given.get(name) for name in self._layout.residuals]))
             if run.control.halved:
@@ -180,6 +186,19 @@ class DenoiserHooks:
         run.control.halved = False
         return new_args, new_kwargs
 
+    def _check_own(self, module: torch.nn.Module, seen: Seen, names: Names) -> None:
+        """Refuse arguments that diffusers does not know, if they may be a batch of which one half is to go."""
+        if self._told:
+            return
+        for name, tensor in unknown_batches(module, seen, {**names, **self._layout.residuals}):
+            raise ValueError(
+                f"T-GATE: {type(module).__name__} has an argument {name!r} of its own, here of shape "
+                f"{tuple(tensor.shape)} with a guided batch of {seen.batch}, where T-GATE has to know whether it is a "
+                f"part of that batch, to leave one half of it out. Say that it is, apply_tgate(pipe, ..., "
+                f"batch_arguments=({name!r},)), or that none is, batch_arguments=(), or call remove_tgate(pipe) to "
+                "use this pipeline."
+            )
+
     def _kept_half(self, run: Any) -> CFGHalf:
         """The half that stays, in the order of this pipeline's batch."""
         # Cross-attention that is computed anew on one half of the text belongs to that half.
@@ -200,6 +219,7 @@ class DenoiserHooks:
         run.control.enter(seen.batch)
         if run.control.conditional_only or not run.halves_next(seen.shape):
             return None
+        self._check_own(module, seen, self._layout.of_controlnet)
         run.control.halved = True
         kept = self._kept_half(run)
         names = list(seen.given)

@@ -75,6 +75,7 @@ class Installation:
         deepcache (`DeepCacheOrder`, *optional*): The order of a DeepCache helper.
         cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
         custom_forwards (`str`, *optional*): What becomes of a `forward` that is not its class's own.
+        batch_arguments (`tuple` of `str`, *optional*): Arguments that its denoiser alone has which are a batch.
     """
 
     def __init__(
@@ -85,9 +86,11 @@ class Installation:
         deepcache: DeepCacheOrder | None = None,
         cross_attention: bool | None = None,
         custom_forwards: CustomForwards | None = None,
+        batch_arguments: tuple[str, ...] | None = None,
     ) -> None:
         self.custom_forwards = custom_forwards
         self.cross_attention = cross_attention
+        self.batch_arguments = batch_arguments
         self.callback = callback
         self.cfg_half = cfg_half
         self.custom = custom
@@ -201,9 +204,10 @@ class Installation:
             here.owners.add(pipe)
             return here.install()
         # Not `self` in the place, which would keep the pipeline's installation alive.
-        state, custom, layout = self.callback.state, self.custom, found.family.layout
+        state, custom, told = self.callback.state, self.custom, self.batch_arguments is not None
+        layout = found.family.layout.with_own(self.batch_arguments or ())
         hooks = [
-            DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
+            DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout, told)
             for denoiser in found.denoisers
         ]
         here = Place(found, hooks, lambda denoiser: Layers(denoiser, state, custom, layout))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 # Arguments whose tensors have the guidance batch, or so many rows for each sample of it, as their first dimension.
@@ -68,6 +68,8 @@ class Layout:
         reads_end (`bool`): Whether that is its end, and not its beginning.
         scale_beyond (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
             counted from the unconditional half.
+        asks_scale (`bool`): Whether loops that do not tell their guidance ask `guidance_scale` anew in every step.
+        own (`Mapping`): Arguments with the guidance batch that a denoiser alone has, as its user says.
     """
 
     arguments: tuple[str, ...] = ()
@@ -93,26 +95,48 @@ class Layout:
     remembers: bool = False
     reads: Callable[[Mapping[str, Any]], int] | None = None
     reads_end: bool = False
+    asks_scale: bool = False
+    own: Names = field(default_factory=dict)
+
+    def with_own(self, names: Sequence[str]) -> Layout:
+        """The same with more arguments that have the guidance batch, those inside others as `argument.key`."""
+        own: dict[str, Any] = {}
+        for name in names:
+            argument, _, key = name.partition(".")
+            if key:
+                own.setdefault(argument, {})
+                if own[argument] is not None:
+                    own[argument] |= {key: None}
+            else:
+                own[argument] = None
+        return replace(self, own=own)
 
     @property
     def of_denoiser(self) -> Names:
         """The denoiser's arguments with the guidance batch, those that a ControlNet gives left out."""
-        return {**DENOISER_ARGUMENTS, **self._own}
+        return self._more(DENOISER_ARGUMENTS)
 
     @property
     def of_controlnet(self) -> Names:
         """The ControlNet's arguments with the guidance batch."""
-        return {**CONTROLNET_ARGUMENTS, **self._own}
+        return self._more(CONTROLNET_ARGUMENTS)
 
-    @property
-    def _own(self) -> Names:
-        """The arguments with the guidance batch that other families do not have."""
+    def _more(self, names: Names) -> Names:
+        """These, and the arguments with the guidance batch that other families do not have."""
         others: Names = {**dict.fromkeys(self.entries, "each"), **dict.fromkeys(self.in_second, 1)}
-        return {**dict.fromkeys(self.arguments), **others}
+        more = {**names, **dict.fromkeys(self.arguments), **others}
+        for name, inner in self.own.items():
+            known = more.get(name)
+            both = isinstance(inner, Mapping) and isinstance(known, Mapping)
+            more[name] = {**known, **inner} if both else inner  # type: ignore[dict-item]
+        return more
 
     def is_beside(self, given: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments is a further one, and no part of guidance by the two halves."""
-        return any(given.get(name) for name in self.beside) or (self.before is not None and self.before(given))
+        # An empty list of layers to skip makes a further call too.
+        values = [given.get(name) for name in self.beside]
+        told = any(value is not None and value is not False for value in values)
+        return told or (self.before is not None and self.before(given))
 
     def is_absent(self, name: str, given: Mapping[str, Any]) -> bool:
         """Whether the layer of this name does not run in a call with these arguments."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, SupportsIndex, TypeVar
 
 import diffusers
 import torch
 
 from .callback import StepClock, checked_half
-from .checking import Auto, check_switch, is_choice, shown
+from .checking import Auto, check_switch, checked_names, is_choice, shown
 from .companions.deepcache import DeepCacheOrder, check_helper
 from .companions.forwards import CustomForwards, checked_forwards
 from .compilation import give_back_room
-from .families import check_guidance, check_half, find_family
+from .families import check_guidance, check_half, check_own, find_family
 from .guiders import GuiderInstallation, check_settings, has_guider, is_modular
 from .installation import Installation
 from .layers import CustomProcessors
@@ -57,6 +58,7 @@ def apply_tgate(
     custom_processors: CustomProcessors | None = None,
     custom_forwards: CustomForwards | None = None,
     deepcache: Any = None,
+    batch_arguments: Sequence[str] | None = None,
 ) -> Pipeline:
     r"""
     Apply T-GATE to a pipeline, in place. Then call the pipeline as before.
@@ -125,6 +127,11 @@ def apply_tgate(
         deepcache (`DeepCacheSDHelper`, *optional*):
             A DeepCache helper of this pipeline, with its parameters set, to run together with T-GATE. It may be
             enabled or not.
+        batch_arguments (sequence of `str`, *optional*):
+            Names of arguments that this denoiser has and diffusers' own does not (features of a garment, of a reference
+            picture), and that hold the batch of guidance: one half of them is left out with it. For one inside
+            a `dict`, give `"cross_attention_kwargs.features"`. `()` says that none does. By default an argument of its
+            own that looks like the batch is refused in the first guided step.
 
     Returns:
         `DiffusionPipeline` or `ModularPipeline`: `pipe` itself.
@@ -156,18 +163,25 @@ def apply_tgate(
         raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
     forwards = checked_forwards(custom_forwards)
     clock, found = StepClock(schedule, most), None
+    own = checked_names("batch_arguments", batch_arguments)
     if has_guider(pipe):
+        if own:
+            raise ValueError(
+                f"batch_arguments={batch_arguments!r} has no effect: {type(pipe).__name__} guides by calls of their "
+                "own, and no batch is halved. Leave it out."
+            )
         check_settings(pipe, schedule, half, cross_attention, most, deepcache)
         installation: Installation = GuiderInstallation(clock, custom=custom_processors, custom_forwards=forwards)
     else:
         found = find_family(pipe, cross_attention)
         check_half(pipe, found, half)
         check_guidance(pipe, found, schedule, cross_attention)
+        check_own(pipe, found, own)
         order = None
         if deepcache is not None:
             check_helper(deepcache, pipe)
             order = DeepCacheOrder(deepcache, halves=schedule.predicts)
-        installation = Installation(clock, half, custom_processors, order, cross_attention, forwards)
+        installation = Installation(clock, half, custom_processors, order, cross_attention, forwards, own)
     before = installed(pipe)
     remove_tgate(pipe)
     try:

@@ -152,10 +152,18 @@ class Run:
         """Whether the gate lies in the first step."""
         return self._loop is not None and self._loop.gate_step == 1
 
+    @property
+    def will_halve(self) -> bool:
+        """Whether the batch of a guided step of this loop may be halved."""
+        loop = self._loop
+        if loop is None or self._layout.calls > 1 or not loop.may_halve:
+            return False
+        return loop.guidance is None or loop.guidance.pace is None or loop.guidance.pace.may_open
+
     def halves_next(self, shape: tuple[int, ...]) -> bool:
         """Whether the step that runs now will run on half the batch, if its latents are of this shape."""
         halves = self._loop is not None and self._decision.halves(self._loop, shape)
-        return halves and self._droppable and self.call.guided()
+        return halves and self.guided and self.call.guided()
 
     def before_forward(
         self, seen: Seen, kept: CFGHalf = "unconditional", *, may_halve: bool = True, denoiser: Any = None
@@ -173,7 +181,7 @@ class Run:
             ValueError: If the batch is not what guidance makes it, or what layers keep is not what it takes.
         """
         loop = self._loop or self._begin()
-        guided = self.call.guided()
+        guided = self._is_guided(loop, seen)
         loop.forward(guided=guided)
         if self._layout.calls > 1 and loop.forwards > 1:
             self._before_second(loop, seen, denoiser)
@@ -182,6 +190,8 @@ class Run:
             self.experts.took_over = loop.passes > 0
             self._companions.take_over(self.experts.now.number)
             loop.begin_guidance()
+        elif loop.passes and guided != self._guided:
+            self._turn(loop)
         self.experts.check()
         if self._droppable and (loop.passes or self._by_forward):
             self.batch.check(seen, guided and self._layout.calls == 1)
@@ -316,6 +326,7 @@ class Run:
         self._layout = layers.layout
         self._differences = self._compare()
         self.waiting = False
+        self._guided = call.guided()
         self._begin().forward()
         self.outputs.after_forward()
         if self.outputs.signals.cross_attention is Action.STORE:
@@ -389,6 +400,21 @@ class Run:
             self._late = ("text",)
         else:
             self.exchange(("text",))
+
+    def _is_guided(self, loop: Loop, seen: Seen) -> bool:
+        """Whether this step is guided: as its batch shows, or else as the call says."""
+        if self._layout.calls == 1 and self._droppable and self.call.vouched and loop.passes and not self._by_forward:
+            # Some loops ask the pipeline in every step, which a callback may have changed; others ask once.
+            halves = self.batch.holds_halves(seen)
+            if halves is not None:
+                return halves
+        return self.call.guided()
+
+    def _turn(self, loop: Loop) -> None:
+        """Guidance goes off or on within the loop: nothing of before is reused, and it comes on with full steps."""
+        self.experts.now.stored = None
+        self.experts.took_over = True
+        loop.begin_guidance()
 
     def _needs_guidance(self) -> bool:
         """Whether nothing is gated in a call without guidance."""

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 
 from .layout import Names
@@ -66,6 +67,32 @@ def see(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Seen:
     if listed is not sample:
         return Seen(len(listed), tuple(sample.shape), given)
     return Seen(sample.shape[0], tuple(sample.shape[1:]), given)
+
+
+@functools.cache
+def _known(module_class: Any) -> frozenset[str]:
+    """The arguments that the class of diffusers has which a denoiser derives from, or is named after."""
+    for base in module_class.__mro__:
+        own = base if base.__module__.split(".")[0] == "diffusers" else getattr(diffusers, base.__name__, None)
+        if own is not None and "forward" in vars(own):
+            return frozenset(_positions(own))
+    return frozenset(_positions(module_class))
+
+
+def unknown_batches(module: torch.nn.Module, seen: Seen, names: Names) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    The tensors with as many rows as a guided batch, or several times as many, of which nobody knows what they are.
+
+    Args:
+        module (`torch.nn.Module`): The denoiser.
+        seen (`Seen`): What it is given.
+        names (`Mapping`): The arguments with the guidance batch.
+    """
+    module_class: Any = type(getattr(module, "_orig_mod", module))
+    for name in seen.given.keys() - _known(module_class) - names.keys():
+        for tensor in tensors_in(seen.given[name]):
+            if tensor.dim() and tensor.shape[0] and tensor.shape[0] % seen.batch == 0:
+                yield name, tensor
 
 
 def latents_of(given: Mapping[str, Any]) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """What differs between pipelines, as data; and whether a pipeline can be gated, with the reason if not."""
 
 from ..layers import attention_modules
-from .finding import Found, check_guidance, check_half, distilled_by, find_family
+from .finding import Found, check_guidance, check_half, check_own, distilled_by, find_family
 from .refusing import check_attention, check_denoiser, check_dropped, check_mode
 from .rows import FAMILIES, family_of, known
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_guidance",
     "check_half",
     "check_mode",
+    "check_own",
     "distilled_by",
     "family_of",
     "find_family",

@@ -107,7 +107,7 @@ AUDIO = (
         "conditional",
         # 30 seconds.
         Inputs(_longcat, tokens=512, frames=351, sized=False),
-        Layout(cross=("cross_attn",), calls=2),
+        Layout(cross=("cross_attn",), calls=2, asks_scale=True),
         untold={"LongCatAudioDiTPipeline": None},
     ),
     Family(

@@ -19,6 +19,7 @@ from .refusing import (
     check_dropped,
     check_loop,
     check_mode,
+    check_module,
     check_self_attention,
     check_text,
     why_distilled,
@@ -42,7 +43,8 @@ class Found:
     `family` says what is known of its denoiser, `second` is another one that takes over in the loop. `kept_half` is the
     half of guidance that stays (`None`: all of it), `controlnet` what else runs in a step. `vouched` says whether the
     loop is diffusers' own, so that the tables here hold for it, `by_forward` whether a pipeline without step callbacks
-    calls its denoiser once for each of `scheduler.timesteps`, and `guides` whether it can have guidance of two halves.
+    calls its denoiser once for each of `scheduler.timesteps`, `guides` whether it can have guidance of two halves, and
+    `attribute` where the pipeline has the denoiser.
     """
 
     denoiser: torch.nn.Module
@@ -53,6 +55,7 @@ class Found:
     by_forward: bool
     guides: bool = True
     second: torch.nn.Module | None = None
+    attribute: str = ""
 
     @property
     def denoisers(self) -> tuple[torch.nn.Module, ...]:
@@ -63,13 +66,14 @@ class Found:
         """What the pipeline tells of the call that it is in."""
         layout = self.family.layout
         scales: dict[str, Any] = {"scale_beyond": layout.scale_beyond, "scales": layout.scales}
+        scales |= {"asks_scale": layout.asks_scale, "first_expert": int(self.attribute == self.family.second)}
         return Call(pipe, arguments, vouched=self.vouched, guides=self.guides, **scales)
 
     def is_of(self, pipe: Any) -> bool:
         """Whether the pipeline still has these parts."""
-        controlnet, second = getattr(pipe, "controlnet", None), _second(pipe, self.family)
-        same = controlnet is self.controlnet and second is self.second
-        return same and getattr(pipe, self.family.attribute, None) is self.denoiser
+        attribute, second = _places(pipe, self.family)
+        same = getattr(pipe, "controlnet", None) is self.controlnet and second is self.second
+        return same and getattr(pipe, attribute, None) is self.denoiser
 
 
 def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
@@ -92,7 +96,11 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
             # A loop of someone else's may well guide, and not say so.
             _check_loop(type(pipe), ticks, subject, guides=True)
         raise ValueError(why_distilled(denoiser, subject))
-    second = _second(pipe, family)
+    attribute, second = _places(pipe, family)
+    controlnet = getattr(pipe, "controlnet", None)
+    for name, part in ((family.second, second), ("controlnet", controlnet)):
+        if part is not None:
+            check_module(part, str(name), subject)
     for part in (denoiser, second):
         if part is not None:
             check_attention(part, subject, family.layout, cross_attention)
@@ -109,9 +117,16 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
     kept_half: CFGHalf | None = (family.untold[legacy[0]] if legacy else None) or family.kept_half
     if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
         kept_half = None
-    controlnet = getattr(pipe, "controlnet", None)
     return Found(
-        denoiser, family, kept_half, controlnet, vouched, by_forward=not ticks, guides=not embedded, second=second
+        denoiser,
+        family,
+        kept_half,
+        controlnet,
+        vouched,
+        by_forward=not ticks,
+        guides=not embedded,
+        second=second,
+        attribute=attribute,
     )
 
 
@@ -123,9 +138,13 @@ def distilled_by(denoiser: Any) -> str | None:
     return next((name for name in ("guidance_embeds", "is_turbo") if getattr(config, name, False)), None)
 
 
-def _second(pipe: Any, family: Family) -> torch.nn.Module | None:
-    """The denoiser that takes over in the loop, if there is one."""
-    return getattr(pipe, family.second, None) if family.second else None
+def _places(pipe: Any, family: Family) -> tuple[str, torch.nn.Module | None]:
+    """Where the pipeline has its denoiser, and the one that takes over in the loop, if there is one."""
+    second = getattr(pipe, family.second, None) if family.second else None
+    if family.second and second is not None and getattr(pipe, family.attribute, None) is None:
+        # One of two that are loaded in turn.
+        return family.second, None
+    return family.attribute, second
 
 
 def _parameters(pipeline_class: type) -> set[str]:
@@ -153,6 +172,25 @@ def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
         )
 
 
+def check_own(pipe: Any, found: Found, names: tuple[str, ...] | None) -> None:
+    """Refuse arguments that no denoiser of a pipeline takes, or where no batch is halved."""
+    if names and (found.kept_half is None or found.family.layout.calls > 1):
+        raise ValueError(
+            f"batch_arguments={names!r} has no effect: the guidance of {type(pipe).__name__} is not two halves of one "
+            "batch. Leave it out."
+        )
+    module = getattr(found.denoiser, "_orig_mod", found.denoiser)
+    parameters = inspect.signature(type(module).forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in names or ():
+        if name.partition(".")[0] not in parameters:
+            raise ValueError(
+                f"batch_arguments={names!r}: {type(module).__name__} has no argument {name.partition('.')[0]!r}. It "
+                f"has {', '.join(list(parameters)[1:])}."
+            )
+
+
 def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule, cross_attention: bool | None = None) -> None:
     """Refuse to predict guidance that has no two halves, or to gate it alone, and to reuse what is joint."""
     joint = found.family.layout.joint
@@ -175,12 +213,13 @@ def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule, cross_atten
 def _find_denoiser(pipe: Any, subject: str, cross_attention: bool | None) -> tuple[Family, torch.nn.Module]:
     """The part of a pipeline that is called in every step."""
     seen = []
-    for attribute in ("unet", "transformer"):
+    for attribute in ("unet", "transformer", "transformer_2"):
         denoiser = getattr(pipe, attribute, None)
         if denoiser is None:
             continue
+        check_module(denoiser, attribute, subject)
         family = family_of(denoiser)
-        if family is not None and family.attribute == attribute:
+        if family is not None and attribute in (family.attribute, family.second):
             return family, denoiser
         inner = getattr(denoiser, "_orig_mod", denoiser)
         check_denoiser(inner, subject)

@@ -73,6 +73,7 @@ KANDINSKY = (
             # The text is refined here, in a small part of the time.
             never=("text_transformer_blocks",),
             calls=2,
+            asks_scale=True,
             keeps_cross=False,
         ),
         # They tell their steps, and guide where `guidance_scale` is above 1.

@@ -135,6 +135,20 @@ def check_loop(subject: str, parameters: set[str]) -> None:
             raise ValueError(f"{subject} cannot be gated: {reason}. {INSTEAD}")
 
 
+def check_module(part: Any, attribute: str, subject: str) -> None:
+    """Refuse an engine, or an exported graph, in the place of a module: there is nothing in it to hook."""
+    if not isinstance(part, torch.nn.Module):
+        what = "no torch module (an engine of ONNX Runtime, TensorRT or OpenVINO?)"
+    elif isinstance(part, (torch.jit.ScriptModule, torch.fx.GraphModule)) or hasattr(part, "graph_signature"):
+        what = "a graph that was traced or exported, and no module of diffusers"
+    else:
+        return
+    raise ValueError(
+        f"{subject} cannot be gated: its {attribute} is of type {type(part).__name__}, which is {what}, so T-GATE "
+        "cannot reach its attention layers, nor its batch. Load the module of diffusers in its place."
+    )
+
+
 def check_denoiser(denoiser: torch.nn.Module, subject: str) -> None:
     """Refuse a denoiser that is known not to fit."""
     name = type(denoiser).__name__

@@ -1,6 +1,6 @@
 """All that T-GATE changes of a pipeline, for tests of what is left."""
 
-from tgate_processors._internal.layers import attention_modules
+from tgate_processors._internal.attention.layers import attention_modules
 
 
 def state_of(pipe, case):

@@ -20,8 +20,8 @@ from tgate_processors import (
     get_tgate_report,
     remove_tgate,
 )
-from tgate_processors._internal.companions.cache_dit import DualBlocks
-from tgate_processors._internal.companions.taylorseer import TaylorSeer
+from tgate_processors._internal.caches.cache_dit import DualBlocks
+from tgate_processors._internal.caches.taylorseer import TaylorSeer
 
 hooks = pytest.importorskip("diffusers.hooks", reason="this diffusers has no caches")
 GATE = 3

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from tests.ecosystem import HOSTS_BY_NAME
 from tests.pipelines import BY_NAME, quiet, thorough
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
-from tgate_processors._internal.compilation import RoomForGraphs, give_back_room
+from tgate_processors._internal.install.recompile_limit import RoomForGraphs, give_back_room
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
 SLOW = pytest.mark.slow

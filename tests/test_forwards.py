@@ -492,7 +492,7 @@ def test_paraattention_is_named(first):
 
 @pytest.mark.slow
 def test_every_class_of_diffusers_has_a_forward_of_its_own():
-    from tgate_processors._internal.companions.forwards import _foreign_of_class
+    from tgate_processors._internal.caches.foreign_forwards import _foreign_of_class
 
     for name in dir(diffusers):
         with contextlib.suppress(ImportError, RuntimeError, AttributeError):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from tgate_processors._internal.halving import double, halve, halve_named, stacked, unstacked
-from tgate_processors._internal.layout import DENOISER_ARGUMENTS, Layout
-from tgate_processors._internal.seen import latents_of
+from tgate_processors._internal.denoiser.batch import double, halve, halve_named, stacked, unstacked
+from tgate_processors._internal.denoiser.inputs import latents_of
+from tgate_processors._internal.denoiser.spec import DENOISER_ARGUMENTS, Layout
 
 Pair = namedtuple("Pair", ["left", "right"])
 

@@ -29,7 +29,7 @@ from tgate_processors import (
     remove_tgate,
 )
 from tgate_processors._internal.families import attention_modules
-from tgate_processors._internal.prediction import Difference, predict, relative_error
+from tgate_processors._internal.guidance.prediction import Difference, predict, relative_error
 
 # Some have no row by default: their denoiser is that of others.
 JOINT = [*OWN, *AROUND_JOINT]

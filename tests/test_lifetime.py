@@ -19,7 +19,7 @@ from tests.states import state_of
 from tests.test_laws import assert_same_but_for_rounding
 from tests.test_sharing import in_threads
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
-from tgate_processors._internal.layers import attention_modules
+from tgate_processors._internal.attention.layers import attention_modules
 
 GATE = 3
 NAMES = ["sd", slow("sdxl"), "pixart_alpha", slow("sd_controlnet")]

@@ -18,8 +18,8 @@ from tests.test_families import COSTS, check_restored, keys_of
 from tests.test_laws import snapshot
 from tests.test_two_calls import COUNTED
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
+from tgate_processors._internal.attention.budget import Budget
 from tgate_processors._internal.families import attention_modules, family_of
-from tgate_processors._internal.memory import Budget
 
 GATE = 3
 DROP = {"gate_step": GATE}

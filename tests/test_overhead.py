@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.pipelines import BY_NAME, slow
 from tgate_processors import apply_tgate, get_tgate_report
-from tgate_processors._internal.processor import mean_of_halves
+from tgate_processors._internal.attention.processor import mean_of_halves
 
 NAMES = ["sd", slow("sdxl"), "pixart_alpha", "svd", slow("sd_controlnet"), "lcm", "lcm_pixart"]
 # What waits for the device: they bring a number to the host.

@@ -37,8 +37,8 @@ from tgate_processors import (
     get_tgate_report,
     remove_tgate,
 )
-from tgate_processors._internal.checking import DEFAULT_TOLERANCE
 from tgate_processors._internal.families import attention_modules
+from tgate_processors._internal.plan.validation import DEFAULT_TOLERANCE
 
 FIXED = {"gate_step": 2, "guidance": "predict", "cfg_interval": 2}
 AUTO = {"gate_step": "auto"}

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from tgate_processors._internal.pace import LONGEST_GAP, Pace
-from tgate_processors._internal.prediction import Difference, predict, relative_error
+from tgate_processors._internal.guidance.prediction import Difference, predict, relative_error
+from tgate_processors._internal.plan.adaptive import LONGEST_GAP, Pace
 
 
 def sample(seed=0, shape=(2, 4, 5, 3)):

@@ -11,8 +11,8 @@ from diffusers.models import attention_processor as ap
 
 from tests.pipelines import BY_NAME
 from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, remove_tgate
-from tgate_processors._internal.counting import Recorder
-from tgate_processors._internal.schedule import Action
+from tgate_processors._internal.measure.macs import Recorder
+from tgate_processors._internal.plan.schedule import Action
 
 
 def gate(original):

@@ -6,7 +6,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.pipelines import BY_NAME, quiet, slow
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
-from tgate_processors._internal.layers import attention_modules
+from tgate_processors._internal.attention.layers import attention_modules
 
 GATE = 3
 

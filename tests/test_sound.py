@@ -22,7 +22,7 @@ from tgate_processors import (
     measure_convergence,
     remove_tgate,
 )
-from tgate_processors._internal.prediction import guided_output, relative_error
+from tgate_processors._internal.guidance.prediction import guided_output, relative_error
 
 ACE_STEP = pytest.mark.parametrize("kind", rows([kind for kind in SOUND if kind.name == "ace_step"]))
 KANDINSKY6 = pytest.mark.parametrize("kind", rows([kind for kind in SOUND_TWO if kind.name == "kandinsky6"]))

@@ -10,7 +10,7 @@ from tests.joint import JOINT
 from tests.pipelines import GUIDED, slow, thorough
 from tests.z_image import Z_IMAGE
 from tgate_processors import apply_tgate, get_tgate_report
-from tgate_processors._internal.call import _keeps_scale
+from tgate_processors._internal.run.call import _keeps_scale
 
 STEPS = 5
 CASES = [*HOSTS, *AROUND, *AROUND_JOINT, *AROUND_TWO, *Z_IMAGE, *JOINT, *GUIDED, *KINDS, *TWO_CALLS]

@@ -1,9 +1,13 @@
-"""What differs between pipelines, as data; and whether a pipeline can be gated, with the reason if not."""
+"""
+What differs between pipelines, as data; and whether a pipeline can be gated, with the reason if not.
 
-from ..layers import attention_modules
-from .finding import Found, check_guidance, check_half, check_own, distilled_by, find_family
-from .refusing import check_attention, check_denoiser, check_dropped, check_mode
-from .rows import FAMILIES, family_of, known
+Imports `plan`, `denoiser` and `attention`.
+"""
+
+from ..attention.layers import attention_modules
+from .catalog import FAMILIES, family_of, known
+from .resolve import Found, check_guidance, check_half, check_own, distilled_by, find_family
+from .unsupported import check_attention, check_denoiser, check_dropped, check_mode
 
 __all__ = [
     "FAMILIES",

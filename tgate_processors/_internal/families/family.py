@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..layout import Layout
-from ..schedule import CFGHalf
+from ..denoiser.spec import Layout
+from ..plan.schedule import CFGHalf
 
 Shapes = dict[str, Any]
 

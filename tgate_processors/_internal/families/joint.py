@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..layout import Layout
+from ..denoiser.spec import Layout
 from .family import Family, Inputs, InputSize, Shapes
 
 # Tokens of CLIP, before those of T5.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..layout import Layout
+from ..denoiser.spec import Layout
 from .family import Family, Inputs, InputSize, Shapes, first
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..layout import Layout
+from ..denoiser.spec import Layout
 from .family import Family, Inputs, InputSize, Shapes
 
 

@@ -1,0 +1,5 @@
+"""
+Caches of others on the same denoiser: found, adapted or refused.
+
+Imports `plan`.
+"""

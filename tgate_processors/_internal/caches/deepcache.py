@@ -1,0 +1,124 @@
+"""Running a `DeepCacheSDHelper` in T-GATE's order; the helper itself stays as the user made it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..plan.validation import shown
+from .adapter import Companion
+from .split import split
+
+
+def check_helper(helper: Any, pipe: Any) -> None:
+    """Refuse what is not a parametrised helper of this pipeline."""
+    if isinstance(helper, type) or not all(
+        callable(getattr(helper, name, None)) for name in ("enable", "disable", "set_params")
+    ):
+        raise TypeError(
+            f"deepcache={shown(helper)} is of type {type(helper).__name__}: give a DeepCacheSDHelper(pipe) "
+            "(pip install DeepCache)."
+        )
+    if getattr(helper, "pipe", None) is not pipe:
+        raise ValueError(
+            f"deepcache={helper!r} is the helper of another pipeline: give a DeepCacheSDHelper made with this "
+            f"{type(pipe).__name__}."
+        )
+    if not hasattr(helper, "params"):
+        raise ValueError(
+            f"deepcache={helper!r} has no parameters: call its set_params(cache_interval=3, cache_branch_id=0) first."
+        )
+    if getattr(pipe, "unet", None) is None:
+        raise ValueError(f"{type(pipe).__name__} has no UNet, and DeepCache knows nothing else: leave out `deepcache`.")
+
+
+class DeepCacheOrder(Companion):
+    """
+    When a DeepCache helper starts afresh.
+
+    Its cached tensors have the batch of the step that made them. Where guidance is dropped, it starts afresh where the
+    batch changes, and in the gate step too, in which every layer is computed: that is the published order. Where
+    guidance is predicted, the batch changes often, so what is cached is halved with it. A helper that is not enabled is
+    enabled for the call only.
+
+    Args:
+        helper (`DeepCacheSDHelper`): The user's helper.
+        halves (`bool`, *optional*, defaults to `False`): Whether what is cached is halved with the batch.
+    """
+
+    def __init__(self, helper: Any, *, halves: bool = False) -> None:
+        self.helper = helper
+        self.computes_gate = not halves
+        self._given: _Given | None = None
+
+    def begin_call(self) -> None:
+        """Have the helper enabled."""
+        if getattr(self.helper, "function_dict", None):
+            self.start()
+            return
+        modules = list(self.helper.pipe.unet.modules())
+        forwards = {module: module.__dict__["forward"] for module in modules if "forward" in module.__dict__}
+        self._given = _Given(dict(vars(self.helper)), modules, forwards)
+        self.helper.enable()
+
+    def end_call(self) -> None:
+        """Have the helper as it was before the call."""
+        if self._given is None:
+            self.start()
+        else:
+            self._disable(self._given)
+            self._given = None
+
+    def start(self) -> None:
+        """Make the next step a full one."""
+        self.helper.start_timestep = None
+        self.helper.cached_output = {}
+
+    def at_gate(self) -> None:
+        """Every layer has to run."""
+        if self.computes_gate:
+            self.start()
+
+    def halve(self, kept: int) -> None:
+        """Start afresh, or keep the half that runs."""
+        if self.computes_gate:
+            self.start()
+        else:
+            self.helper.cached_output, _ = split(self.helper.cached_output, kept)
+
+    def double(self) -> None:
+        """Start afresh."""
+        self.start()
+
+    def repeats(self) -> bool:
+        """Whether the next forward skips the inner blocks."""
+        helper = self.helper
+        if self.computes_gate or not helper.cached_output:
+            return False
+        helper.cur_timestep += 1
+        skips = helper.is_skip_step(0, 0, "mid")
+        helper.cur_timestep -= 1
+        return bool(skips)
+
+    def repeated(self) -> bool:
+        """Whether the last forward skipped the inner blocks."""
+        return not self.computes_gate and bool(self.helper.is_skip_step(0, 0, "mid"))
+
+    def _disable(self, given: _Given) -> None:
+        """Disable the helper; its own `disable()` leaves a `forward` on every module that it has touched."""
+        for module in given.modules:
+            module.__dict__.pop("forward", None)
+            if module in given.forwards:
+                module.__dict__["forward"] = given.forwards[module]
+        for name in [name for name in vars(self.helper) if name not in given.attributes]:
+            delattr(self.helper, name)
+        vars(self.helper).update(given.attributes)
+
+
+class _Given(NamedTuple):
+    """A helper that is not enabled, and the modules of its denoiser, before a call."""
+
+    attributes: dict[str, Any]
+    modules: list[torch.nn.Module]
+    forwards: dict[torch.nn.Module, Any]

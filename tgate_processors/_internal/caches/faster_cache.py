@@ -1,0 +1,45 @@
+"""FasterCache: it leaves out the unconditional half itself, inside the denoiser, and skips self-attention there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..plan.schedule import TGateSchedule
+from .diffusers_hooks import HookedCache
+
+
+class Faster(HookedCache):
+    """
+    The hook of the denoiser, or that of an attention layer; their states are their own.
+
+    Guidance is its own affair, so T-GATE leaves the batch whole, and gates cross-attention alone.
+    """
+
+    keeps_guidance = True
+    computes_gate = True
+
+    @classmethod
+    def knows(cls, hook: Any) -> bool:
+        """Whether it is a hook of either kind."""
+        state = getattr(hook, "state", None)
+        names = set(vars(state) if state is not None else ())
+        of_denoiser = {"iteration", "low_frequency_delta", "high_frequency_delta"}
+        return names in (of_denoiser, {"iteration", "batch_size", "cache"})
+
+    @classmethod
+    def why_not(cls, schedule: TGateSchedule, *, gates_cross: bool, cfg_half: str | None) -> str | None:
+        """Why T-GATE with these settings has nothing to do beside it, if so."""
+        asked = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"' if schedule.predicts else None
+        asked = asked or (f"cfg_half={cfg_half!r}" if cfg_half is not None else None)
+        if not gates_cross:
+            return "it leaves out half of the guidance itself, and nothing but guidance would be gated here"
+        if asked is None:
+            return None
+        return (
+            f"it leaves out half of the guidance itself, so {asked} has no effect. Give a number of steps and nothing "
+            "else, apply_tgate(pipe, 10), to gate cross-attention alone"
+        )
+
+    def start(self) -> None:
+        """Forget what is kept."""
+        self.hook.state.reset()

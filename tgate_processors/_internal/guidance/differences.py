@@ -1,0 +1,115 @@
+"""What the two halves of guidance gave in the forwards of a run: noted where both ran, else predicted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..caches.adapter import Companions
+from ..denoiser.batch import prediction_of, second_of
+from ..denoiser.inputs import Seen
+from ..denoiser.spec import Layout
+from ..plan.report_builder import Tally
+from ..plan.steps import Loop
+from ..run.call import Call
+from .batch_check import Batch
+
+
+class Differences:
+    """
+    Between the denoiser, which gives outputs, and the guidance of a loop, which knows what their halves differ by.
+
+    Args:
+        call (`Call`): What the pipeline tells.
+        batch (`Batch`): Which half is which.
+        layout (`Layout`): How the family does guidance.
+        companions (`Companions`): The caches of others.
+        tally (`Tally`): The report, which lists the errors.
+        is_auto (`bool`): Whether errors are measured.
+    """
+
+    def __init__(
+        self, call: Call, batch: Batch, layout: Layout, companions: Companions, tally: Tally, *, is_auto: bool
+    ) -> None:
+        self._call = call
+        self._batch = batch
+        self._layout = layout
+        self._companions = companions
+        self._tally = tally
+        self._is_auto = is_auto
+        self._first: torch.Tensor | None = None
+        self._left_out: Any = None
+
+    def of_first(self, loop: Loop, output: Any, seen: Seen, *, half: bool, expert: int) -> torch.Tensor | None:
+        """
+        The first forward of a guided step has given its output.
+
+        Args:
+            loop (`Loop`): Its loop.
+            output (`torch.Tensor` or container): The output.
+            seen (`Seen`): What the denoiser was given.
+            half (`bool`): Whether it is the only one, and on one half.
+            expert (`int`): The denoiser's place among those of the pipeline.
+
+        Returns:
+            `torch.Tensor`, *optional*: What the half that was left out of a batch is to have more.
+        """
+        guidance = loop.guidance
+        if half:
+            predicted = None if guidance is None else guidance.predicted(loop.passes)
+            if self._layout.calls == 1:
+                return predicted
+            layout = self._layout
+            several, at_end = layout.several, layout.reads_end
+            self._left_out = second_of(output, seen.batch, predicted, several=several, at_end=at_end)
+            return None
+        if guidance is None or not loop.may_halve or (self._layout.calls == 1 and self._repeats()):
+            return None
+        sample = prediction_of(output, seen, self._layout)
+        if self._layout.calls > 1:
+            self._first = sample
+        else:
+            first, second = sample.chunk(2)
+            self._note(loop, (first, second), 0 if self._batch.unconditional_first else 1, expert)
+        return None
+
+    def of_second(self, loop: Loop, output: Any, seen: Seen, *, expert: int) -> None:
+        """The second call of a full step has given its output."""
+        first, self._first = self._first, None
+        if first is not None and not self._repeats():
+            self._note(loop, (first, prediction_of(output, seen, self._layout)), 1, expert)
+
+    def read(self, loop: Loop, latents: Any) -> None:
+        """A step has ended, with these latents: what follows them in an output is not read."""
+        packed = isinstance(latents, torch.Tensor) and latents.dim() == 3
+        if self._layout.given_last and loop.guidance is not None and packed:
+            loop.guidance.read(latents.shape[1])
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether the second call of this step is left out."""
+        return self._left_out is not None
+
+    def left_out(self) -> Any:
+        """The output of the call that is left out, once."""
+        output, self._left_out = self._left_out, None
+        return output
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self._first = self._left_out = None
+
+    def _repeats(self) -> bool:
+        """Whether the step that has run says nothing new of guidance, because a cache has repeated it."""
+        return self._is_auto and self._companions.repeated()
+
+    def _note(self, loop: Loop, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, expert: int) -> None:
+        """Both halves of guidance were computed."""
+        assert loop.guidance is not None
+        scale = self._call.scale(expert) if self._is_auto else None
+        if isinstance(scale, list):
+            scale = halves[0].new_tensor(scale).repeat(len(halves[0]) // len(scale)).unsqueeze(1)
+        loop.guidance.note(loop.passes, halves, unconditional, scale)
+        if loop.guidance.error is not None:
+            self._tally.measured(loop.step_index, loop.guidance.error)

@@ -1,0 +1,214 @@
+"""The step-counting `callback_on_step_end`: the clock, which ticks outside the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import torch
+
+from ..attention.layers import Layers
+from ..attention.state import TGateState
+from ..caches.detect import check_others
+from ..caches.foreign_forwards import CustomForwards, Forwards, checked_forwards
+from ..denoiser.lock import exclusively
+from ..families import check_guidance, check_half, find_family
+from ..plan.schedule import CFGHalf, TGateSchedule
+from ..plan.validation import is_choice, shown
+from ..run.call import Call
+from ..run.run import Run
+from .gradient_checkpointing import replay, stop_replaying
+from .hooks import DenoiserHooks
+
+# Until the number of steps is known, the first step is planned as that of a long run.
+_LONG_RUN = 1000
+
+
+class StepClock:
+    """
+    Tells the run of the current thread that a step has ended. Without a run it does nothing.
+
+    Args:
+        schedule (`TGateSchedule`): When attention is computed, stored and reused.
+        max_memory (`int`, *optional*): Most bytes of kept cross-attention.
+    """
+
+    # Whether the user puts the processors in.
+    _by_hand: ClassVar[bool] = False
+
+    def __init__(self, schedule: TGateSchedule, max_memory: int | None = None) -> None:
+        if not isinstance(schedule, TGateSchedule):
+            raise TypeError(
+                f"schedule={shown(schedule)} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
+            )
+        self.state = TGateState(schedule, max_memory, by_hand=self._by_hand)
+
+    def __call__(
+        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """One pass of the pipeline's loop has ended."""
+        self.tick(step_index, callback_kwargs)
+        return callback_kwargs
+
+    def tick(
+        self, step_index: int, tensors: dict[str, Any], latents: Any = None, exchanged: Collection[str] = ()
+    ) -> None:
+        """
+        One pass of the loop has ended.
+
+        Args:
+            step_index (`int`): The pipeline's number of the pass.
+            tensors (`dict`): What the pipeline has told.
+            latents (`torch.Tensor`, *optional*): The latents of the next pass, if the user's callback gave others.
+            exchanged (`Collection` of `str`, *optional*): The names of what the user's callback gave others of.
+        """
+        run = self.state.current()
+        if run is not None:
+            run.tick(step_index, latents, tensors, exchanged)
+
+
+class TGateCallback(StepClock):
+    r"""
+    Step-counting `callback_on_step_end`: the clock of T-GATE, for wiring it by hand.
+
+    [`apply_tgate`] does all of this by itself. Make a clock yourself to choose the layers: put
+    [`TGateAttnProcessor`]s with its `state` into the denoiser and pass it to the call. It then takes its place on the
+    denoiser at the end of the first step and leaves it at the end of the last one. Guidance is dropped only if every
+    cross-attention layer has a gate; else all of it stays on.
+
+    Args:
+        schedule (`TGateSchedule`): When attention is computed, stored and reused.
+        cfg_half (`str`, *optional*):
+            The half of classifier-free guidance that stays after the gate, `"unconditional"` or `"conditional"`.
+            Defaults to what the published implementation keeps for the pipeline.
+        custom_forwards (`str`, *optional*):
+            `"gate"` says that a `forward` that is not its class's own keeps nothing from one call to the next. By
+            default it is refused.
+
+    Attributes:
+        state (`TGateState`): The run, for [`TGateAttnProcessor`]. `state.report` tells what the last run did.
+        tensor_inputs (`list[str]`): What the callback asks for, for `MultiPipelineCallbacks`: nothing.
+
+    Raises:
+        TypeError: If `schedule` is not a `TGateSchedule`.
+        ValueError:
+            If `cfg_half` or `custom_forwards` is none of its words; when run, if the pipeline cannot be gated, or if
+            the gate lies in the first step of a guided call, whose end is the first that a callback sees.
+
+    Example:
+
+    ```py
+    >>> from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule
+
+    >>> callback = TGateCallback(TGateSchedule(gate_step=10))
+    >>> before = pipe.unet.attn_processors
+    >>> pipe.unet.set_attn_processor({name: TGateAttnProcessor(p, callback.state) for name, p in before.items()})
+    >>> image = pipe(prompt, callback_on_step_end=callback).images[0]
+    >>> pipe.unet.set_attn_processor(before)
+    ```
+
+    Source: T-GATE (https://arxiv.org/abs/2404.02747).
+    """
+
+    tensor_inputs: ClassVar[list[str]] = []
+    _by_hand = True
+
+    def __init__(
+        self,
+        schedule: TGateSchedule,
+        *,
+        cfg_half: CFGHalf | None = None,
+        custom_forwards: CustomForwards | None = None,
+    ) -> None:
+        super().__init__(schedule)
+        self._custom_forwards = checked_forwards(custom_forwards)
+        self.cfg_half = checked_half(cfg_half)
+        self._run: Run | None = None
+        self._place = ExitStack()
+        self._wait()
+
+    def __call__(
+        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """One pass of the pipeline's loop has ended."""
+        try:
+            if self._run is None:
+                self._take_place(pipeline)
+            super().__call__(pipeline, step_index, timestep, callback_kwargs)
+        except BaseException:
+            self.reset()
+            raise
+        if self._run is not None and self._run.between_loops:
+            self._run.close()
+            self.reset()
+        return callback_kwargs
+
+    def reset(self) -> None:
+        """Release everything that a run holds, for example after an exception or an interrupt."""
+        self._place.close()
+        self._run = None
+        self._wait()
+
+    def _wait(self) -> None:
+        """Be ready for the first step of a call, which nobody announces."""
+        self.state.waiting = waiting = Run(self.state, _Nobody(), Layers(None, self.state), droppable=False)
+        waiting.prime(self.state.schedule.plan(_LONG_RUN)[0])
+
+    def _take_place(self, pipeline: Any) -> None:
+        """Begin the run at the end of its first pass, the first that a callback alone sees."""
+        self._place.close()
+        found = find_family(pipeline)
+        check_half(pipeline, found, self.cfg_half)
+        check_guidance(pipeline, found, self.state.schedule)
+        if found.family.layout.calls > 1:
+            raise ValueError(
+                f"T-GATE: the guidance of {type(pipeline).__name__} is two calls of its denoiser, and a callback alone "
+                "cannot leave one out: use apply_tgate(pipe, ...)."
+            )
+        alone = "a callback alone cannot tell it where the batch changes: use apply_tgate(pipe, ...)"
+        check_others(found.denoiser, self.state.schedule, alone=alone)
+        Forwards([found.denoiser], self._custom_forwards).check()
+        layout = found.family.layout
+        layers = Layers(found.denoiser, self.state, "gate", layout)
+        layers.look()
+        self._run, self.state.waiting = self.state.waiting, None
+        assert self._run is not None
+        hooks = DenoiserHooks(self.state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
+        forget = found.denoiser.register_forward_pre_hook(self._forget_a_broken_run)
+        exclusively(hooks.install)
+        self._place.callback(forget.remove)
+        self._place.callback(lambda: exclusively(hooks.remove))
+        self._place.callback(stop_replaying, found.denoiser, self)
+        replay(found.denoiser, self.state, self)
+        self.state.enter(self._run)
+        self._place.callback(self.state.leave)
+        call = found.call(pipeline)
+        self._run.adopt(call, layers, droppable=found.kept_half is not None)
+        if call.guided() and self._run.gates_first_step:
+            raise ValueError(
+                "T-GATE: gate_step is the first step, and a callback first runs when that is over: use "
+                "apply_tgate(pipe, ...), or a gate_step of at least 2."
+            )
+
+    def _forget_a_broken_run(self, module: torch.nn.Module, args: Any) -> None:
+        """Start afresh if the denoiser is called by a later call than the one that was begun."""
+        if self._run is not None and self._run.call.is_over():
+            # The hooks stay for this forward, which torch has begun with them.
+            self._run = None
+            self.state.leave()
+            self._wait()
+
+
+class _Nobody(Call):
+    """Before any call is known."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+
+def checked_half(cfg_half: CFGHalf | None) -> CFGHalf | None:
+    """Validate `cfg_half`."""
+    if not is_choice("cfg_half", cfg_half, "unconditional", "conditional"):
+        raise ValueError(f'cfg_half must be "unconditional" or "conditional", not {shown(cfg_half)}.')
+    return cfg_half

@@ -1,0 +1,156 @@
+"""Gradient checkpointing: what is computed again in `backward` does what it did in the forward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..attention.state import Signals, Slot, TGateState
+from ..denoiser.lock import exclusively
+
+if TYPE_CHECKING:
+    from ..attention.cache import Kept
+    from ..run.run import Run
+
+# Where a block has the function that checkpoints it.
+_PLACE = "_gradient_checkpointing_func"
+
+
+class Replay:
+    """
+    A forward of a run, for the blocks that are computed again when the run is over.
+
+    Args:
+        run (`Run`): The run, whose present signals and kept outputs are remembered.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.signals = Signals()
+        self.signals.take(run.outputs.signals)
+        self._kept: dict[Slot, Kept] = dict(run.outputs.kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on top of the run's."""
+        return 0
+
+    @property
+    def outputs(self) -> Replay:
+        """What the gates talk to, as of a run."""
+        return self
+
+    def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
+        """What the layer gave out in the forward, if it was a kept output."""
+        kept = self._kept.get(slot)
+        return kept.tensor if kept is not None and kept.tensor.shape[:2] == hidden_states.shape[:2] else None
+
+    def computed(self, *told: Any) -> None:
+        """Nothing is kept twice."""
+
+
+class _Recomputed:
+    """A block that is called once in the forward and again in `backward`."""
+
+    def __init__(self, block: Any, state: TGateState) -> None:
+        self._block = block
+        self._state = state
+        self._replay = Replay(state.current())
+        self._ran = False
+
+    def __call__(self, *args: Any) -> Any:
+        if not self._ran:
+            self._ran = True
+            return self._block(*args)
+        with self._state.entered(self._replay):
+            return self._block(*args)
+
+
+class _Replaying:
+    """Stands in front of the function that checkpoints a block, for all runs of its denoiser."""
+
+    def __init__(self, behind: Any) -> None:
+        self.behind = behind
+        self.states: dict[object, TGateState] = {}
+
+    def __call__(self, block: Any, *args: Any) -> Any:
+        state = next((state for state in tuple(self.states.values()) if state.current() is not None), None)
+        return self.behind(block if state is None else _Recomputed(block, state), *args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has no runs.
+        return _as_it_is, (self.behind,)
+
+
+def _as_it_is(function: Any) -> Any:
+    """What stands behind, in a copy."""
+    return function
+
+
+def replay(denoiser: torch.nn.Module, state: TGateState, run: object) -> None:
+    """Have the checkpointed blocks of a denoiser replay their forward, while a run is on."""
+    blocks = [module for module in denoiser.modules() if getattr(module, "gradient_checkpointing", False)]
+
+    def put_in() -> None:
+        for block in filter(_has_function, blocks):
+            found = vars(block)[_PLACE]
+            if not isinstance(found, _Replaying):
+                found = vars(block)[_PLACE] = _Replaying(found)
+            found.states[run] = state
+
+    if blocks:
+        exclusively(put_in)
+
+
+def stop_replaying(denoiser: torch.nn.Module, run: object) -> None:
+    """The inverse of `replay`."""
+    found = [block for block in denoiser.modules() if isinstance(vars(block).get(_PLACE), _Replaying)]
+
+    def take_out() -> None:
+        for block in found:
+            replaying = vars(block)[_PLACE]
+            if isinstance(replaying, _Replaying):
+                replaying.states.pop(run, None)
+                if not replaying.states:
+                    vars(block)[_PLACE] = replaying.behind
+
+    if found:
+        exclusively(take_out)
+
+
+def cannot_replay(denoiser: torch.nn.Module) -> bool:
+    """Whether blocks are computed again out of reach, as in older versions of diffusers."""
+    return torch.is_grad_enabled() and any(
+        getattr(module, "gradient_checkpointing", False) and not _has_function(module) for module in denoiser.modules()
+    )
+
+
+class Differentiated:
+    """The inputs of gated forwards that gradients go back through: nobody may compute one again as a whole."""
+
+    def __init__(self) -> None:
+        self._samples = WeakTensorKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy has seen nothing.
+        return Differentiated, ()
+
+    def note(self, sample: torch.Tensor) -> None:
+        """A gated forward begins."""
+        if torch.is_grad_enabled():
+            self._samples[sample] = True
+
+    def check(self, sample: Any) -> None:
+        """A forward begins that belongs to no run: refuse it if `backward` computes a gated one again."""
+        if isinstance(sample, torch.Tensor) and sample in self._samples and torch._C._current_graph_task_id() != -1:
+            raise ValueError(
+                "T-GATE: the whole denoiser is checkpointed, and `backward` computes it again when the run is over and "
+                "nothing is kept any more. Checkpoint its blocks instead, denoiser.enable_gradient_checkpointing(), or "
+                "call remove_tgate(pipe)."
+            )
+
+
+def _has_function(block: torch.nn.Module) -> bool:
+    """Whether a block is checkpointed by a function that can be exchanged."""
+    return callable(vars(block).get(_PLACE))

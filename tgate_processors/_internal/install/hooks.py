@@ -1,0 +1,295 @@
+"""The hooks of a denoiser: they tell the run of every forward, halve what goes in and double what comes out."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+
+from ..attention.state import TGateState
+from ..denoiser.batch import double, halve_named, stacked, unstacked
+from ..denoiser.inputs import Seen, latents_of, rows_of, see, unknown_batches
+from ..denoiser.lock import exclusively
+from ..denoiser.spec import Layout, Names
+from ..plan.schedule import CFGHalf
+from .copies import leave_out_of_copies, put_back_into_copies, remove_hooks
+from .gradient_checkpointing import Differentiated, cannot_replay
+
+
+class DenoiserHooks:
+    """
+    The forward hooks of a denoiser, and of what the pipeline calls before it in every step.
+
+    They stand next to the forward, inside the user's hooks, which therefore see the batch that the pipeline gives and
+    the output that it gets. Where a ControlNet has run on one half, the pipeline itself gives its residuals at half,
+    and then the user's hooks see one half of everything: a hook that stands outside of theirs does the work. Where
+    guidance is dropped, the two halves that are given back are the same, and the pipeline's own
+    `uncond + scale * (cond - uncond)` gives them back exactly, for any scale and any rescaling; where it is predicted,
+    they differ by the predicted difference. Only the inputs of a ControlNet are
+    halved: what it gives goes to the denoiser, which needs the same half. The hooks are not compiled with the denoiser.
+
+    Args:
+        state (`TGateState`): What the gates of the pipeline share.
+        denoiser (`torch.nn.Module`): The module that the pipeline calls in every step.
+        controlnet (`torch.nn.Module`, *optional*): What it calls before the denoiser in every step.
+        kept (`str`, *optional*): The half that stays, `"unconditional"` or `"conditional"`.
+        default (`str`, *optional*): The half that stays if none is given and guidance is dropped; with a ControlNet
+            that sees the conditional half only (`guess_mode`) it is that one, because the other has no control.
+        layout (`Layout`, *optional*): What the batch is.
+        told (`bool`, *optional*, defaults to `False`):
+            Whether the user has said which arguments that the denoiser alone has are a batch.
+    """
+
+    def __init__(
+        self,
+        state: TGateState,
+        denoiser: torch.nn.Module,
+        controlnet: torch.nn.Module | None = None,
+        kept: CFGHalf | None = None,
+        default: CFGHalf | None = None,
+        layout: Layout | None = None,
+        told: bool = False,
+    ) -> None:
+        self._state = state
+        self._told = told
+        self._denoiser = denoiser
+        self._controlnet = controlnet
+        self._kept = kept
+        self._default = default
+        self._layout = layout or Layout()
+        self._differentiated = Differentiated()
+
+    @property
+    def _modules(self) -> list[torch.nn.Module]:
+        """What has hooks."""
+        return [module for module in (self._denoiser, self._controlnet) if module is not None]
+
+    def install(self) -> None:
+        """Register the hooks that are not there, and stand next to the forward."""
+        for module in self._modules:
+            leave_out_of_copies(module, _is_ours)
+        register = self._denoiser.register_forward_pre_hook, self._denoiser.register_forward_hook
+        self._register(self._denoiser._forward_pre_hooks, register[0], "before")
+        self._register(self._denoiser._forward_hooks, register[1], "after")
+        if self._controlnet is not None:
+            self._register(self._denoiser._forward_pre_hooks, register[0], "before_all")
+            register_controlnet = self._controlnet.register_forward_pre_hook
+            self._register(self._controlnet._forward_pre_hooks, register_controlnet, "before_controlnet")
+        self._stand_inside()
+
+    def remove(self) -> None:
+        """Take the hooks out again."""
+        for module in self._modules:
+            # By looking, as an interrupt may have come between a hook and its handle.
+            remove_hooks(module, lambda hook: getattr(hook, "__self__", None) is self)
+            put_back_into_copies(module, _is_ours)
+
+    def _register(self, hooks: Any, register: Any, method: str) -> None:
+        """Register a hook if it is not there."""
+        if self._number(hooks, method) is None:
+            register(self._hook(method), with_kwargs=True)
+
+    def _stand_inside(self) -> None:
+        """
+        Stand next to the forward: last of those before it, first of those after it.
+
+        Other threads may be calling the denoiser, so nothing is moved that stands where it should.
+        """
+        before: Any = self._denoiser._forward_pre_hooks
+        after: Any = self._denoiser._forward_hooks
+        for hooks, name, last in ((before, "before", True), (before, "before_all", False), (after, "after", False)):
+            number = self._number(hooks, name)
+            if number is not None and not _is_at_end(hooks, number, last=last):
+                hooks.move_to_end(number, last=last)
+
+    def _hook(self, method: str) -> types.MethodType:
+        """A hook: a bound method, which torch's compiler knows for such hooks."""
+        return types.MethodType(_eager(method), self)
+
+    def _number(self, hooks: Any, method: str) -> int | None:
+        """The number of one of our hooks, if it is there."""
+        wanted = self._hook(method)
+        return next((number for number, hook in list(hooks.items()) if hook == wanted), None)
+
+    def _is_innermost(self) -> bool:
+        """Whether nobody but other pipelines' T-GATE reads the batch after us."""
+        number = self._number(self._denoiser._forward_pre_hooks, "before")
+        return number is not None and _is_at_end(self._denoiser._forward_pre_hooks, number, last=True)
+
+    def _before_all(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """A forward begins whose ControlNet has run on one half."""
+        run = self._run(kwargs)
+        if run is None or not run.control.halved:
+            return None
+        run.control.announced = True
+        return self._enter(run, module, args, kwargs or {})
+
+    def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """A forward begins."""
+        run = self._run(kwargs)
+        if run is None:
+            if torch.is_grad_enabled():
+                self._differentiated.check(latents_of({"sample": args[0]} if args else kwargs or {}))
+            return None
+        if run.control.announced:
+            run.control.announced = False
+            return None
+        return self._enter(run, module, args, kwargs or {})
+
+    def _run(self, kwargs: dict[str, Any] | None) -> Any:
+        """The run that a hook serves. Without keyword arguments torch calls what was removed when it had listed it."""
+        run = None if kwargs is None else self._state.current()
+        return None if run is None or run.waiting else run
+
+    def _enter(self, run: Any, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Tell the run of a forward, and halve the batch if it says so."""
+        if cannot_replay(self._denoiser):
+            raise ValueError(
+                "T-GATE: with gradients on, this version of diffusers computes checkpointed blocks again where T-GATE "
+                "cannot reach them. Call disable_gradient_checkpointing() on the denoiser, or update diffusers."
+            )
+        seen = see(module, args, kwargs)
+        self._differentiated.note(seen.sample)
+        if self._layout.is_beside(seen.given):
+            run.control.announced = False
+            self._state.stand_aside()
+            return None
+        innermost = self._is_innermost()
+        if not innermost:
+            # For the hooks after this forward, and for the next one: some may have come since the last.
+            exclusively(self._stand_inside)
+        may_halve = innermost or run.control.halved or self._layout.calls > 1
+        run.before_forward(seen, self._kept_half(run), may_halve=may_halve, denoiser=module)
+        if run.guided and run.will_halve:
+            self._check_own(module, seen, self._layout.of_denoiser)
+        if not run.halves_batch:
+            run.control.see(rows_of([seen.given.get(name) for name in self._layout.residuals]))
+            if run.control.halved:
+                raise ValueError(
+                    "T-GATE: the ControlNet ran on half of the batch, but the denoiser has to run on all of it, "
+                    "because its latents have changed. Change their size before the gate, or call remove_tgate(pipe)."
+                )
+            return None
+        return self._halved(run, seen.batch, args, kwargs, list(seen.given))
+
+    def _halved(self, run: Any, batch: int, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
+        """The half of the arguments that stays. The user's hooks after the forward find the whole ones again."""
+        layout = self._layout
+        wanted: Names = layout.of_denoiser if run.control.halved else {**layout.of_denoiser, **layout.residuals}
+        kept = self._kept_half(run)
+        positional = dict(zip(names, args, strict=False))
+        new_args = list(halve_named(positional, wanted, batch, kept).values())
+        new_kwargs = halve_named(kwargs, wanted, batch, kept)
+        run.whole = _Whole(batch // 2, kept, args, kwargs, new_args, new_kwargs)
+        run.control.halved = False
+        return new_args, new_kwargs
+
+    def _check_own(self, module: torch.nn.Module, seen: Seen, names: Names) -> None:
+        """Refuse arguments that diffusers does not know, if they may be a batch of which one half is to go."""
+        if self._told:
+            return
+        for name, tensor in unknown_batches(module, seen, {**names, **self._layout.residuals}):
+            raise ValueError(
+                f"T-GATE: {type(module).__name__} has an argument {name!r} of its own, here of shape "
+                f"{tuple(tensor.shape)} with a guided batch of {seen.batch}, where T-GATE has to know whether it is a "
+                f"part of that batch, to leave one half of it out. Say that it is, apply_tgate(pipe, ..., "
+                f"batch_arguments=({name!r},)), or that none is, batch_arguments=(), or call remove_tgate(pipe) to "
+                "use this pipeline."
+            )
+
+    def _kept_half(self, run: Any) -> CFGHalf:
+        """The half that stays, in the order of this pipeline's batch."""
+        # Cross-attention that is computed anew on one half of the text belongs to that half.
+        conditional = run.control.conditional_only or self._state.schedule.predicts or run.computes_cross
+        kept = self._kept or ("conditional" if conditional else self._default)
+        if run.batch.unconditional_first:
+            return kept  # type: ignore[return-value]
+        return "unconditional" if kept == "conditional" else "conditional"
+
+    def _before_controlnet(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Halve the batch if the denoiser's will be, unless it is one half already."""
+        run = self._run(kwargs)
+        if run is None or kwargs is None:
+            return None
+        seen = see(module, args, kwargs)
+        run.control.enter(seen.batch)
+        if run.control.conditional_only or not run.halves_next(seen.shape):
+            return None
+        self._check_own(module, seen, self._layout.of_controlnet)
+        run.control.halved = True
+        kept = self._kept_half(run)
+        names = list(seen.given)
+        positional = dict(zip(names, args, strict=False))
+        names_of_batch = self._layout.of_controlnet
+        new_args = list(halve_named(positional, names_of_batch, seen.batch, kept).values())
+        return new_args, halve_named(kwargs, names_of_batch, seen.batch, kept)
+
+    def _after(self, module: torch.nn.Module, args: Any, *rest: Any) -> Any:
+        """A forward has ended: tell the run, and give the output of the half back as both halves."""
+        kwargs, output = rest if len(rest) > 1 else (None, rest[0])
+        if self._state.current() is None:
+            self._state.come_back()
+            return None
+        run = self._run(kwargs)
+        if run is None:
+            return None
+        whole, run.whole = run.whole, None
+        difference = run.after_forward(output)
+        if whole is None:
+            return None
+        if self._layout.entries:
+            output = stacked(output)
+        if rows_of(output) != whole.rows:
+            raise ValueError(
+                f"T-GATE: {type(module).__name__} gave {rows_of(output)} rows for half of the batch, where T-GATE "
+                f"expects {whole.rows}: one of its arguments is of the whole batch and unknown to T-GATE. Call "
+                "remove_tgate(pipe) to use this pipeline."
+            )
+        whole.give_back()
+        doubled = double(output, whole.rows, difference, whole.kept, several=self._layout.several)
+        return unstacked(doubled) if self._layout.entries else doubled
+
+
+class _Whole:
+    """The whole arguments of a forward that runs on half of them."""
+
+    def __init__(
+        self, rows: int, kept: CFGHalf, args: Any, kwargs: dict[str, Any], now_args: list[Any], now_kwargs: Any
+    ) -> None:
+        self.rows = rows
+        self.kept = kept
+        self._args, self._kwargs = args, kwargs
+        self._now_args, self._now_kwargs = now_args, now_kwargs
+
+    def give_back(self) -> None:
+        """Put them back where the user's forward hooks look."""
+        self._now_args[:] = self._args
+        self._now_kwargs.update(self._kwargs)
+
+
+@functools.cache
+def _eager(method: str) -> Any:
+    """A method that is not compiled with the denoiser."""
+    # Here and not as a decorator, which would load the compiler with this package.
+    return torch.compiler.disable(getattr(DenoiserHooks, f"_{method}"))  # type: ignore[no-untyped-call]
+
+
+def _is_ours(hook: Any) -> bool:
+    """Whether a hook is that of a pipeline with T-GATE."""
+    return isinstance(getattr(hook, "__self__", None), DenoiserHooks)
+
+
+def _is_at_end(hooks: Any, number: int, *, last: bool) -> bool:
+    """Whether a hook is the last one, or the first one, but for those of other pipelines with T-GATE."""
+    # A copy made at once: other threads may add and remove hooks meanwhile.
+    there = list(hooks.items())
+    for other, hook in reversed(there) if last else there:
+        if other == number:
+            return True
+        if not _is_ours(hook):
+            return False
+    return False

@@ -1,0 +1,224 @@
+"""Which settings suit a model: how its cross-attention and its guidance settle from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..api import check_pipeline, remove_tgate
+from ..attention.layers import attention_modules
+from ..denoiser.batch import sample_of
+from ..denoiser.inputs import see
+from ..families import find_family
+from ..install.callback import StepClock
+from ..install.guiders import has_guider
+from ..install.installation import Installation
+from ..install.pipeline import install, installed
+from ..plan.schedule import TGateSchedule
+from ..plan.validation import checked_tolerance, shown
+from .cost import estimate_cost
+from .probe import Probe
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class TGateConvergence:
+    r"""
+    What [`measure_convergence`] has seen.
+
+    Args:
+        steps (`pandas.DataFrame`):
+            By step: `cross_attention`, the relative change of its outputs since the step before, averaged over the
+            layers; `difference`, the same for the difference of the two halves of guidance; `error`, how far off the
+            guided output would have been with a difference predicted from the two steps before. Means over the calls;
+            empty where there is nothing to compare with, and without guidance.
+        layers (`pandas.DataFrame`): By step, the change of each cross-attention layer, a column each.
+        settings (`pandas.DataFrame`):
+            By `tolerance`: the steps that `gate_step="auto"` would have made full, the first half step, and how many
+            times fewer MACs the denoiser takes. Means over the calls.
+    """
+
+    steps: pd.DataFrame
+    layers: pd.DataFrame
+    settings: pd.DataFrame
+
+    def to_csv(self, path: str | Path) -> None:
+        r"""
+        Write what was seen by step, a column for every layer too.
+
+        Args:
+            path (`str` or `Path`): The file.
+        """
+        self.steps.join(self.layers).to_csv(path)
+
+    def plot(self) -> matplotlib.figure.Figure:
+        r"""
+        Draw the changes and the errors over the steps, as Figure 2 of the paper does for cross-attention.
+
+        Returns:
+            `matplotlib.figure.Figure`: The figure; `.savefig(path)` writes it.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axis = figure.subplots()
+        axis.plot(self.layers, color="lightgrey", linewidth=0.7)
+        for name, label in (
+            ("cross_attention", "change of cross-attention (grey: each layer)"),
+            ("difference", "change of the difference of guidance"),
+            ("error", "error of predicted guidance"),
+        ):
+            axis.plot(self.steps[name], label=label, marker=".")
+        axis.set_yscale("log")
+        axis.set_xlabel("step")
+        axis.set_ylabel("relative to its size")
+        axis.legend()
+        return figure
+
+
+def measure_convergence(
+    pipe: Any,
+    prompts: Sequence[str | Mapping[str, Any]],
+    call: Mapping[str, Any] | None = None,
+    *,
+    tolerances: Sequence[float] = (0.1, 0.2, 0.4, 0.6),
+) -> TGateConvergence:
+    r"""
+    Draw some pictures and measure how cross-attention and guidance settle from step to step.
+
+    Nothing is gated: the pictures are those of the pipeline without T-GATE. If T-GATE was applied, it is applied again
+    afterwards, with the same settings. Only the last output of each layer is held. A compiled denoiser is compiled
+    again, because its layers are watched by hooks.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline.
+        prompts (`list` of `str` or `dict`): What to draw, a call for each: a prompt, or the arguments of the call.
+        call (`dict`, *optional*): Arguments that every call gets, such as `num_inference_steps`.
+        tolerances (`list` of `float`, *optional*, defaults to `(0.1, 0.2, 0.4, 0.6)`):
+            The values of `tolerance` to forecast.
+
+    Returns:
+        `TGateConvergence`: Changes and errors by step, and what each tolerance would give.
+
+    Raises:
+        TypeError: If `pipe` is not a pipeline, or an argument is of the wrong kind (`prompts` as one string).
+        ValueError: If the pipeline cannot be gated, there are no prompts, or a tolerance is out of range.
+        ImportError: If pandas is missing (`pip install "tgate_processors[probe]"`).
+
+    Example:
+
+    ```py
+    >>> from tgate_processors import measure_convergence
+
+    >>> seen = measure_convergence(pipe, [prompt], {"num_inference_steps": 12})
+    >>> speedups = seen.settings["speedup"]  # by tolerance
+    >>> figure = seen.plot()
+    ```
+
+    Source: T-GATE (https://arxiv.org/abs/2404.02747), Section 3 and Figure 2, for cross-attention.
+    """
+    import pandas as pd
+
+    check_pipeline(pipe)
+    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
+        raise TypeError(
+            f"prompts={shown(prompts)} is of type {type(prompts).__name__}: give a list, with a prompt for each call."
+        )
+    prompts = list(prompts)
+    if not all(isinstance(each, (str, Mapping)) for each in prompts):
+        raise TypeError(f"prompts={shown(prompts)}: give a str, or a dict of the arguments, for each call.")
+    if call is not None and not isinstance(call, Mapping):
+        raise TypeError(f"call={shown(call)} is of type {type(call).__name__}: give a dict of arguments.")
+    if not isinstance(tolerances, Iterable):
+        raise TypeError(
+            f"tolerances={shown(tolerances)} is of type {type(tolerances).__name__}: give a list of numbers."
+        )
+    schedules = [TGateSchedule("auto", tolerance=checked_tolerance(each, "tolerances")) for each in tolerances]
+    calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
+    if has_guider(pipe) or find_family(pipe).family.layout.calls > 1:
+        raise ValueError(
+            f"the guidance of {type(pipe).__name__} is two calls of its denoiser, and the probe watches guidance in "
+            'one batch: use gate_step="auto" there, whose report tells the errors.'
+        )
+    if not calls:
+        raise ValueError(f"prompts={shown(prompts)} is empty: give some prompts, with a call for each.")
+    probe = Probe()
+    with _watched(pipe, probe):
+        for each in pipe.progress_bar(calls):
+            pipe(**{**(call or {}), **each})
+            probe.end_call(schedules)
+    steps = pd.DataFrame({name: probe.mean(name) for name in ("cross_attention", "difference", "error")})
+    steps = steps.reindex(range(probe.steps)).rename_axis("step")
+    layers = pd.DataFrame({name: probe.mean(name) for name in probe.layers}).reindex(range(probe.steps))
+    half = _half_share(pipe, {**(call or {}), **calls[0]}, probe.steps)
+    columns = [probe.setting(schedule, half) for schedule in schedules]
+    names = ("full_steps", "gate_step", "speedup")
+    index = pd.Index([schedule.tolerance for schedule in schedules], name="tolerance")
+    return TGateConvergence(steps, layers.rename_axis("step"), pd.DataFrame(columns, index=index, columns=list(names)))
+
+
+@contextmanager
+def _watched(pipe: Any, probe: Probe) -> Iterator[None]:
+    """Have T-GATE follow the calls of a pipeline without gating anything, and everything as it was afterwards."""
+    before = installed(pipe)
+    remove_tgate(pipe)
+    found = find_family(pipe)
+    # A gate that no run reaches. Guidance with a memory cannot be dropped, not even then.
+    clock = StepClock(TGateSchedule(10**9, guidance="predict" if found.family.layout.remembers else None))
+    clock.state.said.add("late")
+    handles = []
+    try:
+        # Processors of any kind can be gated here, since nothing is reused.
+        install(pipe, Installation(clock, custom="gate"))
+        denoiser, layout = found.denoiser, found.family.layout
+        for name, layer in attention_modules(denoiser).items():
+            if layout.is_cross(name, layer):
+                probe.layers.append(name.removesuffix(".processor"))
+                handles.append(layer.register_forward_hook(_layer_hook(probe, probe.layers[-1], clock)))
+        handles.append(denoiser.register_forward_hook(_denoiser_hook(probe, clock), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        remove_tgate(pipe)
+        if before is not None:
+            install(pipe, before)
+
+
+def _layer_hook(probe: Probe, name: str, clock: StepClock) -> Any:
+    """Tell the probe what a layer gives out."""
+
+    def hook(module: Any, args: Any, output: Any) -> None:
+        run = clock.state.current()
+        if run is not None:
+            probe.layer(name, run, output)
+
+    return hook
+
+
+def _denoiser_hook(probe: Probe, clock: StepClock) -> Any:
+    """Tell the probe what the denoiser gives out."""
+
+    def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        run = clock.state.current()
+        if run is not None and run.guided:
+            probe.both_halves(sample_of(output, see(module, args, kwargs).shape).detach(), run)
+
+    return hook
+
+
+def _half_share(pipe: Any, call: Mapping[str, Any], steps: int) -> float:
+    """What a half step takes of the MACs of a full one."""
+    size = {name: call[name] for name in ("height", "width", "max_sequence_length", "num_frames") if call.get(name)}
+    try:
+        cost = estimate_cost(pipe, TGateSchedule(1), steps, **size)
+    except ValueError:
+        # Adapters and the like: at least one half is left out.
+        return 0.5
+    return cost.without_cross_attention.total / (2 * cost.full.total)

@@ -1,0 +1,220 @@
+"""Counting: the forwards of a denoiser without weights, by torch's counter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..attention.budget import saved_macs, sizes_of
+from ..attention.layers import attention_modules
+from ..attention.processor import TGateAttnProcessor
+from ..attention.state import Signals, Slot, TGateState
+from ..denoiser.batch import prediction_of
+from ..denoiser.inputs import see
+from ..denoiser.spec import Layout
+from ..families import family_of
+from ..families.family import InputSize
+from ..plan.schedule import Action, TGateSchedule
+from .meta_model import make_inputs
+
+# The layers that published MACs count.
+_LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class MACs:
+    r"""
+    Multiply-accumulates.
+
+    Args:
+        layers (`int`): Those of Linear and Conv layers, which is what published MACs count.
+        attention (`int`): Those of attention's two products, of queries with keys and of weights with values.
+    """
+
+    layers: int = 0
+    attention: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.layers + self.attention
+
+    def __add__(self, other: MACs) -> MACs:
+        return MACs(self.layers + other.layers, self.attention + other.attention)
+
+    def __mul__(self, times: int) -> MACs:
+        return MACs(self.layers * times, self.attention * times)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one forward took: MACs, those of some layers by themselves, and the parameters of the modules that ran."""
+
+    macs: MACs
+    parameters: int
+    layers: Mapping[str, MACs]
+
+
+@dataclass(frozen=True)
+class CrossLayer:
+    """A layer with cross-attention: the numbers that it gives out, what it takes, and by what it is chosen."""
+
+    width: int
+    macs: MACs
+    saved: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """
+    What a denoiser takes for one picture.
+
+    Args:
+        forwards (`dict`): The forwards, by whether cross-attention and self-attention are reused in them.
+        cross (`tuple` of `CrossLayer`): The cross-attention layers.
+        self_width (`int`): Numbers that all self-attention layers give out.
+        width (`int`): Numbers that the denoiser itself gives out, a variance left out.
+    """
+
+    forwards: dict[tuple[bool, bool], Forward]
+    cross: tuple[CrossLayer, ...]
+    self_width: int
+    width: int
+
+
+class Recorder:
+    """Takes the place of a run, for forwards that belong to none: does as told and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.signals = Signals()
+        # The layers with cross-attention: the numbers that they give out, and what they save.
+        self.cross: dict[Any, tuple[int, int]] = {}
+        self._kept: dict[Slot, torch.Tensor] = {}
+
+    @property
+    def outputs(self) -> Recorder:
+        """What the gates talk to, as of a run."""
+        return self
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in self._kept.values())
+
+    def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
+        """The kept output of a layer."""
+        return self._kept.get(slot)
+
+    def computed(self, slot: Slot, attn: Any, output: torch.Tensor, action: Action, is_self: bool, *given: Any) -> None:
+        """A layer has computed its output."""
+        if not is_self:
+            self.cross[attn] = output.numel(), saved_macs(attn, sizes_of(given[0], given[1], output))
+        if action is Action.STORE:
+            self._kept[slot] = output
+        else:
+            self._kept.pop(slot, None)
+
+
+def count_forwards(
+    module: Any,
+    make: Callable[[], dict[str, Any]],
+    ways: Sequence[tuple[Action, Action]],
+    layout: Layout | None = None,
+) -> Iterator[tuple[Forward, Recorder]]:
+    """
+    Run a module with T-GATE's processors, one way of doing cross- and self-attention after the other.
+
+    Args:
+        module (`torch.nn.Module`): The module.
+        make (`Callable`): Makes the inputs of a forward.
+        ways (`Sequence` of `tuple`): What cross-attention and self-attention do.
+        layout (`Layout`, *optional*): Which layers are never gated.
+
+    Yields:
+        `tuple` of `Forward` and `Recorder`: What the forward took, and what is held after it.
+    """
+    state, recorder = TGateState(TGateSchedule()), Recorder()
+    layers = attention_modules(module)
+    for name, layer in layers.items():
+        if layout is None or layout.is_gated(name):
+            layer.set_processor(TGateAttnProcessor(layer.processor, state))
+    for cross, own in ways:
+        recorder.signals.set(cross, own)
+        with state.entered(recorder):
+            forward = count_forward(module, make(), layers)
+        yield forward, recorder
+
+
+def measure(twin: Any, size: InputSize) -> Profile:
+    """Run a twin with T-GATE's processors in every way in which attention can be computed and reused."""
+    ways = (
+        (Action.STORE, Action.STORE),
+        (Action.STORE, Action.REUSE),
+        (Action.REUSE, Action.REUSE),
+        (Action.REUSE, Action.COMPUTE),
+    )
+    forwards, widths, given = {}, [], []
+
+    family = family_of(twin)
+    assert family is not None
+    layout = family.layout
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        given.append(prediction_of(output, see(module, args, kwargs), layout).numel())
+
+    handle = twin.register_forward_hook(note, with_kwargs=True)
+    counted = count_forwards(twin, lambda: make_inputs(twin, 1, size), ways, layout)
+    for way, (forward, recorder) in zip(ways, counted, strict=True):
+        forwards[way[0] is Action.REUSE, way[1] is Action.REUSE] = forward
+        widths.append(recorder.nbytes // twin.dtype.itemsize)
+    handle.remove()
+    taken, seen = forwards[False, False].layers, recorder.cross
+    # In the order of the denoiser, not of its forward.
+    layers = ((name, seen[layer]) for name, layer in attention_modules(twin).items() if layer in seen)
+    cross = tuple(CrossLayer(width, taken[name], saved) for name, (width, saved) in layers)
+    # What is computed but not stored is released: after the last forward only cross-attention is held.
+    return Profile(forwards, cross, self_width=widths[0] - widths[-1], width=given[0])
+
+
+def count_forward(
+    module: torch.nn.Module, inputs: dict[str, Any], apart: Mapping[str, torch.nn.Module] | None = None
+) -> Forward:
+    """Run a module once and count, in some of its parts by themselves too."""
+    counter = FlopCounterMode(display=False)
+    ran: set[torch.nn.Parameter] = set()
+    in_layers = 0
+    names = {part: name for name, part in (apart or {}).items()}
+    taken: dict[str, MACs] = {}
+
+    def so_far() -> MACs:
+        return MACs(in_layers // 2, (counter.get_total_flops() - in_layers) // 2)
+
+    def before(part: torch.nn.Module, args: Any) -> None:
+        nonlocal in_layers
+        ran.update(part.parameters(recurse=False))
+        if isinstance(part, _LAYERS):
+            in_layers -= counter.get_total_flops()
+        elif part in names:
+            taken[names[part]] = so_far() * -1
+
+    def after(part: torch.nn.Module, args: Any, output: Any) -> None:
+        nonlocal in_layers
+        if isinstance(part, _LAYERS):
+            in_layers += counter.get_total_flops()
+        elif part in names:
+            taken[names[part]] += so_far()
+
+    # By module and not by operation: what attention's products are called depends on the version and the device.
+    handles = [part.register_forward_pre_hook(before) for part in module.modules()]
+    handles += [part.register_forward_hook(after) for part in module.modules()]
+    try:
+        with torch.no_grad(), counter:
+            module(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Forward(so_far(), sum(parameter.numel() for parameter in ran), taken)

@@ -1,0 +1,204 @@
+"""A denoiser without weights: its twin on the meta device, and the inputs that it takes there."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Set
+from typing import Any
+
+import torch
+
+from ..families import family_of
+from ..families.family import Inputs, InputSize, Shapes
+from ..plan.validation import checked_int, shown
+
+# Settings that may need an input which is not among these shapes, with the values that do not.
+_KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "addition_embed_type": (None, "text_time"),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "attention_type": (None, "default", "regular"),
+}
+# What pipelines call the number of frames.
+_FRAMES = ("num_frames", "video_length", "frames", "segment_frame_length")
+# More steps, pictures or pixels than anyone counts.
+MOST_OF_ALL = 10**6
+
+
+def family_inputs(denoiser: torch.nn.Module) -> Inputs:
+    """The inputs of a denoiser of a known family."""
+    family = family_of(denoiser)
+    assert family is not None
+    if family.inputs is None:
+        raise ValueError(
+            f"{type(denoiser).__name__} does not run on the meta device, so its cost cannot be estimated. Count what a "
+            "run takes with torch.utils.flop_counter.FlopCounterMode."
+        )
+    return family.inputs
+
+
+def input_size(
+    pipe: Any,
+    denoiser: Any,
+    height: int | None,
+    width: int | None,
+    max_sequence_length: int | None,
+    num_frames: int | None,
+    vae_scale_factor: int | None,
+) -> InputSize:
+    """The size of the inputs: as given, else as the pipeline or the configuration has it."""
+    name, inputs = type(denoiser).__name__, family_inputs(denoiser)
+    for argument, value, senseless in (
+        ("num_frames", num_frames, inputs.frames is None),
+        ("max_sequence_length", max_sequence_length, not inputs.text),
+        ("height", height, not inputs.sized),
+        ("width", width, not inputs.sized),
+    ):
+        if value is not None and senseless:
+            raise ValueError(f"{argument}={shown(value)} means nothing for a {name}: leave it out.")
+    factor = _scale(pipe, inputs) if vae_scale_factor is None else vae_scale_factor
+    factor = checked_int("vae_scale_factor", factor, 1, most=MOST_OF_ALL)
+    sides = []
+    for axis, (argument, value) in enumerate((("height", height), ("width", width))):
+        if not inputs.sized:
+            value = factor
+        if value is None:
+            value = _call_default(pipe, argument) or _sample_size(denoiser, axis, argument) * factor
+        value = checked_int(argument, value, factor, most=MOST_OF_ALL)
+        if value % factor:
+            raise ValueError(f"{argument}={shown(value)} is not a multiple of {factor}: give one.")
+        sides.append(value // factor)
+    tokens = max_sequence_length
+    if tokens is None:
+        padded = getattr(getattr(pipe, "tokenizer", None), "model_max_length", None) if inputs.padded else None
+        tokens = _call_default(pipe, "max_sequence_length") or padded or inputs.tokens
+    frames = num_frames
+    if frames is None and inputs.frames is not None:
+        frames = _frames(pipe, denoiser, inputs)
+    frames = checked_int("num_frames", 1 if frames is None else frames, 1, most=MOST_OF_ALL)
+    places = getattr(denoiser.config, "video_length", None)
+    if places is not None and frames not in (1, places):
+        raise ValueError(f"num_frames={frames}, but this {name} has places for {places}: leave num_frames out.")
+    return InputSize(
+        height=sides[0],
+        width=sides[1],
+        tokens=checked_int("max_sequence_length", tokens, 1, most=MOST_OF_ALL),
+        frames=(frames - 1) // _frame_scale(pipe, inputs) + 1,
+        picture=_picture_tokens(pipe),
+        given=_is_given_parts(pipe, inputs),
+        crossed=bool(_call_default(pipe, "use_cross_timestep")),
+    )
+
+
+def _frames(pipe: Any, denoiser: Any, inputs: Inputs) -> int | None:
+    """Frames of the video if nobody says how many; one where the call draws a picture."""
+    if pipe is not None and inputs.sized and not takes(pipe, "frame", "video"):
+        return 1
+    told = (getattr(denoiser.config, name, None) or _call_default(pipe, name) for name in _FRAMES)
+    return next(filter(None, told), inputs.frames)
+
+
+def takes(pipe: Any, *words: str) -> bool:
+    """Whether the call of a pipeline has an argument with one of these words in its name, or any argument."""
+    parameters = inspect.signature(type(pipe).__call__).parameters.values()
+    return any(each.kind is each.VAR_KEYWORD or any(word in each.name for word in words) for each in parameters)
+
+
+def _picture_tokens(pipe: Any) -> int:
+    """Tokens of a given picture, where it is encoded."""
+    config: Any = getattr(getattr(pipe, "image_encoder", None), "config", None)
+    if not isinstance(getattr(config, "image_size", None), int):
+        return InputSize.picture
+    return int(config.image_size // config.patch_size) ** 2 + 1
+
+
+def _is_given_parts(pipe: Any, inputs: Inputs) -> bool:
+    """Whether the denoiser is told which parts are given; of Wan some checkpoints want that in every call."""
+    named = any(base.__name__ in inputs.given for base in type(pipe).__mro__)
+    return named or bool(getattr(getattr(pipe, "config", None), "expand_timesteps", False))
+
+
+def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
+    """A side of the latent as the configuration has it."""
+    # Some name the sides separately.
+    size = getattr(denoiser.config, "sample_size", None) or getattr(denoiser.config, f"sample_{argument}", None)
+    if size is None:
+        raise ValueError(f"{type(denoiser).__name__} has no config.sample_size: give `{argument}`.")
+    return int(size if isinstance(size, int) else size[axis])
+
+
+def _scale(pipe: Any, inputs: Inputs) -> int:
+    """Pixels of the picture for each of the latent."""
+    told = (
+        getattr(pipe, name, None)
+        for name in ("vae_scale_factor", "vae_spatial_compression_ratio", "vae_scale_factor_spatial")
+    )
+    return next((scale for scale in told if scale is not None), inputs.scale)
+
+
+def _frame_scale(pipe: Any, inputs: Inputs) -> int:
+    """Frames of the video for each of the latent, if the latent has fewer."""
+    if inputs.frame_scale == 1:
+        return 1
+    told = (getattr(pipe, name, None) for name in ("vae_temporal_compression_ratio", "vae_scale_factor_temporal"))
+    return next((scale for scale in told if scale is not None), inputs.frame_scale)
+
+
+def _call_default(pipe: Any, argument: str) -> int | None:
+    """The number that a pipeline takes if the call does not say."""
+    parameter = None if pipe is None else inspect.signature(type(pipe).__call__).parameters.get(argument)
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+
+
+def check_conditions(denoiser: Any) -> None:
+    """Refuse a denoiser that takes an input which is not known here."""
+    for setting, known in _KNOWN_CONDITIONS.items():
+        value = getattr(denoiser.config, setting, None)
+        if value not in known:
+            raise ValueError(
+                f"{type(denoiser).__name__} has config.{setting}={value!r}, and T-GATE does not know the input that "
+                "this needs. If it comes from an IP-Adapter, call pipe.unload_ip_adapter() first."
+            )
+
+
+def make_twin(denoiser_class: Any, config: dict[str, Any]) -> Any:
+    """Make a denoiser without weights."""
+    # From the configuration and not a copy: a copy would bring hooks, offloaded weights and patched forwards along.
+    with torch.device("meta"):
+        twin = denoiser_class.from_config(config)
+    for name, stand_in in family_inputs(twin).instead.items():
+        part = twin.get_submodule(name)
+        part.forward = functools.partial(stand_in, part)
+    # Buffers that are made from numpy are not on meta yet.
+    return twin.eval().requires_grad_(False).to("meta")
+
+
+def check_parameters(denoiser: torch.nn.Module, names: Set[str]) -> None:
+    """Refuse a denoiser with other parameters than its configuration describes."""
+    other = names ^ {name for name, _ in denoiser.named_parameters()}
+    if other:
+        name = type(denoiser).__name__
+        raise ValueError(
+            f"{name} is not what its configuration describes: {len(other)} parameters differ, such as {min(other)}. "
+            "Fuse and unload LoRA (pipe.fuse_lora(), pipe.unload_lora_weights()), or give the denoiser without it, "
+            f"{name}.from_config(denoiser.config)."
+        )
+
+
+def make_inputs(twin: Any, batch: int, size: InputSize) -> dict[str, Any]:
+    """Make the arguments of a twin's forward."""
+    return _filled(family_inputs(twin).shapes(twin.config, batch, size), twin.dtype)
+
+
+def _filled(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:
+    """Tensors on meta in place of shapes."""
+    return {
+        name: _filled(shape, dtype)
+        if isinstance(shape, dict)
+        else torch.empty(shape, dtype=dtype, device="meta")
+        if isinstance(shape, tuple)
+        else shape
+        for name, shape in shapes.items()
+    }

@@ -1,0 +1,131 @@
+"""What is seen in watched calls: changes from step to step, and what each tolerance would have made of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..guidance.prediction import Difference, guided_output, predict, relative_error
+from ..plan.adaptive import Pace
+from ..plan.schedule import TGateSchedule
+from ..run.run import Run
+
+
+class Probe:
+    """
+    What is seen: sums by what changes and by step, and the differences of one call.
+
+    Attributes:
+        steps (`int`): Steps of a call.
+        layers (`list` of `str`): Names of the cross-attention layers.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.layers: list[str] = []
+        # Step and pass of the forward that runs: PixArt's has ended when its hooks come.
+        self._now = (0, 0)
+        self._changes: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._before: dict[str, torch.Tensor] = {}
+        # The passes of every loop of a call.
+        self._loops: list[list[Pass]] = [[]]
+        self._plans: dict[float | None, list[tuple[int, int]]] = defaultdict(list)
+
+    def mean(self, name: str) -> dict[int, float]:
+        """Mean change by step, of a layer or of one of `cross_attention`, `difference` and `error`."""
+        return {step: sum(values) / len(values) for step, values in sorted(self._changes[name].items())}
+
+    def layer(self, name: str, run: Run, output: torch.Tensor) -> None:
+        """A layer with cross-attention has given its output."""
+        step = run.step_index
+        if run.passes < self._now[1]:
+            # Another loop of the call begins (FreeInit).
+            self._before.clear()
+            self._loops.append([])
+        self._now = (step, run.passes)
+        self.steps = max(self.steps, step + 1)
+        before = self._before.get(name)
+        if before is not None and before.shape == output.shape:
+            changed = change(before, output)
+            self._changes[name][step].append(changed)
+            self._changes["cross_attention"][step].append(changed)
+        self._before[name] = output.detach().clone()
+
+    def both_halves(self, prediction: torch.Tensor, run: Run) -> None:
+        """The denoiser has given both halves of guidance."""
+        (step, number), halves = self._now, prediction.chunk(2)
+        difference = Difference(number, halves[1] - halves[0])
+        scale = run.call.scale()
+        now = Pass(step, difference, guided_output(halves, 0 if run.batch.unconditional_first else 1, scale), scale)
+        passes = self._loops[-1]
+        if passes and passes[-1].difference.position == number:
+            # Calls before the loop count as part of its first pass.
+            passes.pop()
+        if passes and passes[-1].difference.value.shape != difference.value.shape:
+            # Like another loop: the run starts again there.
+            self._loops.append(passes := [])
+        if passes:
+            self._changes["difference"][step].append(change(passes[-1].difference.value, difference.value))
+        if len(passes) > 1:
+            self._changes["error"][step].append(now.error([each.difference for each in passes[-2:]]))
+        passes.append(now)
+
+    def end_call(self, schedules: Sequence[TGateSchedule]) -> None:
+        """A call has ended: see what each tolerance would have given, and let go of what it held."""
+        for schedule in schedules:
+            halves = [step for passes in self._loops for step in self._half_steps(schedule, passes)]
+            plan = self.steps - len(halves), min(halves, default=self.steps)
+            self._plans[schedule.tolerance].append(plan)
+        self._loops = [[]]
+        self._before.clear()
+        self._now = (0, 0)
+
+    def setting(self, schedule: TGateSchedule, half: float) -> tuple[float, float, float]:
+        """Full steps, the first half step, and the speed-up, the means of all calls."""
+        plans = self._plans[schedule.tolerance]
+        full, gate = (sum(values) / len(plans) for values in zip(*plans, strict=True))
+        return full, gate, self.steps / (full + (self.steps - full) * half)
+
+    @staticmethod
+    def _half_steps(schedule: TGateSchedule, passes: Sequence[Pass]) -> list[int]:
+        """The steps of a loop that would have been half ones."""
+        assert schedule.tolerance is not None
+        pace, halves = Pace(schedule.tolerance), []
+        known: list[Difference] = []
+        for step in sorted({each.step for each in passes}):
+            if not pace.full:
+                halves.append(step)
+                pace.end_half_step()
+                continue
+            errors = []
+            for each in (each for each in passes if each.step == step):
+                if len(known) > 1:
+                    errors.append(each.error(known))
+                known = [*known[-1:], each.difference]
+            pace.end_full_step(max(errors, default=None))
+        return halves
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward with both halves of guidance."""
+
+    step: int
+    difference: Difference
+    guided: torch.Tensor
+    scale: Any
+
+    def error(self, known: Sequence[Difference]) -> float:
+        """How far off a prediction would have been, for the worst picture of the batch."""
+        predicted = predict(known, self.difference.position)
+        return float(relative_error(predicted, self.difference.value, self.guided, self.scale).max())
+
+
+def change(before: torch.Tensor, now: torch.Tensor) -> float:
+    """How far two tensors are apart, relative to the later one; the mean of the samples."""
+    apart = (now.float() - before.float()).flatten(1).norm(dim=1)
+    return float((apart / now.float().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).mean())

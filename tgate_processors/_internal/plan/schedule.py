@@ -1,0 +1,272 @@
+"""When attention is computed, stored and reused: pure Python, no torch."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from .adaptive import LEAD, Pace
+from .validation import Auto, checked_gate_step, checked_int, checked_tolerance, is_choice, shown
+
+CFGHalf = Literal["unconditional", "conditional"]
+GuidanceMode = Literal["drop", "predict"]
+
+
+class Action(enum.Enum):
+    """What an attention layer does in one step."""
+
+    COMPUTE = "compute"
+    STORE = "store"
+    REUSE = "reuse"
+
+
+class Phase(enum.Enum):
+    """The part of the run that a step belongs to (in the words of https://arxiv.org/abs/2404.02747)."""
+
+    SEMANTICS_PLANNING = "semantics planning"
+    GATE = "gate"
+    FIDELITY_IMPROVING = "fidelity improving"
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What happens in one inference step."""
+
+    phase: Phase
+    cross_attention: Action
+    self_attention: Action
+
+
+@dataclass(frozen=True)
+class TGateSchedule:
+    r"""
+    The T-GATE schedule: which steps compute, store or reuse each kind of attention.
+
+    Steps are inference steps, counted from 0: one step is one tick of the pipeline's progress bar, also for schedulers
+    that call the denoiser twice a step (Heun, KDPM2) or repeat the first timestep (PNDM).
+
+    Args:
+        gate_step (`int`, `float` or `str`, *optional*, defaults to `"auto"`):
+            With `"auto"` the run decides which steps are full, by the measured error of predicted guidance: see
+            `tolerance`. A number is how many steps compute cross-attention: its output is stored in step
+            `gate_step - 1` and reused from step `gate_step` on, where half of the guidance batch is left out too.
+            A `float` in (0, 1) is a share of the steps that really run, rounded to the nearest step and at least 1.
+        sp_interval (`int`, *optional*, defaults to `1`):
+            In the semantics-planning phase self-attention is computed every `sp_interval` steps. `1` computes it in
+            every step.
+        fi_interval (`int`, *optional*, defaults to `1`):
+            In the fidelity-improving phase self-attention is computed every `fi_interval` steps. `1` computes it in
+            every step.
+        warm_up (`int`, *optional*, defaults to `0`):
+            Number of first steps in which self-attention is always computed.
+        guidance (`str`, *optional*):
+            What happens to classifier-free guidance after the gate. `"drop"`: it ends, and cross-attention keeps the
+            mean of the two halves. `"predict"`: only the conditional half is computed, with its own cross-attention,
+            and its difference from the other half is predicted from the last full steps. Defaults to `"predict"` with
+            `gate_step="auto"`, else to `"drop"`.
+        cfg_interval (`int`, *optional*):
+            With `guidance="predict"`, every `cfg_interval`-th step after the gate is a full step, in which guidance and
+            cross-attention are computed and kept anew. By default there are none.
+        tolerance (`float`, *optional*):
+            With `gate_step="auto"`, the accepted error of the guided output, relative to that output. Every full step
+            measures it. The larger it is, the sooner the next full step comes. `0` makes every step a full one.
+            Defaults to `0.6`.
+
+    Raises:
+        TypeError: If a setting is not a number of the right kind.
+        ValueError: If a setting is out of range, or has no meaning together with the others.
+
+    Example:
+
+    ```py
+    >>> from tgate_processors import TGateSchedule
+
+    >>> schedule = TGateSchedule(gate_step=2)
+    >>> [step.cross_attention.value for step in schedule.plan(4)]
+    ['compute', 'store', 'reuse', 'reuse']
+    ```
+
+    Source: T-GATE, "Faster Diffusion via Temporal Attention Decomposition" (https://arxiv.org/abs/2404.02747); its
+    *m* is `gate_step`, its *k* is `sp_interval`, its *w* is `warm_up`.
+    """
+
+    gate_step: int | float | Auto = "auto"
+    sp_interval: int = 1
+    fi_interval: int = 1
+    warm_up: int = 0
+    guidance: GuidanceMode | None = None
+    cfg_interval: int | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        checked: dict[str, object] = {"gate_step": checked_gate_step(self.gate_step)}
+        for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
+            checked[name] = checked_int(name, getattr(self, name), least)
+        if not is_choice("guidance", self.guidance, "drop", "predict"):
+            raise ValueError(f'guidance={shown(self.guidance)} is unknown: give "drop" or "predict".')
+        checked["guidance"] = self.guidance or ("predict" if self.is_auto else "drop")
+        if self.cfg_interval is not None:
+            checked["cfg_interval"] = checked_int("cfg_interval", self.cfg_interval, 1)
+        if self.is_auto or self.tolerance is not None:
+            checked["tolerance"] = checked_tolerance(self.tolerance)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        self._check_together()
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the run itself decides which steps are full."""
+        return self.gate_step == "auto"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether guidance goes on after the gate, predicted."""
+        return self.guidance == "predict"
+
+    def resolve_gate_step(self, num_inference_steps: int) -> int:
+        """
+        Give `gate_step` as a number of steps.
+
+        Args:
+            num_inference_steps (`int`): Number of steps that really run.
+
+        Returns:
+            `int`: The first step of the fidelity-improving phase; with `"auto"` the first one that it can be.
+        """
+        num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 0)
+        if isinstance(self.gate_step, str):
+            halves = (i for i, step in enumerate(self.plan(num_inference_steps)) if step.phase is _HALF)
+            return next(halves, num_inference_steps)
+        if isinstance(self.gate_step, int):
+            return self.gate_step
+        return max(1, math.floor(self.gate_step * num_inference_steps + 0.5))
+
+    def plan(self, num_inference_steps: int) -> tuple[StepPlan, ...]:
+        """
+        Give the plan of every step.
+
+        An output is stored only where a later step reuses it, so no tensor is held for nothing. With
+        `gate_step="auto"` this is the plan with the fewest full steps that a run can have.
+
+        Args:
+            num_inference_steps (`int`): Number of steps that really run.
+
+        Returns:
+            `tuple` of `StepPlan`: One entry per step.
+        """
+        num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 0)
+        if isinstance(self.gate_step, str):
+            return self._shortest_plan(num_inference_steps)
+        gate = self.resolve_gate_step(num_inference_steps)
+        steps = range(num_inference_steps)
+        cross = _without_idle_stores([self._cross_attention(step, gate) for step in steps])
+        own = _without_idle_stores([self._self_attention(step, gate) for step in steps])
+        return tuple(StepPlan(self._phase(step, gate), cross[step], own[step]) for step in steps)
+
+    def decided(self, step: int, *, full: bool, keeps: bool) -> StepPlan:
+        """
+        Give the plan of a step that the run decides on (`gate_step="auto"`).
+
+        Args:
+            step (`int`): The step.
+            full (`bool`): Whether both halves of guidance are computed.
+            keeps (`bool`): Whether the next step may be a half step, if this one is full.
+
+        Returns:
+            `StepPlan`: What happens in it.
+        """
+        if not full:
+            return StepPlan(Phase.FIDELITY_IMPROVING, Action.REUSE, self._after_gate(step))
+        if not keeps:
+            return StepPlan(Phase.SEMANTICS_PLANNING, Action.COMPUTE, Action.COMPUTE)
+        own = Action.STORE if self.fi_interval > 1 else Action.COMPUTE
+        return StepPlan(Phase.GATE, Action.STORE, own)
+
+    def _shortest_plan(self, steps: int) -> tuple[StepPlan, ...]:
+        """The plan of a run in which every prediction is right."""
+        assert self.tolerance is not None
+        pace, plan = Pace(self.tolerance), []
+        for step in range(steps):
+            full, judged = pace.full, step >= LEAD
+            plan.append(self.decided(step, full=full, keeps=pace.may_open and judged and step < steps - 1))
+            if full:
+                pace.end_full_step(0.0 if judged else None)
+            else:
+                pace.end_half_step()
+        return tuple(plan)
+
+    def _phase(self, step: int, gate: int) -> Phase:
+        """Phase of a step; full steps after the gate count as the gate."""
+        if step < gate - 1:
+            return Phase.SEMANTICS_PLANNING
+        refreshes = self.cfg_interval is not None and (step - gate + 1) % self.cfg_interval == 0
+        return Phase.GATE if step == gate - 1 or refreshes else Phase.FIDELITY_IMPROVING
+
+    def _cross_attention(self, step: int, gate: int) -> Action:
+        """Cross-attention: stored in the last step before the gate, reused from the gate on."""
+        return _BY_PHASE[self._phase(step, gate)]
+
+    def _self_attention(self, step: int, gate: int) -> Action:
+        """Self-attention: stored at the gate and at every interval, reused between."""
+        phase = self._phase(step, gate)
+        if phase is Phase.GATE:
+            return Action.STORE
+        if phase is Phase.FIDELITY_IMPROVING:
+            return Action.STORE if step % self.fi_interval == 0 else Action.REUSE
+        if step < self.warm_up:
+            return Action.COMPUTE
+        return Action.STORE if step == self.warm_up or step % self.sp_interval == 0 else Action.REUSE
+
+    def _after_gate(self, step: int) -> Action:
+        """Self-attention in a half step that the run decides on."""
+        if self.fi_interval == 1:
+            return Action.COMPUTE
+        return Action.STORE if step % self.fi_interval == 0 else Action.REUSE
+
+    def _check_together(self) -> None:
+        """Refuse settings that have no meaning together."""
+        if self.is_auto and self.guidance == "drop":
+            raise ValueError(
+                'gate_step="auto" is set by the error of predicted guidance, but guidance="drop" predicts none: give '
+                "gate_step as a number of steps, or leave guidance out."
+            )
+        if self.is_auto and (self.sp_interval > 1 or self.warm_up):
+            raise ValueError(
+                f"sp_interval={self.sp_interval} and warm_up={self.warm_up} are for the steps before the gate, and "
+                'gate_step="auto" does not know how many these will be: leave them out, or give gate_step as a number '
+                "of steps."
+            )
+        if self.is_auto and self.cfg_interval is not None:
+            raise ValueError(
+                f'cfg_interval={self.cfg_interval} and gate_step="auto" both say when guidance is computed: leave it '
+                'out, or give gate_step as a number of steps and guidance="predict".'
+            )
+        if not self.is_auto and self.tolerance is not None:
+            raise ValueError(f'tolerance={self.tolerance} is for gate_step="auto", not gate_step={self.gate_step}.')
+        if self.cfg_interval is not None and not self.predicts:
+            raise ValueError(
+                f'cfg_interval={self.cfg_interval} is for guidance="predict": with "drop" guidance never comes back.'
+            )
+
+
+_HALF = Phase.FIDELITY_IMPROVING
+_BY_PHASE = {
+    Phase.SEMANTICS_PLANNING: Action.COMPUTE,
+    Phase.GATE: Action.STORE,
+    Phase.FIDELITY_IMPROVING: Action.REUSE,
+}
+
+
+def _without_idle_stores(actions: list[Action]) -> list[Action]:
+    """Turn every store that nothing reuses into a plain compute."""
+    reused = False
+    for step in reversed(range(len(actions))):
+        if actions[step] is Action.REUSE:
+            reused = True
+        else:
+            if not reused:
+                actions[step] = Action.COMPUTE
+            reused = False
+    return actions

@@ -1,0 +1,172 @@
+"""The steps of a denoising loop: what the pipeline says of them, checked against what is seen."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..guidance.predictor import Guidance
+from .schedule import Phase, StepPlan, TGateSchedule
+
+
+class Timeline(NamedTuple):
+    """
+    What a pipeline and its scheduler say of a loop.
+
+    Args:
+        passes (`int`): Passes of the loop.
+        order (`int`): Passes per step.
+        repeats (`int`): First passes that belong to step 0 beyond its own (PNDM).
+        told (`bool`): Whether the pipeline says so itself; if not, it is what the scheduler has prepared.
+    """
+
+    passes: int
+    order: int = 1
+    repeats: int = 0
+    told: bool = True
+
+    def step_of(self, index: int) -> int:
+        """Inference step of a pass: the ticks that the progress bar shows by then."""
+        return max(0, index - self.repeats) // self.order
+
+    @property
+    def steps(self) -> int:
+        """Inference steps of the loop."""
+        return self.step_of(self.passes - 1) + 1
+
+
+class Loop:
+    """
+    One denoising loop of a call: it counts, and raises where what it sees is not what it was told.
+
+    Calls before the loop (an inversion) look like a part of its first pass, so that one may have several forwards.
+
+    Args:
+        schedule (`TGateSchedule`): When attention is computed, stored and reused.
+        timeline (`Timeline`): What the pipeline says of the loop.
+        calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance of two halves is made of.
+
+    Attributes:
+        guidance (`Guidance`, *optional*): What the halves of guidance differ by, if that is predicted.
+    """
+
+    def __init__(self, schedule: TGateSchedule, timeline: Timeline, calls: int = 1) -> None:
+        self._schedule = schedule
+        self._calls = calls
+        self.begin_guidance()
+        self._pass = 0
+        self._forwards = 0
+        self.last_index: int | None = None
+        self.follow(timeline)
+
+    def follow(self, timeline: Timeline) -> None:
+        """Plan the steps to come by what the pipeline says now; some say it when the loop has begun."""
+        if not timeline.told and isinstance(self._schedule.gate_step, float):
+            raise ValueError(
+                f"T-GATE: gate_step={self._schedule.gate_step} is a share of the steps, but the pipeline does not say "
+                "how many it runs (it never sets `num_timesteps`): give gate_step as a number of steps."
+            )
+        self.timeline = timeline
+        self.plan = self._schedule.plan(timeline.steps)
+        self.gate_step = self._schedule.resolve_gate_step(timeline.steps)
+
+    @property
+    def passes(self) -> int:
+        """Passes that have ended."""
+        return self._pass
+
+    @property
+    def step_index(self) -> int:
+        """Inference step that runs now."""
+        return min(self.timeline.step_of(self._pass), max(0, len(self.plan) - 1))
+
+    def planned(self, *, repeats: bool = False, half: bool = False) -> StepPlan:
+        """
+        Give the plan of the step that runs now.
+
+        Args:
+            repeats (`bool`, *optional*, defaults to `False`):
+                Whether a cache hardly computes anything in it. If the run decides, it then goes on as it was.
+            half (`bool`, *optional*, defaults to `False`): Whether it was on half of the batch.
+        """
+        guidance = self.guidance
+        if guidance is None or guidance.pace is None:
+            return self.plan[self.step_index]
+        keeps = guidance.pace.may_open and guidance.judges and self.step_index < len(self.plan) - 1
+        full = not half if repeats else guidance.pace.full
+        return self._schedule.decided(self.step_index, full=full, keeps=keeps)
+
+    @property
+    def may_halve(self) -> bool:
+        """Whether a step to come may run on half of the batch."""
+        rest = self.plan[self.step_index :]
+        return self._schedule.is_auto or any(step.phase is Phase.FIDELITY_IMPROVING for step in rest)
+
+    @property
+    def over(self) -> bool:
+        """Whether all passes have ended."""
+        return self._pass >= self.timeline.passes
+
+    @property
+    def forwards(self) -> int:
+        """Calls of the denoiser in this pass."""
+        return self._forwards
+
+    def begin_guidance(self) -> None:
+        """Start with nothing known of guidance: at the beginning, and when another denoiser takes over."""
+        self.guidance = Guidance(self._schedule.tolerance) if self._schedule.predicts else None
+
+    def forward(self, *, guided: bool = False) -> None:
+        """The denoiser is called."""
+        self._forwards += 1
+        if self._calls > 1:
+            self._check_calls(guided)
+            return
+        if self._forwards > 1 and self._pass > 0:
+            raise ValueError(
+                f"T-GATE: the denoiser was called a second time in step {self.step_index}, where T-GATE expects one "
+                "call in each step: what a layer keeps cannot serve two (tiles, views, several predictions), or "
+                "callback_on_step_end does not come after every step. Call remove_tgate(pipe) to use this pipeline."
+            )
+
+    def tick(self, index: int | None = None, *, full: bool = True, computed: bool = True, guided: bool = False) -> None:
+        """
+        A pass has ended.
+
+        Args:
+            index (`int`, *optional*): The pipeline's own number of the pass.
+            full (`bool`, *optional*, defaults to `True`): Whether both halves of guidance were computed in it.
+            computed (`bool`, *optional*, defaults to `True`): Whether anything was, and not repeated by a cache.
+            guided (`bool`, *optional*, defaults to `False`): Whether it had both halves of guidance.
+        """
+        if self._calls > 1 and guided and self._forwards == 1:
+            raise ValueError(
+                f"T-GATE: step {self.step_index} ended with one call of the denoiser, where T-GATE expects two with "
+                "classifier-free guidance, the conditional one first. Call remove_tgate(pipe) to use this pipeline."
+            )
+        if not self._forwards:
+            raise ValueError(
+                f"T-GATE: step {self.step_index} ended without a call of the denoiser in this thread, where T-GATE "
+                "expects one call in each step. Call remove_tgate(pipe) to use this pipeline."
+            )
+        if index is not None and self.last_index is not None and index != self.last_index + 1:
+            raise ValueError(
+                f"T-GATE: callback_on_step_end came with step {index} after step {self.last_index}, where T-GATE "
+                f"expects step {self.last_index + 1} of {self.timeline.passes}: it has to come after every step, and "
+                "`num_timesteps` has to be their number. Call remove_tgate(pipe) to use this pipeline."
+            )
+        self.last_index = index
+        self._forwards = 0
+        ended = self.step_index
+        self._pass += 1
+        if self.guidance is not None and (self.over or self.step_index != ended):
+            self.guidance.end_step(full=full, computed=computed)
+
+    def _check_calls(self, guided: bool) -> None:
+        """Refuse more calls in a step than guidance is made of."""
+        expected = self._calls if guided else 1
+        if self._forwards > expected:
+            raise ValueError(
+                f"T-GATE: the denoiser was called {self._forwards} times in step {self.step_index}, where T-GATE "
+                f"expects {expected} with classifier-free guidance {'on' if guided else 'off'} (windows, several "
+                "predictions). Call remove_tgate(pipe) to use this pipeline."
+            )

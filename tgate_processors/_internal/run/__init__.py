@@ -1,0 +1,5 @@
+"""
+One call of a pipeline. Nothing of it outlives the call, and copies of the pipeline share nothing of it.
+
+Imports all of the above but `families`.
+"""

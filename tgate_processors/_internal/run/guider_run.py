@@ -1,0 +1,246 @@
+"""One call of a pipeline whose guidance is a guider: its steps as the guider is told of them, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from ..attention.state import TGateState
+from ..caches.foreign_forwards import Forwards
+from ..denoiser.batch import second_of
+from ..denoiser.inputs import is_another, is_picture
+from ..plan.report import TGateReport
+from ..plan.report_builder import Tally
+from ..plan.schedule import Phase
+from ..plan.steps import Loop, Timeline
+from .call import Call
+from .messages import say_exchanged_in_vain, say_nothing_was_gated, say_unguided, say_what_is_late
+
+# No attention layer is gated: none computes, and none reuses, what could be counted.
+_NO_LAYERS = ((False, False), (False, False))
+
+
+class GuiderCall(Call):
+    """What messages say of a call that a guider guides."""
+
+    def guided(self) -> bool:
+        """Whether guidance is on; only asked in steps in which it is."""
+        return True
+
+    @property
+    def guides_by(self) -> str:
+        """What a call needs to guide."""
+        return "a guider that is enabled and has a guidance_scale other than 1"
+
+
+class GuidedRun:
+    """
+    One call of a pipeline. It is made anew for every call, and nothing of it outlives the call but the report.
+
+    Args:
+        state (`TGateState`): The settings, and where the report goes.
+        call (`Call`): What messages say of the call.
+        forwards (`Forwards`): What its denoisers do when they are called.
+        droppable (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be left out.
+    """
+
+    def __init__(self, state: TGateState, call: Call, forwards: Forwards, *, droppable: bool = True) -> None:
+        self._state = state
+        self._call = call
+        self._forwards = forwards
+        self._droppable = droppable
+        self._tally = Tally(is_auto=state.schedule.is_auto)
+        self._loop: Loop | None = None
+        self._guider: Any = None
+        self._half = self._running = False
+        self._ever_guided = self._took_over = False
+        # Whether something was exchanged, and whether a step was full because of that.
+        self._exchanged = self._lost = False
+        self._conditions: list[Any] = []
+        # Guided steps of this loop in which the present guider had both halves.
+        self._computed = 0
+
+    @property
+    def report(self) -> TGateReport:
+        """What has been done so far."""
+        return self._tally.report
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in differences of the halves of guidance."""
+        guidance = None if self._loop is None else self._loop.guidance
+        return 0 if guidance is None else guidance.nbytes
+
+    def halves(self, guider: Any) -> bool:
+        """Whether the step that runs now asks this guider for the conditional half alone."""
+        return self._half and guider is self._guider
+
+    def begin_step(self, guider: Any, step: int, steps: int, *, guided: bool) -> None:
+        """
+        A guider is told of a step.
+
+        Args:
+            guider (`BaseGuidance`): The guider.
+            step (`int`): The step.
+            steps (`int`): Steps of the loop.
+            guided (`bool`): Whether guidance is on in it.
+
+        Raises:
+            ValueError: If it is not the step that comes next.
+        """
+        loop = self._begin_loop(steps) if step == 0 else self._loop
+        expected = None if loop is None else loop.passes
+        if loop is None or self._running or step != expected:
+            raise ValueError(
+                f"T-GATE: {self._call.subject} tells its guider of step {step}, where T-GATE expects "
+                f"{'the guided output of the step before' if self._running else f'step {expected or 0}'}: every step "
+                "has to call the guider's set_state once, with the steps of a loop counted from 0, and then the guider "
+                "itself. Call remove_tgate(pipe) to use this pipeline."
+            )
+        if guider is not self._guider:
+            self._take_over(guider, loop)
+        self._running = True
+        self._ever_guided = self._ever_guided or guided
+        loop.forward()
+        improving = loop.planned().phase is Phase.FIDELITY_IMPROVING
+        may_halve = guided and self._droppable
+        self._half = may_halve and improving and self._knows_guidance(loop)
+        self._lost = self._lost or (self._exchanged and may_halve and bool(improving or self._state.schedule.tolerance))
+        self._exchanged = False
+
+    def meet(self, conditions: Mapping[str, Any]) -> None:
+        """
+        A guider is given the conditions of the step that runs now: others make it a full step.
+
+        Args:
+            conditions (`Mapping`): What the halves have of their own, as tuples, the conditional one first.
+        """
+        own = {name: pair for name, pair in conditions.items() if isinstance(pair, tuple) and name != "hidden_states"}
+        before, self._conditions = self._conditions, [*own.values()]
+        loop = self._loop
+        if loop is None or loop.guidance is None or not before or loop.planned().phase is Phase.SEMANTICS_PLANNING:
+            return
+        if is_another(before, self._conditions):
+            self.exchange(("text",))
+            self._half = self._exchanged = False
+            self._lost = True
+
+    def exchange(self, names: Collection[str]) -> None:
+        """
+        Something is another one from now on: the next step is a full one.
+
+        Args:
+            names (`Collection` of `str`): What pipelines call it.
+        """
+        if self._loop is not None and (any(map(is_picture, names)) or (names and self._loop.guidance is not None)):
+            self._loop.begin_guidance()
+            self._computed, self._exchanged = 0, True
+
+    def tick(self, index: int, latents: Any, tensors: dict[str, Any], exchanged: Collection[str]) -> None:
+        """The pipeline's step callback has run; the guider has told of the step already."""
+        self.exchange(exchanged)
+
+    def unconditional(self, conditional: Any) -> torch.Tensor:
+        """
+        What stands for the half that was left out.
+
+        Args:
+            conditional (`torch.Tensor`): The half that was computed.
+
+        Returns:
+            `torch.Tensor`: It, plus the predicted difference; as it is where guidance is dropped.
+
+        Raises:
+            ValueError: If what is known is of another size.
+        """
+        loop = self._loop
+        assert loop is not None
+        difference = None if loop.guidance is None else loop.guidance.predicted(loop.passes)
+        if difference is not None and difference.shape != conditional.shape:
+            raise ValueError(
+                f"T-GATE: the denoiser's output has the shape {tuple(conditional.shape)} in step {loop.step_index}, "
+                f"and had {tuple(difference.shape)} in the full steps before: guidance of another size cannot be "
+                "predicted. Call remove_tgate(pipe) to use this pipeline."
+            )
+        other: torch.Tensor = second_of(conditional, len(conditional), difference)
+        return other
+
+    def note(self, halves: tuple[Any, Any], scale: Any) -> None:
+        """
+        Both halves were computed.
+
+        Args:
+            halves (`tuple` of `torch.Tensor`): The conditional half, and the unconditional one.
+            scale (`float`): What guidance multiplies their difference with.
+        """
+        loop = self._loop
+        self._forwards.after(len(halves[0]))
+        self._computed += 1
+        if loop is None or loop.guidance is None or not (self._droppable and loop.may_halve):
+            return
+        loop.guidance.note(loop.passes, halves, 1, scale)
+        if loop.guidance.error is not None:
+            self._tally.measured(loop.step_index, loop.guidance.error)
+
+    def end_step(self, *, guided: bool) -> None:
+        """
+        The guider has given the output of the step.
+
+        Args:
+            guided (`bool`): Whether guidance was on.
+
+        Raises:
+            ValueError: If no step has begun.
+        """
+        loop = self._loop
+        if loop is None or not self._running:
+            raise ValueError(
+                f"T-GATE: {self._call.subject} calls its guider without a step, where T-GATE expects its set_state "
+                "before every call (windows, several predictions). Call remove_tgate(pipe) to use this pipeline."
+            )
+        # Where a step is two passes (Heun), guiders are told of passes, and guide in none beyond the number of steps.
+        half, step, counts = self._half, loop.step_index, not loop.over
+        self._running = self._half = False
+        loop.tick(full=not half)
+        if loop.over:
+            loop.begin_guidance()
+        if counts:
+            self._tally.add(loop, step, half=half, did=_NO_LAYERS, held=self.nbytes)
+        if guided and self._droppable:
+            say_what_is_late(self._state, self._call, loop, gates_cross=False)
+
+    def close(self, *, completed: bool = True) -> None:
+        """The call has ended, however it ended: hold nothing, leave the report."""
+        self._state.report = report = self._tally.report
+        self._loop = self._guider = None
+        self._conditions = []
+        if completed and self._lost and not (report.half_batch_forwards or report.prediction_errors):
+            say_exchanged_in_vain(self._state, self._call)
+        elif completed and not report.num_inference_steps:
+            say_nothing_was_gated(self._call, steps_seen=False)
+        elif completed and not self._ever_guided:
+            say_unguided(self._state, self._call, gates_cross=False, joint=True)
+
+    def _begin_loop(self, steps: int) -> Loop:
+        """A loop begins, the first one of the call or another."""
+        if self._loop is not None and not self._running:
+            self._tally.end_loop(self._loop)
+        self._guider = None
+        self._forwards.begin()
+        self._loop = loop = Loop(self._state.schedule, Timeline(steps))
+        return loop
+
+    def _take_over(self, guider: Any, loop: Loop) -> None:
+        """Another guider comes with another denoiser, whose guidance is not known yet."""
+        self._took_over = self._guider is not None
+        if self._took_over:
+            loop.begin_guidance()
+        self._guider, self._computed = guider, 0
+
+    def _knows_guidance(self, loop: Loop) -> bool:
+        """Whether enough is known to leave a half out; a guider that takes over begins with full steps."""
+        if self._took_over and loop.guidance is not None:
+            return loop.guidance.judges
+        return self._computed > 0

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..plan.schedule import CFGHalf, TGateSchedule
-from ..run.call import Call
 from .catalog import family_of, known
 from .family import Family
 from .unsupported import (
@@ -61,13 +59,6 @@ class Found:
     def denoisers(self) -> tuple[torch.nn.Module, ...]:
         """What is called in the steps of the loop."""
         return (self.denoiser,) if self.second is None else (self.denoiser, self.second)
-
-    def call(self, pipe: Any, arguments: Mapping[str, Any] | None = None) -> Call:
-        """What the pipeline tells of the call that it is in."""
-        layout = self.family.layout
-        scales: dict[str, Any] = {"scale_beyond": layout.scale_beyond, "scales": layout.scales}
-        scales |= {"asks_scale": layout.asks_scale, "first_expert": int(self.attribute == self.family.second)}
-        return Call(pipe, arguments, vouched=self.vouched, guides=self.guides, **scales)
 
     def is_of(self, pipe: Any) -> bool:
         """Whether the pipeline still has these parts."""

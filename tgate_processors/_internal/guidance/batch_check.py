@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 
 from ..denoiser.inputs import Seen, unconditional_first
 from ..denoiser.spec import Layout
-from ..run.call import Call
+
+
+class Reporting(Protocol):
+    """What a call of a pipeline reports of its batch."""
+
+    vouched: bool
+
+    @property
+    def subject(self) -> str:
+        """What errors call the pipeline."""
+
+    def told(self, callback_tensors: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The embeddings of the negative prompt and of the prompt, where the pipeline tells them."""
 
 
 class Batch:
@@ -16,14 +29,14 @@ class Batch:
     The batch of a run: what the latents of the last step lead to, compared with what the denoiser gets.
 
     Args:
-        call (`Call`): What the pipeline tells.
+        call (`Reporting`): What the pipeline tells.
         layout (`Layout`): What the batch of its denoiser is.
 
     Attributes:
         unconditional_first (`bool`): Whether the first half of a guided batch is the unconditional one.
     """
 
-    def __init__(self, call: Call, layout: Layout) -> None:
+    def __init__(self, call: Reporting, layout: Layout) -> None:
         self.unconditional_first = not layout.conditional_first
         self._layout = layout
         self._call = call

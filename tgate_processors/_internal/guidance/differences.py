@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,9 +12,8 @@ from ..denoiser.batch import prediction_of, second_of
 from ..denoiser.inputs import Seen
 from ..denoiser.spec import Layout
 from ..plan.report_builder import Tally
-from ..plan.steps import Loop
-from ..run.call import Call
 from .batch_check import Batch
+from .predictor import GuidedLoop
 
 
 class Differences:
@@ -21,7 +21,7 @@ class Differences:
     Between the denoiser, which gives outputs, and the guidance of a loop, which knows what their halves differ by.
 
     Args:
-        call (`Call`): What the pipeline tells.
+        scale_of (`Callable`): Tells what guidance multiplies the difference with, by the denoiser's place.
         batch (`Batch`): Which half is which.
         layout (`Layout`): How the family does guidance.
         companions (`Companions`): The caches of others.
@@ -30,9 +30,16 @@ class Differences:
     """
 
     def __init__(
-        self, call: Call, batch: Batch, layout: Layout, companions: Companions, tally: Tally, *, is_auto: bool
+        self,
+        scale_of: Callable[[int], Any],
+        batch: Batch,
+        layout: Layout,
+        companions: Companions,
+        tally: Tally,
+        *,
+        is_auto: bool,
     ) -> None:
-        self._call = call
+        self._scale_of = scale_of
         self._batch = batch
         self._layout = layout
         self._companions = companions
@@ -41,12 +48,12 @@ class Differences:
         self._first: torch.Tensor | None = None
         self._left_out: Any = None
 
-    def of_first(self, loop: Loop, output: Any, seen: Seen, *, half: bool, expert: int) -> torch.Tensor | None:
+    def of_first(self, loop: GuidedLoop, output: Any, seen: Seen, *, half: bool, expert: int) -> torch.Tensor | None:
         """
         The first forward of a guided step has given its output.
 
         Args:
-            loop (`Loop`): Its loop.
+            loop (`GuidedLoop`): Its loop.
             output (`torch.Tensor` or container): The output.
             seen (`Seen`): What the denoiser was given.
             half (`bool`): Whether it is the only one, and on one half.
@@ -74,13 +81,13 @@ class Differences:
             self._note(loop, (first, second), 0 if self._batch.unconditional_first else 1, expert)
         return None
 
-    def of_second(self, loop: Loop, output: Any, seen: Seen, *, expert: int) -> None:
+    def of_second(self, loop: GuidedLoop, output: Any, seen: Seen, *, expert: int) -> None:
         """The second call of a full step has given its output."""
         first, self._first = self._first, None
         if first is not None and not self._repeats():
             self._note(loop, (first, prediction_of(output, seen, self._layout)), 1, expert)
 
-    def read(self, loop: Loop, latents: Any) -> None:
+    def read(self, loop: GuidedLoop, latents: Any) -> None:
         """A step has ended, with these latents: what follows them in an output is not read."""
         packed = isinstance(latents, torch.Tensor) and latents.dim() == 3
         if self._layout.given_last and loop.guidance is not None and packed:
@@ -104,10 +111,12 @@ class Differences:
         """Whether the step that has run says nothing new of guidance, because a cache has repeated it."""
         return self._is_auto and self._companions.repeated()
 
-    def _note(self, loop: Loop, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, expert: int) -> None:
+    def _note(
+        self, loop: GuidedLoop, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, expert: int
+    ) -> None:
         """Both halves of guidance were computed."""
         assert loop.guidance is not None
-        scale = self._call.scale(expert) if self._is_auto else None
+        scale = self._scale_of(expert) if self._is_auto else None
         if isinstance(scale, list):
             scale = halves[0].new_tensor(scale).repeat(len(halves[0]) // len(scale)).unsqueeze(1)
         loop.guidance.note(loop.passes, halves, unconditional, scale)

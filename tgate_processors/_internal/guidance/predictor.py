@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from ..plan.adaptive import LEAD, Pace
+from ..plan.adaptive import LEAD
+from ..plan.schedule import TGateSchedule
+from ..plan.steps import Loop, Timeline
 from .prediction import Difference, guided_output, predict, relative_error
 
 
@@ -15,15 +17,14 @@ class Guidance:
     The difference of the two halves of a denoiser's output, in the last full steps of a loop.
 
     Args:
-        tolerance (`float`, *optional*): The accepted error of a prediction. Nothing is measured without it.
+        measures (`bool`, *optional*, defaults to `False`): Whether predictions are compared with what is computed.
 
     Attributes:
-        pace (`Pace`, *optional*): What says which steps are full.
         error (`float`, *optional*): The largest error that was measured in this step.
     """
 
-    def __init__(self, tolerance: float | None = None) -> None:
-        self.pace = None if tolerance is None else Pace(tolerance)
+    def __init__(self, *, measures: bool = False) -> None:
+        self._measures = measures
         self.error: float | None = None
         self._known: list[Difference] = []
         self._tokens: int | None = None
@@ -63,7 +64,7 @@ class Guidance:
         if self._known and self._known[-1].position == position:
             # Calls before the loop count as part of its first pass.
             self._known.pop()
-        if self.pace is not None and self.judges:
+        if self._measures and self.judges:
             guided = guided_output(halves, unconditional, scale)
             self._measure(relative_error(predict(self._known, position), computed, guided, scale))
         self._known = [*self._known[1 - LEAD :], Difference(position, computed)]
@@ -72,24 +73,48 @@ class Guidance:
         """The second half minus the first, in a later pass."""
         return predict(self._known, position)
 
-    def end_step(self, *, full: bool, computed: bool = True) -> None:
-        """
-        A step of the loop has ended.
-
-        Args:
-            full (`bool`): Whether both halves were computed in it.
-            computed (`bool`, *optional*, defaults to `True`): Whether anything was, and not repeated by a cache.
-        """
-        if self.pace is not None:
-            if full:
-                self.pace.end_full_step(self.error)
-            else:
-                self.pace.end_half_step(computed=computed)
-        self.error = None
-
     def _measure(self, errors: torch.Tensor) -> None:
         """The one wait for the device in a full step: the sample with the largest error decides for all."""
         # Without values, as in `estimate_cost`, every prediction is right, which gives the fewest full steps.
         error = 0.0 if errors.is_meta else float(errors.detach().max())
         if self.error is None or not error <= self.error:
             self.error = error
+
+
+class GuidedLoop(Loop):
+    """
+    A loop, and what the halves of its guidance differ by.
+
+    Args:
+        schedule (`TGateSchedule`): When attention is computed, stored and reused.
+        timeline (`Timeline`): What the pipeline says of the loop.
+        calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance of two halves is made of.
+
+    Attributes:
+        guidance (`Guidance`, *optional*): What the halves of guidance differ by, if that is predicted.
+    """
+
+    def __init__(self, schedule: TGateSchedule, timeline: Timeline, calls: int = 1) -> None:
+        self.guidance: Guidance | None = None
+        super().__init__(schedule, timeline, calls)
+
+    @property
+    def judges(self) -> bool:
+        """Whether what the next full step computes has a prediction to be compared with."""
+        return self.guidance is not None and self.guidance.judges
+
+    @property
+    def error(self) -> float | None:
+        """How far off a prediction was in the step that runs now, if one was compared."""
+        return None if self.guidance is None else self.guidance.error
+
+    def begin_guidance(self) -> None:
+        """Start with nothing known of guidance: at the beginning, and when another denoiser takes over."""
+        super().begin_guidance()
+        self.guidance = Guidance(measures=self.pace is not None) if self._schedule.predicts else None
+
+    def end_guided_step(self, *, full: bool, computed: bool) -> None:
+        """A step of the loop has ended."""
+        super().end_guided_step(full=full, computed=computed)
+        if self.guidance is not None:
+            self.guidance.error = None

@@ -20,6 +20,7 @@ from ..run.call import Call
 from ..run.run import Run
 from .gradient_checkpointing import replay, stop_replaying
 from .hooks import DenoiserHooks
+from .pipeline_call import call_of
 
 # Until the number of steps is known, the first step is planned as that of a long run.
 _LONG_RUN = 1000
@@ -183,7 +184,7 @@ class TGateCallback(StepClock):
         replay(found.denoiser, self.state, self)
         self.state.enter(self._run)
         self._place.callback(self.state.leave)
-        call = found.call(pipeline)
+        call = call_of(found, pipeline)
         self._run.adopt(call, layers, droppable=found.kept_half is not None)
         if call.guided() and self._run.gates_first_step:
             raise ValueError(

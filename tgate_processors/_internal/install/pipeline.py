@@ -18,6 +18,7 @@ from .cleanup import Ending
 from .gradient_checkpointing import replay, stop_replaying
 from .guiders import GuiderInstallation
 from .installation import Installation
+from .pipeline_call import call_of
 from .recompile_limit import RoomForGraphs
 
 # In the `__dict__` of a pipeline with T-GATE: its installation.
@@ -166,7 +167,7 @@ def _begin(
             chain(pipe, installation.callback, bound, vouched=True)
         return state, installation.guide(pipe, ending)
     found, layers = installation.follow(pipe)
-    call = found.call(pipe, _given(bound))
+    call = call_of(found, pipe, _given(bound))
     if not found.by_forward:
         chain(pipe, installation.callback, bound, vouched=found.vouched)
     suspend_legacy(state, bound)

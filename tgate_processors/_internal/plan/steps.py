@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..guidance.predictor import Guidance
+from .adaptive import Pace
 from .schedule import Phase, StepPlan, TGateSchedule
 
 
@@ -46,7 +46,7 @@ class Loop:
         calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance of two halves is made of.
 
     Attributes:
-        guidance (`Guidance`, *optional*): What the halves of guidance differ by, if that is predicted.
+        pace (`Pace`, *optional*): What says which steps are full, if the run decides.
     """
 
     def __init__(self, schedule: TGateSchedule, timeline: Timeline, calls: int = 1) -> None:
@@ -88,11 +88,10 @@ class Loop:
                 Whether a cache hardly computes anything in it. If the run decides, it then goes on as it was.
             half (`bool`, *optional*, defaults to `False`): Whether it was on half of the batch.
         """
-        guidance = self.guidance
-        if guidance is None or guidance.pace is None:
+        if self.pace is None:
             return self.plan[self.step_index]
-        keeps = guidance.pace.may_open and guidance.judges and self.step_index < len(self.plan) - 1
-        full = not half if repeats else guidance.pace.full
+        keeps = self.pace.may_open and self.judges and self.step_index < len(self.plan) - 1
+        full = not half if repeats else self.pace.full
         return self._schedule.decided(self.step_index, full=full, keeps=keeps)
 
     @property
@@ -111,9 +110,33 @@ class Loop:
         """Calls of the denoiser in this pass."""
         return self._forwards
 
+    @property
+    def judges(self) -> bool:
+        """Whether what the next full step computes has a prediction to be compared with."""
+        return False
+
+    @property
+    def error(self) -> float | None:
+        """How far off a prediction was in the step that runs now, if one was compared."""
+        return None
+
     def begin_guidance(self) -> None:
         """Start with nothing known of guidance: at the beginning, and when another denoiser takes over."""
-        self.guidance = Guidance(self._schedule.tolerance) if self._schedule.predicts else None
+        tolerance = self._schedule.tolerance
+        self.pace = None if tolerance is None else Pace(tolerance)
+
+    def end_guided_step(self, *, full: bool, computed: bool) -> None:
+        """
+        A step of the loop has ended.
+
+        Args:
+            full (`bool`): Whether both halves of guidance were computed in it.
+            computed (`bool`): Whether anything was, and not repeated by a cache.
+        """
+        if self.pace is not None and full:
+            self.pace.end_full_step(self.error)
+        elif self.pace is not None:
+            self.pace.end_half_step(computed=computed)
 
     def forward(self, *, guided: bool = False) -> None:
         """The denoiser is called."""
@@ -158,8 +181,8 @@ class Loop:
         self._forwards = 0
         ended = self.step_index
         self._pass += 1
-        if self.guidance is not None and (self.over or self.step_index != ended):
-            self.guidance.end_step(full=full, computed=computed)
+        if self.over or self.step_index != ended:
+            self.end_guided_step(full=full, computed=computed)
 
     def _check_calls(self, guided: bool) -> None:
         """Refuse more calls in a step than guidance is made of."""

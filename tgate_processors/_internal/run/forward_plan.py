@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..attention.state import Part, TGateState
 from ..caches.adapter import Companions
 from ..denoiser.inputs import Seen
+from ..guidance.predictor import GuidedLoop
 from ..plan.schedule import Action, CFGHalf, Phase, StepPlan
-from ..plan.steps import Loop
 from .denoisers import Experts, Stored
 
 # Kept by a forward that no hook has seen. Whether it fits is for the layers to see.
@@ -59,7 +59,7 @@ class Decision:
         """Whether what is kept of an output is one half of its batch, or the mean of both."""
         return self._part is not Part.ALL
 
-    def halves(self, loop: Loop, shape: tuple[int, ...]) -> bool:
+    def halves(self, loop: GuidedLoop, shape: tuple[int, ...]) -> bool:
         """Whether the step that runs now will run on half the batch, if its latents are of this shape."""
         stored = self._experts.now.stored
         if loop.over or stored is None:
@@ -67,12 +67,14 @@ class Decision:
         improving = self._planned(loop).phase is Phase.FIDELITY_IMPROVING
         return improving and stored.part is not Part.ALL and stored.shape[-2:] == shape[-2:]
 
-    def make(self, loop: Loop, seen: Seen, kept: CFGHalf, *, guided: bool, droppable: bool, may_halve: bool) -> None:
+    def make(
+        self, loop: GuidedLoop, seen: Seen, kept: CFGHalf, *, guided: bool, droppable: bool, may_halve: bool
+    ) -> None:
         """
         Decide about a forward, the first one of its step.
 
         Args:
-            loop (`Loop`): Its loop.
+            loop (`GuidedLoop`): Its loop.
             seen (`Seen`): What the denoiser is given.
             kept (`str`): The half that a half step runs on, by its place.
             guided (`bool`): Whether guidance is on.
@@ -127,11 +129,11 @@ class Decision:
         """Calls that guidance is made of."""
         return self._experts.now.layers.layout.calls
 
-    def _planned(self, loop: Loop) -> StepPlan:
+    def _planned(self, loop: GuidedLoop) -> StepPlan:
         """The plan of the step that runs now."""
         return loop.planned(repeats=self._companions.repeats(), half=self._companions.half)
 
-    def _knows_guidance(self, loop: Loop) -> bool:
+    def _knows_guidance(self, loop: GuidedLoop) -> bool:
         """Whether enough is known to leave a half out; a denoiser that takes over begins with full steps."""
         return loop.guidance is None or not self._experts.took_over or loop.guidance.judges
 

@@ -11,10 +11,11 @@ from ..attention.state import TGateState
 from ..caches.foreign_forwards import Forwards
 from ..denoiser.batch import second_of
 from ..denoiser.inputs import is_another, is_picture
+from ..guidance.predictor import GuidedLoop
 from ..plan.report import TGateReport
 from ..plan.report_builder import Tally
 from ..plan.schedule import Phase
-from ..plan.steps import Loop, Timeline
+from ..plan.steps import Timeline
 from .call import Call
 from .messages import say_exchanged_in_vain, say_nothing_was_gated, say_unguided, say_what_is_late
 
@@ -52,7 +53,7 @@ class GuidedRun:
         self._forwards = forwards
         self._droppable = droppable
         self._tally = Tally(is_auto=state.schedule.is_auto)
-        self._loop: Loop | None = None
+        self._loop: GuidedLoop | None = None
         self._guider: Any = None
         self._half = self._running = False
         self._ever_guided = self._took_over = False
@@ -223,23 +224,23 @@ class GuidedRun:
         elif completed and not self._ever_guided:
             say_unguided(self._state, self._call, gates_cross=False, joint=True)
 
-    def _begin_loop(self, steps: int) -> Loop:
+    def _begin_loop(self, steps: int) -> GuidedLoop:
         """A loop begins, the first one of the call or another."""
         if self._loop is not None and not self._running:
             self._tally.end_loop(self._loop)
         self._guider = None
         self._forwards.begin()
-        self._loop = loop = Loop(self._state.schedule, Timeline(steps))
+        self._loop = loop = GuidedLoop(self._state.schedule, Timeline(steps))
         return loop
 
-    def _take_over(self, guider: Any, loop: Loop) -> None:
+    def _take_over(self, guider: Any, loop: GuidedLoop) -> None:
         """Another guider comes with another denoiser, whose guidance is not known yet."""
         self._took_over = self._guider is not None
         if self._took_over:
             loop.begin_guidance()
         self._guider, self._computed = guider, 0
 
-    def _knows_guidance(self, loop: Loop) -> bool:
+    def _knows_guidance(self, loop: GuidedLoop) -> bool:
         """Whether enough is known to leave a half out; a guider that takes over begins with full steps."""
         if self._took_over and loop.guidance is not None:
             return loop.guidance.judges

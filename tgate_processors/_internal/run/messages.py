@@ -6,9 +6,9 @@ from typing import Any
 
 from ..attention.state import TGateState
 from ..denoiser.inputs import is_another
+from ..guidance.predictor import GuidedLoop
 from ..logs import logger
 from ..plan.schedule import Phase
-from ..plan.steps import Loop
 from .call import Call
 
 
@@ -24,13 +24,13 @@ class Text:
         self._state = state
         self._before: Any = None
 
-    def is_exchanged(self, text: Any, loop: Loop, *, at_gate: bool) -> bool:
+    def is_exchanged(self, text: Any, loop: GuidedLoop, *, at_gate: bool) -> bool:
         """
         Whether embeddings are not those of the step before, in a step that is to reuse something.
 
         Args:
             text (`torch.Tensor` or a list): The embeddings.
-            loop (`Loop`): The loop.
+            loop (`GuidedLoop`): The loop.
             at_gate (`bool`): Whether to look in steps that keep something, too.
         """
         before, self._before = self._before, text
@@ -41,7 +41,7 @@ class Text:
         watched = phase is Phase.FIDELITY_IMPROVING or (at_gate and phase is Phase.GATE)
         return watched and is_another(before, text)
 
-    def say(self, loop: Loop) -> None:
+    def say(self, loop: GuidedLoop) -> None:
         """Warn once that new ones have no effect."""
         if self._state.say_once("exchanged"):
             logger.warning(
@@ -56,7 +56,7 @@ class Text:
         self._before = None
 
 
-def say_what_is_late(state: TGateState, call: Call, loop: Loop, *, gates_cross: bool) -> None:
+def say_what_is_late(state: TGateState, call: Call, loop: GuidedLoop, *, gates_cross: bool) -> None:
     """Warn once of what the settings make impossible."""
     gate, steps = loop.gate_step, loop.timeline.steps
     stays = ["cross-attention is always computed"] if gates_cross else []

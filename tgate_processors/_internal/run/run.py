@@ -15,10 +15,10 @@ from ..caches.foreign_forwards import Forwards
 from ..denoiser.inputs import Seen, is_picture
 from ..guidance.batch_check import Batch
 from ..guidance.differences import Differences
+from ..guidance.predictor import GuidedLoop
 from ..plan.report import TGateReport
 from ..plan.report_builder import Tally
 from ..plan.schedule import Action, CFGHalf, StepPlan
-from ..plan.steps import Loop
 from .call import Call
 from .controlnet import Control
 from .denoisers import Experts, Stored
@@ -83,7 +83,7 @@ class Run:
         self.experts.halved_inside(self._companions.keep_guidance)
         self._decision = Decision(state, self.experts, self._companions, cross_attention=self.gates_cross)
         self._text = Text(state)
-        self._loop: Loop | None = None
+        self._loop: GuidedLoop | None = None
         self._last_index: int | None = None
         self._ticks = 0
         self._seen: Seen | None = None
@@ -158,7 +158,7 @@ class Run:
         loop = self._loop
         if loop is None or self._layout.calls > 1 or not loop.may_halve:
             return False
-        return loop.guidance is None or loop.guidance.pace is None or loop.guidance.pace.may_open
+        return loop.pace is None or loop.pace.may_open
 
     def halves_next(self, shape: tuple[int, ...]) -> bool:
         """Whether the step that runs now will run on half the batch, if its latents are of this shape."""
@@ -354,10 +354,10 @@ class Run:
                 left_alone=self._left_alone,
             )
 
-    def _begin(self) -> Loop:
+    def _begin(self) -> GuidedLoop:
         """A loop begins: its steps are told by now, or in its first step."""
         self._forwards.begin()
-        self._loop = loop = Loop(self._state.schedule, self.call.timeline(), self._layout.calls)
+        self._loop = loop = GuidedLoop(self._state.schedule, self.call.timeline(), self._layout.calls)
         left_alone = self.experts.settle()
         self._left_alone = self._left_alone or bool(left_alone)
         if left_alone and self._droppable:
@@ -371,7 +371,7 @@ class Run:
         self._decision.begin()
         return loop
 
-    def _end(self, loop: Loop) -> None:
+    def _end(self, loop: GuidedLoop) -> None:
         """All passes have ended. Pipelines that run their loop several times in one call start the next one here."""
         self._tally.end_loop(loop)
         self._last_index = loop.last_index
@@ -387,7 +387,7 @@ class Run:
         """Whether the difference of the halves of guidance is predicted from what is known."""
         return self._state.schedule.predicts and self._droppable and self.call.guided()
 
-    def _meet_text(self, text: Any, loop: Loop, guided: bool) -> None:
+    def _meet_text(self, text: Any, loop: GuidedLoop, guided: bool) -> None:
         """A forward is given this text: if it is another one, what is kept is of the old one."""
         predicts = self._state.schedule.predicts and self._droppable and guided
         if not (self.gates_cross or predicts) or not self._text.is_exchanged(text, loop, at_gate=predicts):
@@ -401,7 +401,7 @@ class Run:
         else:
             self.exchange(("text",))
 
-    def _is_guided(self, loop: Loop, seen: Seen) -> bool:
+    def _is_guided(self, loop: GuidedLoop, seen: Seen) -> bool:
         """Whether this step is guided: as its batch shows, or else as the call says."""
         if self._layout.calls == 1 and self._droppable and self.call.vouched and loop.passes and not self._by_forward:
             # Some loops ask the pipeline in every step, which a callback may have changed; others ask once.
@@ -410,7 +410,7 @@ class Run:
                 return halves
         return self.call.guided()
 
-    def _turn(self, loop: Loop) -> None:
+    def _turn(self, loop: GuidedLoop) -> None:
         """Guidance goes off or on within the loop: nothing of before is reused, and it comes on with full steps."""
         self.experts.now.stored = None
         self.experts.took_over = True
@@ -424,9 +424,9 @@ class Run:
     def _compare(self) -> Differences:
         """What compares the halves of guidance."""
         is_auto = self._state.schedule.is_auto
-        return Differences(self.call, self.batch, self._layout, self._companions, self._tally, is_auto=is_auto)
+        return Differences(self.call.scale, self.batch, self._layout, self._companions, self._tally, is_auto=is_auto)
 
-    def _before_second(self, loop: Loop, seen: Seen, denoiser: Any) -> None:
+    def _before_second(self, loop: GuidedLoop, seen: Seen, denoiser: Any) -> None:
         """The second call of a full step: as the first one, but what only half steps reuse is not kept of it."""
         first = self._seen
         same = first is not None and (first.batch, first.shape) == (seen.batch, seen.shape)

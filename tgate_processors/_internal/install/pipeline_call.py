@@ -1,0 +1,17 @@
+"""What a pipeline that was found to be gated tells of the call that it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..families import Found
+from ..run.call import Call
+
+
+def call_of(found: Found, pipe: Any, arguments: Mapping[str, Any] | None = None) -> Call:
+    """What a pipeline tells of the call that it is in."""
+    layout = found.family.layout
+    scales: dict[str, Any] = {"scale_beyond": layout.scale_beyond, "scales": layout.scales}
+    scales |= {"asks_scale": layout.asks_scale, "first_expert": int(found.attribute == found.family.second)}
+    return Call(pipe, arguments, vouched=found.vouched, guides=found.guides, **scales)

@@ -18,6 +18,10 @@ from tgate_processors import apply_tgate, remove_tgate
 # Where interrupts come: our own lines, and those of what runs our context managers.
 OURS = str(Path(tgate_processors.__file__).parent)
 WATCHED = (OURS, contextlib.__file__)
+DENSE = tuple(
+    f"{OURS}/_internal/{name}" for name in ("api", "install/pipeline", "install/installation", "install/cleanup")
+)
+SPARSE = 40
 
 SETTINGS = {
     "sd": {"gate_step": 2, "guidance": "predict", "cfg_interval": 2},
@@ -76,9 +80,11 @@ def interrupt(act, point, occurrence, error):
 
 
 def points_of(act, every, last):
-    """Some of the lines that run, each the first time, or the last time."""
-    seen = counts(act)
-    return [(point, number if last else 1) for point, number in list(seen.items())[::every]]
+    """Some of the lines that run, all of those that put in and take out, each the first time, or the last time."""
+    seen = list(counts(act).items())
+    dense = every < SPARSE
+    chosen = [each for n, each in enumerate(seen) if n % every == 0 or (dense and each[0][0].startswith(DENSE))]
+    return [(point, number if last else 1) for point, number in chosen]
 
 
 class Sweep:
@@ -148,7 +154,7 @@ def sweep(name, every, last=False, error=KeyboardInterrupt):
 @pytest.mark.parametrize(
     ("name", "every", "last", "error"),
     [
-        ("sd3", 40, False, KeyboardInterrupt),
+        ("sd3", SPARSE, False, KeyboardInterrupt),
         *(slow(name, 6, False, KeyboardInterrupt) for name in ("sd", "wan")),
         slow("sd3", 9, True, MemoryError),
         *(

@@ -565,12 +565,19 @@ def drifting(**settings):
     return module, TaylorSeer(hook), lambda name: manager.set_context(make(name=name))
 
 
+@contextlib.contextmanager
+def running(cache):
+    cache.begin_call()
+    yield
+    cache.end_call()
+
+
 @pytest.mark.parametrize("kept", [0, 1])
 def test_what_grows_evenly_is_extrapolated_rightly_after_half_steps(kept):
     module, cache, in_context = drifting(cache_interval=3, disable_cache_before_step=1)
     in_context("both")
     both, one = torch.arange(2), torch.tensor([kept])
-    with cache.running():
+    with running(cache):
         for step in range(12):
             module.step = step
             if step == 4:
@@ -587,7 +594,7 @@ def test_what_grows_evenly_is_extrapolated_rightly_after_half_steps(kept):
 
 def test_a_call_that_was_left_out_catches_up():
     module, cache, in_context = drifting(cache_interval=3, disable_cache_before_step=1)
-    with cache.running():
+    with running(cache):
         for step in range(14):
             module.step = step
             if step == 8:
@@ -607,7 +614,7 @@ def test_a_call_that_was_left_out_catches_up():
 
 def test_more_states_than_calls_have_halves_are_refused():
     module, cache, in_context = drifting(cache_interval=3, disable_cache_before_step=1)
-    with cache.running():
+    with running(cache):
         for name in ("both", "further"):
             in_context(name)
             module(torch.arange(2))

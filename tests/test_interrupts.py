@@ -18,9 +18,7 @@ from tgate_processors import apply_tgate, remove_tgate
 # Where interrupts come: our own lines, and those of what runs our context managers.
 OURS = str(Path(tgate_processors.__file__).parent)
 WATCHED = (OURS, contextlib.__file__)
-DENSE = tuple(
-    f"{OURS}/_internal/{name}" for name in ("api", "install/pipeline", "install/installation", "install/cleanup")
-)
+DENSE = tuple(f"{OURS}/_internal/{name}" for name in ("api", "install/pipeline", "install/inst", "install/cleanup"))
 SPARSE = 40
 
 SETTINGS = {

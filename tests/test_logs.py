@@ -90,7 +90,7 @@ def test_layers_that_do_not_call_their_processors_beside_gated_guidance(loud, ca
         if name.endswith("attn1"):
             inner = layer.processor
             layer.forward = types.MethodType(lambda self, *args, inner=inner, **kwargs: inner(self, *args), layer)
-    CASE.run(apply_tgate(pipe, 3, cross_attention=False, fi_interval=2))
+    CASE.run(apply_tgate(pipe, 3, cross_attention=False, fi_interval=2, custom_forwards="gate"))
     assert get_tgate_report(pipe).half_batch_forwards == 3
     (message,) = said(caplog)
     assert message == (

@@ -127,7 +127,7 @@ def apply_tgate(
         deepcache (`DeepCacheSDHelper`, *optional*):
             A DeepCache helper of this pipeline, with its parameters set, to run together with T-GATE. It may be
             enabled or not.
-        batch_arguments (sequence of `str`, *optional*):
+        batch_arguments (`Sequence[str]`, *optional*):
             Names of arguments that this denoiser has and diffusers' own does not (features of a garment, of a reference
             picture), and that hold the batch of guidance: one half of them is left out with it. For one inside
             a `dict`, give `"cross_attention_kwargs.features"`. `()` says that none does. By default an argument of its

@@ -8,32 +8,43 @@ from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
 
-_lock = threading.Lock()
+_lock: Any = threading.RLock()
 _postponed: dict[int, Callable[[], Any]] = {}
 
 
 def exclusively(change: Callable[[], _Result]) -> _Result:
     """Make a change of a denoiser while nobody else makes one. It must not ask for another."""
+    # Twice, for an interrupt in the first; `with` has a place where one would leave the lock closed.
     try:
-        with _lock:
+        try:
+            _lock.acquire()
             return change()
+        finally:
+            _release()
     finally:
+        _release()
         _catch_up()
 
 
 def soon(change: Callable[[], Any]) -> None:
     """Make a change now, or, if one is under way, after that: the garbage collector comes at any time."""
     _postponed[id(change)] = change
-    if not _lock.locked():
+    if not _lock._is_owned():
         _catch_up()
 
 
+def _release() -> None:
+    """Open the lock if this thread has closed it."""
+    if _lock._is_owned():
+        _lock.release()
+
+
 def _catch_up() -> None:
-    """Make the changes that were postponed."""
-    while _postponed:
-        for number, change in list(_postponed.items()):
-            try:
-                with _lock:
-                    change()
-            finally:
+    """Make the changes that were postponed. If another thread is making one, it catches up itself."""
+    while _postponed and _lock.acquire(blocking=False):
+        try:
+            for number, change in list(_postponed.items()):
                 _postponed.pop(number, None)
+                change()
+        finally:
+            _release()

@@ -157,9 +157,8 @@ class DenoiserHooks:
             self._state.stand_aside()
             return None
         innermost = self._is_innermost()
-        if not innermost:
-            # For the hooks after this forward, and for the next one: some may have come since the last.
-            exclusively(self._stand_inside)
+        # For the hooks after this forward, and for the next one: some may have come since the last.
+        exclusively(self._stand_inside)
         may_halve = innermost or run.control.halved or self._layout.calls > 1
         run.before_forward(seen, self._kept_half(run), may_halve=may_halve, denoiser=module)
         if run.guided and run.will_halve:

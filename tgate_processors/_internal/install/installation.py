@@ -108,7 +108,8 @@ class Installation:
         # The calls under way, by pipeline: each by an object of its own, and whether others are wrapped around it.
         self._calls: dict[int, tuple[object, bool]] = {}
         self._reports: weakref.WeakKeyDictionary[Any, TGateReport] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+        # Re-entrant: an interrupt within it does not lock this thread out.
+        self._lock = threading.RLock()
         self._finalizer = weakref.finalize(self, soon, functools.partial(_remove_all, self._places))
         self._finalizer.atexit = False
 
@@ -120,13 +121,13 @@ class Installation:
         """Note that a call of the pipeline is under way; a pipeline has one scheduler and can be in one at a time."""
         ending.undo(functools.partial(self._end_call, pipe, ending))
         with self._lock:
-            if self._calls.setdefault(id(pipe), (ending, wrapped))[0] is ending:
-                return
-        raise RuntimeError(
-            f"T-GATE: {type(pipe).__name__} is running already, in another thread or in a call of which this is a "
-            "callback: give every call that overlaps with another one a pipeline of its own, other = copy.copy(pipe) "
-            "with other.scheduler = copy.deepcopy(pipe.scheduler). It is gated too."
-        )
+            if id(pipe) in self._calls:
+                raise RuntimeError(
+                    f"T-GATE: {type(pipe).__name__} is running already, in another thread or in a call of which this "
+                    "is a callback: give every call that overlaps with another one a pipeline of its own, other = "
+                    "copy.copy(pipe) with other.scheduler = copy.deepcopy(pipe.scheduler). It is gated too."
+                )
+            self._calls[id(pipe)] = ending, wrapped
 
     def _end_call(self, pipe: Any, ending: Ending) -> None:
         """The inverse of `begin_call`."""

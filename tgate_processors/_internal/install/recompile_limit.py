@@ -10,7 +10,7 @@ from ..plan.schedule import Action
 
 # Each kind of attention computes, stores or reuses.
 _GRAPHS_FOR_EACH = len(Action) ** 2
-_lock = threading.Lock()
+_lock = threading.RLock()
 _calls = 0
 _users = 0
 _kept_for = 0

@@ -191,7 +191,7 @@ class Run:
             self._companions.take_over(self.experts.now.number)
             loop.begin_guidance()
         elif loop.passes and guided != self._guided:
-            self._turn(loop)
+            self._turn(loop, guided)
         self.experts.check()
         if self._droppable and (loop.passes or self._by_forward):
             self.batch.check(seen, guided and self._layout.calls == 1)
@@ -410,9 +410,10 @@ class Run:
                 return halves
         return self.call.guided()
 
-    def _turn(self, loop: GuidedLoop) -> None:
-        """Guidance goes off or on within the loop: nothing of before is reused, and it comes on with full steps."""
-        self.experts.now.stored = None
+    def _turn(self, loop: GuidedLoop, guided: bool) -> None:
+        """Guidance goes off or on within the loop; it comes on with full steps, and nothing of before is reused."""
+        if guided:
+            self.experts.now.stored = None
         self.experts.took_over = True
         loop.begin_guidance()
 

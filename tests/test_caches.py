@@ -20,8 +20,8 @@ from tgate_processors import (
     get_tgate_report,
     remove_tgate,
 )
-from tgate_processors._internal.caches.cache_dit import DualBlocks
-from tgate_processors._internal.caches.taylorseer import TaylorSeer
+from tgate_processors._internal.caches.cache_dit import DBCacheAdapter
+from tgate_processors._internal.caches.taylorseer import TaylorSeerAdapter
 
 hooks = pytest.importorskip("diffusers.hooks", reason="this diffusers has no caches")
 GATE = 3
@@ -562,7 +562,7 @@ def drifting(**settings):
     (hook,) = module._diffusers_hook.hooks.values()
     (manager,) = [value for value in vars(hook).values() if hasattr(value, "_state_cache")]
     make = getattr(hooks.hooks, "CacheContext", lambda name: name)
-    return module, TaylorSeer(hook), lambda name: manager.set_context(make(name=name))
+    return module, TaylorSeerAdapter(hook), lambda name: manager.set_context(make(name=name))
 
 
 @contextlib.contextmanager
@@ -682,7 +682,7 @@ def test_what_cache_dit_keeps_goes_on_at_half_and_full_steps_after_that_are_comp
 def test_a_call_that_was_left_out_does_not_tell_whether_a_step_was_repeated():
     pair = DitPair("wan", "cache_dit").put_in()
     pair.run()
-    cache = DualBlocks(pair.denoiser)
+    cache = DBCacheAdapter(pair.denoiser)
     (context,) = cache.contexts
     context.mark_step_begin()
     context.add_cached_step()

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from tests.ecosystem import HOSTS_BY_NAME
 from tests.pipelines import BY_NAME, quiet, thorough
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
-from tgate_processors._internal.install.recompile_limit import RoomForGraphs, give_back_room
+from tgate_processors._internal.install.recompile_limit import RaisedRecompileLimit, give_back_room
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
 SLOW = pytest.mark.slow
@@ -22,7 +22,7 @@ SLOW = pytest.mark.slow
 
 @contextlib.contextmanager
 def room_for_graphs():
-    room = RoomForGraphs()
+    room = RaisedRecompileLimit()
     room.open()
     yield
     room.close()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from tgate_processors._internal.denoiser.batch import double, halve, halve_named, stacked, unstacked
-from tgate_processors._internal.denoiser.inputs import latents_of
+from tgate_processors._internal.denoiser.batch import double, halve, slice_arguments, stacked, unstacked
+from tgate_processors._internal.denoiser.inputs import get_latents
 from tgate_processors._internal.denoiser.spec import DENOISER_ARGUMENTS, Layout
 
 Pair = namedtuple("Pair", ["left", "right"])
@@ -34,7 +34,7 @@ def test_every_tensor_of_the_batch_is_halved_however_deep_it_lies(kept, first):
         "encoder_hidden_states": rows(12, 3),
         "added_cond_kwargs": conditions,
     }
-    halved = halve_named(given, DENOISER_ARGUMENTS, 4, kept)
+    halved = slice_arguments(given, DENOISER_ARGUMENTS, 4, kept)
     assert halved["sample"][:, 0, 0].tolist() == halved["timestep"].tolist() == [first, first + 1]
     # Three rows for each sample.
     assert halved["encoder_hidden_states"][:, 0].tolist() == list(range(first * 3, first * 3 + 6))
@@ -53,7 +53,7 @@ def test_every_tensor_of_the_batch_is_halved_however_deep_it_lies(kept, first):
 @pytest.mark.parametrize("table", [torch.tensor(7), torch.zeros(1), rows(1, 4), rows(3, 4), rows(6, 4), rows(2, 2)])
 def test_what_is_no_batch_stays(table):
     container = [table]
-    halved = halve_named({"timestep": table, "class_labels": container}, DENOISER_ARGUMENTS, 4, "conditional")
+    halved = slice_arguments({"timestep": table, "class_labels": container}, DENOISER_ARGUMENTS, 4, "conditional")
     assert halved["timestep"] is table
     assert halved["class_labels"] is container
 
@@ -62,12 +62,12 @@ def test_what_is_foreign_is_handed_on_as_the_object_that_it_is():
     region, bank = rows(64, 64), [rows(4, 2)]
     options = {"region": region, "bank": bank}
     given = {"cross_attention_kwargs": options, "table": region, "sample": rows(4, 2)}
-    halved = halve_named(given, DENOISER_ARGUMENTS, 4, "unconditional")
+    halved = slice_arguments(given, DENOISER_ARGUMENTS, 4, "unconditional")
     assert halved["cross_attention_kwargs"] is options
     assert halved["table"] is region
     # What is known inside is halved all the same, and what is not stays.
     options["gligen"] = {"boxes": rows(4, 30, 4)}
-    inner = halve_named(given, DENOISER_ARGUMENTS, 4, "unconditional")["cross_attention_kwargs"]
+    inner = slice_arguments(given, DENOISER_ARGUMENTS, 4, "unconditional")["cross_attention_kwargs"]
     assert inner["gligen"]["boxes"].shape == (2, 30, 4)
     assert inner["region"] is region
     assert inner["bank"] is bank
@@ -109,14 +109,14 @@ def test_a_batch_that_is_a_list_is_halved_by_its_entries(kept, half):
         "conditioning": [rows(4, 5)],
     }
     names = Layout(entries=("x", "cap_feats", "siglip_feats", "image_noise_mask", "control_context")).of_denoiser
-    halved = halve_named(given, names, 4, kept)
+    halved = slice_arguments(given, names, 4, kept)
     for name in ("x", "cap_feats", "siglip_feats", "image_noise_mask"):
         assert [*map(id, halved[name])] == [*map(id, given[name][half])]
     assert halved["control_context"][:, 0].tolist() == [0, 1, 2, 3][half]
     assert halved["conditioning"] is given["conditioning"]
     # Another number of entries is no batch.
-    assert halve_named({"x": given["x"]}, names, 3, kept)["x"] is given["x"]
-    assert latents_of(given) is given["x"][0][-1]
+    assert slice_arguments({"x": given["x"]}, names, 3, kept)["x"] is given["x"]
+    assert get_latents(given) is given["x"][0][-1]
 
 
 @pytest.mark.parametrize("output", [([rows(4, 3)] * 2, "other"), UNet2DConditionOutput(sample=[rows(4, 3)] * 2)])

@@ -29,7 +29,7 @@ from tgate_processors import (
     remove_tgate,
 )
 from tgate_processors._internal.families import attention_modules
-from tgate_processors._internal.guidance.prediction import Difference, predict, relative_error
+from tgate_processors._internal.guidance.prediction import CFGDifference, predict, relative_error
 
 # Some have no row by default: their denoiser is that of others.
 JOINT = [*OWN, *AROUND_JOINT]
@@ -153,7 +153,7 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Joi
                 right = none + scale * (prompt - none)
                 error = relative_error(predict(known, step), prompt - none, right, scale)
                 errors.append((step, pytest.approx(error.max().item(), rel=1e-3)))
-            known = [*known[-1:], Difference(step, prompt - none)]
+            known = [*known[-1:], CFGDifference(step, prompt - none)]
         else:
             none = prompt if settings is DROP else prompt - predict(known, step)
         noise = tokens_of(noise, noise, kind)

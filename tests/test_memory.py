@@ -18,7 +18,7 @@ from tests.test_families import COSTS, check_restored, keys_of
 from tests.test_laws import snapshot
 from tests.test_two_calls import COUNTED
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
-from tgate_processors._internal.attention.budget import Budget
+from tgate_processors._internal.attention.budget import MemoryBudget
 from tgate_processors._internal.families import attention_modules, family_of
 
 GATE = 3
@@ -256,7 +256,7 @@ def test_the_choice_does_not_depend_on_the_order_in_which_layers_are_met():
         most, chosen = draw.randint(0, 40), set()
         for _ in range(4):
             draw.shuffle(layers)
-            budget, held = Budget(most), {}
+            budget, held = MemoryBudget(most), {}
             for key, saved, nbytes, place in layers:
                 if budget.meet(key, saved, nbytes, place):
                     held[key] = nbytes

@@ -9,7 +9,7 @@ from tests.joint import BY_JOINT
 from tests.loops import Loop, built
 from tests.pipelines import BY_NAME, quiet, seeded
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied
-from tgate_processors._internal.families import find_family
+from tgate_processors._internal.families import resolve_pipeline
 from tgate_processors._internal.install.pipeline_call import call_of
 
 CASE = BY_NAME["sd"]
@@ -110,7 +110,7 @@ def test_a_second_denoiser_alone_is_gated():
     assert get_tgate_report(pipe).half_batch_forwards == 3
     assert not torch.equal(gated, plain)
     # Another scale than that of the one that is not there.
-    assert call_of(find_family(pipe), pipe, {"guidance_scale_2": 3.0}).scale() == 3.0
+    assert call_of(resolve_pipeline(pipe), pipe, {"guidance_scale_2": 3.0}).scale() == 3.0
 
 
 class Engine:

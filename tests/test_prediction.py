@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from tgate_processors._internal.guidance.prediction import Difference, predict, relative_error
-from tgate_processors._internal.plan.adaptive import LONGEST_GAP, Pace
+from tgate_processors._internal.guidance.prediction import CFGDifference, predict, relative_error
+from tgate_processors._internal.plan.adaptive import LONGEST_GAP, AdaptiveController
 
 
 def sample(seed=0, shape=(2, 4, 5, 3)):
@@ -14,7 +14,7 @@ def sample(seed=0, shape=(2, 4, 5, 3)):
 
 
 def known(sequence, *positions):
-    return [Difference(position, sequence(position)) for position in positions]
+    return [CFGDifference(position, sequence(position)) for position in positions]
 
 
 def off(sequence, positions, ahead):
@@ -74,14 +74,14 @@ def test_a_prediction_is_never_longer_than_the_last_difference(ahead, growth):
 
 def test_one_difference_is_held():
     value = sample()
-    assert predict([Difference(3, value)], 9) is value
+    assert predict([CFGDifference(3, value)], 9) is value
 
 
 def test_every_sample_is_predicted_by_itself():
     both = known(lambda position: sample(position), 0, 2)
     predicted = predict(both, 3)
     for row in range(2):
-        alone = [Difference(position, value[row : row + 1]) for position, value in both]
+        alone = [CFGDifference(position, value[row : row + 1]) for position, value in both]
         torch.testing.assert_close(predicted[row : row + 1], predict(alone, 3))
 
 
@@ -125,7 +125,7 @@ def plan(tolerance, errors, interval=1):
 
     A cache repeats all steps, `r`, but each `interval`-th.
     """
-    pace, steps, left = Pace(tolerance), "", list(errors)
+    pace, steps, left = AdaptiveController(tolerance), "", list(errors)
     while left or not pace.full:
         if len(steps) % interval:
             steps += "r"

@@ -11,7 +11,7 @@ from diffusers.models import attention_processor as ap
 
 from tests.pipelines import BY_NAME
 from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, remove_tgate
-from tgate_processors._internal.measure.macs import Recorder
+from tgate_processors._internal.measure.macs import RecordingCache
 from tgate_processors._internal.plan.schedule import Action
 
 
@@ -152,7 +152,7 @@ def test_a_class_on_top_of_the_gated_one_stays():
 
 
 def test_attending_to_itself_is_self_attention_whatever_the_argument_is_called():
-    state, run = TGateCallback(TGateSchedule(2)).state, Recorder()
+    state, run = TGateCallback(TGateSchedule(2)).state, RecordingCache()
     attn = ap.Attention(query_dim=8, heads=2, dim_head=4)
     attn.set_processor(TGateAttnProcessor(attn.processor, state))
     runs = []

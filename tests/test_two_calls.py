@@ -27,7 +27,7 @@ from tgate_processors import (
     remove_tgate,
 )
 from tgate_processors._internal.families import attention_modules
-from tgate_processors._internal.guidance.prediction import Difference, predict, relative_error
+from tgate_processors._internal.guidance.prediction import CFGDifference, predict, relative_error
 
 TWO_CALLS = [*OWN, *AROUND_TWO]
 GATE = 3
@@ -176,7 +176,7 @@ def test_the_second_call_of_a_half_step_gives_the_first_and_the_prediction(kind:
             if others and len(known[place]) == 2 and settings is PATIENT:
                 off.append(relative_error(predict(known[place], step), none - text, guided, scale).max().item())
             if others:
-                known[place] = [*known[place][-1:], Difference(step, none - text)]
+                known[place] = [*known[place][-1:], CFGDifference(step, none - text)]
             if not kind.name.startswith("cosmos"):
                 # Cosmos has two steps of its scheduler in each of the loop. Where the first frame is given, what is
                 # predicted of it is not read.

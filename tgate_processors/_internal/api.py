@@ -11,9 +11,9 @@ import torch
 
 from .attention.budget import checked_memory, within
 from .attention.layers import CustomProcessors
-from .caches.deepcache import DeepCacheOrder, check_helper
+from .caches.deepcache import DeepCacheAdapter, check_helper
 from .caches.foreign_forwards import CustomForwards, checked_forwards
-from .families import check_guidance, check_half, check_own, find_family
+from .families import check_guidance, check_half, check_own, resolve_pipeline
 from .install.callback import StepClock, checked_half
 from .install.guiders import GuiderInstallation, check_settings, has_guider, is_modular
 from .install.installation import Installation
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 
-class _Declared(Protocol):
+class _PipelineStub(Protocol):
     """
     What mypy sees in `from diffusers import StableDiffusionPipeline`: the stand-in for machines without torch.
 
@@ -39,7 +39,7 @@ class _Declared(Protocol):
     def from_config(cls, *args: object, **kwargs: object) -> Any: ...
 
 
-Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline | _Declared")
+Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline | _PipelineStub")
 
 
 def apply_tgate(
@@ -173,14 +173,14 @@ def apply_tgate(
         check_settings(pipe, schedule, half, cross_attention, most, deepcache)
         installation: Installation = GuiderInstallation(clock, custom=custom_processors, custom_forwards=forwards)
     else:
-        found = find_family(pipe, cross_attention)
+        found = resolve_pipeline(pipe, cross_attention)
         check_half(pipe, found, half)
         check_guidance(pipe, found, schedule, cross_attention)
         check_own(pipe, found, own)
         order = None
         if deepcache is not None:
             check_helper(deepcache, pipe)
-            order = DeepCacheOrder(deepcache, halves=schedule.predicts)
+            order = DeepCacheAdapter(deepcache, halves=schedule.predicts)
         installation = Installation(clock, half, custom_processors, order, cross_attention, forwards, own)
     before = installed(pipe)
     remove_tgate(pipe)
@@ -231,7 +231,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     return pipe
 
 
-def is_tgate_applied(pipe: DiffusionPipeline | _Declared) -> bool:
+def is_tgate_applied(pipe: DiffusionPipeline | _PipelineStub) -> bool:
     r"""
     Tell whether T-GATE is applied to a pipeline.
 
@@ -257,7 +257,7 @@ def is_tgate_applied(pipe: DiffusionPipeline | _Declared) -> bool:
     return installed(pipe) is not None
 
 
-def get_tgate_report(pipe: DiffusionPipeline | _Declared) -> TGateReport:
+def get_tgate_report(pipe: DiffusionPipeline | _PipelineStub) -> TGateReport:
     r"""
     Tell what T-GATE did in the last call of a pipeline.
 

@@ -46,7 +46,7 @@ def within(cross_attention: bool | None, most: int | None) -> bool | None:
     return cross_attention if most is None else most > 0
 
 
-class Sizes(NamedTuple):
+class LayerSizes(NamedTuple):
     """Shapes of what a layer was given, the text included, and of what it gave out; bytes of each number of that."""
 
     given: Sequence[int]
@@ -60,14 +60,14 @@ class Sizes(NamedTuple):
         return math.prod(self.output) * self.itemsize
 
 
-def sizes_of(hidden_states: Any, context: Any, output: Any) -> Sizes:
+def sizes_of(hidden_states: Any, context: Any, output: Any) -> LayerSizes:
     """The sizes of one call of a layer with cross-attention."""
     # An IP-Adapter brings its pictures beside the text.
     text = context[0] if isinstance(context, (tuple, list)) else context
-    return Sizes(hidden_states.shape, text.shape, output.shape, output.element_size())
+    return LayerSizes(hidden_states.shape, text.shape, output.shape, output.element_size())
 
 
-def saved_macs(attn: Any, sizes: Sizes) -> int:
+def saved_macs(attn: Any, sizes: LayerSizes) -> int:
     """Multiply-accumulates of a call of a layer with cross-attention, by its projections and attention's products."""
     tokens, of_text = math.prod(sizes.given[:-1]), math.prod(sizes.text[:-1])
     taken = 0
@@ -82,7 +82,7 @@ def saved_macs(attn: Any, sizes: Sizes) -> int:
     return taken
 
 
-class Budget(Generic[Key]):
+class MemoryBudget(Generic[Key]):
     """
     Who keeps an output within so many bytes: the best in the order of what is saved for each byte, until one of them
     does not fit. So whoever is out stays out when more is known of others, and the choice does not depend on the order

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ..plan.schedule import Action
-from .budget import Budget, Sizes, sizes_of
-from .layers import Layers
+from .budget import LayerSizes, MemoryBudget, sizes_of
+from .layers import GatedLayers
 from .processor import UNFIT, part_of
-from .state import Part, Signals, Slot, TGateState
+from .state import CachedPart, LayerActions, Slot, TGateState
 
 
-class Kept(NamedTuple):
+class CachedOutput(NamedTuple):
     """An output that is kept, how often it had been written to when it was, and whether self-attention gave it."""
 
     tensor: torch.Tensor
@@ -22,13 +22,13 @@ class Kept(NamedTuple):
     is_self: bool
 
 
-class Outputs:
+class AttentionCache:
     """
     The kept outputs of a run. Nobody else can write to them, and nothing is copied where nobody could.
 
     Args:
         state (`TGateState`): What the gates of the pipeline share.
-        layers (`Layers`): The attention layers of the denoiser.
+        layers (`GatedLayers`): The attention layers of the denoiser.
 
     Attributes:
         halved_inside (`bool`): Whether layers may find the second half of a batch that was given whole.
@@ -36,21 +36,21 @@ class Outputs:
         passed (`int`): Bytes of cross-attention that was computed in the last forward, and not kept.
     """
 
-    def __init__(self, state: TGateState, layers: Layers) -> None:
+    def __init__(self, state: TGateState, layers: GatedLayers) -> None:
         self.layers = layers
         self.halved_inside = False
-        self.signals = Signals()
-        self.kept: dict[Slot, Kept] = {}
+        self.signals = LayerActions()
+        self.kept: dict[Slot, CachedOutput] = {}
         self.declined: set[Slot] = set()
         self.passed = 0
-        self._budget: Budget[Slot] | None = None
+        self._budget: MemoryBudget[Slot] | None = None
         # How many layers did what, by whether it is self-attention and whether it was reused.
         self.did: Counter[tuple[bool, bool]] = Counter()
         self._state = state
         self._layer_of: dict[Slot, Any] = {}
         self._in_forward: set[Slot] = set()
         self._compiled_slots: set[Slot] = set()
-        self._sizes: dict[Slot, Sizes] = {}
+        self._sizes: dict[Slot, LayerSizes] = {}
         self._lent: dict[Slot, torch.Tensor] = {}
         self._is_compiled: bool | None = None
 
@@ -75,7 +75,7 @@ class Outputs:
 
     def limit(self, most: int | None) -> None:
         """A loop begins, in which cross-attention keeps so many bytes at most."""
-        self._budget = None if most is None else Budget[Slot](most)
+        self._budget = None if most is None else MemoryBudget[Slot](most)
 
     @property
     def least(self) -> int | None:
@@ -232,12 +232,12 @@ class Outputs:
             )
         self._in_forward.add(slot)
 
-    def _is_within(self, slot: Slot, sizes: Sizes | None) -> bool:
+    def _is_within(self, slot: Slot, sizes: LayerSizes | None) -> bool:
         """Whether a layer keeps its output within the budget. For it, others may have to give up theirs."""
         budget = self._budget
         if budget is None or sizes is None:
             return True
-        nbytes = sizes.nbytes // (1 if self.signals.part is Part.ALL else 2)
+        nbytes = sizes.nbytes // (1 if self.signals.part is CachedPart.ALL else 2)
         budget.meet(slot, self.layers.saved(slot, sizes), nbytes, self.layers.place(slot))
         self.declined.discard(slot)
         held = [each for each, kept in self.kept.items() if not kept.is_self]
@@ -273,7 +273,7 @@ class Outputs:
     def _keep(self, slot: Slot, tensor: torch.Tensor, is_self: bool) -> None:
         """Keep an output."""
         # Tensors of inference mode do not count how often they are written to.
-        self.kept[slot] = Kept(tensor, None if tensor.is_inference() else tensor._version, is_self)
+        self.kept[slot] = CachedOutput(tensor, None if tensor.is_inference() else tensor._version, is_self)
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

@@ -9,8 +9,8 @@ import torch
 
 from ..denoiser.lock import exclusively
 from ..denoiser.spec import Layout
-from .budget import Sizes, saved_macs
-from .processor import TGateAttnProcessor, is_bare, is_own
+from .budget import LayerSizes, saved_macs
+from .processor import TGateAttnProcessor, is_diffusers_processor, is_plain_callable
 from .state import Slot, TGateState
 
 CustomProcessors = Literal["leave", "gate"]
@@ -26,7 +26,7 @@ def attention_modules(denoiser: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-class Layers:
+class GatedLayers:
     """
     The attention layers of a denoiser in one call of a pipeline, with and without a gate of it.
 
@@ -108,7 +108,7 @@ class Layers:
         """The layer of a gate."""
         return self._modules[self._by_slot[slot]]
 
-    def saved(self, slot: Slot, sizes: Sizes) -> int:
+    def saved(self, slot: Slot, sizes: LayerSizes) -> int:
         """What the layer of a gate saves if it reuses its cross-attention."""
         return saved_macs(self.of(slot), sizes)
 
@@ -179,18 +179,18 @@ class Layers:
 
     def _may_gate(self, name: str, processor: Any) -> bool:
         """Whether to gate a processor; for some custom ones the user has to say."""
-        if self._custom is None and is_bare(processor):
+        if self._custom is None and is_plain_callable(processor):
             raise ValueError(
                 f"T-GATE: the attention processor of {name.removesuffix('.processor')} is {processor!r}, and T-GATE "
                 "cannot tell whether it mixes the samples of a batch or counts its calls. Call "
                 'apply_tgate(pipe, custom_processors="gate") to gate it like diffusers\' own, or '
                 'custom_processors="leave" to leave it alone.'
             )
-        return self._custom == "gate" or is_own(processor)
+        return self._custom == "gate" or is_diffusers_processor(processor)
 
     def _is_harmless(self, name: str, layer: Any) -> bool:
         """Whether a processor without a gate of ours leaves the samples of a batch apart, as far as is known."""
-        return self._may_gate(name, layer.processor) if self.layout.joint else is_own(layer.processor)
+        return self._may_gate(name, layer.processor) if self.layout.joint else is_diffusers_processor(layer.processor)
 
     def _cross(self) -> list[str]:
         """The layers with cross-attention."""

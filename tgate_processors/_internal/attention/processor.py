@@ -11,7 +11,7 @@ import torch
 
 from ..plan.schedule import Action
 from .budget import sizes_of
-from .state import Part, Slot, TGateState
+from .state import CachedPart, Slot, TGateState
 
 
 class TGateAttnProcessor:
@@ -66,10 +66,10 @@ class TGateAttnProcessor:
             raise TypeError(f"state={state!r} is of type {type(state).__name__}: give the `state` of a TGateCallback.")
         base = type(original).tgate_base if isinstance(original, TGateAttnProcessor) else type(original)
         processor: TGateAttnProcessor = object.__new__(_gated_class(base))
-        slot = state.new_slot(is_own(original))
+        slot = state.new_slot(is_diffusers_processor(original))
         # Not by plain assignment: a module among the processors would register `original` as a part of itself.
         attributes = {"original": original, "state": state, "slot": slot}
-        if not isinstance(processor, _Bare):
+        if not isinstance(processor, _AttributeProxy):
             attributes["__dict__"] = original.__dict__
         for name, value in attributes.items():
             object.__setattr__(processor, name, value)
@@ -96,7 +96,7 @@ class TGateAttnProcessor:
         return copied
 
 
-class _Bare:
+class _AttributeProxy:
     """In front of what cannot be subclassed (a function, an object with slots): hands attributes on to it."""
 
     __slots__ = ()
@@ -116,15 +116,15 @@ def _as_it_is(original: Any) -> Any:
     return original
 
 
-def is_own(processor: Any) -> bool:
+def is_diffusers_processor(processor: Any) -> bool:
     """Whether a processor is diffusers' own, which never mixes the samples of a batch and does not count its calls."""
     return type(_behind(processor)).__module__.split(".")[0] == "diffusers"
 
 
-def is_bare(processor: Any) -> bool:
+def is_plain_callable(processor: Any) -> bool:
     """Whether a processor is a mere callable (a function, an object with slots), which tells nothing of itself."""
     behind = _behind(processor)
-    if is_own(behind):
+    if is_diffusers_processor(behind):
         return False
     return inspect.isroutine(behind) or isinstance(behind, functools.partial) or not hasattr(behind, "__dict__")
 
@@ -186,14 +186,14 @@ UNFIT = (
 )
 
 
-def part_of(output: torch.Tensor, part: Part) -> torch.Tensor:
+def part_of(output: torch.Tensor, part: CachedPart) -> torch.Tensor:
     """What is kept of an output: itself, or a tensor of its own."""
-    if part is Part.ALL:
+    if part is CachedPart.ALL:
         return output
-    if part is Part.MEAN:
+    if part is CachedPart.MEAN:
         return mean_of_halves(output)
     half = output.shape[0] // 2
-    return (output[:half] if part is Part.FIRST else output[half:]).clone()
+    return (output[:half] if part is CachedPart.FIRST else output[half:]).clone()
 
 
 def mean_of_halves(output: torch.Tensor) -> torch.Tensor:
@@ -221,9 +221,9 @@ def _gated_class(base: type) -> type:
     name = f"{TGateAttnProcessor.__name__}[{base.__name__}]"
     body = {"__slots__": (), "__call__": __call__, "__new__": __new__, "tgate_base": base, "__doc__": base.__doc__}
     if not base.__dictoffset__:
-        return type(name, (_Bare, TGateAttnProcessor), body)
+        return type(name, (_AttributeProxy, TGateAttnProcessor), body)
     try:
         return type(name, (TGateAttnProcessor, base), body)
     except TypeError:
         # Functions cannot be subclassed.
-        return type(name, (_Bare, TGateAttnProcessor), body)
+        return type(name, (_AttributeProxy, TGateAttnProcessor), body)

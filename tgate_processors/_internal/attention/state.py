@@ -12,10 +12,10 @@ import torch
 
 from ..plan.report import TGateReport
 from ..plan.schedule import Action, TGateSchedule
-from .budget import Sizes
+from .budget import LayerSizes
 
 
-class Part(enum.Enum):
+class CachedPart(enum.Enum):
     """What of a layer's output is kept."""
 
     ALL = "all"
@@ -24,7 +24,7 @@ class Part(enum.Enum):
     SECOND = "second half"
 
 
-class Signals:
+class LayerActions:
     """
     What the attention layers do in a forward.
 
@@ -41,7 +41,7 @@ class Signals:
         self.set(Action.COMPUTE, Action.COMPUTE)
 
     def set(
-        self, cross_attention: Action, self_attention: Action, *, part: Part = Part.ALL, half: bool = False
+        self, cross_attention: Action, self_attention: Action, *, part: CachedPart = CachedPart.ALL, half: bool = False
     ) -> None:
         """Say what is done, what of it is stored, and whether one half of the batch runs."""
         self.cross_attention = cross_attention
@@ -49,12 +49,12 @@ class Signals:
         self.part = part
         self.half = half
 
-    def take(self, other: Signals) -> None:
+    def take(self, other: LayerActions) -> None:
         """Say the same as `other`."""
         self.set(other.cross_attention, other.self_attention, part=other.part, half=other.half)
 
 
-class Ongoing(Protocol):
+class ActiveRun(Protocol):
     """What a thread can be in: a run, or something in its place."""
 
     @property
@@ -73,7 +73,7 @@ class Slot:
         self.tensor: torch.Tensor | None = None
         # With a budget, what cross-attention does in this layer, and how large its compiled code has seen it to be.
         self.action = action
-        self.sizes: Sizes | None = None
+        self.sizes: LayerSizes | None = None
 
 
 class TGateState:
@@ -98,19 +98,19 @@ class TGateState:
         self.max_memory = max_memory
         self.by_hand = by_hand
         self.report = TGateReport()
-        self.compiled = Signals()
+        self.compiled = LayerActions()
         # The run of whoever calls next, where nothing announces a call (hand wiring).
         self.waiting: Any = None
-        self.said: set[str] = set()
-        self._runs: dict[int, Ongoing] = {}
-        self._aside: dict[int, Ongoing] = {}
+        self.warned: set[str] = set()
+        self._runs: dict[int, ActiveRun] = {}
+        self._aside: dict[int, ActiveRun] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.schedule}, {len(self._runs)} runs, {self.nbytes} bytes held)"
 
     def __getstate__(self) -> dict[str, Any]:
         # Runs stay where they run.
-        return {**vars(self), "compiled": Signals(), "_runs": {}, "_aside": {}, "waiting": None}
+        return {**vars(self), "compiled": LayerActions(), "_runs": {}, "_aside": {}, "waiting": None}
 
     @property
     def nbytes(self) -> int:
@@ -171,8 +171,8 @@ class TGateState:
         """Make the place where one attention layer keeps its output."""
         return Slot(own, None if self.max_memory is None else Action.COMPUTE)
 
-    def say_once(self, what: str) -> bool:
+    def warn_once(self, what: str) -> bool:
         """Whether something has not been said of this pipeline yet."""
-        new = what not in self.said
-        self.said.add(what)
+        new = what not in self.warned
+        self.warned.add(what)
         return new

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 
-class Companion:
+class CacheAdapter:
     """
     A cache of somebody else's, for the time of one call.
 
@@ -64,17 +64,17 @@ class Companion:
         return False
 
 
-class Companions:
+class CacheAdapters:
     """
-    All companions of one call.
+    The adapters of all caches, for one call.
 
     Args:
-        companions (`Sequence`): Those of each denoiser.
+        adapters (`Sequence`): Those of each denoiser.
         calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance is made of.
     """
 
-    def __init__(self, companions: Sequence[Sequence[Companion]] = (), calls: int = 1) -> None:
-        self._by_denoiser = dict(enumerate(companions))
+    def __init__(self, adapters: Sequence[Sequence[CacheAdapter]] = (), calls: int = 1) -> None:
+        self._by_denoiser = dict(enumerate(adapters))
         self._all = self._by_denoiser.get(0, ())
         self._calls = calls
         self._half = False

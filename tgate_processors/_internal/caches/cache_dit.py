@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .adapter import Companion
+from .adapter import CacheAdapter
 from .foreign_forwards import comes_from
 from .split import split
 
@@ -56,7 +56,7 @@ def why_not(denoiser: torch.nn.Module, calls: int) -> str | None:
     return None
 
 
-class DualBlocks(Companion):
+class DBCacheAdapter(CacheAdapter):
     """
     The contexts of a denoiser, one for each list of blocks.
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..plan.validation import shown
-from .adapter import Companion
+from .adapter import CacheAdapter
 from .split import split
 
 
@@ -33,7 +33,7 @@ def check_helper(helper: Any, pipe: Any) -> None:
         raise ValueError(f"{type(pipe).__name__} has no UNet, and DeepCache knows nothing else: leave out `deepcache`.")
 
 
-class DeepCacheOrder(Companion):
+class DeepCacheAdapter(CacheAdapter):
     """
     When a DeepCache helper starts afresh.
 

@@ -10,19 +10,26 @@ import torch
 
 from ..plan.schedule import TGateSchedule
 from . import cache_dit
-from .adapter import Companion
-from .diffusers_hooks import HookedCache, stateful_hooks
-from .faster_cache import Faster
-from .first_block_cache import FirstBlock
-from .mag_cache import Magnitude
-from .pyramid_attention_broadcast import Broadcast
-from .sea_cache import Sea
-from .taylorseer import TaylorSeer
+from .adapter import CacheAdapter
+from .diffusers_hooks import DiffusersHookAdapter, stateful_hooks
+from .faster_cache import FasterCacheAdapter
+from .first_block_cache import FirstBlockCacheAdapter
+from .mag_cache import MagCacheAdapter
+from .pyramid_attention_broadcast import PyramidAttentionBroadcastAdapter
+from .sea_cache import SeaCacheAdapter
+from .taylorseer import TaylorSeerAdapter
 
-_KNOWN: tuple[type[HookedCache], ...] = (FirstBlock, TaylorSeer, Magnitude, Broadcast, Faster, Sea)
+_KNOWN: tuple[type[DiffusersHookAdapter], ...] = (
+    FirstBlockCacheAdapter,
+    TaylorSeerAdapter,
+    MagCacheAdapter,
+    PyramidAttentionBroadcastAdapter,
+    FasterCacheAdapter,
+    SeaCacheAdapter,
+)
 
 
-def companions_of(denoiser: torch.nn.Module) -> list[Companion]:
+def adapters_of(denoiser: torch.nn.Module) -> list[CacheAdapter]:
     """The caches on a denoiser that run together with T-GATE; `check_others` has refused what does not."""
     inner = getattr(denoiser, "_orig_mod", denoiser)
     found = [
@@ -32,10 +39,10 @@ def companions_of(denoiser: torch.nn.Module) -> list[Companion]:
     ]
     hooked = {weight for _, module in found for weight in module.parameters()}
     is_most = 2 * sum(weight.numel() for weight in hooked) > sum(weight.numel() for weight in inner.parameters())
-    for companion, _ in found:
-        companion.is_most = is_most
-    others: list[Companion] = [companion for companion, _ in found]
-    return [*others, cache_dit.DualBlocks(inner)] if cache_dit.is_there(inner) else others
+    for adapter, _ in found:
+        adapter.is_most = is_most
+    others: list[CacheAdapter] = [adapter for adapter, _ in found]
+    return [*others, cache_dit.DBCacheAdapter(inner)] if cache_dit.is_there(inner) else others
 
 
 def check_others(
@@ -70,7 +77,11 @@ def check_others(
     _check_tome(modules, schedule)
     _check_hypertile(modules, schedule)
     for _, name, hook in stateful_hooks(modules):
-        why = Faster.why_not(schedule, gates_cross=gates_cross, cfg_half=cfg_half) if Faster.knows(hook) else None
+        why = (
+            FasterCacheAdapter.why_not(schedule, gates_cross=gates_cross, cfg_half=cfg_half)
+            if FasterCacheAdapter.knows(hook)
+            else None
+        )
         _check_hook(name, hook, schedule, calls, alone or why)
     for module in modules if helper is None else ():
         _check_deepcache(module)
@@ -98,7 +109,7 @@ def check_before(module: torch.nn.Module) -> None:
         )
 
 
-def _kind_of(hook: Any) -> type[HookedCache] | None:
+def _kind_of(hook: Any) -> type[DiffusersHookAdapter] | None:
     """What a hook is known as."""
     return next((kind for kind in _KNOWN if kind.knows(hook)), None)
 

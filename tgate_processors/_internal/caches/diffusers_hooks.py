@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .adapter import Companion
+from .adapter import CacheAdapter
 from .split import join, split
 
 
@@ -20,7 +20,7 @@ def stateful_hooks(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.n
                 yield module, name, hook
 
 
-class HookedCache(Companion):
+class DiffusersHookAdapter(CacheAdapter):
     """
     One hook of a cache, whose state is one of a manager's, by the context that the pipeline is in, or the hook's own.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..plan.schedule import TGateSchedule
-from .diffusers_hooks import HookedCache
+from .diffusers_hooks import DiffusersHookAdapter
 
 
-class Faster(HookedCache):
+class FasterCacheAdapter(DiffusersHookAdapter):
     """
     The hook of the denoiser, or that of an attention layer; their states are their own.
 

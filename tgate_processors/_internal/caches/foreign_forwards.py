@@ -27,7 +27,7 @@ _PLAIN = _KNOWN | {"transformers"}
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
 
 
-class Forwards:
+class ForeignForwards:
     """
     What the modules of a pipeline's denoisers do when they are called.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .diffusers_hooks import HookedCache
+from .diffusers_hooks import DiffusersHookAdapter
 
 
-class Magnitude(HookedCache):
+class MagCacheAdapter(DiffusersHookAdapter):
     """The hook of the first block, which decides."""
 
     batch = ("previous_residual",)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .diffusers_hooks import HookedCache
+from .diffusers_hooks import DiffusersHookAdapter
 
 
-class Broadcast(HookedCache):
+class PyramidAttentionBroadcastAdapter(DiffusersHookAdapter):
     """The hook of one attention layer; its state is its own."""
 
     batch = ("cache",)

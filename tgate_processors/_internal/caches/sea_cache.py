@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .diffusers_hooks import HookedCache
+from .diffusers_hooks import DiffusersHookAdapter
 
 
-class Sea(HookedCache):
+class SeaCacheAdapter(DiffusersHookAdapter):
     """
     The hook of the denoiser, which decides.
 

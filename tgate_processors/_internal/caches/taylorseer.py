@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from .diffusers_hooks import HookedCache
+from .diffusers_hooks import DiffusersHookAdapter
 
 
-class TaylorSeer(HookedCache):
+class TaylorSeerAdapter(DiffusersHookAdapter):
     """
     The hook of one module.
 

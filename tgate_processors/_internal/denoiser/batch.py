@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..plan.schedule import CFGHalf
-from .inputs import Seen, tensors_in
-from .spec import Layout, Names
+from .inputs import DenoiserInputs, iter_tensors
+from .spec import BatchArguments, Layout
 
 
 def halve(value: Any, batch: int, kept: CFGHalf) -> Any:
@@ -28,7 +28,7 @@ def halve(value: Any, batch: int, kept: CFGHalf) -> Any:
     return value[:half] if kept == "unconditional" else value[half:]
 
 
-def halve_named(given: Mapping[str, Any], names: Names, batch: int, kept: CFGHalf) -> dict[str, Any]:
+def slice_arguments(given: Mapping[str, Any], names: BatchArguments, batch: int, kept: CFGHalf) -> dict[str, Any]:
     """Halve the arguments of these names, and hand the others on as they are."""
     halved = {}
     for name, value in given.items():
@@ -40,7 +40,7 @@ def halve_named(given: Mapping[str, Any], names: Names, batch: int, kept: CFGHal
         elif isinstance(inner, int):
             halved[name] = value if value is None else halve(value.movedim(inner, 0), batch, kept).movedim(0, inner)
         elif inner and isinstance(value, Mapping):
-            halved[name] = _like(value, halve_named(value, inner, batch, kept))
+            halved[name] = _like(value, slice_arguments(value, inner, batch, kept))
         else:
             halved[name] = value
     return halved
@@ -99,13 +99,13 @@ def double(
     return torch.cat([output, other] if ran == "unconditional" else [other, output])
 
 
-def prediction_of(output: Any, seen: Seen, layout: Layout) -> torch.Tensor:
+def prediction_of(output: Any, seen: DenoiserInputs, layout: Layout) -> torch.Tensor:
     """
     What guidance is about in a denoiser's output.
 
     Args:
         output (`torch.Tensor` or container): The output.
-        seen (`Seen`): What the denoiser was given.
+        seen (`DenoiserInputs`): What the denoiser was given.
         layout (`Layout`): What its family is.
 
     Returns:
@@ -115,7 +115,7 @@ def prediction_of(output: Any, seen: Seen, layout: Layout) -> torch.Tensor:
         output = stacked(output)
     if layout.reads is not None:
         length = layout.reads(seen.given)
-        whole = next(tensors_in(output))
+        whole = next(iter_tensors(output))
         return whole[:, -length:] if layout.reads_end else whole[:, :length]
     if not layout.several:
         return sample_of(output, seen.shape)
@@ -133,7 +133,7 @@ def joined(output: Any, *, tail: bool = False) -> torch.Tensor:
     Returns:
         `torch.Tensor`: A row for every sample and prediction, those of a sample together, filled up with zeros.
     """
-    each = [tensor[:, :-1] if tail and not place else tensor for place, tensor in enumerate(tensors_in(output))]
+    each = [tensor[:, :-1] if tail and not place else tensor for place, tensor in enumerate(iter_tensors(output))]
     each = [tensor.flatten(1) for tensor in each]
     width = max(tensor.shape[1] for tensor in each)
     filled = [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in each]

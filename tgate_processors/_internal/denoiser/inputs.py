@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 
-from .spec import Names
+from .spec import BatchArguments
 
 # What cross-attention alone reads, besides the sample and the time, which are the same in both halves.
 _NEUTRAL = ("sample", "hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
@@ -18,7 +18,7 @@ _NEUTRAL = ("sample", "hidden_states", "timestep", "encoder_hidden_states", "enc
 _LATENTS = ("sample", "hidden_states", "x")
 
 
-class Seen(NamedTuple):
+class DenoiserInputs(NamedTuple):
     """
     What the denoiser is given in one forward.
 
@@ -35,7 +35,7 @@ class Seen(NamedTuple):
     @property
     def sample(self) -> torch.Tensor:
         """The noisy latents; those of the first sample where the batch is a list."""
-        sample = latents_of(self.given)
+        sample = get_latents(self.given)
         assert sample is not None
         return sample
 
@@ -51,13 +51,13 @@ def _positions(module_class: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
-def see(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Seen:
+def read_inputs(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> DenoiserInputs:
     """Read the arguments of a forward."""
     # `torch.compile(pipe.unet)` wraps the module.
     module_class: Any = type(getattr(module, "_orig_mod", module))
     names = _positions(module_class)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    sample = latents_of(given)
+    sample = get_latents(given)
     if sample is None:
         raise ValueError(
             f"T-GATE: {type(module).__name__} was called without its noisy latents (`sample` or `hidden_states`), but "
@@ -65,8 +65,8 @@ def see(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Seen:
         )
     listed = next(given[name] for name in _LATENTS if name in given)
     if listed is not sample:
-        return Seen(len(listed), tuple(sample.shape), given)
-    return Seen(sample.shape[0], tuple(sample.shape[1:]), given)
+        return DenoiserInputs(len(listed), tuple(sample.shape), given)
+    return DenoiserInputs(sample.shape[0], tuple(sample.shape[1:]), given)
 
 
 @functools.cache
@@ -79,23 +79,25 @@ def _known(module_class: Any) -> frozenset[str]:
     return frozenset(_positions(module_class))
 
 
-def unknown_batches(module: torch.nn.Module, seen: Seen, names: Names) -> Iterator[tuple[str, torch.Tensor]]:
+def unknown_batches(
+    module: torch.nn.Module, seen: DenoiserInputs, names: BatchArguments
+) -> Iterator[tuple[str, torch.Tensor]]:
     """
     The tensors with as many rows as a guided batch, or several times as many, of which nobody knows what they are.
 
     Args:
         module (`torch.nn.Module`): The denoiser.
-        seen (`Seen`): What it is given.
+        seen (`DenoiserInputs`): What it is given.
         names (`Mapping`): The arguments with the guidance batch.
     """
     module_class: Any = type(getattr(module, "_orig_mod", module))
     for name in seen.given.keys() - _known(module_class) - names.keys():
-        for tensor in tensors_in(seen.given[name]):
+        for tensor in iter_tensors(seen.given[name]):
             if tensor.dim() and tensor.shape[0] and tensor.shape[0] % seen.batch == 0:
                 yield name, tensor
 
 
-def latents_of(given: Mapping[str, Any]) -> torch.Tensor | None:
+def get_latents(given: Mapping[str, Any]) -> torch.Tensor | None:
     """The noisy latents among the arguments; those of the first sample where the batch is a list."""
     value = next((given[name] for name in _LATENTS if name in given), None)
     if isinstance(value, list) and value:
@@ -104,21 +106,21 @@ def latents_of(given: Mapping[str, Any]) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def rows_of(value: Any) -> int | None:
+def batch_size_of(value: Any) -> int | None:
     """First dimension of the first tensor in an argument."""
-    return next((int(tensor.shape[0]) for tensor in tensors_in(value) if tensor.dim()), None)
+    return next((int(tensor.shape[0]) for tensor in iter_tensors(value) if tensor.dim()), None)
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def iter_tensors(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in an argument, however deep they lie."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from tensors_in(item)
+            yield from iter_tensors(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from tensors_in(item)
+            yield from iter_tensors(item)
 
 
 def is_another(before: Any, after: Any) -> bool:
@@ -140,10 +142,10 @@ def is_picture(name: str) -> bool:
 
 def writes_to(value: Any) -> tuple[int | None, ...]:
     """How often the tensors in a value have been written to. Tensors of inference mode do not count that."""
-    return tuple(None if tensor.is_inference() else tensor._version for tensor in tensors_in(value))
+    return tuple(None if tensor.is_inference() else tensor._version for tensor in iter_tensors(value))
 
 
-def conditions(seen: Seen, names: Names) -> list[str]:
+def conditions(seen: DenoiserInputs, names: BatchArguments) -> list[str]:
     """The arguments besides the text that may tell the halves of the batch apart."""
     found = []
     for name, inner in names.items():
@@ -152,17 +154,19 @@ def conditions(seen: Seen, names: Names) -> list[str]:
             value = {key: value[key] for key in inner if key in value}
         elif inner is not None:
             continue
-        if name not in _NEUTRAL and any(t.dim() and t.shape[0] >= seen.batch for t in tensors_in(value)):
+        if name not in _NEUTRAL and any(t.dim() and t.shape[0] >= seen.batch for t in iter_tensors(value)):
             found.append(name)
     return found
 
 
-def unconditional_first(seen: Seen, names: Names, negative: Any, positive: Any, pipeline: str) -> bool:
+def unconditional_first(
+    seen: DenoiserInputs, names: BatchArguments, negative: Any, positive: Any, pipeline: str
+) -> bool:
     """
     Find out which half of a batch is the unconditional one, for a loop that is not diffusers' own.
 
     Args:
-        seen (`Seen`): What the denoiser was given, with guidance.
+        seen (`DenoiserInputs`): What the denoiser was given, with guidance.
         names (`Mapping`): The arguments with the guidance batch.
         negative (`torch.Tensor`, *optional*): Embeddings of the negative prompt, if the pipeline tells them.
         positive (`torch.Tensor`, *optional*): Embeddings of the prompt, likewise.

@@ -10,26 +10,28 @@ from typing import Any, Literal
 # `None`: all tensors inside; a mapping: only those of these keys, since the rest of the container is not ours; a
 # number: the dimension that it is instead; "each": a list (or a tensor) that has an entry for each sample, whatever
 # that is.
-Names = Mapping[str, "Names | int | Literal['each'] | None"]
+BatchArguments = Mapping[str, "BatchArguments | int | Literal['each'] | None"]
 
-_CONDITIONS: Names = dict.fromkeys(("text_embeds", "time_ids", "image_embeds", "hint", "resolution", "aspect_ratio"))
-_SHARED: Names = {
+_CONDITIONS: BatchArguments = dict.fromkeys(
+    ("text_embeds", "time_ids", "image_embeds", "hint", "resolution", "aspect_ratio")
+)
+_SHARED: BatchArguments = {
     **dict.fromkeys(("timestep", "encoder_hidden_states", "class_labels", "timestep_cond")),
     **dict.fromkeys(("attention_mask", "encoder_attention_mask", "added_time_ids")),
     "added_cond_kwargs": _CONDITIONS,
     "cross_attention_kwargs": {"gligen": None},
     "joint_attention_kwargs": {"ip_adapter_image_embeds": None, "attention_mask": None},
 }
-DENOISER_ARGUMENTS: Names = {
+DENOISER_ARGUMENTS: BatchArguments = {
     **_SHARED,
     **dict.fromkeys(("sample", "hidden_states", "down_intrablock_additional_residuals")),
 }
-CONTROLNET_ARGUMENTS: Names = {
+CONTROLNET_ARGUMENTS: BatchArguments = {
     **_SHARED,
     **dict.fromkeys(("sample", "hidden_states", "controlnet_cond", "control_type", "conditioning_mask")),
 }
 # What a ControlNet gives. It is one half already if the ControlNet ran on one half.
-RESIDUALS: Names = dict.fromkeys(("down_block_additional_residuals", "mid_block_additional_residual"))
+RESIDUALS: BatchArguments = dict.fromkeys(("down_block_additional_residuals", "mid_block_additional_residual"))
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Layout:
     arguments: tuple[str, ...] = ()
     entries: tuple[str, ...] = ()
     in_second: tuple[str, ...] = ()
-    residuals: Names = field(default_factory=lambda: RESIDUALS)
+    residuals: BatchArguments = field(default_factory=lambda: RESIDUALS)
     cross: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
@@ -96,7 +98,7 @@ class Layout:
     reads: Callable[[Mapping[str, Any]], int] | None = None
     reads_end: bool = False
     asks_scale: bool = False
-    own: Names = field(default_factory=dict)
+    own: BatchArguments = field(default_factory=dict)
 
     def with_own(self, names: Sequence[str]) -> Layout:
         """The same with more arguments that have the guidance batch, those inside others as `argument.key`."""
@@ -112,18 +114,18 @@ class Layout:
         return replace(self, own=own)
 
     @property
-    def of_denoiser(self) -> Names:
+    def of_denoiser(self) -> BatchArguments:
         """The denoiser's arguments with the guidance batch, those that a ControlNet gives left out."""
         return self._more(DENOISER_ARGUMENTS)
 
     @property
-    def of_controlnet(self) -> Names:
+    def of_controlnet(self) -> BatchArguments:
         """The ControlNet's arguments with the guidance batch."""
         return self._more(CONTROLNET_ARGUMENTS)
 
-    def _more(self, names: Names) -> Names:
+    def _more(self, names: BatchArguments) -> BatchArguments:
         """These, and the arguments with the guidance batch that other families do not have."""
-        others: Names = {**dict.fromkeys(self.entries, "each"), **dict.fromkeys(self.in_second, 1)}
+        others: BatchArguments = {**dict.fromkeys(self.entries, "each"), **dict.fromkeys(self.in_second, 1)}
         more = {**names, **dict.fromkeys(self.arguments), **others}
         for name, inner in self.own.items():
             known = more.get(name)

@@ -6,12 +6,12 @@ Imports `plan`, `denoiser` and `attention`.
 
 from ..attention.layers import attention_modules
 from .catalog import FAMILIES, family_of, known
-from .resolve import Found, check_guidance, check_half, check_own, distilled_by, find_family
+from .resolve import ResolvedPipeline, check_guidance, check_half, check_own, distilled_by, resolve_pipeline
 from .unsupported import check_attention, check_denoiser, check_dropped, check_mode
 
 __all__ = [
     "FAMILIES",
-    "Found",
+    "ResolvedPipeline",
     "attention_modules",
     "check_attention",
     "check_denoiser",
@@ -22,6 +22,6 @@ __all__ = [
     "check_own",
     "distilled_by",
     "family_of",
-    "find_family",
     "known",
+    "resolve_pipeline",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _stable_audio(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -87,45 +87,45 @@ AUDIO = (
         "StableAudioDiTModel",
         "transformer",
         "conditional",
-        Inputs(_stable_audio, tokens=128, sized=False),
+        InputShapes(_stable_audio, tokens=128, sized=False),
         # Without a negative prompt the unconditional half attends to nothing: its output is zero, and a mean would be
         # half of the text.
         Layout(arguments=("global_hidden_states",), mean=False),
-        untold={"StableAudioPipeline": None},
+        pipelines_without_callback={"StableAudioPipeline": None},
     ),
     Family(
         "AudioLDM2UNet2DConditionModel",
         "unet",
         "conditional",
-        Inputs(_audioldm2, tokens=512, scale=4),
+        InputShapes(_audioldm2, tokens=512, scale=4),
         Layout(arguments=("encoder_hidden_states_1", "encoder_attention_mask_1")),
-        untold={"AudioLDM2Pipeline": None},
+        pipelines_without_callback={"AudioLDM2Pipeline": None},
     ),
     Family(
         "LongCatAudioDiTTransformer",
         "transformer",
         "conditional",
         # 30 seconds.
-        Inputs(_longcat, tokens=512, frames=351, sized=False),
+        InputShapes(_longcat, tokens=512, frames=351, sized=False),
         Layout(cross=("cross_attn",), calls=2, asks_scale=True),
-        untold={"LongCatAudioDiTPipeline": None},
+        pipelines_without_callback={"LongCatAudioDiTPipeline": None},
     ),
     Family(
         "StableAudio3DiTModel",
         "transformer",
         "conditional",
         # 10 seconds.
-        Inputs(_stable_audio3, tokens=256, frames=108, sized=False, given=("StableAudio3InpaintPipeline",)),
+        InputShapes(_stable_audio3, tokens=256, frames=108, sized=False, given=("StableAudio3InpaintPipeline",)),
         Layout(arguments=("global_hidden_states",), cross=("cross_attn",)),
         # Their call knows no guidance.
-        untold=dict.fromkeys(("StableAudio3AudioToAudioPipeline", "StableAudio3InpaintPipeline")),
+        pipelines_without_callback=dict.fromkeys(("StableAudio3AudioToAudioPipeline", "StableAudio3InpaintPipeline")),
     ),
     Family(
         "AceStepTransformer1DModel",
         "transformer",
         "conditional",
         # A minute, 25 to a second.
-        Inputs(_ace_step, tokens=512, frames=1500, sized=False, padded=False),
+        InputShapes(_ace_step, tokens=512, frames=1500, sized=False, padded=False),
         Layout(
             arguments=("timestep_r", "context_latents"),
             conditional_first=True,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _cosmos(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -28,7 +28,7 @@ COSMOS = (
         "CosmosTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_cosmos, tokens=512, frames=121, frame_scale=8, given=_GIVEN),
+        InputShapes(_cosmos, tokens=512, frames=121, frame_scale=8, given=_GIVEN),
         Layout(calls=2, apart=True, keeps_cross=False, scale_beyond=1.0),
     ),
 )

@@ -37,7 +37,7 @@ class InputSize:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputShapes:
     """
     The inputs of the denoisers of a family, for `estimate_cost`.
 
@@ -79,9 +79,10 @@ class Family:
         denoiser_class (`str`): Name of its class; subclasses count too.
         attribute (`str`): Where pipelines have it.
         kept_half (`str`): The half that stays where guidance is dropped.
-        inputs (`Inputs`, *optional*): What it takes, for `estimate_cost`. Nothing if it does not run without weights.
+        inputs (`InputShapes`, *optional*):
+            What it takes, for `estimate_cost`. Nothing if it does not run without weights.
         layout (`Layout`): What its batch is.
-        untold (`Mapping`): Pipelines that lack `callback_on_step_end`, `num_timesteps` or
+        pipelines_without_callback (`Mapping`): Pipelines that lack `callback_on_step_end`, `num_timesteps` or
             `do_classifier_free_guidance`, but are known to call the denoiser once for each of `scheduler.timesteps` and
             to guide where `guidance_scale > 1`. The value is the half that stays, where it is another one.
         second (`str`, *optional*): Where pipelines have another denoiser of the class, which takes over in the loop.
@@ -90,9 +91,9 @@ class Family:
     denoiser_class: str
     attribute: str
     kept_half: CFGHalf
-    inputs: Inputs | None
+    inputs: InputShapes | None
     layout: Layout = field(default_factory=Layout)
-    untold: Mapping[str, CFGHalf | None] = field(default_factory=dict)
+    pipelines_without_callback: Mapping[str, CFGHalf | None] = field(default_factory=dict)
     second: str | None = None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _hunyuan(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -35,7 +35,7 @@ HUNYUAN = (
         "HunyuanDiT2DModel",
         "transformer",
         "conditional",
-        Inputs(_hunyuan, tokens=77, text=False),
+        InputShapes(_hunyuan, tokens=77, text=False),
         Layout(arguments=_BATCH, residuals={"controlnet_block_samples": None}),
     ),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 # Tokens of CLIP, before those of T5.
 _CLIP = 77
@@ -154,54 +154,76 @@ def _cogview(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
-def joint_family(name: str, inputs: Inputs, untold: tuple[str, ...] = (), **layout: Any) -> Family:
+def joint_family(
+    name: str, inputs: InputShapes, pipelines_without_callback: tuple[str, ...] = (), **layout: Any
+) -> Family:
     """A row, with the pipelines that keep their guidance to themselves, but are known to guide by `guidance_scale`."""
     layout_of = Layout(joint=True, keeps_cross=False, **layout)
-    return Family(name, "transformer", "conditional", inputs, layout_of, untold=dict.fromkeys(untold))
+    return Family(
+        name,
+        "transformer",
+        "conditional",
+        inputs,
+        layout_of,
+        pipelines_without_callback=dict.fromkeys(pipelines_without_callback),
+    )
 
 
 JOINT = (
     joint_family(
         "SD3Transformer2DModel",
-        Inputs(_sd3, tokens=256),
+        InputShapes(_sd3, tokens=256),
         arguments=("pooled_projections",),
         residuals={"block_controlnet_hidden_states": None},
         beside=("skip_layers",),
     ),
-    joint_family("QwenImageTransformer2DModel", Inputs(_qwen, tokens=512), calls=2, given_last=True),
+    joint_family("QwenImageTransformer2DModel", InputShapes(_qwen, tokens=512), calls=2, given_last=True),
     joint_family(
         "CogVideoXTransformer3DModel",
-        Inputs(_cogvideox, tokens=226, frames=49, frame_scale=4),
-        untold=tuple(f"CogVideoX{name}Pipeline" for name in ("", "ImageToVideo", "VideoToVideo", "FunControl")),
+        InputShapes(_cogvideox, tokens=226, frames=49, frame_scale=4),
+        pipelines_without_callback=tuple(
+            f"CogVideoX{name}Pipeline" for name in ("", "ImageToVideo", "VideoToVideo", "FunControl")
+        ),
     ),
-    joint_family("MochiTransformer3DModel", Inputs(by_values, tokens=256, frames=19, frame_scale=6)),
-    joint_family("Lumina2Transformer2DModel", Inputs(by_values, tokens=256), calls=2),
-    joint_family("ChromaTransformer2DModel", Inputs(flux_shapes, tokens=512), calls=2),
+    joint_family("MochiTransformer3DModel", InputShapes(by_values, tokens=256, frames=19, frame_scale=6)),
+    joint_family("Lumina2Transformer2DModel", InputShapes(by_values, tokens=256), calls=2),
+    joint_family("ChromaTransformer2DModel", InputShapes(flux_shapes, tokens=512), calls=2),
     joint_family(
-        "HunyuanVideoTransformer3DModel", Inputs(_hunyuan_video, tokens=256, frames=129, frame_scale=4), calls=2
+        "HunyuanVideoTransformer3DModel", InputShapes(_hunyuan_video, tokens=256, frames=129, frame_scale=4), calls=2
     ),
-    joint_family("HunyuanVideoFramepackTransformer3DModel", Inputs(by_values, tokens=256, frames=33), calls=2),
-    joint_family("FluxTransformer2DModel", Inputs(flux_shapes, tokens=512), calls=2, given_last=True),
-    joint_family("AuraFlowTransformer2DModel", Inputs(_aura_flow, tokens=256), untold=("AuraFlowPipeline",)),
-    joint_family("CogView3PlusTransformer2DModel", Inputs(_cogview, tokens=224), arguments=_COGVIEW),
-    joint_family("CogView4Transformer2DModel", Inputs(_cogview, tokens=1024), calls=2),
+    joint_family("HunyuanVideoFramepackTransformer3DModel", InputShapes(by_values, tokens=256, frames=33), calls=2),
+    joint_family("FluxTransformer2DModel", InputShapes(flux_shapes, tokens=512), calls=2, given_last=True),
+    joint_family(
+        "AuraFlowTransformer2DModel",
+        InputShapes(_aura_flow, tokens=256),
+        pipelines_without_callback=("AuraFlowPipeline",),
+    ),
+    joint_family("CogView3PlusTransformer2DModel", InputShapes(_cogview, tokens=224), arguments=_COGVIEW),
+    joint_family("CogView4Transformer2DModel", InputShapes(_cogview, tokens=1024), calls=2),
     # Version 2 itself is distilled; its small ones guide.
-    joint_family("Flux2Transformer2DModel", Inputs(_flux2, tokens=512, scale=16), calls=2, given_last=True),
-    joint_family("Krea2Transformer2DModel", Inputs(_krea2, tokens=512), calls=2, scale_beyond=1.0),
+    joint_family("Flux2Transformer2DModel", InputShapes(_flux2, tokens=512, scale=16), calls=2, given_last=True),
+    joint_family("Krea2Transformer2DModel", InputShapes(_krea2, tokens=512), calls=2, scale_beyond=1.0),
     joint_family(
-        "OvisImageTransformer2DModel", Inputs(flux_shapes, tokens=256), untold=("OvisImagePipeline",), calls=2
+        "OvisImageTransformer2DModel",
+        InputShapes(flux_shapes, tokens=256),
+        pipelines_without_callback=("OvisImagePipeline",),
+        calls=2,
     ),
-    joint_family("BriaTransformer2DModel", Inputs(_bria, tokens=128, scale=16)),
-    joint_family("PRXTransformer2DModel", Inputs(_prx, tokens=256), untold=("PRXPipeline", "PRXPixelPipeline")),
+    joint_family("BriaTransformer2DModel", InputShapes(_bria, tokens=128, scale=16)),
+    joint_family(
+        "PRXTransformer2DModel",
+        InputShapes(_prx, tokens=256),
+        pipelines_without_callback=("PRXPipeline", "PRXPixelPipeline"),
+    ),
     joint_family(
         "ErnieImageTransformer2DModel",
-        Inputs(_ernie, tokens=256, instead={"pos_embed": _ernie_places}),
+        InputShapes(_ernie, tokens=256, instead={"pos_embed": _ernie_places}),
         ("ErnieImagePipeline",),
         arguments=_ERNIE,
     ),
     joint_family(
         "EasyAnimateTransformer3DModel",
-        Inputs(_easy_animate, tokens=256, frames=49, frame_scale=4),
+        InputShapes(_easy_animate, tokens=256, frames=49, frame_scale=4),
         arguments=("inpaint_latents", "control_latents"),
     ),
 )

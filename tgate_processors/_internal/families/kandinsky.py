@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _kandinsky3(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -54,7 +54,7 @@ KANDINSKY = (
         "Kandinsky3UNet",
         "unet",
         "conditional",
-        Inputs(_kandinsky3, tokens=128),
+        InputShapes(_kandinsky3, tokens=128),
         Layout(
             # All its layers say that they are cross-attention.
             cross=tuple(f"attentions.{place}.attention" for place in range(1, 10)),
@@ -67,7 +67,7 @@ KANDINSKY = (
         "Kandinsky5Transformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_kandinsky5, tokens=512, frames=121, frame_scale=4),
+        InputShapes(_kandinsky5, tokens=512, frames=121, frame_scale=4),
         Layout(
             cross=("cross_attention",),
             # The text is refined here, in a small part of the time.
@@ -77,13 +77,13 @@ KANDINSKY = (
             keeps_cross=False,
         ),
         # They tell their steps, and guide where `guidance_scale` is above 1.
-        untold=dict.fromkeys(f"Kandinsky5{kind}Pipeline" for kind in ("T2V", "I2V", "T2I", "I2I")),
+        pipelines_without_callback=dict.fromkeys(f"Kandinsky5{kind}Pipeline" for kind in ("T2V", "I2V", "T2I", "I2I")),
     ),
     Family(
         "Kandinsky6Transformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_kandinsky6, tokens=1024, frames=121, frame_scale=4),
+        InputShapes(_kandinsky6, tokens=1024, frames=121, frame_scale=4),
         Layout(
             cross=("cross_attention",),
             # What the latter two attend to is the other of video and sound.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _latte(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -30,13 +30,13 @@ def _allegro(config: Any, batch: int, size: InputSize) -> Shapes:
 
 
 LATTE = (
-    Family("LatteTransformer3DModel", "transformer", "conditional", Inputs(_latte, tokens=120, frames=16)),
+    Family("LatteTransformer3DModel", "transformer", "conditional", InputShapes(_latte, tokens=120, frames=16)),
     Family(
         "AllegroTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_allegro, tokens=512, frames=88, frame_scale=4),
+        InputShapes(_allegro, tokens=512, frames=88, frame_scale=4),
         # It tells its steps, but keeps its guidance to itself.
-        untold={"AllegroPipeline": None},
+        pipelines_without_callback={"AllegroPipeline": None},
     ),
 )

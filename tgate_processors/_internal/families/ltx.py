@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _ltx(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -53,7 +53,7 @@ LTX = (
         "LTXVideoTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_ltx, tokens=128, frames=161, scale=32, frame_scale=8, given=_GIVEN),
+        InputShapes(_ltx, tokens=128, frames=161, scale=32, frame_scale=8, given=_GIVEN),
         # Its layers have no flag that says which of them attend to the text.
         Layout(arguments=("video_coords",), cross=("attn2",)),
     ),
@@ -61,7 +61,7 @@ LTX = (
         "LTX2VideoTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_ltx2, tokens=1024, frames=121, scale=32, frame_scale=8, further=True, given=_GIVEN2),
+        InputShapes(_ltx2, tokens=1024, frames=121, scale=32, frame_scale=8, further=True, given=_GIVEN2),
         Layout(
             arguments=(*_AUDIO, *_MORE),
             cross=("attn2",),

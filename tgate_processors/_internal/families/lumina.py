@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _lumina(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -29,7 +29,7 @@ LUMINA = (
         "LuminaNextDiT2DModel",
         "transformer",
         "conditional",
-        Inputs(_lumina, tokens=256),
+        InputShapes(_lumina, tokens=256),
         Layout(arguments=("encoder_mask",), conditional_first=True),
     ),
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .family import Inputs, InputSize, Shapes
+from .family import InputShapes, InputSize, Shapes
 from .joint import by_values, flux_shapes, joint_family
 
 
@@ -63,39 +63,41 @@ def _of_one(given: Mapping[str, Any]) -> int:
 PICTURES = (
     joint_family(
         "LongCatImageTransformer2DModel",
-        Inputs(_longcat, tokens=512),
+        InputShapes(_longcat, tokens=512),
         ("LongCatImagePipeline", "LongCatImageEditPipeline"),
         calls=2,
         reads=_of_latents,
     ),
     joint_family(
         "HiDreamImageTransformer2DModel",
-        Inputs(by_values, tokens=128),
+        InputShapes(by_values, tokens=128),
         arguments=("timesteps", "encoder_hidden_states_t5", "pooled_embeds"),
         in_second=("encoder_hidden_states_llama3",),
     ),
     joint_family(
         "BriaFiboTransformer2DModel",
-        Inputs(_fibo, tokens=512, scale=16),
+        InputShapes(_fibo, tokens=512, scale=16),
         ("BriaFiboPipeline", "BriaFiboEditPipeline"),
         arguments=("text_encoder_layers",),
         given_last=True,
     ),
     joint_family(
         "QwenImage21Transformer2DModel",
-        Inputs(by_values, tokens=512, scale=16),
+        InputShapes(by_values, tokens=512, scale=16),
         calls=2,
         # Before them stand the text, and pictures that are given.
         reads=_of_last,
         reads_end=True,
     ),
-    joint_family("GlmImageTransformer2DModel", Inputs(by_values, tokens=256), calls=2, before=_reads_given),
-    joint_family("BriaFibo2Transformer2DModel", Inputs(by_values, tokens=256), calls=2),
+    joint_family("GlmImageTransformer2DModel", InputShapes(by_values, tokens=256), calls=2, before=_reads_given),
+    joint_family("BriaFibo2Transformer2DModel", InputShapes(by_values, tokens=256), calls=2),
     joint_family(
         "NucleusMoEImageTransformer2DModel",
-        Inputs(by_values, tokens=512),
+        InputShapes(by_values, tokens=512),
         ("NucleusMoEImagePipeline",),
         calls=2,
     ),
-    joint_family("JoyImageEditTransformer3DModel", Inputs(_joy, tokens=1024), calls=2, reads=_of_one, reads_end=True),
+    joint_family(
+        "JoyImageEditTransformer3DModel", InputShapes(_joy, tokens=1024), calls=2, reads=_of_one, reads_end=True
+    ),
 )

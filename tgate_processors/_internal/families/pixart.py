@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _pixart(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -23,7 +23,9 @@ PIXART = (
         "PixArtTransformer2DModel",
         "transformer",
         "unconditional",
-        Inputs(_pixart, tokens=120),
-        untold=dict.fromkeys(("PixArtAlphaPipeline", "PixArtSigmaPipeline", "PixArtSigmaPAGPipeline")),
+        InputShapes(_pixart, tokens=120),
+        pipelines_without_callback=dict.fromkeys(
+            ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "PixArtSigmaPAGPipeline")
+        ),
     ),
 )

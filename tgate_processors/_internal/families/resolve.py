@@ -34,14 +34,14 @@ _GUIDES = "do_classifier_free_guidance"
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedPipeline:
     """
     How a pipeline is gated.
 
-    `family` says what is known of its denoiser, `second` is another one that takes over in the loop. `kept_half` is the
-    half of guidance that stays (`None`: all of it), `controlnet` what else runs in a step. `vouched` says whether the
-    loop is diffusers' own, so that the tables here hold for it, `by_forward` whether a pipeline without step callbacks
-    calls its denoiser once for each of `scheduler.timesteps`, `guides` whether it can have guidance of two halves, and
+    `family` says what is known of its denoiser, `second` is another one that takes over in the loop. `kept_half` is
+    the half of guidance that stays (`None`: all of it), `controlnet` what else runs in a step. `is_diffusers_loop` says
+    whether the tables here hold for the loop, `counts_forwards` whether a pipeline without step callbacks calls its
+    denoiser once for each of `scheduler.timesteps`, `guides` whether it can have guidance of two halves, and
     `attribute` where the pipeline has the denoiser.
     """
 
@@ -49,8 +49,8 @@ class Found:
     family: Family
     kept_half: CFGHalf | None
     controlnet: torch.nn.Module | None
-    vouched: bool
-    by_forward: bool
+    is_diffusers_loop: bool
+    counts_forwards: bool
     guides: bool = True
     second: torch.nn.Module | None = None
     attribute: str = ""
@@ -67,23 +67,23 @@ class Found:
         return same and getattr(pipe, attribute, None) is self.denoiser
 
 
-def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
+def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> ResolvedPipeline:
     """Find out how a pipeline is gated, or raise a `ValueError` with the reason why it cannot be."""
     subject = type(pipe).__name__
     parameters = _parameters(type(pipe))
     check_loop(subject, parameters)
     family, denoiser = _find_denoiser(pipe, subject, cross_attention)
-    legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.untold]
+    legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.pipelines_without_callback]
     # By a negative prompt, whatever the denoiser is told besides; the call says whether it does.
     by_negative = "true_cfg_scale" in parameters
     # Such a denoiser is guided by what it is told (Sana Sprint), in a batch of one half.
     embedded = distilled_by(denoiser) is not None and not by_negative
     call = inspect.unwrap(type(pipe).__call__)
-    vouched = call.__module__.split(".")[0] == "diffusers"
+    is_diffusers_loop = call.__module__.split(".")[0] == "diffusers"
     ticks = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
     tells = legacy or by_negative or hasattr(type(pipe), _GUIDES)
     if family.layout.joint and (embedded or not tells):
-        if not (embedded or vouched):
+        if not (embedded or is_diffusers_loop):
             # A loop of someone else's may well guide, and not say so.
             _check_loop(type(pipe), ticks, subject, guides=True)
         raise ValueError(why_distilled(denoiser, subject))
@@ -97,7 +97,7 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
             check_attention(part, subject, family.layout, cross_attention)
     check_mode(pipe)
     check_text(pipe, cross_attention)
-    if (family.layout.calls > 1 or family.layout.entries) and not vouched:
+    if (family.layout.calls > 1 or family.layout.entries) and not is_diffusers_loop:
         what = "half of its batch" if family.layout.entries else "of its calls of the denoiser"
         raise ValueError(
             f"{subject} cannot be gated: its loop is not diffusers' own, and which {what} is the unconditional one "
@@ -105,16 +105,16 @@ def find_family(pipe: Any, cross_attention: bool | None = None) -> Found:
         )
     if not legacy:
         _check_loop(type(pipe), ticks, subject, guides=not embedded and not by_negative)
-    kept_half: CFGHalf | None = (family.untold[legacy[0]] if legacy else None) or family.kept_half
+    kept_half: CFGHalf | None = (family.pipelines_without_callback[legacy[0]] if legacy else None) or family.kept_half
     if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
         kept_half = None
-    return Found(
+    return ResolvedPipeline(
         denoiser,
         family,
         kept_half,
         controlnet,
-        vouched,
-        by_forward=not ticks,
+        is_diffusers_loop,
+        counts_forwards=not ticks,
         guides=not embedded,
         second=second,
         attribute=attribute,
@@ -144,7 +144,7 @@ def _parameters(pipeline_class: type) -> set[str]:
     return {name for call in calls for name in inspect.signature(call).parameters}
 
 
-def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
+def check_half(pipe: Any, found: ResolvedPipeline, cfg_half: CFGHalf | None) -> None:
     """Refuse the choice of a half where guidance has none."""
     if cfg_half is not None and found.kept_half is None:
         raise ValueError(
@@ -163,7 +163,7 @@ def check_half(pipe: Any, found: Found, cfg_half: CFGHalf | None) -> None:
         )
 
 
-def check_own(pipe: Any, found: Found, names: tuple[str, ...] | None) -> None:
+def check_own(pipe: Any, found: ResolvedPipeline, names: tuple[str, ...] | None) -> None:
     """Refuse arguments that no denoiser of a pipeline takes, or where no batch is halved."""
     if names and (found.kept_half is None or found.family.layout.calls > 1):
         raise ValueError(
@@ -182,7 +182,9 @@ def check_own(pipe: Any, found: Found, names: tuple[str, ...] | None) -> None:
             )
 
 
-def check_guidance(pipe: Any, found: Found, schedule: TGateSchedule, cross_attention: bool | None = None) -> None:
+def check_guidance(
+    pipe: Any, found: ResolvedPipeline, schedule: TGateSchedule, cross_attention: bool | None = None
+) -> None:
     """Refuse to predict guidance that has no two halves, or to gate it alone, and to reuse what is joint."""
     joint = found.family.layout.joint
     if cross_attention is False and found.kept_half is None:

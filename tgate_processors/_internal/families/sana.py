@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _sana(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -33,14 +33,14 @@ SANA = (
         "SanaTransformer2DModel",
         "transformer",
         "conditional",
-        Inputs(_sana, tokens=300, scale=32),
+        InputShapes(_sana, tokens=300, scale=32),
         Layout(residuals={"controlnet_block_samples": None}),
     ),
     Family(
         "SanaVideoTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_sana_video, tokens=300, frames=81, frame_scale=4, given=("SanaImageToVideoPipeline",)),
+        InputShapes(_sana_video, tokens=300, frames=81, frame_scale=4, given=("SanaImageToVideoPipeline",)),
         Layout(keeps_cross=False),
     ),
     # It asks for the precision of its device in every forward, which the meta device does not have. Its self-attention

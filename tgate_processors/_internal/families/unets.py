@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes, first
+from .family import Family, InputShapes, InputSize, Shapes, first
 
 
 def _unet(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -80,8 +80,8 @@ UNETS = (
         "UNet2DConditionModel",
         "unet",
         "unconditional",
-        Inputs(_unet, tokens=77),
-        untold={
+        InputShapes(_unet, tokens=77),
+        pipelines_without_callback={
             "AudioLDMPipeline": None,
             "MusicLDMPipeline": None,
             "StableDiffusionAdapterPipeline": None,
@@ -97,27 +97,27 @@ UNETS = (
             "StableUnCLIPPipeline": "conditional",
         },
     ),
-    Family("UNetMotionModel", "unet", "unconditional", Inputs(_motion, tokens=77, frames=16)),
+    Family("UNetMotionModel", "unet", "unconditional", InputShapes(_motion, tokens=77, frames=16)),
     Family(
         "UNetSpatioTemporalConditionModel",
         "unet",
         "conditional",
-        Inputs(_video, tokens=1, frames=25, text=False),
+        InputShapes(_video, tokens=1, frames=25, text=False),
     ),
     Family(
         "I2VGenXLUNet",
         "unet",
         "conditional",
-        Inputs(_picture_video, tokens=77, frames=16),
+        InputShapes(_picture_video, tokens=77, frames=16),
         Layout(arguments=("fps", "image_latents", "image_embeddings")),
-        untold={"I2VGenXLPipeline": None},
+        pipelines_without_callback={"I2VGenXLPipeline": None},
     ),
     Family(
         "UNet3DConditionModel",
         "unet",
         "conditional",
-        Inputs(_frames, tokens=77, frames=16),
-        untold=dict.fromkeys(("TextToVideoSDPipeline", "VideoToVideoSDPipeline")),
+        InputShapes(_frames, tokens=77, frames=16),
+        pipelines_without_callback=dict.fromkeys(("TextToVideoSDPipeline", "VideoToVideoSDPipeline")),
     ),
     # UNet and control in one. The cross-attention of the control is computed in every step, as that of any ControlNet;
     # the call says in which steps it runs at all.
@@ -125,7 +125,7 @@ UNETS = (
         "UNetControlNetXSModel",
         "unet",
         "conditional",
-        Inputs(_with_control, tokens=77),
+        InputShapes(_with_control, tokens=77),
         Layout(arguments=("controlnet_cond",), never=("ctrl_",)),
     ),
 )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _wan(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -55,9 +55,9 @@ _LAYOUT = Layout(calls=2, apart=True, keeps_cross=False)
 # Faces are no text: what is seen of them changes from frame to frame.
 _ANIMATE = replace(_LAYOUT, never=("face_adapter",))
 _SIZES: dict[str, Any] = {"tokens": 512, "frames": 81, "frame_scale": 4}
-_INPUTS = Inputs(_wan, **_SIZES)
-_VACE_INPUTS = Inputs(_vace, **_SIZES)
-_ANIMATE_INPUTS = Inputs(_animate, **_SIZES | {"frames": 77})
+_INPUTS = InputShapes(_wan, **_SIZES)
+_VACE_INPUTS = InputShapes(_vace, **_SIZES)
+_ANIMATE_INPUTS = InputShapes(_animate, **_SIZES | {"frames": 77})
 
 WAN = (
     Family("WanTransformer3DModel", "transformer", "conditional", _INPUTS, _LAYOUT, second="transformer_2"),
@@ -71,7 +71,7 @@ WAN = (
         "AnyFlowTransformer3DModel",
         "transformer",
         "conditional",
-        Inputs(_any_flow, **_SIZES),
+        InputShapes(_any_flow, **_SIZES),
         Layout(arguments=("r_timestep",), cross=("attn2",), keeps_cross=False),
     ),
 )

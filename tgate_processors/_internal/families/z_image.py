@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..denoiser.spec import Layout
-from .family import Family, Inputs, InputSize, Shapes
+from .family import Family, InputShapes, InputSize, Shapes
 
 
 def _z_image(config: Any, batch: int, size: InputSize) -> Shapes:
@@ -26,7 +26,7 @@ Z_IMAGE = (
         "ZImageTransformer2DModel",
         "transformer",
         "conditional",
-        Inputs(_z_image, tokens=512),
+        InputShapes(_z_image, tokens=512),
         Layout(
             joint=True,
             keeps_cross=False,

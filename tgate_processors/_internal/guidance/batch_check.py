@@ -7,14 +7,14 @@ from typing import Any, Protocol
 
 import torch
 
-from ..denoiser.inputs import Seen, unconditional_first
+from ..denoiser.inputs import DenoiserInputs, unconditional_first
 from ..denoiser.spec import Layout
 
 
 class Reporting(Protocol):
     """What a call of a pipeline reports of its batch."""
 
-    vouched: bool
+    is_diffusers_loop: bool
 
     @property
     def subject(self) -> str:
@@ -24,7 +24,7 @@ class Reporting(Protocol):
         """The embeddings of the negative prompt and of the prompt, where the pipeline tells them."""
 
 
-class Batch:
+class CFGBatchCheck:
     """
     The batch of a run: what the latents of the last step lead to, compared with what the denoiser gets.
 
@@ -42,7 +42,7 @@ class Batch:
         self._call = call
         self._pictures: int | None = None
         # diffusers' own loops need no look.
-        self._looked_at = call.vouched
+        self._looked_at = call.is_diffusers_loop
 
     def expect(self, pictures: int | None) -> None:
         """Note how many pictures are asked for, if the arguments say."""
@@ -53,13 +53,13 @@ class Batch:
         """A loop has ended, and the next one may be for others."""
         self._pictures = None
 
-    def holds_halves(self, seen: Seen) -> bool | None:
+    def holds_halves(self, seen: DenoiserInputs) -> bool | None:
         """Whether the denoiser is given both halves of guidance, by the latents of the last step, if that tells."""
         if self._pictures is None:
             return None
         return {self._pictures: False, 2 * self._pictures: True}.get(seen.batch)
 
-    def check(self, seen: Seen, guided: bool) -> None:
+    def check(self, seen: DenoiserInputs, guided: bool) -> None:
         """
         A forward begins: check that its batch fits the number of pictures.
 
@@ -69,12 +69,12 @@ class Batch:
         if self._pictures is not None:
             self._compare(seen.batch, self._pictures, guided)
 
-    def settle(self, seen: Seen | None, guided: bool, told: dict[str, Any], latents: Any) -> None:
+    def settle(self, seen: DenoiserInputs | None, guided: bool, told: dict[str, Any], latents: Any) -> None:
         """
         A step has ended: compare its batch with its latents, and know how many pictures the next one is for.
 
         Args:
-            seen (`Seen`, *optional*): What the denoiser was given.
+            seen (`DenoiserInputs`, *optional*): What the denoiser was given.
             guided (`bool`): Whether it was given both halves of guidance.
             told (`dict`): What the pipeline has told its callback.
             latents (`torch.Tensor`, *optional*): The latents of the next step, if the user's callback gave others.
@@ -85,7 +85,7 @@ class Batch:
         before = told.get("latents")
         if seen is not None:
             # Where the text of both halves meets latents without guidance, a loop of diffusers makes two rows of one.
-            fits = self._call.vouched and self.holds_halves(seen) is guided
+            fits = self._call.is_diffusers_loop and self.holds_halves(seen) is guided
             if isinstance(before, torch.Tensor) and not fits:
                 self._compare(seen.batch, int(before.shape[0]), guided)
             if guided and not self._looked_at:

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from ..caches.adapter import Companions
+from ..caches.adapter import CacheAdapters
 from ..denoiser.batch import prediction_of, second_of
-from ..denoiser.inputs import Seen
+from ..denoiser.inputs import DenoiserInputs
 from ..denoiser.spec import Layout
-from ..plan.report_builder import Tally
-from .batch_check import Batch
-from .predictor import GuidedLoop
+from ..plan.report_builder import ReportBuilder
+from .batch_check import CFGBatchCheck
+from .predictor import GuidedStepCounter
 
 
 class Differences:
@@ -22,40 +22,42 @@ class Differences:
 
     Args:
         scale_of (`Callable`): Tells what guidance multiplies the difference with, by the denoiser's place.
-        batch (`Batch`): Which half is which.
+        batch (`CFGBatchCheck`): Which half is which.
         layout (`Layout`): How the family does guidance.
-        companions (`Companions`): The caches of others.
-        tally (`Tally`): The report, which lists the errors.
+        adapters (`CacheAdapters`): The caches of others.
+        report_builder (`ReportBuilder`): The report, which lists the errors.
         is_auto (`bool`): Whether errors are measured.
     """
 
     def __init__(
         self,
         scale_of: Callable[[int], Any],
-        batch: Batch,
+        batch: CFGBatchCheck,
         layout: Layout,
-        companions: Companions,
-        tally: Tally,
+        adapters: CacheAdapters,
+        report_builder: ReportBuilder,
         *,
         is_auto: bool,
     ) -> None:
         self._scale_of = scale_of
         self._batch = batch
         self._layout = layout
-        self._companions = companions
-        self._tally = tally
+        self._adapters = adapters
+        self._report_builder = report_builder
         self._is_auto = is_auto
         self._first: torch.Tensor | None = None
         self._left_out: Any = None
 
-    def of_first(self, loop: GuidedLoop, output: Any, seen: Seen, *, half: bool, expert: int) -> torch.Tensor | None:
+    def of_first(
+        self, loop: GuidedStepCounter, output: Any, seen: DenoiserInputs, *, half: bool, expert: int
+    ) -> torch.Tensor | None:
         """
         The first forward of a guided step has given its output.
 
         Args:
-            loop (`GuidedLoop`): Its loop.
+            loop (`GuidedStepCounter`): Its loop.
             output (`torch.Tensor` or container): The output.
-            seen (`Seen`): What the denoiser was given.
+            seen (`DenoiserInputs`): What the denoiser was given.
             half (`bool`): Whether it is the only one, and on one half.
             expert (`int`): The denoiser's place among those of the pipeline.
 
@@ -81,13 +83,13 @@ class Differences:
             self._note(loop, (first, second), 0 if self._batch.unconditional_first else 1, expert)
         return None
 
-    def of_second(self, loop: GuidedLoop, output: Any, seen: Seen, *, expert: int) -> None:
+    def of_second(self, loop: GuidedStepCounter, output: Any, seen: DenoiserInputs, *, expert: int) -> None:
         """The second call of a full step has given its output."""
         first, self._first = self._first, None
         if first is not None and not self._repeats():
             self._note(loop, (first, prediction_of(output, seen, self._layout)), 1, expert)
 
-    def read(self, loop: GuidedLoop, latents: Any) -> None:
+    def read(self, loop: GuidedStepCounter, latents: Any) -> None:
         """A step has ended, with these latents: what follows them in an output is not read."""
         packed = isinstance(latents, torch.Tensor) and latents.dim() == 3
         if self._layout.given_last and loop.guidance is not None and packed:
@@ -109,10 +111,10 @@ class Differences:
 
     def _repeats(self) -> bool:
         """Whether the step that has run says nothing new of guidance, because a cache has repeated it."""
-        return self._is_auto and self._companions.repeated()
+        return self._is_auto and self._adapters.repeated()
 
     def _note(
-        self, loop: GuidedLoop, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, expert: int
+        self, loop: GuidedStepCounter, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, expert: int
     ) -> None:
         """Both halves of guidance were computed."""
         assert loop.guidance is not None
@@ -121,4 +123,4 @@ class Differences:
             scale = halves[0].new_tensor(scale).repeat(len(halves[0]) // len(scale)).unsqueeze(1)
         loop.guidance.note(loop.passes, halves, unconditional, scale)
         if loop.guidance.error is not None:
-            self._tally.measured(loop.step_index, loop.guidance.error)
+            self._report_builder.measured(loop.step_index, loop.guidance.error)

@@ -11,7 +11,7 @@ import torch
 _DAMPING = 0.7
 
 
-class Difference(NamedTuple):
+class CFGDifference(NamedTuple):
     """
     The difference of the two halves of a denoiser's output, in one pass of the loop.
 
@@ -24,7 +24,7 @@ class Difference(NamedTuple):
     value: torch.Tensor
 
 
-def predict(known: Sequence[Difference], position: int) -> torch.Tensor:
+def predict(known: Sequence[CFGDifference], position: int) -> torch.Tensor:
     r"""
     Predict the difference of a later pass from the last two that are known.
 
@@ -38,7 +38,7 @@ def predict(known: Sequence[Difference], position: int) -> torch.Tensor:
     If only one difference is known, it is the prediction.
 
     Args:
-        known (`Sequence` of `Difference`): The last one or two, in order.
+        known (`Sequence` of `CFGDifference`): The last one or two, in order.
         position (`int`): The pass.
 
     Returns:

@@ -8,8 +8,8 @@ import torch
 
 from ..plan.adaptive import LEAD
 from ..plan.schedule import TGateSchedule
-from ..plan.steps import Loop, Timeline
-from .prediction import Difference, guided_output, predict, relative_error
+from ..plan.steps import StepCounter, Timeline
+from .prediction import CFGDifference, guided_output, predict, relative_error
 
 
 class Guidance:
@@ -26,7 +26,7 @@ class Guidance:
     def __init__(self, *, measures: bool = False) -> None:
         self._measures = measures
         self.error: float | None = None
-        self._known: list[Difference] = []
+        self._known: list[CFGDifference] = []
         self._tokens: int | None = None
 
     @property
@@ -43,7 +43,7 @@ class Guidance:
         """The pipeline reads so many tokens of an output, the first ones: others say nothing of guidance."""
         self._tokens = tokens
         self._known = [
-            Difference(known.position, known.value[:, :tokens].clone()) if known.value.shape[1] > tokens else known
+            CFGDifference(known.position, known.value[:, :tokens].clone()) if known.value.shape[1] > tokens else known
             for known in self._known
         ]
 
@@ -67,7 +67,7 @@ class Guidance:
         if self._measures and self.judges:
             guided = guided_output(halves, unconditional, scale)
             self._measure(relative_error(predict(self._known, position), computed, guided, scale))
-        self._known = [*self._known[1 - LEAD :], Difference(position, computed)]
+        self._known = [*self._known[1 - LEAD :], CFGDifference(position, computed)]
 
     def predicted(self, position: int) -> torch.Tensor:
         """The second half minus the first, in a later pass."""
@@ -81,7 +81,7 @@ class Guidance:
             self.error = error
 
 
-class GuidedLoop(Loop):
+class GuidedStepCounter(StepCounter):
     """
     A loop, and what the halves of its guidance differ by.
 
@@ -111,7 +111,7 @@ class GuidedLoop(Loop):
     def begin_guidance(self) -> None:
         """Start with nothing known of guidance: at the beginning, and when another denoiser takes over."""
         super().begin_guidance()
-        self.guidance = Guidance(measures=self.pace is not None) if self._schedule.predicts else None
+        self.guidance = Guidance(measures=self.controller is not None) if self._schedule.predicts else None
 
     def end_guided_step(self, *, full: bool, computed: bool) -> None:
         """A step of the loop has ended."""

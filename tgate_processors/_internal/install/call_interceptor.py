@@ -14,7 +14,7 @@ from ..denoiser.lock import exclusively
 _PLACE = "_compiled_call_impl"
 
 
-class Front:
+class CallInterceptor:
     """
     Stands in front of all calls of a denoiser while runs are on that may leave one out.
 
@@ -43,8 +43,8 @@ def stand_in_front(denoiser: torch.nn.Module, state: TGateState, run: object) ->
     def put_in() -> None:
         # Not by attribute, which a compiled denoiser hands on to the one inside.
         front = vars(denoiser).get(_PLACE)
-        if not isinstance(front, Front):
-            front = vars(denoiser)[_PLACE] = Front(denoiser, front)
+        if not isinstance(front, CallInterceptor):
+            front = vars(denoiser)[_PLACE] = CallInterceptor(denoiser, front)
         front.states[run] = state
 
     exclusively(put_in)
@@ -55,7 +55,7 @@ def step_back(denoiser: torch.nn.Module, run: object) -> None:
 
     def take_out() -> None:
         front = vars(denoiser).get(_PLACE)
-        if not isinstance(front, Front):
+        if not isinstance(front, CallInterceptor):
             return
         front.states.pop(run, None)
         # torch reads the place twice in a row; between that no other thread gets its turn.

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..attention.layers import Layers
+from ..attention.layers import GatedLayers
 from ..attention.state import TGateState
 from ..caches.detect import check_others
-from ..caches.foreign_forwards import CustomForwards, Forwards, checked_forwards
+from ..caches.foreign_forwards import CustomForwards, ForeignForwards, checked_forwards
 from ..denoiser.lock import exclusively
-from ..families import check_guidance, check_half, find_family
+from ..families import check_guidance, check_half, resolve_pipeline
 from ..plan.schedule import CFGHalf, TGateSchedule
 from ..plan.validation import is_choice, shown
-from ..run.call import Call
-from ..run.run import Run
+from ..run.call import PipelineCall
+from ..run.run import PipelineRun
 from .gradient_checkpointing import replay, stop_replaying
 from .hooks import DenoiserHooks
 from .pipeline_call import call_of
@@ -125,7 +125,7 @@ class TGateCallback(StepClock):
         super().__init__(schedule)
         self._custom_forwards = checked_forwards(custom_forwards)
         self.cfg_half = checked_half(cfg_half)
-        self._run: Run | None = None
+        self._run: PipelineRun | None = None
         self._place = ExitStack()
         self._wait()
 
@@ -153,13 +153,15 @@ class TGateCallback(StepClock):
 
     def _wait(self) -> None:
         """Be ready for the first step of a call, which nobody announces."""
-        self.state.waiting = waiting = Run(self.state, _Nobody(), Layers(None, self.state), droppable=False)
+        self.state.waiting = waiting = PipelineRun(
+            self.state, _Nobody(), GatedLayers(None, self.state), droppable=False
+        )
         waiting.prime(self.state.schedule.plan(_LONG_RUN)[0])
 
     def _take_place(self, pipeline: Any) -> None:
         """Begin the run at the end of its first pass, the first that a callback alone sees."""
         self._place.close()
-        found = find_family(pipeline)
+        found = resolve_pipeline(pipeline)
         check_half(pipeline, found, self.cfg_half)
         check_guidance(pipeline, found, self.state.schedule)
         if found.family.layout.calls > 1:
@@ -169,9 +171,9 @@ class TGateCallback(StepClock):
             )
         alone = "a callback alone cannot tell it where the batch changes: use apply_tgate(pipe, ...)"
         check_others(found.denoiser, self.state.schedule, alone=alone)
-        Forwards([found.denoiser], self._custom_forwards).check()
+        ForeignForwards([found.denoiser], self._custom_forwards).check()
         layout = found.family.layout
-        layers = Layers(found.denoiser, self.state, "gate", layout)
+        layers = GatedLayers(found.denoiser, self.state, "gate", layout)
         layers.look()
         self._run, self.state.waiting = self.state.waiting, None
         assert self._run is not None
@@ -201,7 +203,7 @@ class TGateCallback(StepClock):
             self._wait()
 
 
-class _Nobody(Call):
+class _Nobody(PipelineCall):
     """Before any call is known."""
 
     def __init__(self) -> None:

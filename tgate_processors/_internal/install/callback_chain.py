@@ -15,7 +15,7 @@ _WANTED = ("latents",)
 _WANTED_OF_OTHERS = ("latents", "negative_prompt_embeds")
 
 
-def chain(pipe: Any, clock: StepClock, bound: inspect.BoundArguments, *, vouched: bool) -> None:
+def chain(pipe: Any, clock: StepClock, bound: inspect.BoundArguments, *, is_diffusers_loop: bool) -> None:
     """
     Put the clock behind the callback of a call.
 
@@ -23,7 +23,7 @@ def chain(pipe: Any, clock: StepClock, bound: inspect.BoundArguments, *, vouched
         pipe (`DiffusionPipeline`): The pipeline that is called.
         clock (`StepClock`): The clock.
         bound (`inspect.BoundArguments`): The arguments of the call, which are changed.
-        vouched (`bool`): Whether the loop is diffusers' own.
+        is_diffusers_loop (`bool`): Whether the loop is diffusers' own.
 
     Raises:
         ValueError: If there is a clock already.
@@ -38,7 +38,7 @@ def chain(pipe: Any, clock: StepClock, bound: inspect.BoundArguments, *, vouched
             "the callback out, or call remove_tgate(pipe) first."
         )
     possible = getattr(pipe, "_callback_tensor_inputs", None) or []
-    wanted = [name for name in (_WANTED if vouched else _WANTED_OF_OTHERS) if name in possible]
+    wanted = [name for name in (_WANTED if is_diffusers_loop else _WANTED_OF_OTHERS) if name in possible]
     if isinstance(users, (PipelineCallback, MultiPipelineCallbacks)):
         bound.arguments["callback_on_step_end"] = _official_chain()(clock, users, wanted)
         return

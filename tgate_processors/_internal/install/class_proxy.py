@@ -10,7 +10,7 @@ BASE = "_tgate_base"
 _PLAIN = "_tgate_plain"
 
 
-class Front(type):
+class ClassProxy(type):
     """
     A class that stands for another one.
 
@@ -29,7 +29,7 @@ class Front(type):
 
 def front(base: Any, body: dict[str, Any]) -> Any:
     """Make a class in front of another one, under the same name."""
-    kind = type(Front.__name__, (Front,) if type(base) is type else (Front, type(base)), {})
+    kind = type(ClassProxy.__name__, (ClassProxy,) if type(base) is type else (ClassProxy, type(base)), {})
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return kind(base.__name__, (base,), {**body, **names, BASE: base, _PLAIN: plain_call(base)})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-class Ending:
+class Cleanup:
     """
     What has to be undone at the end of a call.
 

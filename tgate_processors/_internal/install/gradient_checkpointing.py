@@ -7,29 +7,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..attention.state import Signals, Slot, TGateState
+from ..attention.state import LayerActions, Slot, TGateState
 from ..denoiser.lock import exclusively
 
 if TYPE_CHECKING:
-    from ..attention.cache import Kept
-    from ..run.run import Run
+    from ..attention.cache import CachedOutput
+    from ..run.run import PipelineRun
 
 # Where a block has the function that checkpoints it.
 _PLACE = "_gradient_checkpointing_func"
 
 
-class Replay:
+class ReplayCache:
     """
     A forward of a run, for the blocks that are computed again when the run is over.
 
     Args:
-        run (`Run`): The run, whose present signals and kept outputs are remembered.
+        run (`PipelineRun`): The run, whose present signals and kept outputs are remembered.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.signals = Signals()
+    def __init__(self, run: PipelineRun) -> None:
+        self.signals = LayerActions()
         self.signals.take(run.outputs.signals)
-        self._kept: dict[Slot, Kept] = dict(run.outputs.kept)
+        self._kept: dict[Slot, CachedOutput] = dict(run.outputs.kept)
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +37,7 @@ class Replay:
         return 0
 
     @property
-    def outputs(self) -> Replay:
+    def outputs(self) -> ReplayCache:
         """What the gates talk to, as of a run."""
         return self
 
@@ -50,13 +50,13 @@ class Replay:
         """Nothing is kept twice."""
 
 
-class _Recomputed:
+class _RecomputedBlock:
     """A block that is called once in the forward and again in `backward`."""
 
     def __init__(self, block: Any, state: TGateState) -> None:
         self._block = block
         self._state = state
-        self._replay = Replay(state.current())
+        self._replay = ReplayCache(state.current())
         self._ran = False
 
     def __call__(self, *args: Any) -> Any:
@@ -76,7 +76,7 @@ class _Replaying:
 
     def __call__(self, block: Any, *args: Any) -> Any:
         state = next((state for state in tuple(self.states.values()) if state.current() is not None), None)
-        return self.behind(block if state is None else _Recomputed(block, state), *args)
+        return self.behind(block if state is None else _RecomputedBlock(block, state), *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy has no runs.
@@ -126,7 +126,7 @@ def cannot_replay(denoiser: torch.nn.Module) -> bool:
     )
 
 
-class Differentiated:
+class WholeDenoiserCheckpointGuard:
     """The inputs of gated forwards that gradients go back through: nobody may compute one again as a whole."""
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class Differentiated:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy has seen nothing.
-        return Differentiated, ()
+        return WholeDenoiserCheckpointGuard, ()
 
     def note(self, sample: torch.Tensor) -> None:
         """A gated forward begins."""

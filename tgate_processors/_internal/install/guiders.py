@@ -7,14 +7,14 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ..attention.layers import Layers
+from ..attention.layers import GatedLayers
 from ..caches.detect import check_before, check_others
-from ..caches.foreign_forwards import Forwards
+from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.spec import Layout
 from ..plan.schedule import CFGHalf, TGateSchedule
-from ..run.guider_run import GuidedRun, GuiderCall
-from ..run.messages import say_left_alone
-from .cleanup import Ending
+from ..run.guider_run import GuiderPipelineCall, GuiderRun
+from ..run.messages import warn_ungated_processors
+from .cleanup import Cleanup
 from .installation import Installation
 
 # What makes a guider's two predictions and its output of them. Who changes none of it guides as its base class does.
@@ -114,14 +114,14 @@ class GuiderInstallation(Installation):
             check_before(controlnet)
         self._forwards(pipe).check()
 
-    def guide(self, pipe: Any, ending: Ending) -> GuidedRun:
+    def guide(self, pipe: Any, ending: Cleanup) -> GuiderRun:
         """Stand in for the guiders of a pipeline until the call ends."""
         self.enter(pipe)
-        state, call = self.callback.state, GuiderCall(pipe)
+        state, call = self.callback.state, GuiderPipelineCall(pipe)
         left_alone = [name for denoiser in _denoisers(pipe) for name in self._left_alone(denoiser)]
         if left_alone:
-            say_left_alone(state, call, left_alone)
-        run = GuidedRun(state, call, self._forwards(pipe), droppable=not left_alone)
+            warn_ungated_processors(state, call, left_alone)
+        run = GuiderRun(state, call, self._forwards(pipe), droppable=not left_alone)
         stand_ins = {name: (guider, _stand_in(guider, run)) for name, guider in guiders_of(pipe).items()}
 
         def end() -> None:
@@ -136,22 +136,22 @@ class GuiderInstallation(Installation):
             vars(pipe)[name] = ours
         return run
 
-    def _forwards(self, pipe: Any) -> Forwards:
+    def _forwards(self, pipe: Any) -> ForeignForwards:
         """What the denoisers do when they are called."""
-        return Forwards(_denoisers(pipe) + _controlnets(pipe), self.custom_forwards)
+        return ForeignForwards(_denoisers(pipe) + _controlnets(pipe), self.custom_forwards)
 
     def _left_alone(self, denoiser: Any) -> list[str]:
         """The layers whose processors may count their calls."""
-        layers = Layers(denoiser, self.callback.state, self.custom, _NO_LAYER_IS_GATED)
+        layers = GatedLayers(denoiser, self.callback.state, self.custom, _NO_LAYER_IS_GATED)
         layers.look()
         return layers.settle()
 
 
-class _StandIn:
+class _GatedGuider:
     """What a guider does with T-GATE, for a class generated with that of the guider."""
 
     __slots__ = ("_run",)
-    _run: GuidedRun
+    _run: GuiderRun
 
     @property
     def num_conditions(self) -> int:
@@ -199,7 +199,7 @@ class _StandIn:
         return output
 
 
-def _stand_in(guider: Any, run: GuidedRun) -> Any:
+def _stand_in(guider: Any, run: GuiderRun) -> Any:
     """A guider that shares everything with another one, and asks a run how many predictions it takes."""
     guider_class: Any = type(guider)
     generated = _stand_in_class(guider_class)
@@ -213,7 +213,7 @@ def _stand_in(guider: Any, run: GuidedRun) -> Any:
 def _stand_in_class(guider_class: Any) -> Any:
     """The class of such a guider, under the same name."""
     body = {"__module__": guider_class.__module__, "__qualname__": guider_class.__qualname__}
-    return type(guider_class.__name__, (_StandIn, guider_class), body)
+    return type(guider_class.__name__, (_GatedGuider, guider_class), body)
 
 
 def _denoisers(pipe: Any) -> list[Any]:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ..attention.state import TGateState
-from ..denoiser.batch import double, halve_named, stacked, unstacked
-from ..denoiser.inputs import Seen, latents_of, rows_of, see, unknown_batches
+from ..denoiser.batch import double, slice_arguments, stacked, unstacked
+from ..denoiser.inputs import DenoiserInputs, batch_size_of, get_latents, read_inputs, unknown_batches
 from ..denoiser.lock import exclusively
-from ..denoiser.spec import Layout, Names
+from ..denoiser.spec import BatchArguments, Layout
 from ..plan.schedule import CFGHalf
 from .copies import leave_out_of_copies, put_back_into_copies, remove_hooks
-from .gradient_checkpointing import Differentiated, cannot_replay
+from .gradient_checkpointing import WholeDenoiserCheckpointGuard, cannot_replay
 
 
 class DenoiserHooks:
@@ -59,7 +59,7 @@ class DenoiserHooks:
         self._kept = kept
         self._default = default
         self._layout = layout or Layout()
-        self._differentiated = Differentiated()
+        self._differentiated = WholeDenoiserCheckpointGuard()
 
     @property
     def _modules(self) -> list[torch.nn.Module]:
@@ -131,7 +131,7 @@ class DenoiserHooks:
         run = self._run(kwargs)
         if run is None:
             if torch.is_grad_enabled():
-                self._differentiated.check(latents_of({"sample": args[0]} if args else kwargs or {}))
+                self._differentiated.check(get_latents({"sample": args[0]} if args else kwargs or {}))
             return None
         if run.control.announced:
             run.control.announced = False
@@ -150,7 +150,7 @@ class DenoiserHooks:
                 "T-GATE: with gradients on, this version of diffusers computes checkpointed blocks again where T-GATE "
                 "cannot reach them. Call disable_gradient_checkpointing() on the denoiser, or update diffusers."
             )
-        seen = see(module, args, kwargs)
+        seen = read_inputs(module, args, kwargs)
         self._differentiated.note(seen.sample)
         if self._layout.is_beside(seen.given):
             run.control.announced = False
@@ -164,7 +164,7 @@ class DenoiserHooks:
         if run.guided and run.will_halve:
             self._check_own(module, seen, self._layout.of_denoiser)
         if not run.halves_batch:
-            run.control.see(rows_of([seen.given.get(name) for name in self._layout.residuals]))
+            run.control.see(batch_size_of([seen.given.get(name) for name in self._layout.residuals]))
             if run.control.halved:
                 raise ValueError(
                     "T-GATE: the ControlNet ran on half of the batch, but the denoiser has to run on all of it, "
@@ -176,16 +176,18 @@ class DenoiserHooks:
     def _halved(self, run: Any, batch: int, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
         """The half of the arguments that stays. The user's hooks after the forward find the whole ones again."""
         layout = self._layout
-        wanted: Names = layout.of_denoiser if run.control.halved else {**layout.of_denoiser, **layout.residuals}
+        wanted: BatchArguments = (
+            layout.of_denoiser if run.control.halved else {**layout.of_denoiser, **layout.residuals}
+        )
         kept = self._kept_half(run)
         positional = dict(zip(names, args, strict=False))
-        new_args = list(halve_named(positional, wanted, batch, kept).values())
-        new_kwargs = halve_named(kwargs, wanted, batch, kept)
-        run.whole = _Whole(batch // 2, kept, args, kwargs, new_args, new_kwargs)
+        new_args = list(slice_arguments(positional, wanted, batch, kept).values())
+        new_kwargs = slice_arguments(kwargs, wanted, batch, kept)
+        run.whole = _OriginalArguments(batch // 2, kept, args, kwargs, new_args, new_kwargs)
         run.control.halved = False
         return new_args, new_kwargs
 
-    def _check_own(self, module: torch.nn.Module, seen: Seen, names: Names) -> None:
+    def _check_own(self, module: torch.nn.Module, seen: DenoiserInputs, names: BatchArguments) -> None:
         """Refuse arguments that diffusers does not know, if they may be a batch of which one half is to go."""
         if self._told:
             return
@@ -214,7 +216,7 @@ class DenoiserHooks:
         run = self._run(kwargs)
         if run is None or kwargs is None:
             return None
-        seen = see(module, args, kwargs)
+        seen = read_inputs(module, args, kwargs)
         run.control.enter(seen.batch)
         if run.control.conditional_only or not run.halves_next(seen.shape):
             return None
@@ -224,8 +226,8 @@ class DenoiserHooks:
         names = list(seen.given)
         positional = dict(zip(names, args, strict=False))
         names_of_batch = self._layout.of_controlnet
-        new_args = list(halve_named(positional, names_of_batch, seen.batch, kept).values())
-        return new_args, halve_named(kwargs, names_of_batch, seen.batch, kept)
+        new_args = list(slice_arguments(positional, names_of_batch, seen.batch, kept).values())
+        return new_args, slice_arguments(kwargs, names_of_batch, seen.batch, kept)
 
     def _after(self, module: torch.nn.Module, args: Any, *rest: Any) -> Any:
         """A forward has ended: tell the run, and give the output of the half back as both halves."""
@@ -242,9 +244,10 @@ class DenoiserHooks:
             return None
         if self._layout.entries:
             output = stacked(output)
-        if rows_of(output) != whole.rows:
+        rows = batch_size_of(output)
+        if rows != whole.rows:
             raise ValueError(
-                f"T-GATE: {type(module).__name__} gave {rows_of(output)} rows for half of the batch, where T-GATE "
+                f"T-GATE: {type(module).__name__} gave {rows} rows for half of the batch, where T-GATE "
                 f"expects {whole.rows}: one of its arguments is of the whole batch and unknown to T-GATE. Call "
                 "remove_tgate(pipe) to use this pipeline."
             )
@@ -253,7 +256,7 @@ class DenoiserHooks:
         return unstacked(doubled) if self._layout.entries else doubled
 
 
-class _Whole:
+class _OriginalArguments:
     """The whole arguments of a forward that runs on half of them."""
 
     def __init__(

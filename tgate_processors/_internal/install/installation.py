@@ -11,43 +11,43 @@ from typing import Any
 
 import torch
 
-from ..attention.layers import CustomProcessors, Layers
-from ..caches.deepcache import DeepCacheOrder
+from ..attention.layers import CustomProcessors, GatedLayers
+from ..caches.deepcache import DeepCacheAdapter
 from ..caches.detect import check_before, check_others
-from ..caches.foreign_forwards import CustomForwards, Forwards
+from ..caches.foreign_forwards import CustomForwards, ForeignForwards
 from ..denoiser.lock import exclusively, soon
-from ..families import Found, check_guidance, check_half, check_mode, find_family
+from ..families import ResolvedPipeline, check_guidance, check_half, check_mode, resolve_pipeline
 from ..plan.report import TGateReport
 from ..plan.schedule import CFGHalf
-from ..run.guider_run import GuidedRun
-from ..run.run import Run
+from ..run.guider_run import GuiderRun
+from ..run.run import PipelineRun
 from .callback import StepClock
-from .cleanup import Ending
+from .cleanup import Cleanup
 from .hooks import DenoiserHooks
 
 
-class Place:
+class InstalledDenoisers:
     """
     The gates and hooks of one pipeline in its denoiser, or in both that it has.
 
     Args:
-        found (`Found`): The denoisers, and how they are gated.
+        found (`ResolvedPipeline`): The denoisers, and how they are gated.
         hooks (`list` of `DenoiserHooks`): The hooks of each.
-        new_layers (`Callable`): Makes the `Layers` of a denoiser for one call.
+        new_layers (`Callable`): Makes the `GatedLayers` of a denoiser for one call.
 
     Attributes:
         owners (`WeakSet`): The copies of the pipeline that use it: one may still do so when another no longer does.
     """
 
     def __init__(
-        self, found: Found, hooks: list[DenoiserHooks], new_layers: Callable[[torch.nn.Module], Layers]
+        self, found: ResolvedPipeline, hooks: list[DenoiserHooks], new_layers: Callable[[torch.nn.Module], GatedLayers]
     ) -> None:
         self.found = found
         self.hooks = hooks
         self.owners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._new_layers = new_layers
 
-    def install(self) -> list[Layers]:
+    def install(self) -> list[GatedLayers]:
         """Put in what is not there: all of it, or what has to stand in front of processors and hooks that have come."""
         all_layers = [self._new_layers(denoiser) for denoiser in self.found.denoisers]
         for layers, hooks in zip(all_layers, self.hooks, strict=True):
@@ -72,7 +72,7 @@ class Installation:
         callback (`StepClock`): The clock.
         cfg_half (`str`, *optional*): The half of guidance that stays.
         custom (`str`, *optional*): What becomes of processors that are not diffusers' own.
-        deepcache (`DeepCacheOrder`, *optional*): The order of a DeepCache helper.
+        deepcache (`DeepCacheAdapter`, *optional*): The order of a DeepCache helper.
         cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
         custom_forwards (`str`, *optional*): What becomes of a `forward` that is not its class's own.
         batch_arguments (`tuple` of `str`, *optional*): Arguments that its denoiser alone has which are a batch.
@@ -83,7 +83,7 @@ class Installation:
         callback: StepClock,
         cfg_half: CFGHalf | None = None,
         custom: CustomProcessors | None = None,
-        deepcache: DeepCacheOrder | None = None,
+        deepcache: DeepCacheAdapter | None = None,
         cross_attention: bool | None = None,
         custom_forwards: CustomForwards | None = None,
         batch_arguments: tuple[str, ...] | None = None,
@@ -104,7 +104,7 @@ class Installation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._places: list[Place] = []
+        self._places: list[InstalledDenoisers] = []
         # The calls under way, by pipeline: each by an object of its own, and whether others are wrapped around it.
         self._calls: dict[int, tuple[object, bool]] = {}
         self._reports: weakref.WeakKeyDictionary[Any, TGateReport] = weakref.WeakKeyDictionary()
@@ -117,7 +117,7 @@ class Installation:
         """Whether a call of the pipeline is under way."""
         return id(pipe) in self._calls
 
-    def begin_call(self, pipe: Any, ending: Ending, *, wrapped: bool = False) -> None:
+    def begin_call(self, pipe: Any, ending: Cleanup, *, wrapped: bool = False) -> None:
         """Note that a call of the pipeline is under way; a pipeline has one scheduler and can be in one at a time."""
         ending.undo(functools.partial(self._end_call, pipe, ending))
         with self._lock:
@@ -129,7 +129,7 @@ class Installation:
                 )
             self._calls[id(pipe)] = ending, wrapped
 
-    def _end_call(self, pipe: Any, ending: Ending) -> None:
+    def _end_call(self, pipe: Any, ending: Cleanup) -> None:
         """The inverse of `begin_call`."""
         call, _ = self._calls.get(id(pipe), (None, False))
         if call is ending:
@@ -145,7 +145,9 @@ class Installation:
         """What the last call of a pipeline did, and not that of a copy."""
         return self._reports.get(pipe, TGateReport())
 
-    def end_run(self, pipe: Any, run: Run | GuidedRun, layers: Sequence[Layers], *, completed: bool) -> None:
+    def end_run(
+        self, pipe: Any, run: PipelineRun | GuiderRun, layers: Sequence[GatedLayers], *, completed: bool
+    ) -> None:
         """A call of a pipeline has ended: hold nothing, and leave the report."""
         self._reports[pipe] = run.report
         for each in () if completed else layers:
@@ -162,16 +164,16 @@ class Installation:
             with suppress(ValueError):
                 self.enter(pipe)
 
-    def follow(self, pipe: Any) -> tuple[Found, list[Layers]]:
+    def follow(self, pipe: Any) -> tuple[ResolvedPipeline, list[GatedLayers]]:
         """
         Be where the pipeline's denoiser is now, and refuse what has come beside T-GATE.
 
         Returns:
-            `tuple` of `Found` and `list` of `Layers`: The denoisers, and the layers of each, for one call.
+            `tuple` of `ResolvedPipeline` and `list` of `GatedLayers`: The denoisers and their layers, for one call.
         """
         check_mode(pipe)
         here = next((place for place in self._places if place.found.is_of(pipe)), None)
-        found = here.found if here is not None else find_family(pipe, self.cross_attention)
+        found = here.found if here is not None else resolve_pipeline(pipe, self.cross_attention)
         state = self.callback.state
         helper = self.deepcache.helper if self.deepcache else None
         layout = found.family.layout
@@ -187,16 +189,16 @@ class Installation:
         self.forwards(found).check()
         return found, exclusively(functools.partial(self._settle, pipe, found))
 
-    def forwards(self, found: Found) -> Forwards:
+    def forwards(self, found: ResolvedPipeline) -> ForeignForwards:
         """What the denoisers do when they are called, and what is called before them."""
         called = (*found.denoisers, found.controlnet)
-        return Forwards([each for each in called if each is not None], self.custom_forwards)
+        return ForeignForwards([each for each in called if each is not None], self.custom_forwards)
 
     def remove(self, pipe: Any) -> None:
         """Take out what no other copy of the pipeline uses."""
         exclusively(functools.partial(self._let_go, pipe))
 
-    def _settle(self, pipe: Any, found: Found) -> list[Layers]:
+    def _settle(self, pipe: Any, found: ResolvedPipeline) -> list[GatedLayers]:
         """Be in the denoisers that were found, and in no other ones."""
         # Another copy of the pipeline may have come here or gone meanwhile.
         here = next((place for place in self._places if place.found.is_of(pipe)), None)
@@ -211,7 +213,7 @@ class Installation:
             DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout, told)
             for denoiser in found.denoisers
         ]
-        here = Place(found, hooks, lambda denoiser: Layers(denoiser, state, custom, layout))
+        here = InstalledDenoisers(found, hooks, lambda denoiser: GatedLayers(denoiser, state, custom, layout))
         here.owners.add(pipe)
         self._places.append(here)
         try:
@@ -220,7 +222,7 @@ class Installation:
             self._let_go(pipe)
             raise
 
-    def _let_go(self, pipe: Any, but: Place | None = None) -> None:
+    def _let_go(self, pipe: Any, but: InstalledDenoisers | None = None) -> None:
         """The pipeline does not use its places any more, but for one."""
         for place in list(self._places):
             if place is not but:
@@ -230,7 +232,7 @@ class Installation:
                     self._places.remove(place)
 
 
-def _remove_all(places: list[Place]) -> None:
+def _remove_all(places: list[InstalledDenoisers]) -> None:
     """The pipelines are gone."""
     while places:
         places[-1].remove()

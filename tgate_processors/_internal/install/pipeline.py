@@ -7,19 +7,19 @@ import inspect
 from collections.abc import Callable, Generator
 from typing import Any
 
-from ..attention.state import Ongoing, TGateState
-from ..caches.adapter import Companions
-from ..caches.detect import companions_of
-from ..run.run import Run
+from ..attention.state import ActiveRun, TGateState
+from ..caches.adapter import CacheAdapters
+from ..caches.detect import adapters_of
+from ..run.run import PipelineRun
 from .call_interceptor import stand_in_front, step_back
 from .callback_chain import chain, suspend_legacy
 from .class_proxy import base_of, call_now, front, give_back, is_front, plain_call
-from .cleanup import Ending
+from .cleanup import Cleanup
 from .gradient_checkpointing import replay, stop_replaying
 from .guiders import GuiderInstallation
 from .installation import Installation
 from .pipeline_call import call_of
-from .recompile_limit import RoomForGraphs
+from .recompile_limit import RaisedRecompileLimit
 
 # In the `__dict__` of a pipeline with T-GATE: its installation.
 _ATTRIBUTE = "_tgate"
@@ -103,7 +103,7 @@ def _gated(call: Callable[..., Any], base: Any = None) -> Callable[..., Any]:
         now = call if base is None else call_now(base, __call__, call)
         if inspect.isgeneratorfunction(call):
             return _step_by_step(self, now, bound)
-        ending = Ending()
+        ending = Cleanup()
         # Twice, for an interrupt in the first.
         try:
             try:
@@ -155,8 +155,8 @@ def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
 
 
 def _begin(
-    pipe: Any, bound: inspect.BoundArguments, ending: Ending, *, wrapped: bool = False
-) -> tuple[TGateState, Ongoing]:
+    pipe: Any, bound: inspect.BoundArguments, ending: Cleanup, *, wrapped: bool = False
+) -> tuple[TGateState, ActiveRun]:
     """Have a run for a call, whose arguments get the clock."""
     installation = installed(pipe)
     assert installation is not None
@@ -164,29 +164,29 @@ def _begin(
     installation.begin_call(pipe, ending, wrapped=wrapped)
     if isinstance(installation, GuiderInstallation):
         if bound.arguments.get("callback_on_step_end") is not None:
-            chain(pipe, installation.callback, bound, vouched=True)
+            chain(pipe, installation.callback, bound, is_diffusers_loop=True)
         return state, installation.guide(pipe, ending)
     found, layers = installation.follow(pipe)
     call = call_of(found, pipe, _given(bound))
-    if not found.by_forward:
-        chain(pipe, installation.callback, bound, vouched=found.vouched)
+    if not found.counts_forwards:
+        chain(pipe, installation.callback, bound, is_diffusers_loop=found.is_diffusers_loop)
     suspend_legacy(state, bound)
-    caches = [companions_of(denoiser) for denoiser in found.denoisers]
+    caches = [adapters_of(denoiser) for denoiser in found.denoisers]
     if installation.deepcache is not None:
         caches[0].insert(0, installation.deepcache)
-    companions = Companions(caches, found.family.layout.calls)
-    run = Run(
+    adapters = CacheAdapters(caches, found.family.layout.calls)
+    run = PipelineRun(
         state,
         call,
         layers,
-        droppable=found.kept_half is not None and not companions.keep_guidance,
-        by_forward=found.by_forward,
-        companions=companions,
+        droppable=found.kept_half is not None and not adapters.keep_guidance,
+        counts_forwards=found.counts_forwards,
+        adapters=adapters,
         cross_attention=installation.cross_attention,
         forwards=installation.forwards(found),
     )
     ending.undo(lambda: installation.end_run(pipe, run, layers, completed=ending.completed))
-    room = RoomForGraphs()
+    room = RaisedRecompileLimit()
     ending.undo(room.close)
     room.open()
     for denoiser in found.denoisers:
@@ -195,13 +195,13 @@ def _begin(
         if found.family.layout.calls > 1:
             ending.undo(functools.partial(step_back, denoiser, run))
             stand_in_front(denoiser, state, run)
-    companions.begin_call(ending.undo)
+    adapters.begin_call(ending.undo)
     return state, run
 
 
 def _step_by_step(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArguments) -> Generator[Any, Any, Any]:
     """Run a call that yields: T-GATE steps aside whenever the consumer runs."""
-    ending = Ending()
+    ending = Cleanup()
     try:
         try:
             state, run = _begin(pipe, bound, ending)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..families import Found
-from ..run.call import Call
+from ..families import ResolvedPipeline
+from ..run.call import PipelineCall
 
 
-def call_of(found: Found, pipe: Any, arguments: Mapping[str, Any] | None = None) -> Call:
+def call_of(found: ResolvedPipeline, pipe: Any, arguments: Mapping[str, Any] | None = None) -> PipelineCall:
     """What a pipeline tells of the call that it is in."""
     layout = found.family.layout
     scales: dict[str, Any] = {"scale_beyond": layout.scale_beyond, "scales": layout.scales}
     scales |= {"asks_scale": layout.asks_scale, "first_expert": int(found.attribute == found.family.second)}
-    return Call(pipe, arguments, vouched=found.vouched, guides=found.guides, **scales)
+    return PipelineCall(pipe, arguments, is_diffusers_loop=found.is_diffusers_loop, guides=found.guides, **scales)

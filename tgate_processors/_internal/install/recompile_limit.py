@@ -17,7 +17,7 @@ _kept_for = 0
 _left = 0
 
 
-class RoomForGraphs:
+class RaisedRecompileLimit:
     """
     For one call, let a denoiser have as many forms (widths, batch sizes) compiled as it may have without T-GATE.
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ..api import check_pipeline, remove_tgate
 from ..attention.layers import attention_modules
 from ..denoiser.batch import sample_of
-from ..denoiser.inputs import see
-from ..families import find_family
+from ..denoiser.inputs import read_inputs
+from ..families import resolve_pipeline
 from ..install.callback import StepClock
 from ..install.guiders import has_guider
 from ..install.installation import Installation
@@ -20,7 +20,7 @@ from ..install.pipeline import install, installed
 from ..plan.schedule import TGateSchedule
 from ..plan.validation import checked_tolerance, shown
 from .cost import estimate_cost
-from .probe import Probe
+from .probe import ConvergenceProbe
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -141,14 +141,14 @@ def measure_convergence(
         )
     schedules = [TGateSchedule("auto", tolerance=checked_tolerance(each, "tolerances")) for each in tolerances]
     calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
-    if has_guider(pipe) or find_family(pipe).family.layout.calls > 1:
+    if has_guider(pipe) or resolve_pipeline(pipe).family.layout.calls > 1:
         raise ValueError(
             f"the guidance of {type(pipe).__name__} is two calls of its denoiser, and the probe watches guidance in "
             'one batch: use gate_step="auto" there, whose report tells the errors.'
         )
     if not calls:
         raise ValueError(f"prompts={shown(prompts)} is empty: give some prompts, with a call for each.")
-    probe = Probe()
+    probe = ConvergenceProbe()
     with _watched(pipe, probe):
         for each in pipe.progress_bar(calls):
             pipe(**{**(call or {}), **each})
@@ -164,14 +164,14 @@ def measure_convergence(
 
 
 @contextmanager
-def _watched(pipe: Any, probe: Probe) -> Iterator[None]:
+def _watched(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
     """Have T-GATE follow the calls of a pipeline without gating anything, and everything as it was afterwards."""
     before = installed(pipe)
     remove_tgate(pipe)
-    found = find_family(pipe)
+    found = resolve_pipeline(pipe)
     # A gate that no run reaches. Guidance with a memory cannot be dropped, not even then.
     clock = StepClock(TGateSchedule(10**9, guidance="predict" if found.family.layout.remembers else None))
-    clock.state.said.add("late")
+    clock.state.warned.add("late")
     handles = []
     try:
         # Processors of any kind can be gated here, since nothing is reused.
@@ -191,7 +191,7 @@ def _watched(pipe: Any, probe: Probe) -> Iterator[None]:
             install(pipe, before)
 
 
-def _layer_hook(probe: Probe, name: str, clock: StepClock) -> Any:
+def _layer_hook(probe: ConvergenceProbe, name: str, clock: StepClock) -> Any:
     """Tell the probe what a layer gives out."""
 
     def hook(module: Any, args: Any, output: Any) -> None:
@@ -202,13 +202,13 @@ def _layer_hook(probe: Probe, name: str, clock: StepClock) -> Any:
     return hook
 
 
-def _denoiser_hook(probe: Probe, clock: StepClock) -> Any:
+def _denoiser_hook(probe: ConvergenceProbe, clock: StepClock) -> Any:
     """Tell the probe what the denoiser gives out."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         run = clock.state.current()
         if run is not None and run.guided:
-            probe.both_halves(sample_of(output, see(module, args, kwargs).shape).detach(), run)
+            probe.both_halves(sample_of(output, read_inputs(module, args, kwargs).shape).detach(), run)
 
     return hook
 

@@ -15,16 +15,16 @@ import diffusers
 import torch
 
 from ..attention.budget import checked_memory, within
-from ..families import check_attention, check_denoiser, check_dropped, distilled_by, family_of, find_family, known
+from ..families import check_attention, check_denoiser, check_dropped, distilled_by, family_of, known, resolve_pipeline
 from ..families.family import Family, InputSize
 from ..plan.report import TGateReport
 from ..plan.schedule import TGateSchedule
 from ..plan.steps import Timeline
 from ..plan.validation import check_switch, checked_int, shown
-from ..run.call import Call
+from ..run.call import PipelineCall
 from .dry_run import run_schedule
-from .macs import MACs, Profile, count_forward, measure
-from .meta_model import MOST_OF_ALL, check_conditions, check_parameters, input_size, make_inputs, make_twin, takes
+from .macs import DenoiserProfile, MACs, count_forward, measure
+from .meta_model import MOST_OF_ALL, check_conditions, check_parameters, input_size, make_inputs, make_meta_model, takes
 
 
 @dataclass(frozen=True)
@@ -208,10 +208,10 @@ def _config_of(denoiser: Any) -> str:
 
 
 @functools.lru_cache(maxsize=16)
-def _profile(denoiser_class: Any, config: str, size: InputSize) -> tuple[Profile, frozenset[str]]:
+def _profile(denoiser_class: Any, config: str, size: InputSize) -> tuple[DenoiserProfile, frozenset[str]]:
     """What a denoiser takes, and the names of its parameters; kept, because most calls differ in the schedule only."""
-    twin = make_twin(denoiser_class, json.loads(config))
-    return measure(twin, size), frozenset(name for name, _ in twin.named_parameters())
+    meta_model = make_meta_model(denoiser_class, json.loads(config))
+    return measure(meta_model, size), frozenset(name for name, _ in meta_model.named_parameters())
 
 
 def _beside(denoiser: Any, size: InputSize, further_calls: Sequence[Mapping[str, Any]] | None) -> MACs:
@@ -242,14 +242,17 @@ def _beside(denoiser: Any, size: InputSize, further_calls: Sequence[Mapping[str,
             )
     if not further_calls:
         return MACs()
-    twin = make_twin(type(denoiser), json.loads(_config_of(denoiser)))
-    return sum((count_forward(twin, make_inputs(twin, 1, size) | dict(given)).macs for given in further_calls), MACs())
+    meta_model = make_meta_model(type(denoiser), json.loads(_config_of(denoiser)))
+    return sum(
+        (count_forward(meta_model, make_inputs(meta_model, 1, size) | dict(given)).macs for given in further_calls),
+        MACs(),
+    )
 
 
 def _pipe_and_denoiser(given: Any, cross_attention: bool | None) -> tuple[Any, Any]:
     """A pipeline, if one is given, and its denoiser."""
     if isinstance(given, diffusers.DiffusionPipeline):
-        found = find_family(given, cross_attention)
+        found = resolve_pipeline(given, cross_attention)
         if found.kept_half is None:
             raise ValueError(
                 f"the guidance of {type(given).__name__} is not two halves; how many parts it has is up to the call: "
@@ -319,4 +322,4 @@ def _timeline(pipe: Any, num_inference_steps: int, family: Family | None) -> tup
     takes_over = None
     if ratio is not None and family is not None and family.second and getattr(pipe, family.second, None) is not None:
         takes_over = int((scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps).sum())
-    return Call(SimpleNamespace(scheduler=scheduler)).timeline(), takes_over
+    return PipelineCall(SimpleNamespace(scheduler=scheduler)).timeline(), takes_over

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from ..attention.budget import Sizes
-from ..attention.layers import Layers
+from ..attention.budget import LayerSizes
+from ..attention.layers import GatedLayers
 from ..attention.state import Slot, TGateState
-from ..denoiser.inputs import Seen
+from ..denoiser.inputs import DenoiserInputs
 from ..denoiser.spec import Layout
 from ..plan.report import TGateReport
 from ..plan.schedule import TGateSchedule
 from ..plan.steps import Timeline
-from ..run.call import Call
-from ..run.run import Run
-from .macs import MACs, Profile
+from ..run.call import PipelineCall
+from ..run.run import PipelineRun
+from .macs import DenoiserProfile, MACs
 
 
 class _Layer(torch.nn.Module):
@@ -51,7 +51,7 @@ class _Layer(torch.nn.Module):
 class _Denoiser(torch.nn.Module):
     """A denoiser of attention layers alone, with those for self-attention in one."""
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: DenoiserProfile) -> None:
         super().__init__()
         self.own = _Layer(profile.self_width, cross=False)
         self.cross = torch.nn.ModuleList(_Layer(layer.width, cross=True, saved=layer.saved) for layer in profile.cross)
@@ -68,16 +68,16 @@ class _Denoiser(torch.nn.Module):
         return sum(ran if reuses else (), start=self._profile.forwards[reuses, not self.own.ran].macs)
 
 
-class _Layers(Layers):
+class _Layers(GatedLayers):
     """The layers of such a denoiser, which know what they save."""
 
-    def saved(self, slot: Slot, sizes: Sizes) -> int:
+    def saved(self, slot: Slot, sizes: LayerSizes) -> int:
         """What the layer of a gate saves."""
         saved: int = self.of(slot).saved
         return saved
 
 
-class _Announced(Call):
+class _Announced(PipelineCall):
     """A call of which everything is known beforehand."""
 
     def __init__(self, timeline: Timeline, *, guided: bool, pictures: int) -> None:
@@ -104,7 +104,7 @@ class _Announced(Call):
 
 
 def run_schedule(
-    profile: Profile,
+    profile: DenoiserProfile,
     schedule: TGateSchedule,
     timeline: Timeline,
     *,
@@ -120,7 +120,7 @@ def run_schedule(
     Go through a run, step by step, with T-GATE's own run and processors and these layers.
 
     Args:
-        profile (`Profile`): The denoiser.
+        profile (`DenoiserProfile`): The denoiser.
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
         timeline (`Timeline`): Passes of the loop, passes per step, and first passes that repeat step 0.
         batch_size (`int`): Number of pictures.
@@ -140,13 +140,13 @@ def run_schedule(
     for each in layers:
         each.follow()
     call = _Announced(timeline, guided=guided, pictures=batch_size)
-    run = Run(state, call, layers, droppable=True, by_forward=True, cross_attention=cross_attention)
+    run = PipelineRun(state, call, layers, droppable=True, counts_forwards=True, cross_attention=cross_attention)
     whole = torch.empty((2 if guided else 1) * batch_size, profile.width, 1, dtype=dtype, device="meta")
     taken = MACs()
     with state.entered(run):
         for index in range(timeline.passes):
             denoiser = denoisers[0 if takes_over is None or index < takes_over else 1]
-            run.before_forward(Seen(len(whole), tuple(whole.shape[1:]), {"sample": whole}), denoiser=denoiser)
+            run.before_forward(DenoiserInputs(len(whole), tuple(whole.shape[1:]), {"sample": whole}), denoiser=denoiser)
             picture = whole[:batch_size] if run.half else whole
             taken += denoiser(picture[:, :1]) * len(picture)
             run.after_forward(picture)

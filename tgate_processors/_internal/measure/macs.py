@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..attention.budget import saved_macs, sizes_of
 from ..attention.layers import attention_modules
 from ..attention.processor import TGateAttnProcessor
-from ..attention.state import Signals, Slot, TGateState
+from ..attention.state import LayerActions, Slot, TGateState
 from ..denoiser.batch import prediction_of
-from ..denoiser.inputs import see
+from ..denoiser.inputs import read_inputs
 from ..denoiser.spec import Layout
 from ..families import family_of
 from ..families.family import InputSize
@@ -51,7 +51,7 @@ class MACs:
 
 
 @dataclass(frozen=True)
-class Forward:
+class ForwardCost:
     """What one forward took: MACs, those of some layers by themselves, and the parameters of the modules that ran."""
 
     macs: MACs
@@ -60,7 +60,7 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class CrossLayer:
+class CrossAttentionCost:
     """A layer with cross-attention: the numbers that it gives out, what it takes, and by what it is chosen."""
 
     width: int
@@ -69,34 +69,34 @@ class CrossLayer:
 
 
 @dataclass(frozen=True)
-class Profile:
+class DenoiserProfile:
     """
     What a denoiser takes for one picture.
 
     Args:
         forwards (`dict`): The forwards, by whether cross-attention and self-attention are reused in them.
-        cross (`tuple` of `CrossLayer`): The cross-attention layers.
+        cross (`tuple` of `CrossAttentionCost`): The cross-attention layers.
         self_width (`int`): Numbers that all self-attention layers give out.
         width (`int`): Numbers that the denoiser itself gives out, a variance left out.
     """
 
-    forwards: dict[tuple[bool, bool], Forward]
-    cross: tuple[CrossLayer, ...]
+    forwards: dict[tuple[bool, bool], ForwardCost]
+    cross: tuple[CrossAttentionCost, ...]
     self_width: int
     width: int
 
 
-class Recorder:
+class RecordingCache:
     """Takes the place of a run, for forwards that belong to none: does as told and keeps what it is given."""
 
     def __init__(self) -> None:
-        self.signals = Signals()
+        self.signals = LayerActions()
         # The layers with cross-attention: the numbers that they give out, and what they save.
         self.cross: dict[Any, tuple[int, int]] = {}
         self._kept: dict[Slot, torch.Tensor] = {}
 
     @property
-    def outputs(self) -> Recorder:
+    def outputs(self) -> RecordingCache:
         """What the gates talk to, as of a run."""
         return self
 
@@ -124,7 +124,7 @@ def count_forwards(
     make: Callable[[], dict[str, Any]],
     ways: Sequence[tuple[Action, Action]],
     layout: Layout | None = None,
-) -> Iterator[tuple[Forward, Recorder]]:
+) -> Iterator[tuple[ForwardCost, RecordingCache]]:
     """
     Run a module with T-GATE's processors, one way of doing cross- and self-attention after the other.
 
@@ -135,9 +135,9 @@ def count_forwards(
         layout (`Layout`, *optional*): Which layers are never gated.
 
     Yields:
-        `tuple` of `Forward` and `Recorder`: What the forward took, and what is held after it.
+        `tuple` of `ForwardCost` and `RecordingCache`: What the forward took, and what is held after it.
     """
-    state, recorder = TGateState(TGateSchedule()), Recorder()
+    state, recorder = TGateState(TGateSchedule()), RecordingCache()
     layers = attention_modules(module)
     for name, layer in layers.items():
         if layout is None or layout.is_gated(name):
@@ -149,8 +149,8 @@ def count_forwards(
         yield forward, recorder
 
 
-def measure(twin: Any, size: InputSize) -> Profile:
-    """Run a twin with T-GATE's processors in every way in which attention can be computed and reused."""
+def measure(meta_model: Any, size: InputSize) -> DenoiserProfile:
+    """Run a denoiser without weights in every way in which its attention can be computed and reused."""
     ways = (
         (Action.STORE, Action.STORE),
         (Action.STORE, Action.REUSE),
@@ -159,30 +159,30 @@ def measure(twin: Any, size: InputSize) -> Profile:
     )
     forwards, widths, given = {}, [], []
 
-    family = family_of(twin)
+    family = family_of(meta_model)
     assert family is not None
     layout = family.layout
 
     def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        given.append(prediction_of(output, see(module, args, kwargs), layout).numel())
+        given.append(prediction_of(output, read_inputs(module, args, kwargs), layout).numel())
 
-    handle = twin.register_forward_hook(note, with_kwargs=True)
-    counted = count_forwards(twin, lambda: make_inputs(twin, 1, size), ways, layout)
+    handle = meta_model.register_forward_hook(note, with_kwargs=True)
+    counted = count_forwards(meta_model, lambda: make_inputs(meta_model, 1, size), ways, layout)
     for way, (forward, recorder) in zip(ways, counted, strict=True):
         forwards[way[0] is Action.REUSE, way[1] is Action.REUSE] = forward
-        widths.append(recorder.nbytes // twin.dtype.itemsize)
+        widths.append(recorder.nbytes // meta_model.dtype.itemsize)
     handle.remove()
     taken, seen = forwards[False, False].layers, recorder.cross
     # In the order of the denoiser, not of its forward.
-    layers = ((name, seen[layer]) for name, layer in attention_modules(twin).items() if layer in seen)
-    cross = tuple(CrossLayer(width, taken[name], saved) for name, (width, saved) in layers)
+    layers = ((name, seen[layer]) for name, layer in attention_modules(meta_model).items() if layer in seen)
+    cross = tuple(CrossAttentionCost(width, taken[name], saved) for name, (width, saved) in layers)
     # What is computed but not stored is released: after the last forward only cross-attention is held.
-    return Profile(forwards, cross, self_width=widths[0] - widths[-1], width=given[0])
+    return DenoiserProfile(forwards, cross, self_width=widths[0] - widths[-1], width=given[0])
 
 
 def count_forward(
     module: torch.nn.Module, inputs: dict[str, Any], apart: Mapping[str, torch.nn.Module] | None = None
-) -> Forward:
+) -> ForwardCost:
     """Run a module once and count, in some of its parts by themselves too."""
     counter = FlopCounterMode(display=False)
     ran: set[torch.nn.Parameter] = set()
@@ -217,4 +217,4 @@ def count_forward(
     finally:
         for handle in handles:
             handle.remove()
-    return Forward(so_far(), sum(parameter.numel() for parameter in ran), taken)
+    return ForwardCost(so_far(), sum(parameter.numel() for parameter in ran), taken)

@@ -1,4 +1,4 @@
-"""A denoiser without weights: its twin on the meta device, and the inputs that it takes there."""
+"""A denoiser without weights: its model on the meta device, and the inputs that it takes there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..families import family_of
-from ..families.family import Inputs, InputSize, Shapes
+from ..families.family import InputShapes, InputSize, Shapes
 from ..plan.validation import checked_int, shown
 
 # Settings that may need an input which is not among these shapes, with the values that do not.
@@ -27,7 +27,7 @@ _FRAMES = ("num_frames", "video_length", "frames", "segment_frame_length")
 MOST_OF_ALL = 10**6
 
 
-def family_inputs(denoiser: torch.nn.Module) -> Inputs:
+def family_inputs(denoiser: torch.nn.Module) -> InputShapes:
     """The inputs of a denoiser of a known family."""
     family = family_of(denoiser)
     assert family is not None
@@ -92,7 +92,7 @@ def input_size(
     )
 
 
-def _frames(pipe: Any, denoiser: Any, inputs: Inputs) -> int | None:
+def _frames(pipe: Any, denoiser: Any, inputs: InputShapes) -> int | None:
     """Frames of the video if nobody says how many; one where the call draws a picture."""
     if pipe is not None and inputs.sized and not takes(pipe, "frame", "video"):
         return 1
@@ -114,7 +114,7 @@ def _picture_tokens(pipe: Any) -> int:
     return int(config.image_size // config.patch_size) ** 2 + 1
 
 
-def _is_given_parts(pipe: Any, inputs: Inputs) -> bool:
+def _is_given_parts(pipe: Any, inputs: InputShapes) -> bool:
     """Whether the denoiser is told which parts are given; of Wan some checkpoints want that in every call."""
     named = any(base.__name__ in inputs.given for base in type(pipe).__mro__)
     return named or bool(getattr(getattr(pipe, "config", None), "expand_timesteps", False))
@@ -129,7 +129,7 @@ def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
     return int(size if isinstance(size, int) else size[axis])
 
 
-def _scale(pipe: Any, inputs: Inputs) -> int:
+def _scale(pipe: Any, inputs: InputShapes) -> int:
     """Pixels of the picture for each of the latent."""
     told = (
         getattr(pipe, name, None)
@@ -138,7 +138,7 @@ def _scale(pipe: Any, inputs: Inputs) -> int:
     return next((scale for scale in told if scale is not None), inputs.scale)
 
 
-def _frame_scale(pipe: Any, inputs: Inputs) -> int:
+def _frame_scale(pipe: Any, inputs: InputShapes) -> int:
     """Frames of the video for each of the latent, if the latent has fewer."""
     if inputs.frame_scale == 1:
         return 1
@@ -163,16 +163,16 @@ def check_conditions(denoiser: Any) -> None:
             )
 
 
-def make_twin(denoiser_class: Any, config: dict[str, Any]) -> Any:
+def make_meta_model(denoiser_class: Any, config: dict[str, Any]) -> Any:
     """Make a denoiser without weights."""
     # From the configuration and not a copy: a copy would bring hooks, offloaded weights and patched forwards along.
     with torch.device("meta"):
-        twin = denoiser_class.from_config(config)
-    for name, stand_in in family_inputs(twin).instead.items():
-        part = twin.get_submodule(name)
+        meta_model = denoiser_class.from_config(config)
+    for name, stand_in in family_inputs(meta_model).instead.items():
+        part = meta_model.get_submodule(name)
         part.forward = functools.partial(stand_in, part)
     # Buffers that are made from numpy are not on meta yet.
-    return twin.eval().requires_grad_(False).to("meta")
+    return meta_model.eval().requires_grad_(False).to("meta")
 
 
 def check_parameters(denoiser: torch.nn.Module, names: Set[str]) -> None:
@@ -187,9 +187,9 @@ def check_parameters(denoiser: torch.nn.Module, names: Set[str]) -> None:
         )
 
 
-def make_inputs(twin: Any, batch: int, size: InputSize) -> dict[str, Any]:
-    """Make the arguments of a twin's forward."""
-    return _filled(family_inputs(twin).shapes(twin.config, batch, size), twin.dtype)
+def make_inputs(meta_model: Any, batch: int, size: InputSize) -> dict[str, Any]:
+    """Make the arguments of its forward."""
+    return _filled(family_inputs(meta_model).shapes(meta_model.config, batch, size), meta_model.dtype)
 
 
 def _filled(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from ..guidance.prediction import Difference, guided_output, predict, relative_error
-from ..plan.adaptive import Pace
+from ..guidance.prediction import CFGDifference, guided_output, predict, relative_error
+from ..plan.adaptive import AdaptiveController
 from ..plan.schedule import TGateSchedule
-from ..run.run import Run
+from ..run.run import PipelineRun
 
 
-class Probe:
+class ConvergenceProbe:
     """
     What is seen: sums by what changes and by step, and the differences of one call.
 
@@ -32,14 +32,14 @@ class Probe:
         self._changes: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._before: dict[str, torch.Tensor] = {}
         # The passes of every loop of a call.
-        self._loops: list[list[Pass]] = [[]]
+        self._loops: list[list[GuidedForward]] = [[]]
         self._plans: dict[float | None, list[tuple[int, int]]] = defaultdict(list)
 
     def mean(self, name: str) -> dict[int, float]:
         """Mean change by step, of a layer or of one of `cross_attention`, `difference` and `error`."""
         return {step: sum(values) / len(values) for step, values in sorted(self._changes[name].items())}
 
-    def layer(self, name: str, run: Run, output: torch.Tensor) -> None:
+    def layer(self, name: str, run: PipelineRun, output: torch.Tensor) -> None:
         """A layer with cross-attention has given its output."""
         step = run.step_index
         if run.passes < self._now[1]:
@@ -55,12 +55,14 @@ class Probe:
             self._changes["cross_attention"][step].append(changed)
         self._before[name] = output.detach().clone()
 
-    def both_halves(self, prediction: torch.Tensor, run: Run) -> None:
+    def both_halves(self, prediction: torch.Tensor, run: PipelineRun) -> None:
         """The denoiser has given both halves of guidance."""
         (step, number), halves = self._now, prediction.chunk(2)
-        difference = Difference(number, halves[1] - halves[0])
+        difference = CFGDifference(number, halves[1] - halves[0])
         scale = run.call.scale()
-        now = Pass(step, difference, guided_output(halves, 0 if run.batch.unconditional_first else 1, scale), scale)
+        now = GuidedForward(
+            step, difference, guided_output(halves, 0 if run.batch.unconditional_first else 1, scale), scale
+        )
         passes = self._loops[-1]
         if passes and passes[-1].difference.position == number:
             # Calls before the loop count as part of its first pass.
@@ -91,35 +93,35 @@ class Probe:
         return full, gate, self.steps / (full + (self.steps - full) * half)
 
     @staticmethod
-    def _half_steps(schedule: TGateSchedule, passes: Sequence[Pass]) -> list[int]:
+    def _half_steps(schedule: TGateSchedule, passes: Sequence[GuidedForward]) -> list[int]:
         """The steps of a loop that would have been half ones."""
         assert schedule.tolerance is not None
-        pace, halves = Pace(schedule.tolerance), []
-        known: list[Difference] = []
+        controller, halves = AdaptiveController(schedule.tolerance), []
+        known: list[CFGDifference] = []
         for step in sorted({each.step for each in passes}):
-            if not pace.full:
+            if not controller.full:
                 halves.append(step)
-                pace.end_half_step()
+                controller.end_half_step()
                 continue
             errors = []
             for each in (each for each in passes if each.step == step):
                 if len(known) > 1:
                     errors.append(each.error(known))
                 known = [*known[-1:], each.difference]
-            pace.end_full_step(max(errors, default=None))
+            controller.end_full_step(max(errors, default=None))
         return halves
 
 
 @dataclass(frozen=True)
-class Pass:
+class GuidedForward:
     """A forward with both halves of guidance."""
 
     step: int
-    difference: Difference
+    difference: CFGDifference
     guided: torch.Tensor
     scale: Any
 
-    def error(self, known: Sequence[Difference]) -> float:
+    def error(self, known: Sequence[CFGDifference]) -> float:
         """How far off a prediction would have been, for the worst picture of the batch."""
         predicted = predict(known, self.difference.position)
         return float(relative_error(predicted, self.difference.value, self.guided, self.scale).max())

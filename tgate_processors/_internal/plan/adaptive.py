@@ -8,7 +8,7 @@ LONGEST_GAP = 4
 LEAD = 2
 
 
-class Pace:
+class AdaptiveController:
     """
     The controller of `gate_step="auto"`.
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 from itertools import count
 
 from .report import TGateReport
-from .steps import Loop
+from .steps import StepCounter
 
 
-class Tally:
+class ReportBuilder:
     """
     Adds up the forwards of a run, whose loops may be several.
 
@@ -37,7 +37,7 @@ class Tally:
 
     def add(
         self,
-        loop: Loop,
+        loop: StepCounter,
         step: int,
         *,
         half: bool,
@@ -49,7 +49,7 @@ class Tally:
         A pass has ended.
 
         Args:
-            loop (`Loop`): Its loop.
+            loop (`StepCounter`): Its loop.
             step (`int`): Its step.
             half (`bool`): Whether it ran on half of the batch.
             did (`tuple`): Whether cross-attention was computed and reused in it, and whether self-attention was.
@@ -77,6 +77,6 @@ class Tally:
             cross_attention_layers=max(report.cross_attention_layers, layers[1]),
         )
 
-    def end_loop(self, loop: Loop) -> None:
+    def end_loop(self, loop: StepCounter) -> None:
         """A loop has ended, and another one may begin."""
         self.steps_before += loop.timeline.steps

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .adaptive import LEAD, Pace
+from .adaptive import LEAD, AdaptiveController
 from .validation import Auto, checked_gate_step, checked_int, checked_tolerance, is_choice, shown
 
 CFGHalf = Literal["unconditional", "conditional"]
@@ -187,14 +187,14 @@ class TGateSchedule:
     def _shortest_plan(self, steps: int) -> tuple[StepPlan, ...]:
         """The plan of a run in which every prediction is right."""
         assert self.tolerance is not None
-        pace, plan = Pace(self.tolerance), []
+        controller, plan = AdaptiveController(self.tolerance), []
         for step in range(steps):
-            full, judged = pace.full, step >= LEAD
-            plan.append(self.decided(step, full=full, keeps=pace.may_open and judged and step < steps - 1))
+            full, judged = controller.full, step >= LEAD
+            plan.append(self.decided(step, full=full, keeps=controller.may_open and judged and step < steps - 1))
             if full:
-                pace.end_full_step(0.0 if judged else None)
+                controller.end_full_step(0.0 if judged else None)
             else:
-                pace.end_half_step()
+                controller.end_half_step()
         return tuple(plan)
 
     def _phase(self, step: int, gate: int) -> Phase:

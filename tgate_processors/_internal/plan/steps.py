@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .adaptive import Pace
+from .adaptive import AdaptiveController
 from .schedule import Phase, StepPlan, TGateSchedule
 
 
@@ -34,7 +34,7 @@ class Timeline(NamedTuple):
         return self.step_of(self.passes - 1) + 1
 
 
-class Loop:
+class StepCounter:
     """
     One denoising loop of a call: it counts, and raises where what it sees is not what it was told.
 
@@ -46,7 +46,7 @@ class Loop:
         calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance of two halves is made of.
 
     Attributes:
-        pace (`Pace`, *optional*): What says which steps are full, if the run decides.
+        controller (`AdaptiveController`, *optional*): What says which steps are full, if the run decides.
     """
 
     def __init__(self, schedule: TGateSchedule, timeline: Timeline, calls: int = 1) -> None:
@@ -88,10 +88,10 @@ class Loop:
                 Whether a cache hardly computes anything in it. If the run decides, it then goes on as it was.
             half (`bool`, *optional*, defaults to `False`): Whether it was on half of the batch.
         """
-        if self.pace is None:
+        if self.controller is None:
             return self.plan[self.step_index]
-        keeps = self.pace.may_open and self.judges and self.step_index < len(self.plan) - 1
-        full = not half if repeats else self.pace.full
+        keeps = self.controller.may_open and self.judges and self.step_index < len(self.plan) - 1
+        full = not half if repeats else self.controller.full
         return self._schedule.decided(self.step_index, full=full, keeps=keeps)
 
     @property
@@ -123,7 +123,7 @@ class Loop:
     def begin_guidance(self) -> None:
         """Start with nothing known of guidance: at the beginning, and when another denoiser takes over."""
         tolerance = self._schedule.tolerance
-        self.pace = None if tolerance is None else Pace(tolerance)
+        self.controller = None if tolerance is None else AdaptiveController(tolerance)
 
     def end_guided_step(self, *, full: bool, computed: bool) -> None:
         """
@@ -133,10 +133,10 @@ class Loop:
             full (`bool`): Whether both halves of guidance were computed in it.
             computed (`bool`): Whether anything was, and not repeated by a cache.
         """
-        if self.pace is not None and full:
-            self.pace.end_full_step(self.error)
-        elif self.pace is not None:
-            self.pace.end_half_step(computed=computed)
+        if self.controller is not None and full:
+            self.controller.end_full_step(self.error)
+        elif self.controller is not None:
+            self.controller.end_half_step(computed=computed)
 
     def forward(self, *, guided: bool = False) -> None:
         """The denoiser is called."""

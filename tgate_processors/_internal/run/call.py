@@ -19,7 +19,7 @@ _EXCHANGING = ("start_merge_step",)
 _INTERVAL = {"start": 0.0, "end": 1.0}
 
 
-class Call:
+class PipelineCall:
     """
     One call of a pipeline, read without a copy to the host.
 
@@ -27,7 +27,7 @@ class Call:
         pipe (`DiffusionPipeline`): The pipeline that runs.
         arguments (`Mapping`, *optional*):
             The arguments of the call, for pipelines that keep in local variables what others have as attributes.
-        vouched (`bool`, *optional*, defaults to `True`):
+        is_diffusers_loop (`bool`, *optional*, defaults to `True`):
             Whether the loop is diffusers' own, so that the tables here hold for it.
         guides (`bool`, *optional*, defaults to `True`):
             Whether it can have guidance of two halves at all.
@@ -44,7 +44,7 @@ class Call:
         pipe: Any,
         arguments: Mapping[str, Any] | None = None,
         *,
-        vouched: bool = True,
+        is_diffusers_loop: bool = True,
         guides: bool = True,
         scale_beyond: float = 0.0,
         scales: tuple[str, ...] = (),
@@ -53,7 +53,7 @@ class Call:
     ) -> None:
         self._pipe = pipe
         self._arguments = dict(arguments or {})
-        self.vouched = vouched
+        self.is_diffusers_loop = is_diffusers_loop
         self._guides = guides
         self._scale_beyond = scale_beyond
         self._scales = scales
@@ -149,7 +149,7 @@ class Call:
         # Callbacks may change the scale between two steps. Where it is a tensor (SVD), asking the pipeline waits for
         # the device, so ask only when it is another one.
         scale = getattr(self._pipe, "_guidance_scale", None)
-        if self._guided is None or scale is not self._seen_scale or not self.vouched:
+        if self._guided is None or scale is not self._seen_scale or not self.is_diffusers_loop:
             try:
                 self._guided = bool(self._pipe.do_classifier_free_guidance)
             except AttributeError:
@@ -186,7 +186,7 @@ class Call:
         asked = [getattr(self._pipe, f"_{name}", None) for name in names]
         given = [self._arguments.get(name) for name in names]
         # A callback may have set another one, which only those loops see that ask for it.
-        keeps = self.vouched and "guidance_scale" in self._arguments and _keeps_scale(type(self._pipe))
+        keeps = self.is_diffusers_loop and "guidance_scale" in self._arguments and _keeps_scale(type(self._pipe))
         scale = next((scale for scale in (given + asked if keeps else asked + given) if scale is not None), None)
         if scale is None:
             raise ValueError(
@@ -203,7 +203,7 @@ class Call:
         scale = self._arguments.get("guidance_scale")
         if self._asks_scale and self._may_begin_to_guide(scale):
             scale = getattr(self._pipe, "_guidance_scale", scale)
-        if scale is None and not self.vouched:
+        if scale is None and not self.is_diffusers_loop:
             raise ValueError(
                 f"T-GATE: {self.subject} has a loop of its own that does not say whether it guides: it needs a "
                 "`guidance_scale` in its call, or `_guidance_scale` set on the pipeline. Call remove_tgate(pipe) to "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Control:
+class ControlNetBatch:
     """
     What the ControlNet ran on in this step: how many rows, and whether they are one half of guidance.
 

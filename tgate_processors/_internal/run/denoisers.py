@@ -5,38 +5,38 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..attention.cache import Outputs
-from ..attention.layers import Layers
-from ..attention.state import Part, TGateState
+from ..attention.cache import AttentionCache
+from ..attention.layers import GatedLayers
+from ..attention.state import CachedPart, TGateState
 
 
-class Stored(NamedTuple):
+class CacheKey(NamedTuple):
     """The forward that kept cross-attention: rows of what is kept, shape of a sample, and what part of it is kept."""
 
     rows: int
     shape: tuple[int, ...]
-    part: Part
+    part: CachedPart
 
 
-class Expert:
+class DenoiserCache:
     """
     One denoiser of a run.
 
     Args:
         state (`TGateState`): What the gates of the pipeline share.
-        layers (`Layers`): Its attention layers.
+        layers (`GatedLayers`): Its attention layers.
         number (`int`, *optional*, defaults to 0): Its place among the denoisers of the pipeline.
 
     Attributes:
-        by_call (`tuple` of `Outputs`): What its layers keep, by the calls of a step.
-        stored (`Stored`, *optional*): The forward that kept cross-attention.
+        by_call (`tuple` of `AttentionCache`): What its layers keep, by the calls of a step.
+        stored (`CacheKey`, *optional*): The forward that kept cross-attention.
     """
 
-    def __init__(self, state: TGateState, layers: Layers, number: int = 0) -> None:
+    def __init__(self, state: TGateState, layers: GatedLayers, number: int = 0) -> None:
         self.layers = layers
         self.number = number
-        self.by_call = tuple(Outputs(state, layers) for _ in range(layers.layout.calls))
-        self.stored: Stored | None = None
+        self.by_call = tuple(AttentionCache(state, layers) for _ in range(layers.layout.calls))
+        self.stored: CacheKey | None = None
 
     @property
     def nbytes(self) -> int:
@@ -50,28 +50,28 @@ class Expert:
             outputs.forget()
 
 
-class Experts:
+class DenoiserCaches:
     """
     The denoisers of a run, and the one that runs now.
 
     Args:
         state (`TGateState`): What the gates of the pipeline share.
-        layers (`Sequence` of `Layers`): Their attention layers.
+        layers (`Sequence` of `GatedLayers`): Their attention layers.
 
     Attributes:
-        now (`Expert`): The one that runs now.
+        now (`DenoiserCache`): The one that runs now.
         call (`int`): Which of the calls of the step it is that runs now.
         took_over (`bool`): Whether it has taken over from another one in this loop.
     """
 
-    def __init__(self, state: TGateState, layers: Sequence[Layers]) -> None:
-        self._all = tuple(Expert(state, each, number) for number, each in enumerate(layers))
+    def __init__(self, state: TGateState, layers: Sequence[GatedLayers]) -> None:
+        self._all = tuple(DenoiserCache(state, each, number) for number, each in enumerate(layers))
         self.now = self._all[0]
         self.call = 0
         self.took_over = False
 
     @property
-    def outputs(self) -> Outputs:
+    def outputs(self) -> AttentionCache:
         """What the layers that run now keep."""
         return self.now.by_call[self.call]
 
@@ -121,7 +121,7 @@ class Experts:
         """Refuse processors that were exchanged between two steps."""
         self.now.layers.check()
 
-    def adopt(self, layers: Layers) -> None:
+    def adopt(self, layers: GatedLayers) -> None:
         """The layers are known now (hand wiring)."""
         self.now.layers = layers
         for outputs in self.now.by_call:

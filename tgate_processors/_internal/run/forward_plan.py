@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from ..attention.state import Part, TGateState
-from ..caches.adapter import Companions
-from ..denoiser.inputs import Seen
-from ..guidance.predictor import GuidedLoop
+from ..attention.state import CachedPart, TGateState
+from ..caches.adapter import CacheAdapters
+from ..denoiser.inputs import DenoiserInputs
+from ..guidance.predictor import GuidedStepCounter
 from ..plan.schedule import Action, CFGHalf, Phase, StepPlan
-from .denoisers import Experts, Stored
+from .denoisers import CacheKey, DenoiserCaches
 
 # Kept by a forward that no hook has seen. Whether it fits is for the layers to see.
-UNSEEN = Stored(-1, (), Part.ALL)
+UNSEEN = CacheKey(-1, (), CachedPart.ALL)
 
 
 class Decision:
@@ -19,8 +19,8 @@ class Decision:
 
     Args:
         state (`TGateState`): What the gates of the pipeline share.
-        experts (`Experts`): The denoisers, and what their layers keep.
-        companions (`Companions`): The caches of others.
+        experts (`DenoiserCaches`): The denoisers, and what their layers keep.
+        adapters (`CacheAdapters`): The caches of others.
         cross_attention (`bool`): Whether cross-attention is gated.
 
     Attributes:
@@ -31,12 +31,14 @@ class Decision:
         lost (`bool`): Whether any step so far was a full one only because something was exchanged before it.
     """
 
-    def __init__(self, state: TGateState, experts: Experts, companions: Companions, *, cross_attention: bool) -> None:
+    def __init__(
+        self, state: TGateState, experts: DenoiserCaches, adapters: CacheAdapters, *, cross_attention: bool
+    ) -> None:
         self._schedule = state.schedule
         self._experts = experts
-        self._companions = companions
+        self._adapters = adapters
         self._gates_cross = cross_attention
-        self._part = Part.ALL
+        self._part = CachedPart.ALL
         self.due = self.lost = False
         self.begin()
 
@@ -57,31 +59,38 @@ class Decision:
     @property
     def keeps_half(self) -> bool:
         """Whether what is kept of an output is one half of its batch, or the mean of both."""
-        return self._part is not Part.ALL
+        return self._part is not CachedPart.ALL
 
-    def halves(self, loop: GuidedLoop, shape: tuple[int, ...]) -> bool:
+    def halves(self, loop: GuidedStepCounter, shape: tuple[int, ...]) -> bool:
         """Whether the step that runs now will run on half the batch, if its latents are of this shape."""
         stored = self._experts.now.stored
         if loop.over or stored is None:
             return False
         improving = self._planned(loop).phase is Phase.FIDELITY_IMPROVING
-        return improving and stored.part is not Part.ALL and stored.shape[-2:] == shape[-2:]
+        return improving and stored.part is not CachedPart.ALL and stored.shape[-2:] == shape[-2:]
 
     def make(
-        self, loop: GuidedLoop, seen: Seen, kept: CFGHalf, *, guided: bool, droppable: bool, may_halve: bool
+        self,
+        loop: GuidedStepCounter,
+        seen: DenoiserInputs,
+        kept: CFGHalf,
+        *,
+        guided: bool,
+        droppable: bool,
+        may_halve: bool,
     ) -> None:
         """
         Decide about a forward, the first one of its step.
 
         Args:
-            loop (`GuidedLoop`): Its loop.
-            seen (`Seen`): What the denoiser is given.
+            loop (`GuidedStepCounter`): Its loop.
+            seen (`DenoiserInputs`): What the denoiser is given.
             kept (`str`): The half that a half step runs on, by its place.
             guided (`bool`): Whether guidance is on.
             droppable (`bool`): Whether guidance is two halves, of which one can be left out.
             may_halve (`bool`): Whether nobody else reads the batch after us.
         """
-        self._part = self._part_kept(kept) if guided and droppable and self._calls == 1 else Part.ALL
+        self._part = self._part_kept(kept) if guided and droppable and self._calls == 1 else CachedPart.ALL
         plan = self._planned(loop)
         half = guided and droppable and plan.phase is Phase.FIDELITY_IMPROVING
         may_halve = may_halve and self._knows_guidance(loop)
@@ -97,11 +106,11 @@ class Decision:
             half = False
             cross, phase = Action.STORE, Phase.GATE
             own = Action.STORE if own is Action.REUSE else own
-        early = cross is Action.COMPUTE and self._companions.skip_the_gate and loop.may_halve
+        early = cross is Action.COMPUTE and self._adapters.skip_the_gate and loop.may_halve
         if early:
             # Whatever layers a cache skips at the gate, what they gave before is there.
             cross = Action.STORE
-        part = self._part if (phase is Phase.GATE or early) and seen.batch % 2 == 0 else Part.ALL
+        part = self._part if (phase is Phase.GATE or early) and seen.batch % 2 == 0 else CachedPart.ALL
         self.phase, self.half, self.stores = phase, half, cross is Action.STORE
         outputs = self._experts.outputs
         if not self._gates_cross:
@@ -113,7 +122,7 @@ class Decision:
         # Without guidance there is no second call either.
         left_out = half or (self._calls > 1 and not guided)
         at_gate = phase is Phase.GATE
-        self._companions.begin_step(rows, half=left_out, kept=int(kept == "conditional"), at_gate=at_gate)
+        self._adapters.begin_step(rows, half=left_out, kept=int(kept == "conditional"), at_gate=at_gate)
 
     def of_second_call(self, *, droppable: bool) -> tuple[Action, Action]:
         """What cross-attention and self-attention do in the second call of a full step: as in the first one."""
@@ -129,21 +138,21 @@ class Decision:
         """Calls that guidance is made of."""
         return self._experts.now.layers.layout.calls
 
-    def _planned(self, loop: GuidedLoop) -> StepPlan:
+    def _planned(self, loop: GuidedStepCounter) -> StepPlan:
         """The plan of the step that runs now."""
-        return loop.planned(repeats=self._companions.repeats(), half=self._companions.half)
+        return loop.planned(repeats=self._adapters.repeats(), half=self._adapters.half)
 
-    def _knows_guidance(self, loop: GuidedLoop) -> bool:
+    def _knows_guidance(self, loop: GuidedStepCounter) -> bool:
         """Whether enough is known to leave a half out; a denoiser that takes over begins with full steps."""
         return loop.guidance is None or not self._experts.took_over or loop.guidance.judges
 
-    def _part_kept(self, kept: CFGHalf) -> Part:
+    def _part_kept(self, kept: CFGHalf) -> CachedPart:
         """What a full step keeps of an output for the half steps after it."""
         if not self._schedule.predicts and self._experts.now.layers.layout.mean:
-            return Part.MEAN
-        return Part.FIRST if kept == "unconditional" else Part.SECOND
+            return CachedPart.MEAN
+        return CachedPart.FIRST if kept == "unconditional" else CachedPart.SECOND
 
-    def _fits(self, seen: Seen, half: bool, guided: bool) -> bool:
+    def _fits(self, seen: DenoiserInputs, half: bool, guided: bool) -> bool:
         """Whether what is kept was made for such a forward."""
         stored = self._experts.now.stored
         if stored is None or stored is UNSEEN:

@@ -8,22 +8,22 @@ from typing import Any
 import torch
 
 from ..attention.state import TGateState
-from ..caches.foreign_forwards import Forwards
+from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.batch import second_of
 from ..denoiser.inputs import is_another, is_picture
-from ..guidance.predictor import GuidedLoop
+from ..guidance.predictor import GuidedStepCounter
 from ..plan.report import TGateReport
-from ..plan.report_builder import Tally
+from ..plan.report_builder import ReportBuilder
 from ..plan.schedule import Phase
 from ..plan.steps import Timeline
-from .call import Call
-from .messages import say_exchanged_in_vain, say_nothing_was_gated, say_unguided, say_what_is_late
+from .call import PipelineCall
+from .messages import warn_exchanged_in_every_step, warn_gate_too_late, warn_no_cfg, warn_nothing_gated
 
 # No attention layer is gated: none computes, and none reuses, what could be counted.
 _NO_LAYERS = ((False, False), (False, False))
 
 
-class GuiderCall(Call):
+class GuiderPipelineCall(PipelineCall):
     """What messages say of a call that a guider guides."""
 
     def guided(self) -> bool:
@@ -36,24 +36,26 @@ class GuiderCall(Call):
         return "a guider that is enabled and has a guidance_scale other than 1"
 
 
-class GuidedRun:
+class GuiderRun:
     """
     One call of a pipeline. It is made anew for every call, and nothing of it outlives the call but the report.
 
     Args:
         state (`TGateState`): The settings, and where the report goes.
-        call (`Call`): What messages say of the call.
-        forwards (`Forwards`): What its denoisers do when they are called.
+        call (`PipelineCall`): What messages say of the call.
+        forwards (`ForeignForwards`): What its denoisers do when they are called.
         droppable (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be left out.
     """
 
-    def __init__(self, state: TGateState, call: Call, forwards: Forwards, *, droppable: bool = True) -> None:
+    def __init__(
+        self, state: TGateState, call: PipelineCall, forwards: ForeignForwards, *, droppable: bool = True
+    ) -> None:
         self._state = state
         self._call = call
         self._forwards = forwards
         self._droppable = droppable
-        self._tally = Tally(is_auto=state.schedule.is_auto)
-        self._loop: GuidedLoop | None = None
+        self._report_builder = ReportBuilder(is_auto=state.schedule.is_auto)
+        self._loop: GuidedStepCounter | None = None
         self._guider: Any = None
         self._half = self._running = False
         self._ever_guided = self._took_over = False
@@ -66,7 +68,7 @@ class GuidedRun:
     @property
     def report(self) -> TGateReport:
         """What has been done so far."""
-        return self._tally.report
+        return self._report_builder.report
 
     @property
     def nbytes(self) -> int:
@@ -183,7 +185,7 @@ class GuidedRun:
             return
         loop.guidance.note(loop.passes, halves, 1, scale)
         if loop.guidance.error is not None:
-            self._tally.measured(loop.step_index, loop.guidance.error)
+            self._report_builder.measured(loop.step_index, loop.guidance.error)
 
     def end_step(self, *, guided: bool) -> None:
         """
@@ -208,39 +210,39 @@ class GuidedRun:
         if loop.over:
             loop.begin_guidance()
         if counts:
-            self._tally.add(loop, step, half=half, did=_NO_LAYERS, held=self.nbytes)
+            self._report_builder.add(loop, step, half=half, did=_NO_LAYERS, held=self.nbytes)
         if guided and self._droppable:
-            say_what_is_late(self._state, self._call, loop, gates_cross=False)
+            warn_gate_too_late(self._state, self._call, loop, gates_cross=False)
 
     def close(self, *, completed: bool = True) -> None:
         """The call has ended, however it ended: hold nothing, leave the report."""
-        self._state.report = report = self._tally.report
+        self._state.report = report = self._report_builder.report
         self._loop = self._guider = None
         self._conditions = []
         if completed and self._lost and not (report.half_batch_forwards or report.prediction_errors):
-            say_exchanged_in_vain(self._state, self._call)
+            warn_exchanged_in_every_step(self._state, self._call)
         elif completed and not report.num_inference_steps:
-            say_nothing_was_gated(self._call, steps_seen=False)
+            warn_nothing_gated(self._call, steps_seen=False)
         elif completed and not self._ever_guided:
-            say_unguided(self._state, self._call, gates_cross=False, joint=True)
+            warn_no_cfg(self._state, self._call, gates_cross=False, joint=True)
 
-    def _begin_loop(self, steps: int) -> GuidedLoop:
+    def _begin_loop(self, steps: int) -> GuidedStepCounter:
         """A loop begins, the first one of the call or another."""
         if self._loop is not None and not self._running:
-            self._tally.end_loop(self._loop)
+            self._report_builder.end_loop(self._loop)
         self._guider = None
         self._forwards.begin()
-        self._loop = loop = GuidedLoop(self._state.schedule, Timeline(steps))
+        self._loop = loop = GuidedStepCounter(self._state.schedule, Timeline(steps))
         return loop
 
-    def _take_over(self, guider: Any, loop: GuidedLoop) -> None:
+    def _take_over(self, guider: Any, loop: GuidedStepCounter) -> None:
         """Another guider comes with another denoiser, whose guidance is not known yet."""
         self._took_over = self._guider is not None
         if self._took_over:
             loop.begin_guidance()
         self._guider, self._computed = guider, 0
 
-    def _knows_guidance(self, loop: GuidedLoop) -> bool:
+    def _knows_guidance(self, loop: GuidedStepCounter) -> bool:
         """Whether enough is known to leave a half out; a guider that takes over begins with full steps."""
         if self._took_over and loop.guidance is not None:
             return loop.guidance.judges

@@ -7,48 +7,48 @@ from typing import Any
 
 import torch
 
-from ..attention.cache import Kept, Outputs
-from ..attention.layers import Layers
-from ..attention.state import Part, Slot, TGateState
-from ..caches.adapter import Companions
-from ..caches.foreign_forwards import Forwards
-from ..denoiser.inputs import Seen, is_picture
-from ..guidance.batch_check import Batch
+from ..attention.cache import AttentionCache, CachedOutput
+from ..attention.layers import GatedLayers
+from ..attention.state import CachedPart, Slot, TGateState
+from ..caches.adapter import CacheAdapters
+from ..caches.foreign_forwards import ForeignForwards
+from ..denoiser.inputs import DenoiserInputs, is_picture
+from ..guidance.batch_check import CFGBatchCheck
 from ..guidance.differences import Differences
-from ..guidance.predictor import GuidedLoop
+from ..guidance.predictor import GuidedStepCounter
 from ..plan.report import TGateReport
-from ..plan.report_builder import Tally
+from ..plan.report_builder import ReportBuilder
 from ..plan.schedule import Action, CFGHalf, StepPlan
-from .call import Call
-from .controlnet import Control
-from .denoisers import Experts, Stored
+from .call import PipelineCall
+from .controlnet import ControlNetBatch
+from .denoisers import CacheKey, DenoiserCaches
 from .forward_plan import UNSEEN, Decision, refuse
 from .messages import (
-    Text,
-    say_exchanged_in_vain,
-    say_guidance_stays,
-    say_left_alone,
-    say_nothing_fits,
-    say_nothing_was_gated,
-    say_unguided,
-    say_what_is_late,
+    PromptEmbedsWatcher,
+    warn_budget_too_small,
+    warn_cache_owns_cfg,
+    warn_exchanged_in_every_step,
+    warn_gate_too_late,
+    warn_no_cfg,
+    warn_nothing_gated,
+    warn_ungated_processors,
 )
 
 
-class Run:
+class PipelineRun:
     """
     One call of a pipeline. It is made anew for every call, and nothing of it outlives the call but the report.
 
     Args:
         state (`TGateState`): What the gates of the pipeline share.
-        call (`Call`): What the pipeline tells.
-        layers (`Layers` or a sequence of them): The attention layers of its denoiser, or of its denoisers.
+        call (`PipelineCall`): What the pipeline tells.
+        layers (`GatedLayers` or a sequence of them): The attention layers of its denoiser, or of its denoisers.
         droppable (`bool`): Whether guidance is two halves of one batch, of which one can be left out.
-        by_forward (`bool`, *optional*, defaults to `False`):
+        counts_forwards (`bool`, *optional*, defaults to `False`):
             Whether the end of a forward is the tick, for pipelines without step callbacks.
-        companions (`Companions`, *optional*): The caches of others on the denoiser.
+        adapters (`CacheAdapters`, *optional*): The caches of others on the denoiser.
         cross_attention (`bool`, *optional*): Whether cross-attention is gated. Defaults to what the family says.
-        forwards (`Forwards`, *optional*): What its denoisers do when they are called.
+        forwards (`ForeignForwards`, *optional*): What its denoisers do when they are called.
 
     Attributes:
         waiting (`bool`): Whether no call has been announced yet (hand wiring).
@@ -57,36 +57,36 @@ class Run:
     def __init__(
         self,
         state: TGateState,
-        call: Call,
-        layers: Layers | Sequence[Layers],
+        call: PipelineCall,
+        layers: GatedLayers | Sequence[GatedLayers],
         *,
         droppable: bool,
-        by_forward: bool = False,
-        companions: Companions | None = None,
+        counts_forwards: bool = False,
+        adapters: CacheAdapters | None = None,
         cross_attention: bool | None = None,
-        forwards: Forwards | None = None,
+        forwards: ForeignForwards | None = None,
     ) -> None:
         self.call = call
-        self.experts = Experts(state, [layers] if isinstance(layers, Layers) else layers)
+        self.experts = DenoiserCaches(state, [layers] if isinstance(layers, GatedLayers) else layers)
         self._layout = layout = self.experts.now.layers.layout
-        self.batch = Batch(call, layout)
+        self.batch = CFGBatchCheck(call, layout)
         self.gates_cross = layout.keeps_cross if cross_attention is None else cross_attention
-        self.control = Control()
-        self._tally = Tally(is_auto=state.schedule.is_auto)
+        self.control = ControlNetBatch()
+        self._report_builder = ReportBuilder(is_auto=state.schedule.is_auto)
         self.whole: Any = None
         self.waiting = False
         self._state = state
         self._droppable = droppable
-        self._by_forward = by_forward
-        self._forwards = forwards or Forwards(())
-        self._companions = companions or Companions()
-        self.experts.halved_inside(self._companions.keep_guidance)
-        self._decision = Decision(state, self.experts, self._companions, cross_attention=self.gates_cross)
-        self._text = Text(state)
-        self._loop: GuidedLoop | None = None
+        self._counts_forwards = counts_forwards
+        self._forwards = forwards or ForeignForwards(())
+        self._adapters = adapters or CacheAdapters()
+        self.experts.halved_inside(self._adapters.keep_guidance)
+        self._decision = Decision(state, self.experts, self._adapters, cross_attention=self.gates_cross)
+        self._text = PromptEmbedsWatcher(state)
+        self._loop: GuidedStepCounter | None = None
         self._last_index: int | None = None
         self._ticks = 0
-        self._seen: Seen | None = None
+        self._seen: DenoiserInputs | None = None
         self._guided = self._left_alone = False
         self._late: Collection[str] = ()
         self._differences = self._compare()
@@ -94,15 +94,15 @@ class Run:
     @property
     def report(self) -> TGateReport:
         """What has been done so far."""
-        return self._tally.report
+        return self._report_builder.report
 
     @property
-    def outputs(self) -> Outputs:
+    def outputs(self) -> AttentionCache:
         """What the layers that run now keep."""
         return self.experts.outputs
 
     @property
-    def kept(self) -> dict[Slot, Kept]:
+    def kept(self) -> dict[Slot, CachedOutput]:
         """What the layers keep."""
         return self.outputs.kept
 
@@ -135,7 +135,7 @@ class Run:
     @property
     def step_index(self) -> int:
         """The step that runs now."""
-        return self._tally.steps_before + (self._loop.step_index if self._loop is not None else 0)
+        return self._report_builder.steps_before + (self._loop.step_index if self._loop is not None else 0)
 
     @property
     def passes(self) -> int:
@@ -158,7 +158,7 @@ class Run:
         loop = self._loop
         if loop is None or self._layout.calls > 1 or not loop.may_halve:
             return False
-        return loop.pace is None or loop.pace.may_open
+        return loop.controller is None or loop.controller.may_open
 
     def halves_next(self, shape: tuple[int, ...]) -> bool:
         """Whether the step that runs now will run on half the batch, if its latents are of this shape."""
@@ -166,13 +166,13 @@ class Run:
         return halves and self.guided and self.call.guided()
 
     def before_forward(
-        self, seen: Seen, kept: CFGHalf = "unconditional", *, may_halve: bool = True, denoiser: Any = None
+        self, seen: DenoiserInputs, kept: CFGHalf = "unconditional", *, may_halve: bool = True, denoiser: Any = None
     ) -> None:
         """
         The denoiser is called: decide what its layers do.
 
         Args:
-            seen (`Seen`): What it is given.
+            seen (`DenoiserInputs`): What it is given.
             kept (`str`, *optional*, defaults to `"unconditional"`): The half that a half step runs on, by its place.
             may_halve (`bool`, *optional*, defaults to `True`): Whether nobody else reads the batch after us.
             denoiser (`torch.nn.Module`, *optional*): Which of several it is.
@@ -188,17 +188,17 @@ class Run:
             return
         if self.experts.begin(denoiser):
             self.experts.took_over = loop.passes > 0
-            self._companions.take_over(self.experts.now.number)
+            self._adapters.take_over(self.experts.now.number)
             loop.begin_guidance()
         elif loop.passes and guided != self._guided:
             self._turn(loop, guided)
         self.experts.check()
-        if self._droppable and (loop.passes or self._by_forward):
+        if self._droppable and (loop.passes or self._counts_forwards):
             self.batch.check(seen, guided and self._layout.calls == 1)
-        if self._by_forward and not self.call.vouched:
+        if self._counts_forwards and not self.call.is_diffusers_loop:
             self.call.check_timestep(seen.given.get("timestep"), loop.passes)
         if self._needs_guidance() and not loop.passes and not self.call.guides():
-            say_unguided(self._state, self.call, gates_cross=self.gates_cross, joint=self._layout.joint)
+            warn_no_cfg(self._state, self.call, gates_cross=self.gates_cross, joint=self._layout.joint)
         self._meet_text(seen.text, loop, guided)
         self.experts.now.layers.meet(seen.given)
         self._decision.make(loop, seen, kept, guided=guided, droppable=self._droppable, may_halve=may_halve)
@@ -219,24 +219,24 @@ class Run:
         if self._guided and self._droppable and not self.half and self._seen is not None:
             self._forwards.after(self._seen.batch)
         if self.experts.call > 0 or self.half or not self._guided or self._layout.calls == 1:
-            self._companions.end_step()
+            self._adapters.end_step()
         if self.experts.call > 0:
             if self._loop is not None and self._seen is not None:
                 self._differences.of_second(self._loop, output, self._seen, expert=self.experts.now.number)
-            if self._by_forward:
+            if self._counts_forwards:
                 self.tick()
             return None
-        if self.half and not self._companions and self.gates_cross:
+        if self.half and not self._adapters and self.gates_cross:
             refuse(self.outputs.silent(), "did not give out what they keep, but ran on half of the batch")
         part = self.outputs.signals.part
         if self._decision.stores and self._seen is not None:
-            rows = self._seen.batch // (1 if part is Part.ALL else 2)
-            self.experts.now.stored = Stored(rows, self._seen.shape, part)
+            rows = self._seen.batch // (1 if part is CachedPart.ALL else 2)
+            self.experts.now.stored = CacheKey(rows, self._seen.shape, part)
         difference, loop, seen = None, self._loop, self._seen
         if loop is not None and seen is not None and self._guided and self._droppable:
             number = self.experts.now.number
             difference = self._differences.of_first(loop, output, seen, half=self.half, expert=number)
-        if self._by_forward and not (self._guided and self._layout.calls > 1):
+        if self._counts_forwards and not (self._guided and self._layout.calls > 1):
             # Else the second call is the end of the pass.
             self.tick()
         return difference
@@ -268,7 +268,7 @@ class Run:
             )
         self._last_index = None
         step = loop.step_index
-        computed = not self._companions.repeated()
+        computed = not self._adapters.repeated()
         loop.tick(index, full=computed and not self.half, computed=computed, guided=self._guided)
         self._ticks += 1
         if self._droppable:
@@ -277,16 +277,16 @@ class Run:
         self._differences.read(loop, (tensors or {}).get("latents"))
         first = self.experts.now.by_call[0]
         did, layers = first.counts(), self.experts.layers_kept
-        self._tally.add(loop, step, half=self.half, did=did, held=self.nbytes, layers=layers)
+        self._report_builder.add(loop, step, half=self.half, did=did, held=self.nbytes, layers=layers)
         if not self.gates_cross and not self.half:
-            self._tally.passed(first.passed // (2 if self._decision.keeps_half else 1))
+            self._report_builder.passed(first.passed // (2 if self._decision.keeps_half else 1))
         least = first.least
         if least is not None and not self.report.kept_layers:
-            say_nothing_fits(self._state, self.call, least)
-        if not self._by_forward:
+            warn_budget_too_small(self._state, self.call, least)
+        if not self._counts_forwards:
             loop.follow(self.call.timeline())
         if self._ticks == 1:
-            say_what_is_late(self._state, self.call, loop, gates_cross=self.gates_cross)
+            warn_gate_too_late(self._state, self.call, loop, gates_cross=self.gates_cross)
         if loop.over:
             self._end(loop)
         else:
@@ -308,7 +308,7 @@ class Run:
             return
         if self.experts.now.nbytes:
             # All layers have to run in the full step.
-            self._companions.begin_afresh()
+            self._adapters.begin_afresh()
         self.experts.now.forget()
         self._decision.begin_afresh()
         loop.begin_guidance()
@@ -319,9 +319,9 @@ class Run:
         self.outputs.signals.set(plan.cross_attention, plan.self_attention)
         self._state.compiled.take(self.outputs.signals)
 
-    def adopt(self, call: Call, layers: Layers, *, droppable: bool) -> None:
+    def adopt(self, call: PipelineCall, layers: GatedLayers, *, droppable: bool) -> None:
         """The first pass of a loop has run unannounced, and a callback tells whose it was."""
-        self.call, self.batch, self._droppable = call, Batch(call, layers.layout), droppable
+        self.call, self.batch, self._droppable = call, CFGBatchCheck(call, layers.layout), droppable
         self.experts.adopt(layers)
         self._layout = layers.layout
         self._differences = self._compare()
@@ -334,7 +334,7 @@ class Run:
 
     def close(self, *, completed: bool = True) -> None:
         """The call has ended, however it ended: hold nothing, leave the report."""
-        self._state.report = report = self._tally.report
+        self._state.report = report = self._report_builder.report
         self.experts.forget()
         self._loop = None
         self._text.forget()
@@ -345,39 +345,39 @@ class Run:
         gated = reused or report.half_batch_forwards or report.prediction_errors
         expected = self._decision.due or not (self._ticks or self.call.has_no_steps)
         if completed and self._decision.lost and not gated:
-            say_exchanged_in_vain(self._state, self.call)
+            warn_exchanged_in_every_step(self._state, self.call)
         elif completed and expected and not (reused or too_little):
-            say_nothing_was_gated(
+            warn_nothing_gated(
                 self.call,
                 steps_seen=self._ticks > 0,
                 halved=report.half_batch_forwards > 0,
                 left_alone=self._left_alone,
             )
 
-    def _begin(self) -> GuidedLoop:
+    def _begin(self) -> GuidedStepCounter:
         """A loop begins: its steps are told by now, or in its first step."""
         self._forwards.begin()
-        self._loop = loop = GuidedLoop(self._state.schedule, self.call.timeline(), self._layout.calls)
+        self._loop = loop = GuidedStepCounter(self._state.schedule, self.call.timeline(), self._layout.calls)
         left_alone = self.experts.settle()
         self._left_alone = self._left_alone or bool(left_alone)
         if left_alone and self._droppable:
             self._droppable = False
-            say_left_alone(self._state, self.call, left_alone)
-        if self._companions.keep_guidance:
-            say_guidance_stays(self._state, self.call, gates_cross=self.gates_cross)
-        if self._by_forward:
+            warn_ungated_processors(self._state, self.call, left_alone)
+        if self._adapters.keep_guidance:
+            warn_cache_owns_cfg(self._state, self.call, gates_cross=self.gates_cross)
+        if self._counts_forwards:
             self.batch.expect(self.call.pictures())
         self.experts.limit(self._state.max_memory, shared=not self._droppable)
         self._decision.begin()
         return loop
 
-    def _end(self, loop: GuidedLoop) -> None:
+    def _end(self, loop: GuidedStepCounter) -> None:
         """All passes have ended. Pipelines that run their loop several times in one call start the next one here."""
-        self._tally.end_loop(loop)
+        self._report_builder.end_loop(loop)
         self._last_index = loop.last_index
         self._loop = None
         self.batch.forget()
-        self._companions.end_loop()
+        self._adapters.end_loop()
         self._decision.begin()
         self._differences.forget()
         self.experts.forget()
@@ -387,7 +387,7 @@ class Run:
         """Whether the difference of the halves of guidance is predicted from what is known."""
         return self._state.schedule.predicts and self._droppable and self.call.guided()
 
-    def _meet_text(self, text: Any, loop: GuidedLoop, guided: bool) -> None:
+    def _meet_text(self, text: Any, loop: GuidedStepCounter, guided: bool) -> None:
         """A forward is given this text: if it is another one, what is kept is of the old one."""
         predicts = self._state.schedule.predicts and self._droppable and guided
         if not (self.gates_cross or predicts) or not self._text.is_exchanged(text, loop, at_gate=predicts):
@@ -401,16 +401,22 @@ class Run:
         else:
             self.exchange(("text",))
 
-    def _is_guided(self, loop: GuidedLoop, seen: Seen) -> bool:
+    def _is_guided(self, loop: GuidedStepCounter, seen: DenoiserInputs) -> bool:
         """Whether this step is guided: as its batch shows, or else as the call says."""
-        if self._layout.calls == 1 and self._droppable and self.call.vouched and loop.passes and not self._by_forward:
+        if (
+            self._layout.calls == 1
+            and self._droppable
+            and self.call.is_diffusers_loop
+            and loop.passes
+            and not self._counts_forwards
+        ):
             # Some loops ask the pipeline in every step, which a callback may have changed; others ask once.
             halves = self.batch.holds_halves(seen)
             if halves is not None:
                 return halves
         return self.call.guided()
 
-    def _turn(self, loop: GuidedLoop, guided: bool) -> None:
+    def _turn(self, loop: GuidedStepCounter, guided: bool) -> None:
         """Guidance goes off or on within the loop; it comes on with full steps, and nothing of before is reused."""
         if guided:
             self.experts.now.stored = None
@@ -425,9 +431,11 @@ class Run:
     def _compare(self) -> Differences:
         """What compares the halves of guidance."""
         is_auto = self._state.schedule.is_auto
-        return Differences(self.call.scale, self.batch, self._layout, self._companions, self._tally, is_auto=is_auto)
+        return Differences(
+            self.call.scale, self.batch, self._layout, self._adapters, self._report_builder, is_auto=is_auto
+        )
 
-    def _before_second(self, loop: GuidedLoop, seen: Seen, denoiser: Any) -> None:
+    def _before_second(self, loop: GuidedStepCounter, seen: DenoiserInputs, denoiser: Any) -> None:
         """The second call of a full step: as the first one, but what only half steps reuse is not kept of it."""
         first = self._seen
         same = first is not None and (first.batch, first.shape) == (seen.batch, seen.shape)
@@ -452,8 +460,8 @@ class Run:
         """The output of the call that is left out."""
         assert self._loop is not None
         self._loop.forward(guided=True)
-        self._companions.leave_out()
+        self._adapters.leave_out()
         output = self._differences.left_out()
-        if self._by_forward:
+        if self._counts_forwards:
             self.tick()
         return output

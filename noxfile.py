@@ -52,6 +52,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def changelog(session: nox.Session) -> None:
+    """What changes/ says, printed; `-- --version 1.2.0` moves it into CHANGELOG.md."""
+    session.install(*needs("changelog"))
+    session.run("towncrier", "build", "--yes", *(session.posargs or ["--draft", "--version", "Unreleased"]))
+
+
+@nox.session
 def package(session: nox.Session) -> None:
     """Wheel and sdist: built, checked, and used in an environment that has nothing else."""
     shutil.rmtree("dist", ignore_errors=True)

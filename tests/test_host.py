@@ -1,6 +1,7 @@
 """What a public host shows beside the README."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -30,6 +31,13 @@ def test_the_public_host_runs_what_ci_runs():
     named = {name for line in commands for name in re.findall(r"nox -s (\w+)", line)}
     assert named == {"package"}
     assert named <= set(sessions)
+
+
+def test_every_file_in_changes_has_a_type_that_the_changelog_has():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    types = "|".join(kind["directory"] for kind in project["tool"]["towncrier"]["type"])
+    for file in (ROOT / "changes").iterdir():
+        assert file.name == "README.md" or re.fullmatch(rf"(\+[\w-]+|\d+)\.({types})\.md", file.name), file.name
 
 
 def test_forms_for_issues_ask_for_what_is_needed():

@@ -102,6 +102,13 @@ def minimums(session: nox.Session) -> None:
 
 
 @nox.session
+def newest(session: nox.Session) -> None:
+    """All tests but the slow ones, with the newest versions of everything; arguments after `--` go to pytest."""
+    session.install("--upgrade", "--upgrade-strategy=eager", *needs("test", "cache-dit"), "-e", ".[probe]")
+    session.run("pytest", *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
+
+
+@nox.session
 def quickstart(session: nox.Session) -> None:
     """The main job: pictures with and without T-GATE; arguments after `--` go to examples/quickstart.py."""
     session.install(*CONSTRAINED, *needs("examples"), "-e", ".")

@@ -88,6 +88,12 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def coverage(session: nox.Session) -> None:
+    """Which lines the tests but the slow ones reach, in the environment of `tests`; fails below the floor."""
+    session.notify("tests", ["--cov", *(session.posargs or ["-n", "auto"])])
+
+
+@nox.session(venv_backend="none")
 def thorough(session: nox.Session) -> None:
     """Every law for every family, where CI runs some rows; in the environment of `tests`."""
     session.notify("tests", ["-m", "thorough", PATIENCE, *(session.posargs or ["-n", "auto"])])

@@ -31,7 +31,7 @@ def commands(workflow):
 
 @pytest.mark.parametrize(
     ("workflow", "expected"),
-    [("ci", {"tests", "package"}), ("newest", {"newest"}), ("publish", {"package"})],
+    [("ci", {"tests", "coverage", "package"}), ("newest", {"newest"}), ("publish", {"package"})],
 )
 def test_the_public_host_runs_sessions_that_there_are(workflow, expected):
     sessions = re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), flags=re.MULTILINE)

@@ -52,6 +52,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def changelog(session: nox.Session) -> None:
+    """What changes/ says, printed; `-- --version 1.2.0` moves it into CHANGELOG.md."""
+    session.install(*needs("changelog"))
+    session.run("towncrier", "build", "--yes", *(session.posargs or ["--draft", "--version", "Unreleased"]))
+
+
+@nox.session
 def package(session: nox.Session) -> None:
     """Wheel and sdist: built, checked, and used in an environment that has nothing else."""
     shutil.rmtree("dist", ignore_errors=True)
@@ -81,6 +88,12 @@ def slow(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def coverage(session: nox.Session) -> None:
+    """Which lines the tests but the slow ones reach, in the environment of `tests`; fails below the floor."""
+    session.notify("tests", ["--cov", *(session.posargs or ["-n", "auto"])])
+
+
+@nox.session(venv_backend="none")
 def thorough(session: nox.Session) -> None:
     """Every law for every family, where CI runs some rows; in the environment of `tests`."""
     session.notify("tests", ["-m", "thorough", PATIENCE, *(session.posargs or ["-n", "auto"])])
@@ -92,6 +105,13 @@ def minimums(session: nox.Session) -> None:
     floors = [re.sub(r">=([\d.]+)$", r"~=\1.0", dependency) for dependency in PROJECT["project"]["dependencies"]]
     session.install(*floors, *needs("test"), "-e", ".[probe]")
     session.run("pytest", "-m", "", PATIENCE, *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """All tests but the slow ones, with the newest versions of everything; arguments after `--` go to pytest."""
+    session.install("--upgrade", "--upgrade-strategy=eager", *needs("test", "cache-dit"), "-e", ".[probe]")
+    session.run("pytest", *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
 
 
 @nox.session

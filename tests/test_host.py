@@ -1,8 +1,10 @@
 """What a public host shows beside the README."""
 
 import re
+import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -22,14 +24,44 @@ def test_the_citation_is_that_of_the_readme():
     assert paper["url"].endswith(paper["identifiers"][0]["value"].removeprefix("arXiv:"))
 
 
-def test_the_public_host_runs_what_ci_runs():
-    jobs = read(".github/workflows/ci.yml")["jobs"]
-    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    assert "bash .ci/run" in commands
+def commands(workflow):
+    jobs = read(f".github/workflows/{workflow}.yml")["jobs"]
+    return [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+
+
+@pytest.mark.parametrize(
+    ("workflow", "expected"),
+    [("ci", {"tests", "coverage", "package"}), ("newest", {"newest"}), ("publish", {"package"})],
+)
+def test_the_public_host_runs_sessions_that_there_are(workflow, expected):
     sessions = re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text(), flags=re.MULTILINE)
-    named = {name for line in commands for name in re.findall(r"nox -s (\w+)", line)}
-    assert named == {"package"}
+    named = {name for line in commands(workflow) for name in re.findall(r"nox -s (\w+)", line)}
+    assert named == expected
     assert named <= set(sessions)
+
+
+def test_the_public_host_runs_what_ci_runs_and_every_python_that_is_promised():
+    assert "bash .ci/run" in commands("ci")
+    jobs = read(".github/workflows/ci.yml")["jobs"]
+    (first,) = (step["with"]["python-version"] for step in jobs["tests"]["steps"] if "with" in step)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    promised = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert [first, *jobs["pythons"]["strategy"]["matrix"]["python"]] == promised
+    assert project["requires-python"] == f">={first}"
+
+
+def test_only_the_job_that_publishes_may_and_it_builds_nothing():
+    jobs = read(".github/workflows/publish.yml")["jobs"]
+    assert "permissions" not in jobs["build"]
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert not [step for step in jobs["publish"]["steps"] if "run" in step]
+
+
+def test_every_file_in_changes_has_a_type_that_the_changelog_has():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    types = "|".join(kind["directory"] for kind in project["tool"]["towncrier"]["type"])
+    for file in (ROOT / "changes").iterdir():
+        assert file.name == "README.md" or re.fullmatch(rf"(\+[\w-]+|\d+)\.({types})\.md", file.name), file.name
 
 
 def test_forms_for_issues_ask_for_what_is_needed():

@@ -48,7 +48,7 @@ def chain(pipe: Any, clock: StepClock, bound: inspect.BoundArguments, *, is_diff
     added = [name for name in wanted if name not in asked]
     unasked: dict[str, Any] = {}
 
-    def on_step_end(pipeline: Any, step_index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def on_step_end(pipeline: Any, step_index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any] | None:
         return _step_end(clock, users, added, unasked, pipeline, step_index, timestep, tensors)
 
     bound.arguments["callback_on_step_end"] = on_step_end
@@ -90,19 +90,19 @@ def _step_end(
     step_index: int,
     timestep: Any,
     tensors: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """The user's callback, then the clock. What it gives without having asked for it is in `unasked`."""
     told = dict(tensors)
-    outputs: dict[str, Any] = {name: value for name, value in tensors.items() if name not in added}
+    outputs = {name: value for name, value in tensors.items() if name not in added}
     if users is None:
         clock.tick(step_index, told)
         return outputs
     before = {**unasked, **told}
     writes = {name: writes_to(value) for name, value in before.items()}
     with clock.state.suspended():
-        outputs = users(pipeline, step_index, timestep, outputs)
+        answer: dict[str, Any] | None = users(pipeline, step_index, timestep, outputs)
     # One pipeline takes nothing for an answer.
-    given = {} if outputs is None else outputs
+    given = {} if answer is None else answer
     exchanged = [
         name
         for name, value in {**before, **given}.items()
@@ -110,7 +110,7 @@ def _step_end(
     ]
     unasked.update((name, value) for name, value in given.items() if name not in told)
     clock.tick(step_index, told, given.get("latents"), exchanged)
-    return outputs
+    return answer
 
 
 @functools.cache
@@ -130,7 +130,7 @@ def _official_chain() -> type:
         def tensor_inputs(self) -> list[str]:
             return [*self._users.tensor_inputs, *self._added]
 
-        def __call__(self, pipeline: Any, step_index: int, timestep: Any, tensors: Any) -> dict[str, Any]:
+        def __call__(self, pipeline: Any, step_index: int, timestep: Any, tensors: Any) -> dict[str, Any] | None:
             # The latent consistency pipelines do not ask what is wanted.
             added = self._added if set(tensors) == set(self.tensor_inputs) else []
             return _step_end(self._clock, self._users, added, self._unasked, pipeline, step_index, timestep, tensors)

@@ -214,7 +214,7 @@ def _profile(denoiser_class: Any, config: str, size: InputSize) -> tuple[Denoise
     return measure(meta_model, size), frozenset(name for name, _ in meta_model.named_parameters())
 
 
-def _beside(denoiser: Any, size: InputSize, further_calls: Sequence[Mapping[str, Any]] | None) -> MACs:
+def _beside(denoiser: Any, size: InputSize, further_calls: Sequence[Any] | None) -> MACs:
     """What the calls beside those of guidance take in a step, for one picture."""
     family, name = family_of(denoiser), type(denoiser).__name__
     assert family is not None

@@ -125,4 +125,4 @@ def quickstart(session: nox.Session) -> None:
 def notebook(session: nox.Session) -> None:
     """Run examples/tgate.ipynb and render it, with its outputs, as the page docs/notebook.md."""
     session.install(*CONSTRAINED, "nbconvert", "ipykernel", *needs("examples"), "-e", ".")
-    session.run("python", "examples/render_notebook.py")
+    session.run("python", "docs/site/render_notebook.py")

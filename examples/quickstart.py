@@ -17,7 +17,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import typer
-from loading import MODELS, check_device, check_dtype, load_pipeline
+from benchmarks.loading import MODELS, check_device, check_dtype, load_pipeline
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table

@@ -7,12 +7,12 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from evaluation.metrics import drawn, frames_of, right
-from shapes.clips import FRAMES, Clip, all_clips, draw_clip, score_clips, strips
-from shapes.evaluation import held_out, shares
-from shapes.scenes import Thing
-from shapes.scorer import Score
 
+from examples.benchmarks.evaluation.metrics import drawn, frames_of, right
+from examples.testbeds.shapes.clips import FRAMES, Clip, all_clips, draw_clip, score_clips, strips
+from examples.testbeds.shapes.evaluation import held_out, shares
+from examples.testbeds.shapes.scenes import Thing
+from examples.testbeds.shapes.scorer import Score
 from tests.testbeds import NEEDS_WAN
 
 MODELS = Path(__file__).parent.parent / "examples" / "models"
@@ -91,7 +91,8 @@ def test_shares_of_right_clips():
 @NEEDS_WAN
 def test_the_decoder_is_trained_on_latents_as_the_denoiser_has_them():
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-    from shapes.wan import ClipDecoding, decoded
+
+    from examples.testbeds.shapes.wan import ClipDecoding, decoded
 
     vae = diffusers.AutoencoderKLWan.from_pretrained(MODELS / "shapes-wan" / "vae", dtype=torch.float32)
     pictures = torch.from_numpy(frames(*CLIPS[::600])).permute(0, 4, 1, 2, 3) * 2 - 1

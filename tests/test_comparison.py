@@ -1,8 +1,9 @@
 """The picture of the README."""
 
-import comparison
 import numpy as np
 from PIL import Image
+
+from examples.benchmarks import comparison
 
 
 def test_the_rows_are_in_the_order_of_their_distance():

@@ -5,12 +5,12 @@ import threading
 
 import pytest
 import torch
-from cost_table import load_denoiser
 from DeepCache import DeepCacheSDHelper
 from diffusers.models.attention import BasicTransformerBlock
-from random_pipelines import narrowed, random_inputs, random_pipeline
 from torch._dynamo.testing import CompileCounter
 
+from examples.benchmarks.cost_table import load_denoiser
+from examples.benchmarks.random_pipelines import narrowed, random_inputs, random_pipeline
 from tests.ecosystem import HOSTS_BY_NAME
 from tests.pipelines import BY_NAME, quiet, thorough
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate

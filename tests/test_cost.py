@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from typer.testing import CliRunner
 
-from examples import cost_table, gains
+from examples.benchmarks import cost_table, gains
 from tests.ecosystem import FRAMES, HOSTS_BY_NAME
 from tests.pipelines import BY_NAME, GUIDED, SIZE, STEPS, slow
 from tests.test_counts import SETTINGS
@@ -335,18 +335,18 @@ def test_what_cannot_be_estimated_says_why(given, arguments, error, message):
 
 @pytest.mark.slow
 def test_the_command_prints_the_published_table(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "cost_table.py"), "--json", str(tmp_path / "rows.json")]
+    command = [sys.executable, "-m", "examples.benchmarks.cost_table", "--json", str(tmp_path / "rows.json")]
     command += ["--output", str(tmp_path / "table.md")]
     # In a pipe; its width is that of a terminal with 80 columns.
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "…" not in done.stdout
     assert max(len(line) for line in done.stdout.splitlines() if not line.startswith("*")) <= 80
     table = (tmp_path / "table.md").read_text().splitlines()
     assert len(table) == 16
     rows = json.loads((tmp_path / "rows.json").read_text())
-    known = json.loads((ROOT / "examples" / "published.json").read_text())["rows"]
+    known = json.loads((ROOT / "examples" / "benchmarks" / "published.json").read_text())["rows"]
     assert [row["row"] for row in rows] == [row["row"] for row in known]
     assert len(rows) == 14
     page = (ROOT / "docs" / "cost.md").read_text()

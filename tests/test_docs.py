@@ -121,7 +121,9 @@ def anchors(page):
 
 
 @pytest.mark.parametrize(
-    "page", [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG"))], ids=lambda page: page.name
+    "page",
+    [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "examples/README"))],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^()\s]+)\)", prose(page))

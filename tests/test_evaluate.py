@@ -12,29 +12,29 @@ import tempfile
 import time
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import psutil
 import pytest
 import torch
 import typer
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
-from evaluation.cutoff import cut_off
-from evaluation.drawing import Drawing, Table, denoiser_of
-from evaluation.methods import CHOICES, METHODS, Entry, Settings, entries
-from evaluation.metrics import drawn, frechet
-from evaluation.plots import LOOKS, SHEET, chosen_for_sheet, contact_sheet, front
-from evaluation.prompts import coco_captions, held_out_captions, scenes_of
-from evaluation.report import compare_with_caches, compare_with_fewer_steps
-from evaluation.store import Shelf
 from matplotlib.colors import to_rgb
 from PIL import Image
-from shapes import learning, networks
-from shapes.evaluation import call_options
-from shapes.tokens import load as load_tokenizer
-from shapes.tokens import make
 from typer.testing import CliRunner
 
+from examples.benchmarks import evaluate
+from examples.benchmarks.evaluation.cutoff import cut_off
+from examples.benchmarks.evaluation.drawing import Drawing, Table, denoiser_of
+from examples.benchmarks.evaluation.methods import CHOICES, METHODS, Entry, Settings, entries
+from examples.benchmarks.evaluation.metrics import drawn, frechet
+from examples.benchmarks.evaluation.plots import LOOKS, SHEET, chosen_for_sheet, contact_sheet, front
+from examples.benchmarks.evaluation.prompts import coco_captions, held_out_captions, scenes_of
+from examples.benchmarks.evaluation.report import compare_with_caches, compare_with_fewer_steps
+from examples.benchmarks.evaluation.store import Shelf
+from examples.testbeds.shapes import learning, networks
+from examples.testbeds.shapes.evaluation import call_options
+from examples.testbeds.shapes.tokens import load as load_tokenizer
+from examples.testbeds.shapes.tokens import make
 from tests.pipelines import CASES
 from tests.testbeds import NEEDS_WAN, THOROUGH_WAN
 from tgate_processors import TGateSchedule, estimate_cost
@@ -44,7 +44,7 @@ MODEL = ROOT / "examples" / "models" / "shapes-sd"
 WAN = MODEL.with_name("shapes-wan")
 APP = typer.Typer()
 APP.command()(evaluate.main)
-SCRIPT = str(ROOT / "examples" / "evaluate.py")
+SCRIPT = ("-m", "examples.benchmarks.evaluate")
 SHORT = ["--model", str(MODEL), "--steps", "3", "--gate-step", "10", "--tuned-gate", "10", "--batch-size", "1"]
 SHORT += ["--device", "cpu", "--count", "4"]
 SOME = ["--method", "baseline", "--method", "tgate", "--method", "cutoff"]
@@ -56,13 +56,13 @@ ENVIRONMENT = {
     "TERM": "dumb",
     "NO_COLOR": "1",
     "ACCELERATE_USE_CPU": "true",
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples"))),
+    "PYTHONPATH": str(ROOT),
 }
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-LAUNCH += ["--main_process_port", "0", SCRIPT]
+LAUNCH += ["--main_process_port", "0", *SCRIPT]
 
 
-def run(output, *arguments, command=(sys.executable, SCRIPT)):
+def run(output, *arguments, command=(sys.executable, *SCRIPT)):
     command = [*command, *SHORT, "--output", str(output), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
@@ -173,7 +173,7 @@ def test_the_macs_are_those_of_the_estimate(whole):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path, whole):
-    start_and_kill([sys.executable, SCRIPT], tmp_path, 4, subprocess.Popen.kill)
+    start_and_kill([sys.executable, *SCRIPT], tmp_path, 4, subprocess.Popen.kill)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("pictures/*.png")}
     assert 4 <= len(before) < 12
     half = next(iter(before)).with_name("00003.png.1.part")

@@ -57,7 +57,8 @@ def test_the_sdist_has_what_readme_and_quickstart_need(dist):
         names = {name.split("/", 1)[1] for name in archive.getnames()}
     model = ROOT / "examples/models/shapes-sd"
     assert {str(file.relative_to(ROOT)) for file in model.rglob("*") if file.is_file()} <= names
-    assert {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "examples/quickstart.py"} <= names
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml"} <= names
+    assert {"examples/quickstart.py", "examples/sdxl.py", "examples/benchmarks/gains.json"} <= names
     assert not [name for name in names if name.startswith(("tests/", ".ci/", "noxfile"))]
 
 

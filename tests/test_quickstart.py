@@ -11,10 +11,10 @@ import pytest
 import quickstart
 import torch
 import typer
-from loading import load_pipeline
 from PIL import Image
 from typer.testing import CliRunner
 
+from examples.benchmarks.loading import load_pipeline
 from tgate_processors import apply_tgate, get_tgate_report
 
 ROOT = Path(__file__).parent.parent

@@ -5,9 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from shapes.evaluation import held_out_scenes, shares
-from shapes.scenes import BACKGROUNDS, COLOURS, Scene, Thing, all_scenes, draw
-from shapes.scorer import Score, features, read, score
+
+from examples.testbeds.shapes.evaluation import held_out_scenes, shares
+from examples.testbeds.shapes.scenes import BACKGROUNDS, COLOURS, Scene, Thing, all_scenes, draw
+from examples.testbeds.shapes.scorer import Score, features, read, score
 
 SCENES = list(all_scenes())
 SAMPLE = SCENES[:360:2] + SCENES[360::13]

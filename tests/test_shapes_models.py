@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from shapes.evaluation import call_options, held_out, held_out_scenes, pictures_of, scores_of
 
+from examples.testbeds.shapes.evaluation import call_options, held_out, held_out_scenes, pictures_of, scores_of
 from tests.testbeds import NEEDS_WAN, THOROUGH_WAN
 
 MODELS = Path(__file__).parent.parent / "examples" / "models"

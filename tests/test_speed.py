@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
-import speed
 import torch
 import typer
-from cost_table import load_denoiser
-from random_pipelines import random_pipeline
 from typer.testing import CliRunner
 
+from examples.benchmarks import speed
+from examples.benchmarks.cost_table import load_denoiser
+from examples.benchmarks.random_pipelines import random_pipeline
 from tests.pipelines import GOLDEN, slow, thorough
 from tgate_processors import TGateSchedule, estimate_cost
 

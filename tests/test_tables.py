@@ -7,7 +7,8 @@ import re
 import pytest
 import typer
 from rich.console import Console
-from tables import blocks, check_output, print_table, write_table
+
+from examples.benchmarks.tables import blocks, check_output, print_table, write_table
 
 
 def printed(title, headings, rows, width):

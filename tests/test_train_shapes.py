@@ -11,21 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_shapes
 import typer
 from diffusers import DiffusionPipeline
-from shapes.data import EMPTY, MISSING, WRONG, Batches, drawn, everything, images
-from shapes.evaluation import call_options
-from shapes.scenes import all_scenes
-from shapes.stages import generator, write
-from shapes.tokens import LENGTH, encode, load, make
 from typer.testing import CliRunner
 
+from examples.testbeds import train_shapes
+from examples.testbeds.shapes.data import EMPTY, MISSING, WRONG, Batches, drawn, everything, images
+from examples.testbeds.shapes.evaluation import call_options
+from examples.testbeds.shapes.scenes import all_scenes
+from examples.testbeds.shapes.stages import generator, write
+from examples.testbeds.shapes.tokens import LENGTH, encode, load, make
 from tests.pipelines import thorough
 from tests.testbeds import NEEDS_WAN
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = str(ROOT / "examples" / "train_shapes.py")
+SCRIPT = ("-m", "examples.testbeds.train_shapes")
 SHORT = ["--smoke", "--copies", "1", "--batch-size", "4", "--autoencoder-steps", "2", "--reader-steps", "2"]
 SHORT += ["--decoder-steps", "2", "--steps", "6", "--save-every", "1", "--device", "cpu"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb", "NO_COLOR": "1"}
@@ -111,7 +111,7 @@ def test_the_decoder_learns_on_and_the_latents_stay_what_they_are(trained):
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_what_wan_learns_from_is_what_its_pipeline_gives(trained):
-    from shapes import wan
+    from examples.testbeds.shapes import wan
 
     folder = trained("wan")
     pipe = DiffusionPipeline.from_pretrained(folder / "pipeline", dtype=torch.float32)
@@ -139,9 +139,11 @@ def test_the_pipeline_has_the_averaged_weights(trained):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_goes_on_is_the_run_that_was_not(trained, tmp_path):
-    command = [sys.executable, SCRIPT, *SHORT, "--model", "sd", "--output", str(tmp_path)]
+    command = [sys.executable, *SCRIPT, *SHORT, "--model", "sd", "--output", str(tmp_path)]
     while True:
-        running = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+        running = subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT, cwd=ROOT
+        )
         while running.poll() is None and not (tmp_path / "denoiser.pt").exists():
             time.sleep(0.002)
         running.kill()
@@ -176,9 +178,9 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(tmp_path, monk
 def test_two_processes_train_one_model(tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     launch += ["--main_process_port", "0"]
-    arguments = [SCRIPT, *SHORT, "--model", "sd", "--output", str(tmp_path)]
+    arguments = [*SCRIPT, *SHORT, "--model", "sd", "--output", str(tmp_path)]
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     # One process prints, one writes.
     assert done.stdout.count("denoiser: step 6 of 6") == 1

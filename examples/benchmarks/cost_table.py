@@ -1,8 +1,8 @@
 """
 What T-GATE costs, without weights: the published table with computed figures beside it, or a row of your own.
 
-    python examples/cost_table.py
-    python examples/cost_table.py --model sdxl --steps 25 --gate-step 10 --sp-interval 5 --warm-up 2
+    python -m examples.benchmarks.cost_table
+    python -m examples.benchmarks.cost_table --model sdxl --steps 25 --gate-step 10 --sp-interval 5 --warm-up 2
 """
 
 import json
@@ -15,17 +15,18 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from tables import check_output, print_table, write_table
 
+from examples.benchmarks.tables import check_output, print_table, write_table
 from tgate_processors import TGateCost, TGateReport, TGateSchedule, estimate_cost
 
 HERE = Path(__file__).parent
-MODELS = sorted(path.stem for path in (HERE / "configs").glob("*.json"))
+CONFIGS = HERE.parent / "configs"
+MODELS = sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
 def load_denoiser(model: str) -> Any:
     """The denoiser of a configuration, without weights."""
-    path = HERE / "configs" / f"{model}.json" if model in MODELS else Path(model)
+    path = CONFIGS / f"{model}.json" if model in MODELS else Path(model)
     if not path.is_file():
         raise typer.BadParameter(f"{model!r} is neither one of {', '.join(MODELS)}, nor the config.json of a denoiser.")
     config = json.loads(path.read_text())

@@ -1,8 +1,8 @@
 """
 What there is to gain on large models, without weights: how much of a run is cross-attention, and what T-GATE holds.
 
-    python examples/gains.py
-    python examples/gains.py --model Sana --output gains.md
+    python -m examples.benchmarks.gains
+    python -m examples.benchmarks.gains --model Sana --output gains.md
 """
 
 import json
@@ -14,8 +14,8 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from tables import check_output, print_table, write_table
 
+from examples.benchmarks.tables import check_output, print_table, write_table
 from tgate_processors import TGateCost, TGateSchedule, estimate_cost
 
 ROWS = json.loads(Path(__file__).with_suffix(".json").read_text())

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from shapes.clips import strips
-from shapes.evaluation import draws_videos
 
+from examples.testbeds.shapes.clips import strips
+from examples.testbeds.shapes.evaluation import draws_videos
 from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report
 
 from .macs import counted_layers

@@ -1,10 +1,10 @@
 """
 Train a small but complete text-to-image or text-to-video pipeline from scratch, on drawn scenes with captions.
 
-    python examples/train_shapes.py --model sd --output runs/shapes-sd
-    python examples/train_shapes.py --model pixart --output runs/shapes-pixart --mixed-precision bf16
-    python examples/train_shapes.py --model wan --output runs/shapes-wan --mixed-precision bf16
-    accelerate launch --num-processes 2 examples/train_shapes.py --model sd --output runs/shapes-sd
+    python -m examples.testbeds.train_shapes --model sd --output runs/shapes-sd
+    python -m examples.testbeds.train_shapes --model pixart --output runs/shapes-pixart --mixed-precision bf16
+    python -m examples.testbeds.train_shapes --model wan --output runs/shapes-wan --mixed-precision bf16
+    accelerate launch --num-processes 2 -m examples.testbeds.train_shapes --model sd --output runs/shapes-sd
 
 If training is interrupted, start it again with the same arguments: it resumes from its last checkpoint. At the end the
 pipeline is in OUTPUT/pipeline.
@@ -23,9 +23,10 @@ import typer
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from shapes import data, evaluation, learning, networks, tokens
-from shapes.stages import Stage, fit
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from examples.testbeds.shapes import data, evaluation, learning, networks, tokens
+from examples.testbeds.shapes.stages import Stage, fit
 
 
 class Model(enum.StrEnum):
@@ -104,7 +105,7 @@ def untrained(
     """The autoencoder, the text encoder with the denoiser, the autoencoder's loss, and what makes a pipeline."""
     if model is Model.wan:
         # Older diffusers have none.
-        from shapes import wan
+        from examples.testbeds.shapes import wan
 
         vae, conditioned = wan.autoencoder(), wan.conditioned(tokenizer)
         coding, join = wan.ClipAutoencoding(vae), wan.pipeline
@@ -116,7 +117,7 @@ def untrained(
 
 def further(vae: Any) -> Any:
     """What trains the decoder of clips alone."""
-    from shapes import wan
+    from examples.testbeds.shapes import wan
 
     return wan.ClipDecoding(vae)
 

@@ -1,9 +1,9 @@
 r"""
 How near T-GATE comes to the speed-up that the arithmetic allows, and what it costs where it does nothing.
 
-    python examples/speed.py --model sd15 --model pixart_alpha --size 256 --steps 10 --gate-step 4
-    python examples/speed.py --model sdxl --size 1024 --batch-size 1 --batch-size 4 --device cuda --dtype float16 \
-        --steps 25 --gate-step 10 --compile --output runs/speed
+    python -m examples.benchmarks.speed --model sd15 --model pixart_alpha --size 256 --steps 10 --gate-step 4
+    python -m examples.benchmarks.speed --model sdxl --size 1024 --batch-size 1 --batch-size 4 --device cuda \
+        --dtype float16 --steps 25 --gate-step 10 --compile --output runs/speed
 
 The denoisers have random weights. For trained ones, give the folder or the hub id of a pipeline. Each round runs the
 pipeline's own denoising loop, from text embeddings to latents, three times: plain, with T-GATE, and plain without
@@ -30,14 +30,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from cost_table import MODELS, load_denoiser
-from loading import check_device, check_dtype, load_pipeline
-from random_pipelines import denoiser_of, narrowed, random_inputs, random_pipeline
 from rich.console import Console
 from rich.progress import track
-from tables import print_table, write_table
 from torch.profiler import ProfilerActivity, profile
 
+from examples.benchmarks.cost_table import MODELS, load_denoiser
+from examples.benchmarks.loading import check_device, check_dtype, load_pipeline
+from examples.benchmarks.random_pipelines import denoiser_of, narrowed, random_inputs, random_pipeline
+from examples.benchmarks.tables import print_table, write_table
 from tgate_processors import (
     TGateAttnProcessor,
     TGateCallback,

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from shapes.clips import Clip, all_clips
-from shapes.evaluation import evenly, held_out
-from shapes.scenes import Scene, all_scenes
+
+from examples.testbeds.shapes.clips import Clip, all_clips
+from examples.testbeds.shapes.evaluation import evenly, held_out
+from examples.testbeds.shapes.scenes import Scene, all_scenes
 
 # A model of each domain, and how many of its held-out captions are easier ones.
 DOMAINS = {"shapes": ("sd", 64), "clips": ("wan", 64)}

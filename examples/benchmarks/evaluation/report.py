@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from shapes.scorer import features
+
+from examples.testbeds.shapes.scorer import features
 
 from .drawing import Table
 from .methods import Entry

@@ -1,10 +1,12 @@
 """
 Quality and speed of T-GATE and other methods, side by side: models, methods and settings interleaved in one run.
 
-    python examples/evaluate.py --output runs/evaluation
-    python examples/evaluate.py --model examples/models/shapes-pixart --steps 50 --scheduler euler --output runs/euler
-    accelerate launch --num-processes 8 examples/evaluate.py --model stabilityai/stable-diffusion-xl-base-1.0 \
-        --captions captions_val2014.json --count 10000 --real val2014 --device cuda --dtype float16 --output runs/sdxl
+    python -m examples.benchmarks.evaluate --output runs/evaluation
+    python -m examples.benchmarks.evaluate --model examples/models/shapes-pixart --steps 50 --scheduler euler \
+        --output runs/euler
+    accelerate launch --num-processes 8 -m examples.benchmarks.evaluate \
+        --model stabilityai/stable-diffusion-xl-base-1.0 --captions captions_val2014.json --count 10000 --real val2014 \
+        --device cuda --dtype float16 --output runs/sdxl
 
 If a run is interrupted, start it again with the same arguments: it resumes where it stopped.
 """
@@ -24,12 +26,15 @@ import diffusers
 import torch
 import typer
 from accelerate import PartialState
-from evaluation.drawing import Drawing, Table, denoiser_of
-from evaluation.methods import CHOICES, Settings, entries
-from evaluation.metrics import Extras
-from evaluation.plots import against_reference, contact_sheet, pareto
-from evaluation.prompts import DOMAINS, read_captions
-from evaluation.report import (
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from examples.benchmarks.evaluation.drawing import Drawing, Table, denoiser_of
+from examples.benchmarks.evaluation.methods import CHOICES, Settings, entries
+from examples.benchmarks.evaluation.metrics import Extras
+from examples.benchmarks.evaluation.plots import against_reference, contact_sheet, pareto
+from examples.benchmarks.evaluation.prompts import DOMAINS, read_captions
+from examples.benchmarks.evaluation.report import (
     COLUMNS,
     cell,
     compare_with_caches,
@@ -40,13 +45,11 @@ from evaluation.report import (
     rows_of,
     write_csv,
 )
-from evaluation.store import clear_parts, write, write_json
-from loading import MODELS, check_device, check_dtype, load_pipeline
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from shapes.evaluation import call_options, draws_videos
-from shapes.tokens import LENGTH
-from tables import print_table
+from examples.benchmarks.evaluation.store import clear_parts, write, write_json
+from examples.benchmarks.loading import MODELS, check_device, check_dtype, load_pipeline
+from examples.benchmarks.tables import print_table
+from examples.testbeds.shapes.evaluation import call_options, draws_videos
+from examples.testbeds.shapes.tokens import LENGTH
 
 MODEL = MODELS / "shapes-sd"
 SCHEDULERS = {

@@ -8,7 +8,7 @@ import torch
 import typer
 from packaging.version import Version
 
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(__file__).parents[1] / "models"
 DTYPES = ("float32", "float16", "bfloat16")
 OTHER_NAMES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 # Diffusers before 0.40 knows the argument under its older name only.

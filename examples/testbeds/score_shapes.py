@@ -1,9 +1,10 @@
 """
 How often a pipeline trained by train_shapes.py draws what the prompt says, on prompts never seen in training.
 
-    python examples/score_shapes.py
-    python examples/score_shapes.py --model examples/models/shapes-pixart --scheduler EulerDiscreteScheduler --steps 50
-    python examples/score_shapes.py --model examples/models/shapes-wan
+    python -m examples.testbeds.score_shapes
+    python -m examples.testbeds.score_shapes --model examples/models/shapes-pixart \
+        --scheduler EulerDiscreteScheduler --steps 50
+    python -m examples.testbeds.score_shapes --model examples/models/shapes-wan
 """
 
 from functools import partial
@@ -14,14 +15,15 @@ import diffusers
 import numpy as np
 import torch
 import typer
-from loading import MODELS, check_device, load_pipeline
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from shapes.clips import strips
-from shapes.evaluation import draws_videos, held_out, pictures_of, scores_of, shares
-from shapes.scorer import Score
-from tables import check_output, print_table, write_table
+
+from examples.benchmarks.loading import MODELS, check_device, load_pipeline
+from examples.benchmarks.tables import check_output, print_table, write_table
+from examples.testbeds.shapes.clips import strips
+from examples.testbeds.shapes.evaluation import draws_videos, held_out, pictures_of, scores_of, shares
+from examples.testbeds.shapes.scorer import Score
 
 TEXT, BORDER = 40, 3
 

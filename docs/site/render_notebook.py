@@ -1,7 +1,7 @@
 """
-Run tgate.ipynb and write it with its outputs as docs/notebook.md.
+Run examples/tgate.ipynb and write it with its outputs as docs/notebook.md.
 
-    python examples/render_notebook.py
+    python docs/site/render_notebook.py
 """
 
 from pathlib import Path
@@ -11,14 +11,14 @@ from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 from traitlets.config import Config
 
-HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
+DOCS = Path(__file__).parents[1]
+EXAMPLES = DOCS.parent / "examples"
 
 
 def main() -> None:
     """Execute, convert, write."""
-    notebook = nbformat.read(HERE / "tgate.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(HERE)}}).execute()
+    notebook = nbformat.read(EXAMPLES / "tgate.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
     for cell in notebook.cells:
         # Progress bars of loading, which say something of the machine only.
         kept = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]

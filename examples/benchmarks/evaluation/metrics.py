@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from shapes.clips import FRAMES, Clip, draw_clip, score_clips
-from shapes.scenes import SIDE, Scene, draw
-from shapes.scorer import score
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+from examples.testbeds.shapes.clips import FRAMES, Clip, draw_clip, score_clips
+from examples.testbeds.shapes.scenes import SIDE, Scene, draw
+from examples.testbeds.shapes.scorer import score
 
 CLIP = "openai/clip-vit-base-patch16"
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from diffusers.callbacks import PipelineCallback
-from shapes.evaluation import draws_videos
+
+from examples.testbeds.shapes.evaluation import draws_videos
 
 
 class CFGCutoffCallback(PipelineCallback):

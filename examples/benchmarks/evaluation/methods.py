@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shapes.evaluation import draws_videos
-
+from examples.testbeds.shapes.evaluation import draws_videos
 from tgate_processors import apply_tgate, remove_tgate
 
 from .caches import CACHES, cache_dit, diffusers_cache

@@ -1,7 +1,7 @@
 """
 The picture in the README: some prompts without T-GATE, with it, and with T-GATE as published. Same seeds, a row each.
 
-    python examples/comparison.py --output docs/images/comparison.png
+    python -m examples.benchmarks.comparison --output docs/images/comparison.png
 """
 
 import textwrap
@@ -11,13 +11,13 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from diffusers import DPMSolverMultistepScheduler
-from loading import load_pipeline
 from matplotlib.figure import Figure
-from shapes.evaluation import held_out_scenes, pictures_of
 
+from examples.benchmarks.loading import MODELS, load_pipeline
+from examples.testbeds.shapes.evaluation import held_out_scenes, pictures_of
 from tgate_processors import apply_tgate, remove_tgate
 
-MODEL = Path(__file__).parent / "models" / "shapes-pixart"
+MODEL = MODELS / "shapes-pixart"
 ROWS: dict[str, dict[str, Any] | None] = {
     "without\nT-GATE": None,
     "apply_tgate(pipe)": {},

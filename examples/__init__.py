@@ -1,0 +1,1 @@
+"""Scripts to copy, and the modules of benchmarks and testbeds."""

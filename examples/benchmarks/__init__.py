@@ -1,0 +1,1 @@
+"""What measures quality, speed and cost: `python -m examples.benchmarks.evaluate --help`."""

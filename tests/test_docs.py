@@ -137,6 +137,15 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
+def test_examples_are_named_as_they_are_called():
+    files = [ROOT / "noxfile.py", *PAGES, *ROOT.glob("*.md"), *(ROOT / "examples").rglob("*.py")]
+    text = "".join(file.read_text() for file in [*files, *(ROOT / "examples").rglob("*.md")])
+    modules = {f"{name.replace('.', '/')}.py" for name in re.findall(r"-m (examples(?:\.\w+)+)", text)}
+    named = modules | set(re.findall(r"\bexamples/[\w/-]+\.\w+", text))
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
 def test_the_site_has_every_page_and_the_reference_everything_that_is_public():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):

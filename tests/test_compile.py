@@ -183,7 +183,9 @@ def test_there_is_room_for_three_times_the_graphs():
     assert limit < torch._dynamo.config.recompile_limit <= limit + counter.frame_count
 
 
-@pytest.mark.parametrize("whose", ["removed", pytest.param("sibling", marks=SLOW)])
+# The limit itself has a default test, with a function alone.
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ["removed", "sibling"])
 def test_calls_without_tgate_have_room_for_their_graphs_beside_those_that_tgate_made(whose):
     case = BY_NAME["pixart_alpha"]
     pipe = case.build()

@@ -542,7 +542,7 @@ def test_whether_a_step_was_repeated_is_told_by_the_calls_that_ran(cache):
     state, step = vars(pair.pipe)["_tgate"].callback.state, pair.pipe.scheduler.step
 
     def look(*args, **kwargs):
-        told.append(state.current()._companions.repeated())
+        told.append(state.current()._adapters.repeated())
         return step(*args, **kwargs)
 
     pair.pipe.scheduler.step = look

@@ -1,6 +1,7 @@
 """A gated denoiser compiles without a graph break: a graph each for compute, store and reuse, and none later."""
 
 import contextlib
+import sys
 import threading
 
 import pytest
@@ -253,6 +254,39 @@ def test_the_limit_on_graphs_is_the_users_again_whatever_happens():
     assert len(set(seen)) == 1
     assert seen[0] >= 3 * limit
     assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_interrupts_do_not_add_up_in_the_limit():
+    limit = torch._dynamo.config.recompile_limit
+    lines = range(200)
+    for where in ("open", "close"):
+        for line in lines:
+            room = RaisedRecompileLimit()
+            left = [line]
+
+            def trace(frame, event, arg, left=left):
+                if frame.f_code.co_filename != sys.modules[RaisedRecompileLimit.__module__].__file__:
+                    return None
+                left[0] -= event == "line"
+                if left[0] < 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+                return trace
+
+            if where == "close":
+                room.open()
+            sys.settrace(trace)
+            try:
+                room.open() if where == "open" else room.close()
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+            finally:
+                sys.settrace(None)
+                room.close()
+            assert torch._dynamo.config.recompile_limit == limit
+    assert line > 5
 
 
 def test_calls_that_overlap_leave_the_limit_as_it_was():

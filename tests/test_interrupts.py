@@ -153,7 +153,8 @@ def sweep(name, every, last=False, error=KeyboardInterrupt):
     ("name", "every", "last", "error"),
     [
         ("sd3", SPARSE, False, KeyboardInterrupt),
-        *(slow(name, 6, False, KeyboardInterrupt) for name in ("sd", "wan")),
+        slow("sd", SPARSE, False, KeyboardInterrupt),
+        slow("wan", 6, False, KeyboardInterrupt),
         slow("sd3", 9, True, MemoryError),
         *(
             thorough(name, 1, last, error)

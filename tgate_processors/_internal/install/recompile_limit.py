@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import defaultdict
 from typing import Any
 
+from ..denoiser.lock import exclusively
 from ..plan.schedule import Action
 
 # Each kind of attention computes, stores or reuses.
 _GRAPHS_FOR_EACH = len(Action) ** 2
-_lock = threading.RLock()
-_calls = 0
-_users = 0
+_open: set[RaisedRecompileLimit] = set()
 _kept_for = 0
-_left = 0
+
+
+class _Limit:
+    """
+    A limit as its user has set it, and as T-GATE has.
+
+    It is set from what is known and not by steps, so an interrupt leaves nothing that adds up.
+    """
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._ours: tuple[int, ...] = ()
+
+    def wanted(self, now: int) -> int:
+        """What it has to be, where it is `now`."""
+        if now not in self._ours:
+            self._users = now
+        limit = self._users * (_GRAPHS_FOR_EACH if _open else 1) + _kept_for
+        self._ours = (now, limit)
+        return limit
+
+
+# That for all threads, and those that threads have for themselves in newer versions of torch.
+_limits: defaultdict[int | None, _Limit] = defaultdict(_Limit)
 
 
 class RaisedRecompileLimit:
@@ -30,59 +53,48 @@ class RaisedRecompileLimit:
     def __init__(self) -> None:
         # Anyone who compiles has loaded it; nobody else should wait for the import.
         self._dynamo: Any = sys.modules.get("torch._dynamo")
-        self._more = self._users = 0
         self._before: dict[int, int] = {}
 
     def open(self) -> None:
         """The call starts."""
-        global _calls, _users
         if self._dynamo is None:
             return
-        config = self._dynamo.config
-        with _lock:
-            if not _calls:
-                _users = config.recompile_limit
-            self._before = _graphs(self._dynamo)
-            self._users, self._more = _users, (_GRAPHS_FOR_EACH - 1) * _users
-            _calls += 1
-            _raise_limit(config, self._more, self._users)
+        self._before = _graphs(self._dynamo)
+        _open.add(self)
+        exclusively(self._set_limits)
 
     def close(self) -> None:
         """The call has ended. May come twice."""
-        global _calls, _kept_for, _left
-        if not self._more:
+        global _kept_for
+        if self._dynamo is None:
             return
-        with _lock:
-            more, self._more = self._more, 0
-            _calls -= 1
-            made = (count for code, count in _graphs(self._dynamo).items() if count > self._before.get(code, 0))
-            kept_for = max(_kept_for, *made, 0)
-            _raise_limit(self._dynamo.config, kept_for - _kept_for - more, self._users)
-            _kept_for, _left = kept_for, self._dynamo.config.recompile_limit
+        made = (count for code, count in _graphs(self._dynamo).items() if count > self._before.get(code, 0))
+        _kept_for = max(_kept_for, *made, 0)
+        _open.discard(self)
+        exclusively(self._set_limits)
+
+    def _set_limits(self) -> None:
+        """Set the limits by what is open and what is kept."""
+        _set_limits(self._dynamo.config)
 
 
 def give_back_room() -> None:
     """Put the limit back, if all graphs have gone (`torch._dynamo.reset()`)."""
     global _kept_for
     dynamo = sys.modules.get("torch._dynamo")
-    with _lock:
-        if dynamo is not None and _kept_for and not _calls and not any(_graphs(dynamo).values()):
-            limit = dynamo.config.recompile_limit
-            # Another one has been set since, and stays.
-            _raise_limit(dynamo.config, -_kept_for, 1 if limit == _left else limit)
-            _kept_for = 0
+    if dynamo is not None and _kept_for and not _open and not any(_graphs(dynamo).values()):
+        _kept_for = 0
+        exclusively(lambda: _set_limits(dynamo.config))
 
 
-def _raise_limit(config: Any, more: int, least: int) -> None:
-    """Raise the limit, or lower it again: by steps, so calls that overlap end in any order."""
-    before = config.recompile_limit
-    # What is set is a thread's own in newer versions of torch; what nobody has set is for all. Siblings of the
-    # pipeline may run in other threads.
+def _set_limits(config: Any) -> None:
+    """Set the limit for all threads, and that which this thread has for itself."""
     entry: Any = getattr(config, "_config", {}).get("recompile_limit")
     if isinstance(getattr(entry, "default", None), int):
-        entry.default += more
-    if config.recompile_limit == before:
-        config.recompile_limit = max(before + more, least)
+        entry.default = _limits[None].wanted(entry.default)
+        if config.recompile_limit == entry.default:
+            return
+    config.recompile_limit = _limits[threading.get_ident()].wanted(config.recompile_limit)
 
 
 def _graphs(dynamo: Any) -> dict[int, int]:

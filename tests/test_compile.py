@@ -99,7 +99,7 @@ def test_three_graphs_and_none_for_other_prompts_steps_and_scales(name):
 @pytest.mark.parametrize(
     ("name", "compile_it", "compiled_first"),
     [
-        ("pixart_alpha", exchange_for_compiled, True),
+        pytest.param("pixart_alpha", exchange_for_compiled, True, marks=SLOW),
         pytest.param("pixart_alpha", compile_in_place, False, marks=SLOW),
         pytest.param("pixart_alpha", compile_blocks, False, marks=SLOW),
         pytest.param("pixart_alpha", compile_in_place, True, marks=SLOW),

@@ -134,6 +134,7 @@ def test_what_runs_before_the_loop_is_no_step():
     assert inverting.settings.equals(plain.settings)
 
 
+@pytest.mark.slow
 def test_every_loop_of_a_call_begins_anew():
     host = HOSTS_BY_NAME["animatediff_free_init"]
     pipe = host.build()

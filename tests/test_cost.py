@@ -121,6 +121,7 @@ def test_the_estimate_is_what_a_run_takes(name, settings, prompts):
     check(case.build(), case, SETTINGS[settings], prompts, guidance)
 
 
+@pytest.mark.slow
 def test_the_estimate_of_animatediff():
     host = HOSTS_BY_NAME["animatediff"]
     pipe, settings = host.build(), SETTINGS["v2"]

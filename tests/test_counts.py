@@ -116,6 +116,7 @@ def test_after_the_gate_the_denoiser_gives_what_it_gives_with_the_mean_in_the_pl
         assert not torch.allclose(outputs[gate], torch.cat([other, other]), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_cfg_half_matters_where_more_than_cross_attention_is_conditioned():
     from tests.pipelines import BY_NAME
 

@@ -290,9 +290,10 @@ def drawing_of(pipe, folder, methods, captions):
 
 @pytest.mark.parametrize(
     "build",
-    [load, pytest.param(pixart, marks=pytest.mark.slow), pytest.param(wan, marks=THOROUGH_WAN)],
+    [load, pytest.param(pixart, marks=THOROUGH_WAN), pytest.param(wan, marks=THOROUGH_WAN)],
     ids=["unet", "transformer", "two-calls"],
 )
+@pytest.mark.slow
 def test_after_every_method_the_baseline_is_what_it_was(tmp_path, build):
     pipe = build()
     drawing = drawing_of(pipe, tmp_path, CHOICES, held_out_captions(2))

@@ -75,7 +75,7 @@ if HOTSWAP:
 
 
 # What is undone, deleted or exchanged was loaded.
-PARTS = ("load", "two", "unfuse")
+PARTS = ("load", "two", "unfuse", "disable", "hotswap")
 ROWS = [pytest.param(*row, id=deed, marks=[pytest.mark.slow] if deed in PARTS else []) for deed, row in DEEDS.items()]
 
 

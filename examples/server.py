@@ -15,7 +15,8 @@ pipe = apply_tgate(DiffusionPipeline.from_pretrained(MODEL, dtype=torch.float16,
 def answer(prompt: str):
     """What a server calls for each request, in a thread of its own."""
     own = copy.copy(pipe)  # has the same weights, and is gated too
-    own.scheduler = copy.deepcopy(pipe.scheduler)  # counts the steps of one call
+    for name in ("scheduler", "tokenizer", "tokenizer_2"):  # these change as they are used
+        setattr(own, name, copy.deepcopy(getattr(pipe, name)))
     return own(prompt, num_inference_steps=25).images[0]
 
 

@@ -68,8 +68,10 @@ class RaisedRecompileLimit:
         global _kept_for
         if self._dynamo is None:
             return
-        made = (count for code, count in _graphs(self._dynamo).items() if count > self._before.get(code, 0))
-        _kept_for = max(_kept_for, *made, 0)
+        # Not where an interrupt has come before `open`: which graphs there were is not known then.
+        if self in _open:
+            made = (count for code, count in _graphs(self._dynamo).items() if count > self._before.get(code, 0))
+            _kept_for = max(_kept_for, *made, 0)
         _open.discard(self)
         exclusively(self._set_limits)
 

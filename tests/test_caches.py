@@ -539,10 +539,10 @@ def test_whether_a_step_was_repeated_is_told_by_the_calls_that_ran(cache):
     # First Block always computes the first one.
     layer = pair.denoiser.blocks[-1].attn1.to_q
     layer.register_forward_hook(lambda module, args, output: computed.__setitem__(-1, True))
-    state, step = vars(pair.pipe)["_tgate"].callback.state, pair.pipe.scheduler.step
+    state, step = vars(pair.pipe)["_tgate"].state, pair.pipe.scheduler.step
 
     def look(*args, **kwargs):
-        told.append(state.current()._adapters.repeated())
+        told.append(state.current()._caches.repeated())
         return step(*args, **kwargs)
 
     pair.pipe.scheduler.step = look

@@ -231,7 +231,7 @@ def test_a_run_that_breaks_in_a_further_call_leaves_nothing(kind: Kind):
     with pytest.raises(Stop):
         kind.run(pipe, **further)
     handle.remove()
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     # As the next forward of the denoiser would, whoever calls it.
     state.come_back()
     assert state.current() is None
@@ -333,7 +333,7 @@ def test_a_run_that_breaks_leaves_nothing(kind: Kind, forward):
     with pytest.raises(Stop):
         kind.run(pipe)
     handle.remove()
-    assert vars(pipe)["_tgate"].callback.state.nbytes == 0
+    assert vars(pipe)["_tgate"].state.nbytes == 0
     assert torch.equal(kind.run(pipe), expected)
     assert torch.equal(kind.run(remove_tgate(pipe)), baseline)
 

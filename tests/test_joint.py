@@ -215,7 +215,7 @@ def test_a_run_that_breaks_leaves_nothing(kind: Joint, forward):
     with pytest.raises(Stop):
         kind.run(pipe)
     handle.remove()
-    assert vars(pipe)["_tgate"].callback.state.nbytes == 0
+    assert vars(pipe)["_tgate"].state.nbytes == 0
     assert "_compiled_call_impl" not in vars(pipe.transformer)
     assert torch.equal(kind.run(pipe), expected)
     assert torch.equal(kind.run(remove_tgate(pipe)), baseline)

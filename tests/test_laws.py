@@ -177,7 +177,7 @@ def check_break(case, error, forward):
     with pytest.raises(error, match="broken"):
         case.run(pipe)
     handle.remove()
-    assert vars(pipe)["_tgate"].callback.state.nbytes == 0
+    assert vars(pipe)["_tgate"].state.nbytes == 0
     assert torch.equal(case.run(pipe), expected)
     handle = layer.register_forward_pre_hook(lambda module, args: fail(module, args))
     calls.clear()
@@ -213,7 +213,7 @@ def test_no_output_of_an_attention_layer_outlives_the_call(case: Case):
 
 def test_nothing_is_held_before_the_gate_and_one_half_afterwards(case: Case):
     pipe = apply_tgate(case.build(), GATE)
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     held = []
     sizes = {}
     denoiser = getattr(pipe, case.denoiser)
@@ -253,7 +253,7 @@ def test_half_precision_stays(case, dtype):
     inputs["generator"] = case.inputs([0])["generator"]
     apply_tgate(pipe, GATE)
     kept = set()
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     getattr(pipe, case.denoiser).register_forward_hook(
         lambda module, args, output: kept.update(each.tensor.dtype for each in state.current().kept.values())
     )
@@ -341,4 +341,4 @@ def test_the_class_of_a_gated_pipeline_passes_for_the_original():
     )
     assert inspect.signature(pipe.__call__) == signature
     assert pipe.__call__.__doc__ == original.__call__.__doc__
-    assert "tensor(" not in repr(vars(pipe)["_tgate"].callback.state)
+    assert "tensor(" not in repr(vars(pipe)["_tgate"].state)

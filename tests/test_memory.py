@@ -126,7 +126,7 @@ def test_the_layers_that_save_most_for_each_byte_are_kept_and_no_other(case: Cas
     whole = run(case, pipe, **settings, cross_attention=True)[1].peak_bytes - beside
     most, most_held = whole * 3 // 5, []
     apply_tgate(pipe, **settings, max_memory=most)
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     for layer in layers.values():
         layer.register_forward_hook(lambda module, args, output: most_held.append(state.nbytes))
     keys.clear()
@@ -232,7 +232,7 @@ def test_compiled_code_keeps_the_same_layers(case: Case, gate_step, compile_it):
     whole = run(case, pipe, gate_step=gate_step, cross_attention=True)[1].peak_bytes
     expected, report = run(case, pipe, gate_step=gate_step, max_memory=whole * 3 // 5)
     compile_it(pipe, case, counter := CompileCounter())
-    state, filled = vars(pipe)["_tgate"].callback.state, []
+    state, filled = vars(pipe)["_tgate"].state, []
     if compile_it is compile_blocks:
         # At the end of the denoiser, which is not in a block.
         last = getattr(getattr(pipe, case.denoiser), "conv_out" if case.denoiser == "unet" else "proj_out")

@@ -120,7 +120,7 @@ def test_two_calls_agree_and_hold_nothing_afterwards(case):
 @pytest.mark.thorough
 def test_nothing_is_held_while_the_latents_are_decoded():
     pipe, held = apply_tgate(WAN.build()), []
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     pipe.transformer.register_forward_pre_hook(lambda *_: held.append(state.nbytes))
     pipe.vae.decoder.register_forward_pre_hook(lambda *_: held.append(-state.nbytes))
     latents = WAN.run(pipe, num_inference_steps=STEPS)

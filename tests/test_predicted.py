@@ -192,7 +192,7 @@ def test_predicting_is_nearer_to_the_plain_picture_than_dropping(name):
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
 def test_what_is_held_is_one_half_of_cross_attention_and_two_differences(case: Case, settings):
     pipe = apply_tgate(case.build(), **settings)
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     sizes, differences = {}, []
     denoiser = getattr(pipe, case.denoiser)
     for name, module in attention_modules(denoiser).items():
@@ -231,7 +231,7 @@ def test_a_run_that_breaks_leaves_nothing(name, forward):
 
     def fail(module, args):
         calls.append(1)
-        runs.append(vars(pipe)["_tgate"].callback.state.current())
+        runs.append(vars(pipe)["_tgate"].state.current())
         if len(calls) == forward:
             raise Stop
 
@@ -240,7 +240,7 @@ def test_a_run_that_breaks_leaves_nothing(name, forward):
         case.run(pipe)
     handle.remove()
     assert runs[-1].nbytes == 0
-    assert vars(pipe)["_tgate"].callback.state.nbytes == 0
+    assert vars(pipe)["_tgate"].state.nbytes == 0
     assert torch.equal(case.run(pipe), expected)
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
 

@@ -10,7 +10,7 @@ from tests.joint import JOINT
 from tests.pipelines import GUIDED, slow, thorough
 from tests.z_image import Z_IMAGE
 from tgate_processors import apply_tgate, get_tgate_report
-from tgate_processors._internal.run.call import _keeps_scale
+from tgate_processors._internal.run.scale_source import keeps_scale
 
 STEPS = 5
 CASES = [*HOSTS, *AROUND, *AROUND_JOINT, *AROUND_TWO, *Z_IMAGE, *JOINT, *GUIDED, *KINDS, *TWO_CALLS]
@@ -99,5 +99,5 @@ def test_guidance_that_comes_on_again_begins_with_full_steps(name, guidance):
 def test_errors_are_measured_with_the_scale_that_the_loop_has(name, keeps):
     """Some multiply with what they were given, others with what a callback may have set."""
     pipe = case_of(name).build()
-    assert _keeps_scale(type(pipe)) is keeps
-    assert _keeps_scale(type(apply_tgate(pipe, cross_attention=False))) is keeps
+    assert keeps_scale(type(pipe)) is keeps
+    assert keeps_scale(type(apply_tgate(pipe, cross_attention=False))) is keeps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ def _kandinsky6(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
+def _of_video_and_sound(tensors: list[torch.Tensor], given: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Both, but for a picture that is given, which is the last frame of the video."""
+    is_given = given.get("visual_token_type_ids") is not None
+    return [tensors[0][:, :-1], *tensors[1:]] if is_given else tensors
+
+
 KANDINSKY = (
     Family(
         "Kandinsky3UNet",
@@ -89,10 +96,9 @@ KANDINSKY = (
             # What the latter two attend to is the other of video and sound.
             never=("text_transformer_blocks", "va_cross_attention", "av_cross_attention"),
             calls=2,
-            several=True,
-            # A video may be made without its sound, and what is given of it is one frame more.
+            guided=_of_video_and_sound,
+            # A video may be made without its sound.
             part_of={"audio_dec_block": "audio_hidden_states"},
-            tail="visual_token_type_ids",
             keeps_cross=False,
         ),
     ),

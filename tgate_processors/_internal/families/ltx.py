@@ -68,7 +68,8 @@ LTX = (
             # What these attend to is the other of video and sound.
             never=("audio_to_video_attn", "video_to_audio_attn"),
             beside=("spatio_temporal_guidance_blocks", "isolate_modalities"),
-            several=True,
+            # Video and sound.
+            guided=lambda tensors, given: tensors,
             scales=("_guidance_scale", "_audio_guidance_scale"),
             keeps_cross=False,
         ),

@@ -38,15 +38,15 @@ def _joy(config: Any, batch: int, size: InputSize) -> Shapes:
     }
 
 
-def _of_latents(given: Mapping[str, Any]) -> int:
+def _of_latents(tensors: list[torch.Tensor], given: Mapping[str, Any]) -> list[torch.Tensor]:
     """Tokens of the latents, which the pipeline numbers apart from those of a given picture."""
     kinds = given["img_ids"][:, 0]
-    return len(kinds) if kinds.is_meta else int((kinds == kinds[0]).sum())
+    return [tensors[0][:, : len(kinds) if kinds.is_meta else int((kinds == kinds[0]).sum())]]
 
 
-def _of_last(given: Mapping[str, Any]) -> int:
-    """Tokens of the last picture, the one that is drawn."""
-    return math.prod(given["img_shapes"][0][-1])
+def _of_last(tensors: list[torch.Tensor], given: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Tokens of the last picture, the one that is drawn; before them stand the text, and pictures that are given."""
+    return [tensors[0][:, -math.prod(given["img_shapes"][0][-1]) :]]
 
 
 def _reads_given(given: Mapping[str, Any]) -> bool:
@@ -55,9 +55,9 @@ def _reads_given(given: Mapping[str, Any]) -> bool:
     return caches is not None and caches[0].mode == "write"
 
 
-def _of_one(given: Mapping[str, Any]) -> int:
+def _last(tensors: list[torch.Tensor], given: Mapping[str, Any]) -> list[torch.Tensor]:
     """The picture that is drawn; those that are given stand before it."""
-    return 1
+    return [tensors[0][:, -1:]]
 
 
 PICTURES = (
@@ -66,7 +66,7 @@ PICTURES = (
         InputShapes(_longcat, tokens=512),
         ("LongCatImagePipeline", "LongCatImageEditPipeline"),
         calls=2,
-        reads=_of_latents,
+        guided=_of_latents,
     ),
     joint_family(
         "HiDreamImageTransformer2DModel",
@@ -85,9 +85,7 @@ PICTURES = (
         "QwenImage21Transformer2DModel",
         InputShapes(by_values, tokens=512, scale=16),
         calls=2,
-        # Before them stand the text, and pictures that are given.
-        reads=_of_last,
-        reads_end=True,
+        guided=_of_last,
     ),
     joint_family("GlmImageTransformer2DModel", InputShapes(by_values, tokens=256), calls=2, before=_reads_given),
     joint_family("BriaFibo2Transformer2DModel", InputShapes(by_values, tokens=256), calls=2),
@@ -97,7 +95,5 @@ PICTURES = (
         ("NucleusMoEImagePipeline",),
         calls=2,
     ),
-    joint_family(
-        "JoyImageEditTransformer3DModel", InputShapes(_joy, tokens=1024), calls=2, reads=_of_one, reads_end=True
-    ),
+    joint_family("JoyImageEditTransformer3DModel", InputShapes(_joy, tokens=1024), calls=2, guided=_last),
 )

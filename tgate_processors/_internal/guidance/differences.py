@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..caches.adapter import CacheAdapters
-from ..denoiser.batch import prediction_of, second_of
+from ..denoiser.batch import guided_parts, second_of
 from ..denoiser.inputs import DenoiserInputs
 from ..denoiser.spec import Layout
 from ..plan.report_builder import ReportBuilder
@@ -45,12 +45,12 @@ class Differences:
         self._adapters = adapters
         self._report_builder = report_builder
         self._is_auto = is_auto
-        self._first: torch.Tensor | None = None
+        self._first: list[torch.Tensor] | None = None
         self._left_out: Any = None
 
     def of_first(
         self, loop: GuidedStepCounter, output: Any, seen: DenoiserInputs, *, half: bool, expert: int
-    ) -> torch.Tensor | None:
+    ) -> list[torch.Tensor] | None:
         """
         The first forward of a guided step has given its output.
 
@@ -62,32 +62,30 @@ class Differences:
             expert (`int`): The denoiser's place among those of the pipeline.
 
         Returns:
-            `torch.Tensor`, *optional*: What the half that was left out of a batch is to have more.
+            `list` of `torch.Tensor`, *optional*: What the half that was left out of a batch is to have more.
         """
         guidance = loop.guidance
         if half:
             predicted = None if guidance is None else guidance.predicted(loop.passes)
             if self._layout.calls == 1:
                 return predicted
-            layout = self._layout
-            several, at_end = layout.several, layout.reads_end
-            self._left_out = second_of(output, seen.batch, predicted, several=several, at_end=at_end)
+            self._left_out = second_of(output, predicted, lambda whole: guided_parts(whole, seen, self._layout))
             return None
         if guidance is None or not loop.may_halve or (self._layout.calls == 1 and self._repeats()):
             return None
-        sample = prediction_of(output, seen, self._layout)
+        parts = guided_parts(output, seen, self._layout)
         if self._layout.calls > 1:
-            self._first = sample
+            self._first = parts
         else:
-            first, second = sample.chunk(2)
-            self._note(loop, (first, second), 0 if self._batch.unconditional_first else 1, expert)
+            halves = [part.chunk(2) for part in parts]
+            self._note(loop, halves, 0 if self._batch.unconditional_first else 1, expert)
         return None
 
     def of_second(self, loop: GuidedStepCounter, output: Any, seen: DenoiserInputs, *, expert: int) -> None:
         """The second call of a full step has given its output."""
         first, self._first = self._first, None
         if first is not None and not self._repeats():
-            self._note(loop, (first, prediction_of(output, seen, self._layout)), 1, expert)
+            self._note(loop, [*zip(first, guided_parts(output, seen, self._layout), strict=True)], 1, expert)
 
     def read(self, loop: GuidedStepCounter, latents: Any) -> None:
         """A step has ended, with these latents: what follows them in an output is not read."""
@@ -114,13 +112,11 @@ class Differences:
         return self._is_auto and self._adapters.repeated()
 
     def _note(
-        self, loop: GuidedStepCounter, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, expert: int
+        self, loop: GuidedStepCounter, halves: Sequence[Sequence[torch.Tensor]], unconditional: int, expert: int
     ) -> None:
-        """Both halves of guidance were computed."""
+        """Both halves of guidance were computed, of each part."""
         assert loop.guidance is not None
         scale = self._scale_of(expert) if self._is_auto else None
-        if isinstance(scale, list):
-            scale = halves[0].new_tensor(scale).repeat(len(halves[0]) // len(scale)).unsqueeze(1)
         loop.guidance.note(loop.passes, halves, unconditional, scale)
         if loop.guidance.error is not None:
             self._report_builder.measured(loop.step_index, loop.guidance.error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ class Guidance:
     def __init__(self, *, measures: bool = False) -> None:
         self._measures = measures
         self.error: float | None = None
-        self._known: list[CFGDifference] = []
+        # Of each full step, the differences of the parts of the output.
+        self._known: list[list[CFGDifference]] = []
         self._tokens: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(difference.value.nbytes for difference in self._known)
+        return sum(difference.value.nbytes for known in self._known for difference in known)
 
     @property
     def judges(self) -> bool:
@@ -43,35 +45,39 @@ class Guidance:
         """The pipeline reads so many tokens of an output, the first ones: others say nothing of guidance."""
         self._tokens = tokens
         self._known = [
-            CFGDifference(known.position, known.value[:, :tokens].clone()) if known.value.shape[1] > tokens else known
+            [CFGDifference(at, part[:, :tokens].clone() if part.shape[1] > tokens else part) for at, part in known]
             for known in self._known
         ]
 
-    def note(self, position: int, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, scale: Any) -> None:
+    def note(
+        self, position: int, halves: Sequence[Sequence[torch.Tensor]], unconditional: int, scale: Any = None
+    ) -> None:
         """
         Both halves were computed.
 
         Args:
             position (`int`): The pass of the loop.
-            halves (`tuple` of `torch.Tensor`): The halves of the output.
+            halves (`Sequence`): The two halves of each part of the output.
             unconditional (`int`): Which of them is the unconditional one, 0 or 1.
-            scale (`float` or `torch.Tensor`): Guidance scale; only needed where errors are measured.
+            scale (`float` or `list`, *optional*):
+                Guidance scale, or one for each part; only needed where errors are measured.
         """
-        halves = halves[0][:, : self._tokens], halves[1][:, : self._tokens]
-        computed = halves[1] - halves[0]
-        if self._known and self._known[-1].value.shape != computed.shape:
+        halves = [[half[:, : self._tokens] for half in pair] for pair in halves]
+        computed = [CFGDifference(position, second - first) for first, second in halves]
+        if self._known and [each.value.shape for each in self._known[-1]] != [each.value.shape for each in computed]:
             self._known.clear()
-        if self._known and self._known[-1].position == position:
+        if self._known and self._known[-1][0].position == position:
             # Calls before the loop count as part of its first pass.
             self._known.pop()
         if self._measures and self.judges:
-            guided = guided_output(halves, unconditional, scale)
-            self._measure(relative_error(predict(self._known, position), computed, guided, scale))
-        self._known = [*self._known[1 - LEAD :], CFGDifference(position, computed)]
+            scales = scale if isinstance(scale, list) else [scale] * len(halves)
+            for pair, predicted, known, own in zip(halves, self.predicted(position), computed, scales, strict=True):
+                self._measure(relative_error(predicted, known.value, guided_output(pair, unconditional, own), own))
+        self._known = [*self._known[1 - LEAD :], computed]
 
-    def predicted(self, position: int) -> torch.Tensor:
-        """The second half minus the first, in a later pass."""
-        return predict(self._known, position)
+    def predicted(self, position: int) -> list[torch.Tensor]:
+        """The second half minus the first, in a later pass, of each part of the output."""
+        return [predict(known, position) for known in zip(*self._known, strict=True)]
 
     def _measure(self, errors: torch.Tensor) -> None:
         """The one wait for the device in a full step: the sample with the largest error decides for all."""

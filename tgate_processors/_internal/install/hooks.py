@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attention.state import TGateState
-from ..denoiser.batch import double, slice_arguments, stacked, unstacked
+from ..denoiser.batch import double, guided_parts, slice_arguments, stacked, unstacked
 from ..denoiser.inputs import DenoiserInputs, batch_size_of, get_latents, read_inputs, unknown_batches
 from ..denoiser.lock import exclusively
 from ..denoiser.spec import BatchArguments, Layout
@@ -171,19 +171,19 @@ class DenoiserHooks:
                     "because its latents have changed. Change their size before the gate, or call remove_tgate(pipe)."
                 )
             return None
-        return self._halved(run, seen.batch, args, kwargs, list(seen.given))
+        return self._halved(run, seen, args, kwargs)
 
-    def _halved(self, run: Any, batch: int, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
+    def _halved(self, run: Any, seen: DenoiserInputs, args: Any, kwargs: dict[str, Any]) -> Any:
         """The half of the arguments that stays. The user's hooks after the forward find the whole ones again."""
-        layout = self._layout
+        layout, batch = self._layout, seen.batch
         wanted: BatchArguments = (
             layout.of_denoiser if run.control.halved else {**layout.of_denoiser, **layout.residuals}
         )
         kept = self._kept_half(run)
-        positional = dict(zip(names, args, strict=False))
+        positional = dict(zip(seen.given, args, strict=False))
         new_args = list(slice_arguments(positional, wanted, batch, kept).values())
         new_kwargs = slice_arguments(kwargs, wanted, batch, kept)
-        run.whole = _OriginalArguments(batch // 2, kept, args, kwargs, new_args, new_kwargs)
+        run.whole = _OriginalArguments(seen, kept, args, kwargs, new_args, new_kwargs)
         run.control.halved = False
         return new_args, new_kwargs
 
@@ -252,7 +252,9 @@ class DenoiserHooks:
                 "remove_tgate(pipe) to use this pipeline."
             )
         whole.give_back()
-        doubled = double(output, whole.rows, difference, whole.kept, several=self._layout.several)
+        doubled = double(
+            output, whole.rows, difference, whole.kept, lambda both: guided_parts(both, whole.seen, self._layout)
+        )
         return unstacked(doubled) if self._layout.entries else doubled
 
 
@@ -260,9 +262,16 @@ class _OriginalArguments:
     """The whole arguments of a forward that runs on half of them."""
 
     def __init__(
-        self, rows: int, kept: CFGHalf, args: Any, kwargs: dict[str, Any], now_args: list[Any], now_kwargs: Any
+        self,
+        seen: DenoiserInputs,
+        kept: CFGHalf,
+        args: Any,
+        kwargs: dict[str, Any],
+        now_args: list[Any],
+        now_kwargs: Any,
     ) -> None:
-        self.rows = rows
+        self.seen = seen
+        self.rows = seen.batch // 2
         self.kept = kept
         self._args, self._kwargs = args, kwargs
         self._now_args, self._now_kwargs = now_args, now_kwargs

@@ -161,13 +161,13 @@ class GuiderRun:
         loop = self._loop
         assert loop is not None
         difference = None if loop.guidance is None else loop.guidance.predicted(loop.passes)
-        if difference is not None and difference.shape != conditional.shape:
+        if difference is not None and difference[0].shape != conditional.shape:
             raise ValueError(
                 f"T-GATE: the denoiser's output has the shape {tuple(conditional.shape)} in step {loop.step_index}, "
-                f"and had {tuple(difference.shape)} in the full steps before: guidance of another size cannot be "
+                f"and had {tuple(difference[0].shape)} in the full steps before: guidance of another size cannot be "
                 "predicted. Call remove_tgate(pipe) to use this pipeline."
             )
-        other: torch.Tensor = second_of(conditional, len(conditional), difference)
+        other: torch.Tensor = second_of(conditional, difference, lambda whole: [whole])
         return other
 
     def note(self, halves: tuple[Any, Any], scale: Any) -> None:
@@ -183,7 +183,7 @@ class GuiderRun:
         self._computed += 1
         if loop is None or loop.guidance is None or not (self._droppable and loop.may_halve):
             return
-        loop.guidance.note(loop.passes, halves, 1, scale)
+        loop.guidance.note(loop.passes, [halves], 1, scale)
         if loop.guidance.error is not None:
             self._report_builder.measured(loop.step_index, loop.guidance.error)
 

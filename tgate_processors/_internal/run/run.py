@@ -205,7 +205,7 @@ class PipelineRun:
         self._seen, self._guided = seen, guided
         self.outputs.before_forward()
 
-    def after_forward(self, output: Any = None) -> torch.Tensor | None:
+    def after_forward(self, output: Any = None) -> list[torch.Tensor] | None:
         """
         The denoiser has given its output.
 
@@ -213,7 +213,7 @@ class PipelineRun:
             output (`torch.Tensor` or container, *optional*): What it gave.
 
         Returns:
-            `torch.Tensor`, *optional*: After a half step, what the second half is to have more than the first.
+            `list` of `torch.Tensor`, *optional*: After a half step, what the second half has more than the first.
         """
         self.outputs.after_forward()
         if self._guided and self._droppable and not self.half and self._seen is not None:

@@ -17,8 +17,8 @@ from ..denoiser.batch import guided_parts
 from ..denoiser.inputs import read_inputs
 from ..denoiser.spec import Layout
 from ..families import family_of
-from ..families.family import InputSize
 from ..plan.schedule import Action, TGateSchedule
+from .inputs import InputSize
 from .meta_model import make_inputs
 
 # The layers that published MACs count.

@@ -10,8 +10,9 @@ from tests.laws.test_laws import distance
 from tests.support.paths import ROOT
 from tests.zoo.core import BY_NAME, CASES, rows, slow
 from tgate_processors import apply_tgate, get_tgate_report
+from tgate_processors._internal.measure.inputs import InputSize
 from tgate_processors._internal.measure.macs import count_forwards
-from tgate_processors._internal.measure.meta_model import InputSize, make_inputs
+from tgate_processors._internal.measure.meta_model import make_inputs
 from tgate_processors._internal.plan.schedule import Action
 
 WITH_CONTROLNET = rows(case for case in CASES if case.control)

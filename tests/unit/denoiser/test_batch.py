@@ -121,7 +121,7 @@ def test_a_batch_that_is_a_list_is_halved_by_its_entries(kept, half):
 
 @pytest.mark.parametrize("output", [([rows(4, 3)] * 2, "other"), UNet2DConditionOutput(sample=[rows(4, 3)] * 2)])
 def test_an_output_that_is_a_list_is_given_back_as_one_of_both_halves(output):
-    difference = torch.ones(2, 4, 3)
+    difference = [torch.ones(2, 4, 3)]
     doubled = unstacked(double(stacked(output), 2, difference, "unconditional"))
     assert type(doubled) is type(output)
     assert type(doubled[0]) is list

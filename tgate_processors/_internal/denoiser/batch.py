@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from ..plan.schedule import CFGHalf
 from .inputs import DenoiserInputs, iter_tensors
 from .spec import BatchArguments, Layout
+
+Parts = Callable[[Any], Sequence[torch.Tensor]]
 
 
 def halve(value: Any, batch: int, kept: CFGHalf) -> Any:
@@ -65,41 +67,53 @@ def unstacked(output: Any) -> Any:
 
 def double(
     output: Any,
-    half: int,
-    difference: torch.Tensor | None = None,
+    rows: int,
+    difference: Sequence[torch.Tensor] | None = None,
     ran: CFGHalf = "unconditional",
-    *,
-    several: bool = False,
+    parts_of: Parts = lambda output: [*iter_tensors(output)],
 ) -> Any:
     """
     Make the output of the whole batch from that of one half.
 
     Args:
         output (`torch.Tensor` or container): The output of the half.
-        half (`int`): Its samples.
-        difference (`torch.Tensor`, *optional*): The second half minus the first. Zero by default.
+        rows (`int`): Its samples.
+        difference (`Sequence` of `torch.Tensor`, *optional*): The second half minus the first. Zero by default.
         ran (`str`, *optional*, defaults to `"unconditional"`): Which half it belongs to, by its place.
-        several (`bool`, *optional*, defaults to `False`): Whether the difference is one of what `joined` makes.
+        parts_of (`Callable`, *optional*): The parts of an output that the difference is about. By default its tensors.
 
     Returns:
         `torch.Tensor` or container: As `output`, every tensor with both halves.
     """
-    if several and difference is not None:
-        return _each_with(output, half, difference, lambda item, own: double(item, half, own, ran))
-    if not isinstance(output, torch.Tensor):
-        return _mapped(output, lambda item: double(item, half, difference, ran))
-    if not output.dim() or output.shape[0] != half:
-        return output
-    if difference is None:
-        return torch.cat([output, output])
-    other = output.clone()
-    # Channels beyond those of the difference do not predict noise (a learned variance).
-    predicted = other[:, : difference.shape[1]]
-    predicted.add_(difference if ran == "unconditional" else -difference)
-    return torch.cat([output, other] if ran == "unconditional" else [other, output])
+    doubled = _each(
+        output, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() and len(tensor) == rows else tensor
+    )
+    if difference is not None:
+        first = ran == "unconditional"
+        other = [part[rows:] if first else part[:rows] for part in parts_of(doubled)]
+        _add(other, difference, 1 if first else -1)
+    return doubled
 
 
-def prediction_of(output: Any, seen: DenoiserInputs, layout: Layout) -> torch.Tensor:
+def second_of(output: Any, difference: Sequence[torch.Tensor] | None, parts_of: Parts) -> Any:
+    """
+    Make the output of the second call of guidance from that of the first.
+
+    Args:
+        output (`torch.Tensor` or container): The output of the first call.
+        difference (`Sequence` of `torch.Tensor`, *optional*): The second minus the first. Zero by default.
+        parts_of (`Callable`): The parts of an output that the difference is about.
+
+    Returns:
+        `torch.Tensor` or container: As `output`, in tensors of its own.
+    """
+    other = _each(output, torch.clone)
+    if difference is not None:
+        _add(parts_of(other), difference)
+    return other
+
+
+def guided_parts(output: Any, seen: DenoiserInputs, layout: Layout) -> list[torch.Tensor]:
     """
     What guidance is about in a denoiser's output.
 
@@ -109,68 +123,13 @@ def prediction_of(output: Any, seen: DenoiserInputs, layout: Layout) -> torch.Te
         layout (`Layout`): What its family is.
 
     Returns:
-        `torch.Tensor`: The prediction, or several of them as `joined` makes them.
+        `list` of `torch.Tensor`: The prediction, or several (of video and sound), as views.
     """
     if layout.entries:
         output = stacked(output)
-    if layout.reads is not None:
-        length = layout.reads(seen.given)
-        whole = next(iter_tensors(output))
-        return whole[:, -length:] if layout.reads_end else whole[:, :length]
-    if not layout.several:
-        return sample_of(output, seen.shape)
-    return joined(output, tail=layout.tail is not None and seen.given.get(layout.tail) is not None)
-
-
-def joined(output: Any, *, tail: bool = False) -> torch.Tensor:
-    """
-    Several predictions of a denoiser (video and audio) in one tensor.
-
-    Args:
-        output (container): The output.
-        tail (`bool`, *optional*, defaults to `False`): Whether the last frame of the first one is left out.
-
-    Returns:
-        `torch.Tensor`: A row for every sample and prediction, those of a sample together, filled up with zeros.
-    """
-    each = [tensor[:, :-1] if tail and not place else tensor for place, tensor in enumerate(iter_tensors(output))]
-    each = [tensor.flatten(1) for tensor in each]
-    width = max(tensor.shape[1] for tensor in each)
-    filled = [torch.nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in each]
-    return torch.stack(filled, 1).flatten(0, 1)
-
-
-def second_of(
-    output: Any,
-    rows: int,
-    difference: torch.Tensor | None,
-    *,
-    several: bool = False,
-    at_end: bool = False,
-) -> Any:
-    """
-    Make the output of the second call of guidance from that of the first.
-
-    Args:
-        output (`torch.Tensor` or container): The output of the first call.
-        rows (`int`): Its samples.
-        difference (`torch.Tensor`, *optional*): The second minus the first. Zero by default.
-        several (`bool`, *optional*, defaults to `False`): Whether the difference is one of what `joined` makes.
-        at_end (`bool`, *optional*, defaults to `False`): Whether a difference that is shorter than the output is about
-            its end.
-
-    Returns:
-        `torch.Tensor` or container: As `output`, in tensors of its own.
-    """
-    if several and difference is not None:
-        return _each_with(output, rows, difference, lambda item, own: second_of(item, rows, own))
-    if not isinstance(output, torch.Tensor):
-        return _mapped(output, lambda item: second_of(item, rows, difference, at_end=at_end))
-    other = output.clone()
-    if difference is not None and other.dim() and other.shape[0] == rows:
-        length = difference.shape[1]
-        (other[:, -length:] if at_end else other[:, :length]).add_(difference)
-    return other
+    if layout.guided is None:
+        return [sample_of(output, seen.shape)]
+    return layout.guided([*iter_tensors(output)], seen.given)
 
 
 def sample_of(output: Any, shape: tuple[int, ...]) -> torch.Tensor:
@@ -190,20 +149,15 @@ def sample_of(output: Any, shape: tuple[int, ...]) -> torch.Tensor:
     return output[:, : shape[0]] if output.shape[1] == 2 * shape[0] else output
 
 
-def _each_with(
-    output: Any, rows: int, difference: torch.Tensor, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> Any:
-    """Apply a function to every tensor of an output, its samples in a row each, and its part of a joined difference."""
-    parts = iter(difference.view(rows, -1, difference.shape[1]).unbind(1))
+def _add(parts: Sequence[torch.Tensor], difference: Sequence[torch.Tensor], sign: int = 1) -> None:
+    """Add to the parts of an output, in place; what is shorter than its part belongs to the beginning of it."""
+    for part, more in zip(parts, difference, strict=True):
+        part[:, : more.shape[1]].add_(more, alpha=sign)
 
-    def each(item: Any) -> Any:
-        if not isinstance(item, torch.Tensor):
-            return item
-        flat = item.flatten(1)
-        # A last frame that was left out lies at the end, so that its part is shorter.
-        return function(flat, next(parts)[:, : flat.shape[1]]).reshape(-1, *item.shape[1:])
 
-    return _mapped(output, each)
+def _each(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply a function to every tensor, however deep it lies."""
+    return function(value) if isinstance(value, torch.Tensor) else _mapped(value, lambda item: _each(item, function))
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 # Arguments whose tensors have the guidance batch, or so many rows for each sample of it, as their first dimension.
 # `None`: all tensors inside; a mapping: only those of these keys, since the rest of the container is not ours; a
 # number: the dimension that it is instead; "each": a list (or a tensor) that has an entry for each sample, whatever
@@ -57,17 +59,13 @@ class Layout:
         beside (`tuple` of `str`): Arguments that tell further calls in a step, which are about the conditional half.
             They run as without T-GATE.
         before (`Callable`, *optional*): Whether a call with these arguments prepares the loop, and runs likewise.
-        several (`bool`): Whether the denoiser gives several tensors that are guided (video, sound).
         scales (`tuple` of `str`): Where a pipeline has its guidance scales, if there is one for each of them.
         part_of (`Mapping`): Parts of the names of layers that run only where an argument is given, and its name.
         given_last (`bool`): Whether the tokens of a given picture follow those of the latents. The pipeline does not
             read what the denoiser makes of them.
-        tail (`str`, *optional*): The argument that tells that the last frame of the latents is a given picture,
-            likewise.
         remembers (`bool`): Whether guidance remembers that of the steps before, so that two equal halves do not end it.
-        reads (`Callable`, *optional*): How much of the output's second dimension the pipeline reads, by the arguments
-            of the call, where that is not all of it.
-        reads_end (`bool`): Whether that is its end, and not its beginning.
+        guided (`Callable`, *optional*): The parts of the output that are guided, as views of its tensors, by these and
+            the arguments of the call. By default its first tensor, without a variance.
         scale_beyond (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
             counted from the unconditional half.
         asks_scale (`bool`): Whether loops that do not tell their guidance ask `guidance_scale` anew in every step.
@@ -82,7 +80,6 @@ class Layout:
     never: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     before: Callable[[Mapping[str, Any]], bool] | None = None
-    several: bool = False
     scales: tuple[str, ...] = ()
     conditional_first: bool = False
     mean: bool = True
@@ -93,10 +90,8 @@ class Layout:
     joint: bool = False
     given_last: bool = False
     part_of: Mapping[str, str] = field(default_factory=dict)
-    tail: str | None = None
     remembers: bool = False
-    reads: Callable[[Mapping[str, Any]], int] | None = None
-    reads_end: bool = False
+    guided: Callable[[list[torch.Tensor], Mapping[str, Any]], list[torch.Tensor]] | None = None
     asks_scale: bool = False
     own: BatchArguments = field(default_factory=dict)
 

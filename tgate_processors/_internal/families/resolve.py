@@ -105,7 +105,8 @@ def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> Resolved
         )
     if not legacy:
         _check_loop(type(pipe), ticks, subject, guides=not embedded and not by_negative)
-    kept_half: CFGHalf | None = (family.pipelines_without_callback[legacy[0]] if legacy else None) or family.kept_half
+    names = {base.__name__ for base in type(pipe).__mro__}
+    kept_half: CFGHalf | None = "conditional" if names & {*family.conditional_in} else family.kept_half
     if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
         kept_half = None
     return ResolvedPipeline(

@@ -7,12 +7,12 @@ and what stands for the half that is skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..denoiser.batch import prediction_of, second_of
+from ..denoiser.batch import guided_parts, second_of
 from ..denoiser.inputs import DenoiserInputs
 from ..denoiser.spec import Layout
 from ..plan.schedule import TGateSchedule
@@ -89,8 +89,8 @@ class CFGForm:
         if self._predictor is not None:
             self._predictor.limit_tokens(tokens)
 
-    def record(self, position: int, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, scale: Any) -> None:
-        """Both halves were computed. This is the one wait for the device in a full step."""
+    def record(self, position: int, halves: Sequence[Sequence[torch.Tensor]], unconditional: int, scale: Any) -> None:
+        """Both halves of each part were computed. This is the one wait for the device in a full step."""
         if self._predictor is None:
             return
         errors = self._predictor.record(position, halves, unconditional, scale)
@@ -101,8 +101,8 @@ class CFGForm:
         if self.error is None or not error <= self.error:
             self.error = error
 
-    def predict(self, position: int) -> torch.Tensor | None:
-        """The second half minus the first; nothing where guidance is dropped."""
+    def predict(self, position: int) -> list[torch.Tensor] | None:
+        """The second half minus the first, of each part; nothing where guidance is dropped."""
         return None if self._predictor is None else self._predictor.predict(position)
 
 
@@ -146,12 +146,12 @@ class DenoiserCFG(CFGForm):
             # The tokens of a given picture follow those of the latents.
             self.limit_tokens(latents.shape[1])
 
-    def complete(self, call: ComputedCall) -> torch.Tensor | None:
+    def complete(self, call: ComputedCall) -> list[torch.Tensor] | None:
         """
         One half was computed, in a half step.
 
         Returns:
-            `torch.Tensor`, *optional*: What the other half of the batch is to have more.
+            `list` of `torch.Tensor`, *optional*: What the other half of the batch is to have more, in each part.
         """
         raise NotImplementedError
 
@@ -159,26 +159,27 @@ class DenoiserCFG(CFGForm):
         """The denoiser has given its output, in a full step."""
         raise NotImplementedError
 
-    def _record_halves(self, call: ComputedCall, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int) -> None:
+    def _parts_of(self, call: ComputedCall) -> list[torch.Tensor]:
+        """What guidance is about in the output of a call."""
+        return guided_parts(call.output, call.inputs, self._layout)
+
+    def _record_halves(self, call: ComputedCall, halves: Sequence[Sequence[torch.Tensor]], unconditional: int) -> None:
         """Both halves are there, and the scale that the pipeline has for them."""
         scale = self._scale_of(call.denoiser_index) if self._schedule.is_auto else None
-        if isinstance(scale, list):
-            scale = halves[0].new_tensor(scale).repeat(len(halves[0]) // len(scale)).unsqueeze(1)
         self.record(call.position, halves, unconditional, scale)
 
 
 class BatchedCFG(DenoiserCFG):
     """Two halves of one batch. A half step runs on one of them, and its output is doubled."""
 
-    def complete(self, call: ComputedCall) -> torch.Tensor | None:
+    def complete(self, call: ComputedCall) -> list[torch.Tensor] | None:
         """One half was computed: the hooks double it, with this difference."""
         return self.predict(call.position)
 
     def observe(self, call: ComputedCall) -> None:
         """Both halves were computed at once."""
         if self._predictor is not None and not call.cache_hit:
-            first, second = prediction_of(call.output, call.inputs, self._layout).chunk(2)
-            self._record_halves(call, (first, second), call.unconditional)
+            self._record_halves(call, [part.chunk(2) for part in self._parts_of(call)], call.unconditional)
 
 
 class SequentialCFG(DenoiserCFG):
@@ -188,7 +189,7 @@ class SequentialCFG(DenoiserCFG):
 
     def __init__(self, schedule: TGateSchedule, layout: Layout, scale_of: Callable[[int], Any]) -> None:
         super().__init__(schedule, layout, scale_of)
-        self._first: torch.Tensor | None = None
+        self._first: list[torch.Tensor] | None = None
 
     def release(self) -> None:
         """A loop has ended: hold nothing."""
@@ -197,9 +198,8 @@ class SequentialCFG(DenoiserCFG):
 
     def complete(self, call: ComputedCall) -> None:
         """The first call was computed: have the output of the second one ready."""
-        several, at_end = self._layout.several, self._layout.reads_end
         difference = self.predict(call.position)
-        self._ready = [second_of(call.output, call.inputs.batch, difference, several=several, at_end=at_end)]
+        self._ready = [second_of(call.output, difference, lambda whole: guided_parts(whole, call.inputs, self._layout))]
 
     def observe(self, call: ComputedCall) -> None:
         """One of both calls was computed."""
@@ -207,9 +207,9 @@ class SequentialCFG(DenoiserCFG):
             return
         first, self._first = self._first, None
         if call.call_index == 0:
-            self._first = prediction_of(call.output, call.inputs, self._layout)
+            self._first = self._parts_of(call)
         elif first is not None and not call.cache_hit:
-            self._record_halves(call, (first, prediction_of(call.output, call.inputs, self._layout)), 1)
+            self._record_halves(call, [*zip(first, self._parts_of(call), strict=True)], 1)
 
 
 class GuiderCFG(CFGForm):

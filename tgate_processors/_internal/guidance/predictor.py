@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,9 +11,24 @@ from ..plan.adaptive import LEAD
 from .prediction import CFGDifference, guided_output, predict, relative_error
 
 
+class GuidedPart(NamedTuple):
+    """
+    A part of an output (a picture, a sound) of which both halves were computed.
+
+    Args:
+        difference (`torch.Tensor`): Second half minus first half.
+        guided (`torch.Tensor`): What guidance makes of both.
+        scale (`float` or `torch.Tensor`): Guidance scale.
+    """
+
+    difference: torch.Tensor
+    guided: torch.Tensor
+    scale: Any
+
+
 class GuidancePredictor:
     """
-    The difference of the two halves of a denoiser's output, in the last full steps of a loop.
+    The difference of the two halves of a denoiser's output, in the last full steps of a loop, for each of its parts.
 
     Args:
         measures (`bool`, *optional*, defaults to `False`): Whether predictions are compared with what is computed.
@@ -20,13 +36,14 @@ class GuidancePredictor:
 
     def __init__(self, *, measures: bool = False) -> None:
         self._measures = measures
-        self._history: list[CFGDifference] = []
+        # Of each full step, the differences of the parts of the output.
+        self._history: list[list[CFGDifference]] = []
         self._tokens: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(difference.value.nbytes for difference in self._history)
+        return sum(difference.value.nbytes for parts in self._history for difference in parts)
 
     @property
     def has_history(self) -> bool:
@@ -37,45 +54,55 @@ class GuidancePredictor:
         """Keep the first tokens of a difference: the pipeline does not read the others, which say nothing of it."""
         self._tokens = tokens
         self._history = [
-            CFGDifference(each.position, each.value[:, :tokens].clone()) if each.value.shape[1] > tokens else each
-            for each in self._history
+            [CFGDifference(at, part[:, :tokens].clone() if part.shape[1] > tokens else part) for at, part in parts]
+            for parts in self._history
         ]
 
     def record(
-        self, position: int, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, scale: Any = None
+        self, position: int, halves: Sequence[Sequence[torch.Tensor]], unconditional: int, scale: Any = None
     ) -> torch.Tensor | None:
         """
         Both halves were computed.
 
         Args:
             position (`int`): The pass of the loop.
-            halves (`tuple` of `torch.Tensor`): The halves of the output.
+            halves (`Sequence`): The two halves of each part of the output.
             unconditional (`int`): Which of them is the unconditional one, 0 or 1.
-            scale (`float` or `torch.Tensor`, *optional*): Guidance scale; only needed where errors are measured.
+            scale (`float` or `list`, *optional*):
+                Guidance scale, or one for each part; only needed where errors are measured.
 
         Returns:
-            `torch.Tensor`, *optional*: How far off the prediction for each sample was, if there was one to compare.
+            `torch.Tensor`, *optional*: How far off the predictions for each part and sample were, if there were any.
         """
-        halves = halves[0][:, : self._tokens], halves[1][:, : self._tokens]
-        guided = guided_output(halves, unconditional, scale) if self._measures else None
-        return self.record_difference(CFGDifference(position, halves[1] - halves[0]), guided, scale)
+        halves = [[half[:, : self._tokens] for half in pair] for pair in halves]
+        differences = [second - first for first, second in halves]
+        if not self._measures:
+            return self._append(position, differences)
+        scales = scale if isinstance(scale, list) else [scale] * len(halves)
+        guided = [guided_output(pair, unconditional, own) for pair, own in zip(halves, scales, strict=True)]
+        return self.record_parts(position, [*map(GuidedPart, differences, guided, scales)])
 
-    def record_difference(
-        self, difference: CFGDifference, guided: torch.Tensor | None, scale: Any
+    def record_parts(self, position: int, parts: Sequence[GuidedPart]) -> torch.Tensor | None:
+        """The same, of differences and guided outputs that are known already."""
+        return self._append(position, [part.difference for part in parts], parts)
+
+    def predict(self, position: int) -> list[torch.Tensor]:
+        """The second half minus the first, in a later pass, of each part of the output."""
+        return [predict(known, position) for known in zip(*self._history, strict=True)]
+
+    def _append(
+        self, position: int, differences: Sequence[torch.Tensor], parts: Sequence[GuidedPart] = ()
     ) -> torch.Tensor | None:
-        """The same, for a difference and a guided output that are known already."""
-        if self._history and self._history[-1].value.shape != difference.value.shape:
+        """Note differences, and compare those that were predicted."""
+        shapes = [each.shape for each in differences]
+        if self._history and [each.value.shape for each in self._history[-1]] != shapes:
             self._history.clear()
-        if self._history and self._history[-1].position == difference.position:
+        if self._history and self._history[-1][0].position == position:
             # Calls before the loop count as part of its first pass.
             self._history.pop()
         errors = None
-        if guided is not None and self.has_history:
-            predicted = predict(self._history, difference.position)
-            errors = relative_error(predicted, difference.value, guided, scale)
-        self._history = [*self._history[1 - LEAD :], difference]
+        if parts and self.has_history:
+            compared = zip(self.predict(position), parts, strict=True)
+            errors = torch.cat([relative_error(predicted, *part) for predicted, part in compared])
+        self._history = [*self._history[1 - LEAD :], [CFGDifference(position, each) for each in differences]]
         return errors
-
-    def predict(self, position: int) -> torch.Tensor:
-        """The second half minus the first, in a later pass."""
-        return predict(self._history, position)

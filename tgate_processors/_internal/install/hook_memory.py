@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..denoiser.inputs import DenoiserInputs
+from ..plan.schedule import CFGHalf
+
 
 class HookMemory:
     """
@@ -38,9 +41,16 @@ class OriginalArguments:
     """The whole arguments of a forward that runs on half of them."""
 
     def __init__(
-        self, rows: int, active_half: Any, args: Any, kwargs: dict[str, Any], now_args: list[Any], now_kwargs: Any
+        self,
+        inputs: DenoiserInputs,
+        active_half: CFGHalf,
+        args: Any,
+        kwargs: dict[str, Any],
+        now_args: list[Any],
+        now_kwargs: Any,
     ) -> None:
-        self.rows = rows
+        self.inputs = inputs
+        self.rows = inputs.batch // 2
         self.active_half = active_half
         self._args, self._kwargs = args, kwargs
         self._now_args, self._now_kwargs = now_args, now_kwargs

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..attention.state import TGateState
-from ..denoiser.batch import double, slice_arguments, stacked, unstacked
+from ..denoiser.batch import double, guided_parts, slice_arguments, stacked, unstacked
 from ..denoiser.inputs import DenoiserInputs, batch_size_of, get_latents, read_inputs, unknown_batches
 from ..denoiser.lock import exclusively
 from ..denoiser.spec import BatchArguments, Layout
@@ -183,19 +183,19 @@ class DenoiserHooks:
                     "because its latents have changed. Change their size before the gate, or call remove_tgate(pipe)."
                 )
             return None
-        return self._halved(run, seen.batch, args, kwargs, list(seen.given))
+        return self._halved(run, seen, args, kwargs)
 
-    def _halved(self, run: Any, batch: int, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
+    def _halved(self, run: Any, seen: DenoiserInputs, args: Any, kwargs: dict[str, Any]) -> Any:
         """The half of the arguments that stays. The user's hooks after the forward find the whole ones again."""
-        layout, memory = self._layout, self._memory(run)
+        layout, memory, batch = self._layout, self._memory(run), seen.batch
         wanted: BatchArguments = (
             layout.of_denoiser if memory.ran_on_half else {**layout.of_denoiser, **layout.residuals}
         )
         kept = self._active_half(run)
-        positional = dict(zip(names, args, strict=False))
+        positional = dict(zip(seen.given, args, strict=False))
         new_args = list(slice_arguments(positional, wanted, batch, kept).values())
         new_kwargs = slice_arguments(kwargs, wanted, batch, kept)
-        memory.original = OriginalArguments(batch // 2, kept, args, kwargs, new_args, new_kwargs)
+        memory.original = OriginalArguments(seen, kept, args, kwargs, new_args, new_kwargs)
         memory.ran_on_half = False
         return new_args, new_kwargs
 
@@ -266,7 +266,13 @@ class DenoiserHooks:
                 "remove_tgate(pipe) to use this pipeline."
             )
         whole.restore()
-        doubled = double(output, whole.rows, difference, whole.active_half, several=self._layout.several)
+        doubled = double(
+            output,
+            whole.rows,
+            difference,
+            whole.active_half,
+            lambda both: guided_parts(both, whole.inputs, self._layout),
+        )
         return unstacked(doubled) if self._layout.entries else doubled
 
 

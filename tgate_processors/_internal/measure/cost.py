@@ -17,7 +17,7 @@ import torch
 from ..attention.budget import checked_memory, within
 from ..attention.state import TGateState
 from ..families import check_attention, check_denoiser, check_dropped, distilled_by, family_of, known, resolve_pipeline
-from ..families.family import Family, InputSize
+from ..families.family import Family
 from ..plan.report import TGateReport
 from ..plan.schedule import TGateSchedule
 from ..plan.steps import StepCounter, Timeline
@@ -26,8 +26,18 @@ from ..run.call import PipelineCall
 from ..run.messages import RunWarnings
 from ..run.timesteps import TimestepReader
 from .dry_run import simulate_schedule
+from .inputs import InputSize
 from .macs import DenoiserProfile, MACs, count_forward, measure
-from .meta_model import MOST_OF_ALL, check_conditions, check_parameters, input_size, make_inputs, make_meta_model, takes
+from .meta_model import (
+    MOST_OF_ALL,
+    check_conditions,
+    check_parameters,
+    family_inputs,
+    input_size,
+    make_inputs,
+    make_meta_model,
+    takes,
+)
 
 
 @dataclass(frozen=True)
@@ -248,7 +258,6 @@ def _beside(denoiser: Any, size: InputSize, further_calls: Sequence[Any] | None)
     """What the calls beside those of guidance take in a step, for one picture."""
     family, name = family_of(denoiser), type(denoiser).__name__
     assert family is not None
-    assert family.inputs is not None
     known = family.layout.beside
     if further_calls is not None and not isinstance(further_calls, Sequence):
         raise TypeError(
@@ -256,7 +265,7 @@ def _beside(denoiser: Any, size: InputSize, further_calls: Sequence[Any] | None)
             "for each call."
         )
     if further_calls is None:
-        if family.inputs.further:
+        if family_inputs(denoiser).further:
             raise ValueError(
                 f"pipelines call {name} further times in every step, with {' or '.join(known)}, and these calls "
                 "run whole: give further_calls, a list with the arguments of each such as "

@@ -13,12 +13,12 @@ from ..attention.budget import saved_macs, sizes_of
 from ..attention.layers import attention_modules
 from ..attention.processor import TGateAttnProcessor
 from ..attention.state import LayerActions, Slot, TGateState
-from ..denoiser.batch import prediction_of
+from ..denoiser.batch import guided_parts
 from ..denoiser.inputs import read_inputs
 from ..denoiser.spec import Layout
 from ..families import family_of
-from ..families.family import InputSize
 from ..plan.schedule import Action, TGateSchedule
+from .inputs import InputSize
 from .meta_model import make_inputs
 
 # The layers that published MACs count.
@@ -164,7 +164,7 @@ def measure(meta_model: Any, size: InputSize) -> DenoiserProfile:
     layout = family.layout
 
     def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        given.append(prediction_of(output, read_inputs(module, args, kwargs), layout).numel())
+        given.append(sum(part.numel() for part in guided_parts(output, read_inputs(module, args, kwargs), layout)))
 
     handle = meta_model.register_forward_hook(note, with_kwargs=True)
     counted = count_forwards(meta_model, lambda: make_inputs(meta_model, 1, size), ways, layout)

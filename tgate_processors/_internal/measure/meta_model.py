@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..families import family_of
-from ..families.family import InputShapes, InputSize, Shapes
 from ..plan.validation import checked_int, shown
+from .inputs import INPUTS, InputShapes, InputSize, fill
 
 # Settings that may need an input which is not among these shapes, with the values that do not.
 _KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
@@ -31,12 +31,13 @@ def family_inputs(denoiser: torch.nn.Module) -> InputShapes:
     """The inputs of a denoiser of a known family."""
     family = family_of(denoiser)
     assert family is not None
-    if family.inputs is None:
+    inputs = INPUTS.get(family.denoiser_class)
+    if inputs is None:
         raise ValueError(
-            f"{type(denoiser).__name__} does not run on the meta device, so its cost cannot be estimated. Count what a "
-            "run takes with torch.utils.flop_counter.FlopCounterMode."
+            f"{type(denoiser).__name__} does not run on the meta device with any inputs that T-GATE knows, so its cost "
+            "cannot be estimated. Count what a run takes with torch.utils.flop_counter.FlopCounterMode."
         )
-    return family.inputs
+    return inputs
 
 
 def input_size(
@@ -189,16 +190,4 @@ def check_parameters(denoiser: torch.nn.Module, names: Set[str]) -> None:
 
 def make_inputs(meta_model: Any, batch: int, size: InputSize) -> dict[str, Any]:
     """Make the arguments of its forward."""
-    return _filled(family_inputs(meta_model).shapes(meta_model.config, batch, size), meta_model.dtype)
-
-
-def _filled(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:
-    """Tensors on meta in place of shapes."""
-    return {
-        name: _filled(shape, dtype)
-        if isinstance(shape, dict)
-        else torch.empty(shape, dtype=dtype, device="meta")
-        if isinstance(shape, tuple)
-        else shape
-        for name, shape in shapes.items()
-    }
+    return fill(family_inputs(meta_model), meta_model, batch, size)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..guidance.prediction import CFGDifference, guided_output, predict, relative_error
-from ..guidance.predictor import GuidancePredictor
+from ..guidance.predictor import GuidancePredictor, GuidedPart
 from ..plan.adaptive import AdaptiveController
 from ..plan.schedule import TGateSchedule
 from ..run.run import PipelineRun
@@ -104,7 +104,7 @@ class ConvergenceProbe:
                 controller.end_half_step()
                 continue
             full = [each for each in passes if each.step == step]
-            measured = [predictor.record_difference(each.difference, each.guided, each.scale) for each in full]
+            measured = [predictor.record_parts(each.difference.position, [each.part]) for each in full]
             controller.end_full_step(max((float(each.max()) for each in measured if each is not None), default=None))
         return halves
 
@@ -117,6 +117,11 @@ class GuidedForward:
     difference: CFGDifference
     guided: torch.Tensor
     scale: Any
+
+    @property
+    def part(self) -> GuidedPart:
+        """What a predictor is told of it."""
+        return GuidedPart(self.difference.value, self.guided, self.scale)
 
     def error(self, known: Sequence[CFGDifference]) -> float:
         """How far off a prediction would have been, for the worst picture of the batch."""

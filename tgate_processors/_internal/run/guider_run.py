@@ -163,13 +163,13 @@ class GuiderRun:
         loop = self._loop
         assert loop is not None
         difference = self._cfg.predict(loop.passes)
-        if difference is not None and difference.shape != conditional.shape:
+        if difference is not None and difference[0].shape != conditional.shape:
             raise ValueError(
                 f"T-GATE: the denoiser's output has the shape {tuple(conditional.shape)} in step {loop.step_index}, "
-                f"and had {tuple(difference.shape)} in the full steps before: guidance of another size cannot be "
+                f"and had {tuple(difference[0].shape)} in the full steps before: guidance of another size cannot be "
                 "predicted. Call remove_tgate(pipe) to use this pipeline."
             )
-        other: torch.Tensor = second_of(conditional, len(conditional), difference)
+        other: torch.Tensor = second_of(conditional, difference, lambda whole: [whole])
         return other
 
     def note(self, halves: tuple[Any, Any], scale: Any) -> None:
@@ -185,7 +185,7 @@ class GuiderRun:
         self._computed += 1
         if loop is None or not (self._can_skip_half and loop.has_half_steps):
             return
-        self._cfg.record(loop.passes, halves, 1, scale)
+        self._cfg.record(loop.passes, [halves], 1, scale)
         if self._cfg.error is not None:
             self._report_builder.measured(loop.step_index, self._cfg.error)
 

@@ -188,7 +188,7 @@ class PipelineRun:
         )
         self._warnings.planned(step, context)
 
-    def after_forward(self, output: Any = None) -> torch.Tensor | None:
+    def after_forward(self, output: Any = None) -> list[torch.Tensor] | None:
         """
         The denoiser has given its output.
 
@@ -196,7 +196,7 @@ class PipelineRun:
             output (`torch.Tensor` or container, *optional*): What it gave.
 
         Returns:
-            `torch.Tensor`, *optional*: After a half step, what the second half is to have more than the first.
+            `list` of `torch.Tensor`, *optional*: After a half step, what the second half has more than the first.
         """
         plan, inputs, loop = self._planner.plan, self._inputs, self._loop
         self.outputs.after_forward()
@@ -418,7 +418,7 @@ class PipelineRun:
             )
         self._planner.begin_second_call(can_skip_half=self._can_skip_half)
 
-    def _compare(self, loop: StepCounter, output: Any, inputs: DenoiserInputs) -> torch.Tensor | None:
+    def _compare(self, loop: StepCounter, output: Any, inputs: DenoiserInputs) -> list[torch.Tensor] | None:
         """A call of a guided step has ended: have what is skipped ready, or see what the halves differ by."""
         call = ComputedCall(
             loop.passes,

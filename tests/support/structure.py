@@ -1,8 +1,8 @@
 """
 How the package is built: folders, what imports what, what is long, and what one half step of a call walks through.
 
-    python -m tests.structure
-    python -m tests.structure --root ../another-checkout    # its package, in the same pipelines
+    python -m tests.support.structure
+    python -m tests.support.structure --root ../another-checkout    # its package, in the same pipelines
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.console import Console
 
 from examples.benchmarks.tables import print_table
 
-HERE = Path(__file__).parent.parent
+HERE = Path(__file__).parents[2]
 Arrows = dict[str, set[str]]
 Steps = list[tuple[list[CodeType], list[CodeType]]]
 _INNER = ("comp>", "expr>")
@@ -120,9 +120,9 @@ def walk(package: Path, pipe: Any, call: Callable[[], object]) -> Steps:
 def half_steps(package: Path) -> Iterator[tuple[str, list[CodeType]]]:
     """What is entered where guidance is one batch, two calls, and a guider."""
     # Not before `main` has said whose package it is.
-    from tests.families import BY_KIND
-    from tests.modular import IS_THERE, MODULAR
-    from tests.pipelines import BY_NAME
+    from tests.zoo.core import BY_NAME
+    from tests.zoo.cross_attention import BY_KIND
+    from tests.zoo.modular import IS_THERE, MODULAR
     from tgate_processors import apply_tgate
 
     cases: list[Any] = [BY_NAME["sd"], BY_KIND["wan"], *MODULAR[: int(IS_THERE)]]

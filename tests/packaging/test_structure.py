@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.modular import IS_THERE
-from tests.structure import HERE, floors, half_steps, imports, lines, main, modules_of, rooms
+from tests.support.structure import HERE, floors, half_steps, imports, lines, main, modules_of, rooms
+from tests.zoo.modular import IS_THERE
 
 PACKAGE = HERE / "tgate_processors"
 MODULES = {
@@ -59,7 +59,7 @@ def test_a_half_step_enters_the_gates_and_the_clock():
     step, forward = ({Path(code.co_filename).name for code in codes} for _, codes in found)
     assert forward < step
     assert "processor.py" in forward
-    assert "callback.py" in step - forward
+    assert "callback_chain.py" in step - forward
 
 
 @pytest.mark.slow

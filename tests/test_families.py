@@ -2,13 +2,12 @@
 
 import re
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.around import AROUND, AROUND_TWO
-from tests.families import BY_KIND, TOKENS, TWO_CALLS, Kind
+from tests.around import AROUND
+from tests.families import BY_KIND, TOKENS, Kind
 from tests.families import KINDS as OWN
 from tests.pipelines import SIZE, STEPS
 from tests.predicting import errors_of
@@ -496,11 +495,3 @@ def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Kind, sc
     for wrong in ([{"stg_scale": 1}], [{}], ["isolate_modalities"]):
         with pytest.raises(ValueError, match="means nothing for a LTX2VideoTransformer3DModel: give a dict for each"):
             estimate(further_calls=wrong)
-
-
-def test_the_support_matrix_has_a_row_for_every_family():
-    page = (Path(__file__).parent.parent / "docs/pipelines.md").read_text()
-    page = page[page.index("## Other families") :]
-    page = page[: page.index("\n## ", 1)]
-    found = dict(re.findall(r"^\| `(\w+Pipeline)` \| (.+) \|$", page, flags=re.MULTILINE))
-    assert found == {kind.pipeline: kind.kept or "no guidance" for kind in [*KINDS, *TWO_CALLS, *AROUND_TWO]}

@@ -1,7 +1,6 @@
 """No pipeline of diffusers is accepted without a test, or turned away without a reason."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -20,13 +19,6 @@ def test_every_pipeline_is_tested_or_as_another_or_refused():
     for name in exported():
         assert [group for group, members in known.items() if name in members] != [], f"{name} is new: see inventory.py"
     assert sum(map(len, known.values())) == len(set.union(*known.values()))
-
-
-def test_the_page_says_as_which_other_one_a_pipeline_is_accepted():
-    page = (Path(__file__).parent.parent / "docs/pipelines.md").read_text()
-    page = page[page.index("## As another one") :]
-    page = page[: page.index("\n## ", 1)]
-    assert dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", page, flags=re.MULTILINE)) == AS_ANOTHER
 
 
 @pytest.mark.slow

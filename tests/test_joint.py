@@ -1,8 +1,6 @@
 """Guidance alone, where text and image share one softmax: no layer is touched, and half steps compute one half."""
 
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -243,15 +241,6 @@ def test_a_call_without_guidance_is_the_plain_one_and_says_so(kind: Joint, caplo
     (message,) = (record.message for record in caplog.records if "tgate" in record.name)
     assert message.startswith("T-GATE: guidance alone is gated, and this call of ")
     assert f"nothing is gated. It guides with {kind.scale} above 1" in message
-
-
-def test_the_support_matrix_has_a_row_for_every_pipeline():
-    page = (Path(__file__).parent.parent / "docs/pipelines.md").read_text()
-    page = page[page.index("## Guidance alone") :]
-    page = page[: page.index("\n## ", 1)]
-    found = dict(re.findall(r"^\| `(\w+Pipeline)` \| (.+) \|$", page, flags=re.MULTILINE))
-    calls = {1: "one batch", 2: "two calls"}
-    assert found == {kind.pipeline: calls[kind.calls] for kind in JOINT}
 
 
 @SD3

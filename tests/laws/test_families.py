@@ -9,13 +9,12 @@ import torch
 from tests.laws.test_counts import SETTINGS, computed
 from tests.laws.test_laws import Stop, assert_same, distance, snapshot
 from tests.laws.test_predicted import EVERY, FIXED, PATIENT, full_steps
-from tests.support.paths import ROOT
 from tests.support.prediction import errors_of
 from tests.unit.measure.test_cost import taken
 from tests.zoo.core import SIZE, STEPS
-from tests.zoo.cross_attention import BY_KIND, TOKENS, TWO_CALLS, Kind
+from tests.zoo.cross_attention import BY_KIND, TOKENS, Kind
 from tests.zoo.cross_attention import KINDS as OWN
-from tests.zoo.variants import AROUND, AROUND_TWO
+from tests.zoo.variants import AROUND
 from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
@@ -496,11 +495,3 @@ def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Kind, sc
     for wrong in ([{"stg_scale": 1}], [{}], ["isolate_modalities"]):
         with pytest.raises(ValueError, match="means nothing for a LTX2VideoTransformer3DModel: give a dict for each"):
             estimate(further_calls=wrong)
-
-
-def test_the_support_matrix_has_a_row_for_every_family():
-    page = (ROOT / "docs/pipelines.md").read_text()
-    page = page[page.index("## Other families") :]
-    page = page[: page.index("\n## ", 1)]
-    found = dict(re.findall(r"^\| `(\w+Pipeline)` \| (.+) \|$", page, flags=re.MULTILINE))
-    assert found == {kind.pipeline: kind.kept or "no guidance" for kind in [*KINDS, *TWO_CALLS, *AROUND_TWO]}

@@ -1,6 +1,5 @@
 """Guidance alone, where text and image share one softmax: no layer is touched, and half steps compute one half."""
 
-import re
 from dataclasses import replace
 
 import diffusers
@@ -11,7 +10,6 @@ from tests.laws.test_families import check_restored, rows
 from tests.laws.test_laws import Stop, distance, snapshot
 from tests.laws.test_predicted import EVERY, FIXED, PATIENT, full_steps
 from tests.laws.test_two_calls import OwnLoop
-from tests.support.paths import ROOT
 from tests.unit.measure.test_cost import taken
 from tests.zoo.core import STEPS
 from tests.zoo.cross_attention import TOKENS, assemble, text, together
@@ -243,15 +241,6 @@ def test_a_call_without_guidance_is_the_plain_one_and_says_so(kind: Joint, caplo
     (message,) = (record.message for record in caplog.records if "tgate" in record.name)
     assert message.startswith("T-GATE: guidance alone is gated, and this call of ")
     assert f"nothing is gated. It guides with {kind.scale} above 1" in message
-
-
-def test_the_support_matrix_has_a_row_for_every_pipeline():
-    page = (ROOT / "docs/pipelines.md").read_text()
-    page = page[page.index("## Guidance alone") :]
-    page = page[: page.index("\n## ", 1)]
-    found = dict(re.findall(r"^\| `(\w+Pipeline)` \| (.+) \|$", page, flags=re.MULTILINE))
-    calls = {1: "one batch", 2: "two calls"}
-    assert found == {kind.pipeline: calls[kind.calls] for kind in JOINT}
 
 
 @SD3

@@ -27,20 +27,23 @@ _WAN = Layout(calls=2, apart=True, keeps_cross=False)
 CROSS_ATTENTION = (
     Family(
         "PixArtTransformer2DModel",
+        "PixArt",
         kept_half="unconditional",
         pipelines_without_callback=("PixArtAlphaPipeline", "PixArtSigmaPipeline", "PixArtSigmaPAGPipeline"),
     ),
-    Family("SanaTransformer2DModel", Layout(residuals={"controlnet_block_samples": None})),
-    Family("SanaVideoTransformer3DModel", Layout(keeps_cross=False)),
+    Family("SanaTransformer2DModel", "Sana", Layout(residuals={"controlnet_block_samples": None})),
+    Family("SanaVideoTransformer3DModel", "Sana Video", Layout(keeps_cross=False)),
     # Its self-attention is no attention layer of diffusers'.
     Family(
         "SanaWMTransformer3DModel",
+        "Sana-WM",
         Layout(arguments=("mask", "camera_conditions", "chunk_plucker"), cross=("cross_attn",), keeps_cross=False),
     ),
     # Its layers have no flag that says which of them attend to the text.
-    Family("LTXVideoTransformer3DModel", Layout(arguments=("video_coords",), cross=("attn2",))),
+    Family("LTXVideoTransformer3DModel", "LTX-Video", Layout(arguments=("video_coords",), cross=("attn2",))),
     Family(
         "LTX2VideoTransformer3DModel",
+        "LTX-2",
         Layout(
             arguments=(*_LTX2_SOUND, "sigma", "audio_sigma", *_LTX2_PLACES),
             cross=("attn2",),
@@ -55,14 +58,16 @@ CROSS_ATTENTION = (
     ),
     Family(
         "HunyuanDiT2DModel",
+        "HunyuanDiT",
         Layout(arguments=(*_HUNYUAN_TEXT, "image_meta_size", "style"), residuals={"controlnet_block_samples": None}),
     ),
-    Family("LatteTransformer3DModel"),
+    Family("LatteTransformer3DModel", "Latte"),
     # It tells its steps, but keeps its guidance to itself.
-    Family("AllegroTransformer3DModel", pipelines_without_callback=("AllegroPipeline",)),
-    Family("LuminaNextDiT2DModel", Layout(arguments=("encoder_mask",), conditional_first=True)),
+    Family("AllegroTransformer3DModel", "Allegro", pipelines_without_callback=("AllegroPipeline",)),
+    Family("LuminaNextDiT2DModel", "Lumina-Next", Layout(arguments=("encoder_mask",), conditional_first=True)),
     Family(
         "Kandinsky5Transformer3DModel",
+        "Kandinsky 5",
         Layout(
             cross=("cross_attention",),
             # The text is refined here, in a small part of the time.
@@ -76,6 +81,7 @@ CROSS_ATTENTION = (
     ),
     Family(
         "Kandinsky6Transformer3DModel",
+        "Kandinsky 6",
         Layout(
             cross=("cross_attention",),
             # What the latter two attend to is the other of video and sound.
@@ -91,22 +97,26 @@ CROSS_ATTENTION = (
     # of the text.
     Family(
         "StableAudioDiTModel",
+        "Stable Audio",
         Layout(arguments=("global_hidden_states",), mean=False),
         pipelines_without_callback=("StableAudioPipeline",),
     ),
     Family(
         "LongCatAudioDiTTransformer",
+        "LongCat-AudioDiT",
         Layout(cross=("cross_attn",), calls=2, asks_scale=True),
         pipelines_without_callback=("LongCatAudioDiTPipeline",),
     ),
     Family(
         "StableAudio3DiTModel",
+        "Stable Audio 3",
         Layout(arguments=("global_hidden_states",), cross=("cross_attn",)),
         # Their call knows no guidance.
         pipelines_without_callback=("StableAudio3AudioToAudioPipeline", "StableAudio3InpaintPipeline"),
     ),
     Family(
         "AceStepTransformer1DModel",
+        "ACE-Step",
         Layout(
             arguments=("timestep_r", "context_latents"),
             conditional_first=True,
@@ -120,17 +130,18 @@ CROSS_ATTENTION = (
         ),
     ),
     # Version 2.2 has two denoisers, one for much noise and one for little.
-    Family("WanTransformer3DModel", _WAN, second="transformer_2"),
-    Family("WanVACETransformer3DModel", _WAN, second="transformer_2"),
+    Family("WanTransformer3DModel", "Wan (2.1, 2.2)", _WAN, second="transformer_2"),
+    Family("WanVACETransformer3DModel", "Wan VACE", _WAN, second="transformer_2"),
     # Faces are no text: what is seen of them changes from frame to frame.
-    Family("WanAnimateTransformer3DModel", replace(_WAN, never=("face_adapter",))),
-    Family("SkyReelsV2Transformer3DModel", _WAN),
-    Family("HeliosTransformer3DModel", _WAN),
-    Family("ChronoEditTransformer3DModel", _WAN),
+    Family("WanAnimateTransformer3DModel", "Wan Animate", replace(_WAN, never=("face_adapter",))),
+    Family("SkyReelsV2Transformer3DModel", "SkyReels V2", _WAN),
+    Family("HeliosTransformer3DModel", "Helios", _WAN),
+    Family("ChronoEditTransformer3DModel", "ChronoEdit", _WAN),
     Family(
         "AnyFlowTransformer3DModel",
+        "AnyFlow",
         Layout(arguments=("r_timestep",), cross=("attn2",), keeps_cross=False),
     ),
     # The difference is added to the conditional half.
-    Family("CosmosTransformer3DModel", replace(_WAN, scale_beyond=1.0)),
+    Family("CosmosTransformer3DModel", "Cosmos (1, 2, 2.5)", replace(_WAN, scale_beyond=1.0)),
 )

@@ -15,6 +15,7 @@ class Family:
 
     Args:
         denoiser_class (`str`): Name of its class; subclasses count too.
+        models (`str`): What people call the models that have it.
         layout (`Layout`): What its batch is.
         attribute (`str`): Where pipelines have it.
         kept_half (`str`): The half that stays where guidance is dropped.
@@ -26,6 +27,7 @@ class Family:
     """
 
     denoiser_class: str
+    models: str
     layout: Layout = field(default_factory=Layout)
     attribute: str = "transformer"
     kept_half: CFGHalf = "conditional"

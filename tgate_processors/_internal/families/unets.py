@@ -6,6 +6,7 @@ from .family import Family
 UNETS = (
     Family(
         "UNet2DConditionModel",
+        "Stable Diffusion (1, 2, XL)",
         attribute="unet",
         kept_half="unconditional",
         pipelines_without_callback=(
@@ -24,24 +25,32 @@ UNETS = (
         # Their unconditional half has no boxes, or no picture.
         conditional_in=("StableDiffusionGLIGENPipeline", "StableUnCLIPImg2ImgPipeline", "StableUnCLIPPipeline"),
     ),
-    Family("UNetMotionModel", attribute="unet", kept_half="unconditional"),
-    Family("UNetSpatioTemporalConditionModel", attribute="unet"),
+    Family("UNetMotionModel", "AnimateDiff", attribute="unet", kept_half="unconditional"),
+    Family("UNetSpatioTemporalConditionModel", "Stable Video Diffusion", attribute="unet"),
     Family(
         "I2VGenXLUNet",
+        "I2VGen-XL",
         Layout(arguments=("fps", "image_latents", "image_embeddings")),
         attribute="unet",
         pipelines_without_callback=("I2VGenXLPipeline",),
     ),
     Family(
         "UNet3DConditionModel",
+        "text-to-video Stable Diffusion",
         attribute="unet",
         pipelines_without_callback=("TextToVideoSDPipeline", "VideoToVideoSDPipeline"),
     ),
     # UNet and control in one. The cross-attention of the control is computed in every step, as that of any ControlNet;
     # the call says in which steps it runs at all.
-    Family("UNetControlNetXSModel", Layout(arguments=("controlnet_cond",), never=("ctrl_",)), attribute="unet"),
+    Family(
+        "UNetControlNetXSModel",
+        "ControlNet-XS",
+        Layout(arguments=("controlnet_cond",), never=("ctrl_",)),
+        attribute="unet",
+    ),
     Family(
         "Kandinsky3UNet",
+        "Kandinsky 3",
         Layout(
             # All its layers say that they are cross-attention.
             cross=tuple(f"attentions.{place}.attention" for place in range(1, 10)),
@@ -53,6 +62,7 @@ UNETS = (
     ),
     Family(
         "AudioLDM2UNet2DConditionModel",
+        "AudioLDM 2",
         # Two texts in turn.
         Layout(arguments=("encoder_hidden_states_1", "encoder_attention_mask_1")),
         attribute="unet",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 
-from tests.laws.test_laws import distance
+from tests.support.comparing import distance
 from tests.support.paths import ROOT
 from tests.zoo.core import BY_NAME, STEPS, slow
 from tests.zoo.cross_attention import KINDS, TWO_CALLS

@@ -13,75 +13,19 @@ import pytest
 import torch
 import typer
 from calflops import calculate_flops
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from examples.benchmarks import cost_table, gains
-from tests.laws.test_counts import SETTINGS
+from tests.support.macs import sizes, taken
 from tests.support.paths import ROOT
+from tests.support.settings import SETTINGS
 from tests.zoo.addons import FRAMES, HOSTS_BY_NAME
 from tests.zoo.core import BY_NAME, GUIDED, SIZE, STEPS, slow
 from tgate_processors import MACs, TGateSchedule, apply_tgate, estimate_cost, get_tgate_report
 
 DEAR = {"sd_img2img", "lcm_sdxl"}
 FAMILY_CASES = ["sd", "sd_img2img", "sdxl", "lcm", "lcm_sdxl", "pixart_alpha", "pixart_sigma", "lcm_pixart", "svd"]
-
-
-class Inside:
-    """Whether a module runs."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.macs, self.inside = 0, False
-        module.register_forward_pre_hook(lambda module, args: setattr(self, "inside", True))
-        module.register_forward_hook(lambda module, args, output: setattr(self, "inside", False))
-
-
-class Layers(Inside, TorchDispatchMode):
-    """Counts in a module what `FlopCounterMode` counts, by its formulas, but not for each part of it: in less time."""
-
-    linear = False
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        if self.inside and (count := flop_registry.get(function._overloadpacket)):
-            # Linear attention alone multiplies by itself.
-            assert "bmm" not in str(function) or self.linear
-            assert "attention" not in str(function)
-            self.macs += count(*args, **(kwargs or {}), out_val=output) // 2
-        return output
-
-
-class Products(Inside, TorchFunctionMode):
-    """Counts attention's two products in a module, by the shapes of queries, keys and values."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if self.inside and function is torch.nn.functional.scaled_dot_product_attention:
-            query, key, value = args[:3] if args else (kwargs[name] for name in ("query", "key", "value"))
-            self.macs += query[..., 0].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1])
-        if self.inside and function is torch.nn.functional.multi_head_attention_forward:
-            query, key = args[:2]
-            self.macs += 2 * query.numel() * key.shape[0]
-        return function(*args, **(kwargs or {}))
-
-
-def taken(pipe, case, prompts, linear=False, **call):
-    """MACs of a real run. On the CPU torch counts attention's products as nothing."""
-    denoiser = getattr(pipe, case.denoiser)
-    with Layers(denoiser) as layers, Products(denoiser) as products:
-        layers.linear = linear
-        case.run(pipe, prompts, **call)
-    return MACs(layers.macs, products.macs)
-
-
-def sizes(case):
-    """The arguments of `estimate_cost` that a case's inputs are as large as."""
-    if case.video:
-        return dict(case.extra)
-    tokens = case.conditioning([0], False)["prompt_embeds"].shape[1]
-    return {"height": SIZE, "width": SIZE, "max_sequence_length": tokens}
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.zoo.core import STEPS, rows
+from tests.zoo.core import STEPS, TIERS
 from tests.zoo.cross_attention import KINDS, TOKENS, TWO_CALLS
 from tests.zoo.joint import JOINT, Joint
 from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
@@ -45,9 +45,14 @@ TOLD = {
 }
 # What pipelines call the number of frames; Latte's is that of the configuration.
 FRAMES = ("num_frames", "frames", "segment_frame_length")
-# Those in the default session: a time for every token, pictures by a denoiser of videos, no guidance, and places.
-CHEAP = ["ltx_image", "cosmos2", "kandinsky5_picture", "stable_audio3_audio", "ernie"]
+# A time for every token, by default.
+QUICK = "ltx_image"
 MORE = [
+    # Pictures by a denoiser of videos, no guidance, and places.
+    "cosmos2",
+    "kandinsky5_picture",
+    "stable_audio3_audio",
+    "ernie",
     "ltx_condition",
     "ltx2_image",
     "ltx2_condition",
@@ -98,15 +103,16 @@ def sizes(kind):
     return {name: value for name, value in told.items() if value is not None}
 
 
-# What denoisers with joint attention take is told in tests/laws/test_joint.py too.
-MARKS = {True: [pytest.mark.slow, pytest.mark.thorough], False: [pytest.mark.slow]}
+def tier_of(kind):
+    # What denoisers with joint attention take is told in tests/laws/test_joint.py too.
+    return TIERS["thorough" if isinstance(kind, Joint) or kind.tier == "thorough" else "slow"]
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        *rows([kind for kind in ALL if kind.name in CHEAP], ()),
-        *(pytest.param(k, marks=MARKS[isinstance(k, Joint)], id=k.name) for k in ALL if k.name in MORE),
+        *(pytest.param(k, id=k.name) for k in ALL if k.name == QUICK),
+        *(pytest.param(k, marks=tier_of(k), id=k.name) for k in ALL if k.name in MORE),
     ],
 )
 def test_the_estimate_is_what_the_layers_take(kind):

@@ -94,7 +94,7 @@ def test_a_turbo_checkpoint_has_no_guidance_and_reuses_cross_attention_alone(kin
         pipe, TGateSchedule(GATE), STEPS, **usual, max_sequence_length=512
     )
     with pytest.raises(ValueError, match="has its guidance in itself"):
-        estimate_cost(pipe, TGateSchedule(GATE), STEPS, **given, guidance=True)
+        estimate_cost(pipe, TGateSchedule(GATE), STEPS, **given, do_classifier_free_guidance=True)
 
 
 @ACE_STEP

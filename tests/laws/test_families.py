@@ -407,14 +407,14 @@ def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Kind, sc
         choice = {"cross_attention": True, "max_sequence_length": TOKENS, **given}
         return estimate_cost(pipe, TGateSchedule(GATE), STEPS, **size, **choice)
 
-    cost = estimate(further_calls=told)
+    cost = estimate(extra_forwards=told)
     assert cost.without_tgate.total == taken(pipe, kind, [0], **further).total
     assert cost.with_tgate.total == taken(kind.gate(pipe, GATE), kind, [0], **further).total
-    assert cost.report == get_tgate_report(pipe) == estimate(further_calls=[]).report
+    assert cost.report == get_tgate_report(pipe) == estimate(extra_forwards=[]).report
     with pytest.raises(
-        ValueError, match=r'give further_calls, .* each such as \{"isolate_modalities": True\}, or \[\]'
+        ValueError, match=r'give extra_forwards, .* each such as \{"isolate_modalities": True\}, or \[\]'
     ):
         estimate()
     for wrong in ([{"stg_scale": 1}], [{}], ["isolate_modalities"]):
         with pytest.raises(ValueError, match="means nothing for a LTX2VideoTransformer3DModel: give a dict for each"):
-            estimate(further_calls=wrong)
+            estimate(extra_forwards=wrong)

@@ -304,7 +304,13 @@ def test_the_estimate_is_what_a_run_takes(kind: Joint, settings):
         kind = replace(kind, conditioning=together(text(8, masked=False, tokens=77 + TOKENS), pooled(8)))
     pipe = kind.build()
     prompts = [0, 1] if kind.batches else [0]
-    given = {"max_sequence_length": TOKENS, "batch_size": len(prompts), "guidance": True, **kind.size, **ALONE}
+    given = {
+        "max_sequence_length": TOKENS,
+        "batch_size": len(prompts),
+        "do_classifier_free_guidance": True,
+        **kind.size,
+        **ALONE,
+    }
     cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **given)
     assert cost.without_tgate.total == taken(pipe, kind, prompts, linear=True).total
     gated = taken(apply_tgate(pipe, **settings, **ALONE), kind, prompts, linear=True)

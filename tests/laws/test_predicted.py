@@ -553,7 +553,9 @@ def test_it_says_nothing(caplog):
 def test_the_estimate_is_what_a_run_takes(name, settings):
     case = BY_NAME[name]
     pipe = case.build()
-    cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, guidance=True, batch_size=2, **sizes(case))
+    cost = estimate_cost(
+        pipe, TGateSchedule(**settings), STEPS, do_classifier_free_guidance=True, batch_size=2, **sizes(case)
+    )
     assert cost.without_tgate == taken(pipe, case, [0, 1])
     assert cost.with_tgate == taken(apply_tgate(pipe, **settings), case, [0, 1])
     report = get_tgate_report(pipe)

@@ -10,6 +10,8 @@ from tests.joint import JOINT
 from tests.pipelines import GUIDED, slow, thorough
 from tests.z_image import Z_IMAGE
 from tgate_processors import apply_tgate, get_tgate_report
+from tgate_processors._internal.families import resolve_pipeline
+from tgate_processors._internal.install.pipeline_call import call_of
 from tgate_processors._internal.run.call import _keeps_scale
 
 STEPS = 5
@@ -101,3 +103,5 @@ def test_errors_are_measured_with_the_scale_that_the_loop_has(name, keeps):
     pipe = case_of(name).build()
     assert _keeps_scale(type(pipe)) is keeps
     assert _keeps_scale(type(apply_tgate(pipe, cross_attention=False))) is keeps
+    pipe._guidance_scale = 2.0
+    assert call_of(resolve_pipeline(pipe, False), pipe, {"guidance_scale": 5.0}).scale() == (5.0 if keeps else 2.0)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, SupportsIndex, TypeVar
-
-import diffusers
-import torch
 
 from .attention.budget import checked_memory, within
 from .attention.layers import CustomProcessors
 from .attention.state import TGateState
 from .caches.deepcache import DeepCacheAdapter, check_helper
 from .caches.foreign_forwards import CustomForwards, checked_forwards
-from .families import check_guidance, check_half, check_own, resolve_pipeline
+from .families import ResolvedPipeline, check_guidance, check_half, check_own, resolve_pipeline
 from .install.callback import checked_half
-from .install.guiders import GuiderInstallation, check_settings, has_guider, is_modular
+from .install.guiders import GuiderInstallation, check_settings, has_guider
 from .install.installation import Installation
 from .install.pipeline import install, installed, uninstall
+from .install.pipeline_check import check_pipeline
 from .install.recompile_limit import give_back_room
 from .logs import logger
 from .plan.report import TGateReport
-from .plan.schedule import CFGHalf, GuidanceMode, TGateSchedule
+from .plan.schedule import GuidanceMode, TGateSchedule
+from .plan.step_plan import CFGHalf
 from .plan.validation import Auto, check_switch, checked_names, is_choice, shown
 
 if TYPE_CHECKING:
@@ -163,30 +161,19 @@ def apply_tgate(
     if not is_choice("custom_processors", custom_processors, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
     forwards = checked_forwards(custom_forwards)
-    state, found = TGateState(schedule, most, by_hand=False), None
     own = checked_names("batch_arguments", batch_arguments)
+    state, found = TGateState(schedule, most, by_hand=False), None
     if has_guider(pipe):
-        if own:
-            raise ValueError(
-                f"batch_arguments={batch_arguments!r} has no effect: {type(pipe).__name__} guides by calls of their "
-                "own, and no batch is halved. Leave it out."
-            )
-        check_settings(pipe, schedule, half, cross_attention, most, deepcache)
+        check_settings(pipe, schedule, half, cross_attention, most, deepcache, own)
         installation: Installation = GuiderInstallation(state, custom=custom_processors, custom_forwards=forwards)
     else:
-        found = resolve_pipeline(pipe, cross_attention)
-        check_half(pipe, found, half)
-        check_guidance(pipe, found, schedule, cross_attention)
-        check_own(pipe, found, own)
-        order = None
-        if deepcache is not None:
-            check_helper(deepcache, pipe)
-            order = DeepCacheAdapter(deepcache, halves=schedule.predicts)
+        found = _checked_pipeline(pipe, schedule, half, cross_attention, own)
+        order = _checked_deepcache(deepcache, pipe, schedule)
         installation = Installation(state, half, custom_processors, order, cross_attention, forwards, own)
     before = installed(pipe)
     remove_tgate(pipe)
     try:
-        install(pipe, installation)
+        install(pipe, installation, found)
     except BaseException:
         if before is not None:
             install(pipe, before)
@@ -198,6 +185,29 @@ def apply_tgate(
             type(pipe).__name__,
         )
     return pipe
+
+
+def _checked_pipeline(
+    pipe: Any,
+    schedule: TGateSchedule,
+    half: CFGHalf | None,
+    cross_attention: bool | None,
+    own: tuple[str, ...] | None,
+) -> ResolvedPipeline:
+    """What a pipeline is resolved to, if it can be gated so."""
+    found = resolve_pipeline(pipe, cross_attention)
+    check_half(pipe, found, half)
+    check_guidance(pipe, found, schedule, cross_attention)
+    check_own(pipe, found, own)
+    return found
+
+
+def _checked_deepcache(helper: Any, pipe: Any, schedule: TGateSchedule) -> DeepCacheAdapter | None:
+    """The order of a DeepCache helper of this pipeline, if there is one."""
+    if helper is None:
+        return None
+    check_helper(helper, pipe)
+    return DeepCacheAdapter(helper, halves=schedule.predicts)
 
 
 def remove_tgate(pipe: Pipeline) -> Pipeline:
@@ -290,20 +300,3 @@ def get_tgate_report(pipe: DiffusionPipeline | _PipelineStub) -> TGateReport:
     if not report.num_inference_steps:
         logger.warning("T-GATE: %s has not run since apply_tgate: the report is empty.", type(pipe).__name__)
     return report
-
-
-def check_pipeline(pipe: Any, gate_step: Any = None) -> None:
-    """Refuse what is not a pipeline, and say what it is."""
-    if isinstance(pipe, diffusers.DiffusionPipeline) or is_modular(pipe):
-        return
-    if isinstance(gate_step, diffusers.DiffusionPipeline) or is_modular(gate_step):
-        raise TypeError(f"the arguments are swapped: write apply_tgate(pipe, gate_step={pipe!r}).")
-    if isinstance(pipe, type):
-        what, remedy = f"the class {pipe.__name__}", f"make a pipeline of it, {pipe.__name__}.from_pretrained(...)"
-    elif isinstance(pipe, (str, os.PathLike)):
-        what, remedy = f"the name {str(pipe)!r}", f"load it, DiffusionPipeline.from_pretrained({str(pipe)!r})"
-    elif isinstance(pipe, torch.nn.Module):
-        what, remedy = f"of type {type(pipe).__name__}", "give the DiffusionPipeline that it is a part of"
-    else:
-        what, remedy = f"{shown(pipe)}, of type {type(pipe).__name__}", "give a DiffusionPipeline"
-    raise TypeError(f"pipe is {what}, not a diffusers pipeline: {remedy}.")

@@ -12,7 +12,7 @@ from diffusers.models import attention_processor as ap
 from tests.zoo.core import BY_NAME
 from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, remove_tgate
 from tgate_processors._internal.measure.macs import RecordingCache
-from tgate_processors._internal.plan.schedule import Action
+from tgate_processors._internal.plan.step_plan import Action
 
 
 def gate(original):

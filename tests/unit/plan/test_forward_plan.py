@@ -13,7 +13,7 @@ from tgate_processors._internal.plan.forward_plan import (
     ForwardPlan,
     plan_forward,
 )
-from tgate_processors._internal.plan.schedule import Action, Phase, StepPlan
+from tgate_processors._internal.plan.step_plan import Action, Phase, StepPlan
 
 COMPUTE, STORE, REUSE = Action.COMPUTE, Action.STORE, Action.REUSE
 PLANNING, GATE, IMPROVING = Phase.SEMANTICS_PLANNING, Phase.GATE, Phase.FIDELITY_IMPROVING

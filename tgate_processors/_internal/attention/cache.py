@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..plan.forward_plan import CachedPart
-from ..plan.schedule import Action
+from ..plan.step_plan import Action
 from .budget import LayerSizes, MemoryBudget, sizes_of
+from .compiled import is_exposed, lies_in_compiled_code
 from .layers import GatedLayers
 from .processor import UNFIT, part_of
 from .state import LayerActions, Slot, TGateState
@@ -115,7 +116,7 @@ class AttentionCache:
             kept = self.kept[slot]
             action = self.signals.self_attention if kept.is_self else self.signals.cross_attention
             if action is Action.REUSE:
-                exposed = _is_exposed(self.layers.of(slot), slot)
+                exposed = is_exposed(self.layers.of(slot), slot)
                 slot.tensor = self._lent[slot] = kept.tensor.clone() if exposed else kept.tensor
             elif action is Action.COMPUTE:
                 del self.kept[slot]
@@ -159,7 +160,7 @@ class AttentionCache:
                 )
             self.did[is_self, True] += 1
             tensor = kept.tensor[rows:] if half else kept.tensor
-            return tensor.clone() if _is_exposed(attn, slot) else tensor
+            return tensor.clone() if is_exposed(attn, slot) else tensor
         if self.signals.half and not is_self:
             raise ValueError(f"T-GATE: in {self.layers.name_of(attn)} {UNFIT}")
         return None
@@ -200,7 +201,7 @@ class AttentionCache:
             if not self._is_within(slot, sizes_of(hidden_states, context, output)):
                 return
         tensor = part_of(output, self.signals.part)
-        if tensor is output and _is_exposed(attn, slot):
+        if tensor is output and is_exposed(attn, slot):
             tensor = output.clone()
         self._keep(slot, tensor, is_self)
 
@@ -218,10 +219,7 @@ class AttentionCache:
     def _lies_in_compiled_code(self) -> bool:
         """Whether the layers lie in compiled code, from where they cannot report."""
         if self._is_compiled is None:
-            denoiser = self.layers.denoiser
-            parts = [denoiser, *getattr(denoiser, "_orig_mod", denoiser).modules()]
-            in_place = any(_is_compiled(part) for part in parts)
-            self._is_compiled = in_place or hasattr(denoiser, "_orig_mod")
+            self._is_compiled = lies_in_compiled_code(self.layers.denoiser)
         return self._is_compiled
 
     def _enter(self, slot: Slot, attn: Any, keeps: bool = True) -> None:
@@ -280,15 +278,3 @@ class AttentionCache:
         """Keep an output."""
         # Tensors of inference mode do not count how often they are written to.
         self.kept[slot] = CachedOutput(tensor, None if tensor.is_inference() else tensor._version, is_self)
-
-
-def _is_compiled(module: torch.nn.Module) -> bool:
-    """Whether a module was compiled in place, perhaps behind what a run has put there to leave out calls."""
-    found = getattr(module, "_compiled_call_impl", None)
-    return getattr(found, "behind", found) is not None
-
-
-def _is_exposed(attn: Any, slot: Slot) -> bool:
-    """Whether somebody else can write to what a layer gives out: its hooks, its callers, its own processor."""
-    hooked = attn._forward_hooks or "forward" in vars(attn) or torch.nn.modules.module._global_forward_hooks
-    return bool(hooked) or not slot.own

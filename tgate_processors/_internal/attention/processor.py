@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..plan.forward_plan import CachedPart
-from ..plan.schedule import Action
+from ..plan.step_plan import Action
 from .budget import sizes_of
 from .state import Slot, TGateState
 

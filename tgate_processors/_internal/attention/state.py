@@ -11,7 +11,8 @@ import torch
 
 from ..plan.forward_plan import CachedPart
 from ..plan.report import TGateReport
-from ..plan.schedule import Action, TGateSchedule
+from ..plan.schedule import TGateSchedule
+from ..plan.step_plan import Action
 from .budget import LayerSizes
 
 

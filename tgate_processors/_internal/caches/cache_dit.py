@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .adapter import CacheAdapter
-from .foreign_forwards import comes_from
+from .forward_origin import comes_from
 from .split import split
 
 # What a context has to have, to be one that is known here. `pruned_blocks` is that of another kind of cache.

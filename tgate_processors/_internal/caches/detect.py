@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import diffusers
@@ -29,23 +29,7 @@ _KNOWN: tuple[type[DiffusersHookAdapter], ...] = (
 )
 
 
-def adapters_of(denoiser: torch.nn.Module) -> list[CacheAdapter]:
-    """The caches on a denoiser that run together with T-GATE; `check_others` has refused what does not."""
-    inner = getattr(denoiser, "_orig_mod", denoiser)
-    found = [
-        (kind(hook), module)
-        for module, _, hook in stateful_hooks(inner.modules())
-        if (kind := _kind_of(hook)) is not None
-    ]
-    hooked = {weight for _, module in found for weight in module.parameters()}
-    is_most = 2 * sum(weight.numel() for weight in hooked) > sum(weight.numel() for weight in inner.parameters())
-    for adapter, _ in found:
-        adapter.is_most = is_most
-    others: list[CacheAdapter] = [adapter for adapter, _ in found]
-    return [*others, cache_dit.DBCacheAdapter(inner)] if cache_dit.is_there(inner) else others
-
-
-def check_others(
+def detect_caches(
     denoiser: torch.nn.Module,
     schedule: TGateSchedule,
     helper: Any = None,
@@ -54,9 +38,10 @@ def check_others(
     alone: str | None = None,
     gates_cross: bool = True,
     cfg_half: str | None = None,
-) -> None:
+) -> list[CacheAdapter]:
     """
-    Refuse what keeps tensors of the whole batch and is not known, or exchanges tokens between the layers.
+    Find the caches on a denoiser, and refuse what keeps tensors of the whole batch and is not supported, or exchanges
+    tokens between the layers.
 
     Args:
         denoiser (`torch.nn.Module`): The denoiser.
@@ -67,8 +52,11 @@ def check_others(
         gates_cross (`bool`, *optional*, defaults to `True`): Whether cross-attention is gated.
         cfg_half (`str`, *optional*): The half of guidance that was asked for.
 
+    Returns:
+        `list` of `CacheAdapter`: Those that run together with T-GATE.
+
     Raises:
-        ValueError: If there is one. The message names it and says what to do.
+        ValueError: If one does not. The message names it and says what to do.
     """
     inner = getattr(denoiser, "_orig_mod", denoiser)
     modules = list(inner.modules())
@@ -76,7 +64,8 @@ def check_others(
         _check_cache_dit(inner, schedule, calls, alone)
     _check_tome(modules, schedule)
     _check_hypertile(modules, schedule)
-    for _, name, hook in stateful_hooks(modules):
+    hooks = list(stateful_hooks(modules))
+    for _, name, hook in hooks:
         why = (
             FasterCacheAdapter.why_not(schedule, gates_cross=gates_cross, cfg_half=cfg_half)
             if FasterCacheAdapter.knows(hook)
@@ -85,6 +74,13 @@ def check_others(
         _check_hook(name, hook, schedule, calls, alone or why)
     for module in modules if helper is None else ():
         _check_deepcache(module)
+    found = [(kind(hook), module) for module, _, hook in hooks if (kind := _kind_of(hook)) is not None]
+    hooked = {weight for _, module in found for weight in module.parameters()}
+    is_most = bool(found) and 2 * _numel(hooked) > _numel(inner.parameters())
+    for adapter, _ in found:
+        adapter.is_most = is_most
+    others: list[CacheAdapter] = [adapter for adapter, _ in found]
+    return [*others, cache_dit.DBCacheAdapter(inner)] if cache_dit.is_there(inner) else others
 
 
 def check_before(module: torch.nn.Module) -> None:
@@ -107,6 +103,11 @@ def check_before(module: torch.nn.Module) -> None:
             "calls, T-GATE halves the batch and leaves calls out, and only caches on the denoiser are told. Take it "
             "out, or call remove_tgate(pipe)."
         )
+
+
+def _numel(weights: Iterable[torch.nn.Parameter]) -> int:
+    """Numbers in these weights."""
+    return sum(weight.numel() for weight in weights)
 
 
 def _kind_of(hook: Any) -> type[DiffusersHookAdapter] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..plan.schedule import CFGHalf
+from ..plan.step_plan import CFGHalf
 from .inputs import DenoiserInputs, iter_tensors
 from .spec import BatchArguments, Layout
 

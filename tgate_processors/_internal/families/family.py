@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..denoiser.spec import Layout
-from ..plan.schedule import CFGHalf
+from ..plan.step_plan import CFGHalf
 
 
 @dataclass(frozen=True)

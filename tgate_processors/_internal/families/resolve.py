@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..plan.schedule import CFGHalf, TGateSchedule
+from ..plan.schedule import TGateSchedule
+from ..plan.step_plan import CFGHalf
 from .catalog import family_of, known
 from .family import Family
 from .unsupported import (

@@ -10,11 +10,12 @@ import torch
 from ..attention.cache import AttentionCache
 from ..attention.layers import GatedLayers
 from ..attention.state import TGateState
-from ..caches.detect import check_others
+from ..caches.detect import detect_caches
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards, checked_forwards
 from ..denoiser.lock import exclusively
 from ..families import ResolvedPipeline, check_guidance, check_half, resolve_pipeline
-from ..plan.schedule import CFGHalf, TGateSchedule, first_step
+from ..plan.schedule import TGateSchedule, first_step
+from ..plan.step_plan import CFGHalf
 from ..plan.validation import is_choice, shown
 from ..run.run import PipelineRun
 from .gradient_checkpointing import replay, stop_replaying
@@ -156,7 +157,7 @@ class TGateCallback:
                 "cannot leave one out: use apply_tgate(pipe, ...)."
             )
         alone = "a callback alone cannot tell it where the batch changes: use apply_tgate(pipe, ...)"
-        check_others(found.denoiser, schedule, alone=alone)
+        detect_caches(found.denoiser, schedule, alone=alone)
         ForeignForwards([found.denoiser], self._custom_forwards).check()
 
     def _reset_stale_run(self, module: torch.nn.Module, args: Any) -> None:

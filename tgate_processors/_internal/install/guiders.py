@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..attention.layers import GatedLayers
-from ..caches.detect import check_before, check_others
+from ..caches.detect import check_before, detect_caches
 from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.spec import Layout
-from ..plan.schedule import CFGHalf, TGateSchedule
+from ..families import ResolvedPipeline
+from ..plan.schedule import TGateSchedule
+from ..plan.step_plan import CFGHalf
 from ..run.guider_run import GuiderPipelineCall, GuiderRun
 from ..run.messages import warn_ungated_processors
 from .cleanup import Cleanup
@@ -50,6 +52,7 @@ def check_settings(
     cross_attention: bool | None,
     max_memory: int | None,
     deepcache: Any,
+    own: tuple[str, ...] | None,
 ) -> None:
     """Refuse what is about attention layers: a guider is guidance alone."""
     subject = f"the guidance of {type(pipe).__name__} is a guider, and T-GATE gates guidance alone there"
@@ -67,6 +70,11 @@ def check_settings(
         raise ValueError(
             f"cfg_half={cfg_half!r} is not possible: {subject}. It asks for the conditional half first, and the other "
             "one is left out. Leave cfg_half out."
+        )
+    if own:
+        raise ValueError(
+            f"batch_arguments={own!r} has no effect: {type(pipe).__name__} guides by calls of their own, and no batch "
+            "is halved. Leave it out."
         )
     if deepcache is not None:
         raise ValueError(f"deepcache is not possible: {subject}. Leave deepcache out, and call helper.disable().")
@@ -104,12 +112,12 @@ class GuiderInstallation(Installation):
     when a call begins, and puts them back when it ends.
     """
 
-    def enter(self, pipe: Any) -> None:
+    def enter(self, pipe: Any, found: ResolvedPipeline | None = None) -> None:
         """Refuse what cannot be gated; there is nothing to put in before a call."""
         check_guiders(pipe)
         for denoiser in _denoisers(pipe):
             alone = "guidance is a guider here, and what a cache keeps of a call that T-GATE leaves out is not known"
-            check_others(denoiser, self.state.schedule, alone=alone)
+            detect_caches(denoiser, self.state.schedule, alone=alone)
         for controlnet in _controlnets(pipe):
             check_before(controlnet)
         self._forwards(pipe).check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..denoiser.inputs import DenoiserInputs
-from ..plan.schedule import CFGHalf
+from ..plan.step_plan import CFGHalf
 
 
 class HookMemory:

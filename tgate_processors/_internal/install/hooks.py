@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import types
 import weakref
 from typing import Any
 
@@ -14,13 +12,13 @@ from ..denoiser.batch import double, guided_parts, slice_arguments, stacked, uns
 from ..denoiser.inputs import DenoiserInputs, batch_size_of, get_latents, read_inputs, unknown_batches
 from ..denoiser.lock import exclusively
 from ..denoiser.spec import BatchArguments, Layout
-from ..plan.schedule import CFGHalf
-from .copies import leave_out_of_copies, put_back_into_copies, remove_hooks
+from ..plan.step_plan import CFGHalf
 from .gradient_checkpointing import WholeDenoiserCheckpointGuard, cannot_replay
 from .hook_memory import HookMemory, OriginalArguments
+from .ordered_hooks import OrderedHooks
 
 
-class DenoiserHooks:
+class DenoiserHooks(OrderedHooks):
     """
     The forward hooks of a denoiser, and of what the pipeline calls before it in every step.
 
@@ -54,72 +52,14 @@ class DenoiserHooks:
         layout: Layout | None = None,
         told: bool = False,
     ) -> None:
+        super().__init__(denoiser, controlnet)
         self._state = state
         self._told = told
-        self._denoiser = denoiser
-        self._controlnet = controlnet
         self._kept = kept
         self._default = default
         self._layout = layout or Layout()
         self._differentiated = WholeDenoiserCheckpointGuard()
         self._memories: weakref.WeakKeyDictionary[Any, HookMemory] = weakref.WeakKeyDictionary()
-
-    @property
-    def _modules(self) -> list[torch.nn.Module]:
-        """What has hooks."""
-        return [module for module in (self._denoiser, self._controlnet) if module is not None]
-
-    def install(self) -> None:
-        """Register the hooks that are not there, and stand next to the forward."""
-        for module in self._modules:
-            leave_out_of_copies(module, _is_ours)
-        register = self._denoiser.register_forward_pre_hook, self._denoiser.register_forward_hook
-        self._register(self._denoiser._forward_pre_hooks, register[0], "before")
-        self._register(self._denoiser._forward_hooks, register[1], "after")
-        if self._controlnet is not None:
-            self._register(self._denoiser._forward_pre_hooks, register[0], "before_all")
-            register_controlnet = self._controlnet.register_forward_pre_hook
-            self._register(self._controlnet._forward_pre_hooks, register_controlnet, "before_controlnet")
-        self._stand_inside()
-
-    def remove(self) -> None:
-        """Take the hooks out again."""
-        for module in self._modules:
-            # By looking, as an interrupt may have come between a hook and its handle.
-            remove_hooks(module, lambda hook: getattr(hook, "__self__", None) is self)
-            put_back_into_copies(module, _is_ours)
-
-    def _register(self, hooks: Any, register: Any, method: str) -> None:
-        """Register a hook if it is not there."""
-        if self._number(hooks, method) is None:
-            register(self._hook(method), with_kwargs=True)
-
-    def _stand_inside(self) -> None:
-        """
-        Stand next to the forward: last of those before it, first of those after it.
-
-        Other threads may be calling the denoiser, so nothing is moved that stands where it should.
-        """
-        before: Any = self._denoiser._forward_pre_hooks
-        after: Any = self._denoiser._forward_hooks
-        for hooks, name, last in ((before, "before", True), (before, "before_all", False), (after, "after", False)):
-            number = self._number(hooks, name)
-            if number is not None and not _is_at_end(hooks, number, last=last):
-                hooks.move_to_end(number, last=last)
-
-    def _hook(self, method: str) -> types.MethodType:
-        """A hook: a bound method, which torch's compiler knows for such hooks."""
-        return types.MethodType(_eager(method), self)
-
-    def _number(self, hooks: Any, method: str) -> int | None:
-        """The number of one of our hooks, if it is there."""
-        wanted = self._hook(method)
-        return next((number for number, hook in list(hooks.items()) if hook == wanted), None)
-
-    def _is_innermost(self) -> bool:
-        """Whether nobody but other pipelines' T-GATE reads the batch after us."""
-        number = self._number(self._denoiser._forward_pre_hooks, "before")
-        return number is not None and _is_at_end(self._denoiser._forward_pre_hooks, number, last=True)
 
     def _before_all(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """A forward begins whose ControlNet has run on one half."""
@@ -274,27 +214,3 @@ class DenoiserHooks:
             lambda both: guided_parts(both, whole.inputs, self._layout),
         )
         return unstacked(doubled) if self._layout.entries else doubled
-
-
-@functools.cache
-def _eager(method: str) -> Any:
-    """A method that is not compiled with the denoiser."""
-    # Here and not as a decorator, which would load the compiler with this package.
-    return torch.compiler.disable(getattr(DenoiserHooks, f"_{method}"))  # type: ignore[no-untyped-call]
-
-
-def _is_ours(hook: Any) -> bool:
-    """Whether a hook is that of a pipeline with T-GATE."""
-    return isinstance(getattr(hook, "__self__", None), DenoiserHooks)
-
-
-def _is_at_end(hooks: Any, number: int, *, last: bool) -> bool:
-    """Whether a hook is the last one, or the first one, but for those of other pipelines with T-GATE."""
-    # A copy made at once: other threads may add and remove hooks meanwhile.
-    there = list(hooks.items())
-    for other, hook in reversed(there) if last else there:
-        if other == number:
-            return True
-        if not _is_ours(hook):
-            return False
-    return False

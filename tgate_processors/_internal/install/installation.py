@@ -7,23 +7,33 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..attention.layers import CustomProcessors, GatedLayers
 from ..attention.state import TGateState
+from ..caches.adapter import CacheAdapter
 from ..caches.deepcache import DeepCacheAdapter
-from ..caches.detect import check_before, check_others
+from ..caches.detect import check_before, detect_caches
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards
 from ..denoiser.lock import exclusively, soon
 from ..families import ResolvedPipeline, check_guidance, check_half, check_mode, resolve_pipeline
 from ..plan.report import TGateReport
-from ..plan.schedule import CFGHalf
+from ..plan.step_plan import CFGHalf
 from ..run.guider_run import GuiderRun
 from ..run.run import PipelineRun
 from .cleanup import Cleanup
 from .hooks import DenoiserHooks
+
+
+class PreparedCall(NamedTuple):
+    """What a call of a pipeline begins with: its denoisers, their layers and caches, and what they do when called."""
+
+    found: ResolvedPipeline
+    layers: list[GatedLayers]
+    caches: list[list[CacheAdapter]]
+    forwards: ForeignForwards
 
 
 class InstalledDenoisers:
@@ -154,9 +164,9 @@ class Installation:
             exclusively(each.recover)
         run.close(completed=completed)
 
-    def enter(self, pipe: Any) -> None:
-        """Come into a pipeline, or refuse it."""
-        self.follow(pipe)
+    def enter(self, pipe: Any, found: ResolvedPipeline | None = None) -> None:
+        """Come into a pipeline, or refuse it. What it was resolved to may be known, and checked, already."""
+        self.follow(pipe, found)
 
     def come_along(self, pipe: Any) -> None:
         """Come into a copy of a pipeline. What stands against it is said by its first call."""
@@ -164,35 +174,30 @@ class Installation:
             with suppress(ValueError):
                 self.enter(pipe)
 
-    def follow(self, pipe: Any) -> tuple[ResolvedPipeline, list[GatedLayers]]:
-        """
-        Be where the pipeline's denoiser is now, and refuse what has come beside T-GATE.
-
-        Returns:
-            `tuple` of `ResolvedPipeline` and `list` of `GatedLayers`: The denoisers and their layers, for one call.
-        """
+    def follow(self, pipe: Any, found: ResolvedPipeline | None = None) -> PreparedCall:
+        """Be where the pipeline's denoiser is now, and refuse what has come beside T-GATE."""
         check_mode(pipe)
         here = next((place for place in self._places if place.found.is_of(pipe)), None)
-        found = here.found if here is not None else resolve_pipeline(pipe, self.cross_attention)
-        state = self.state
+        if here is not None:
+            found = here.found
+        elif found is None:
+            found = resolve_pipeline(pipe, self.cross_attention)
+            check_half(pipe, found, self.cfg_half)
+            check_guidance(pipe, found, self.state.schedule, self.cross_attention)
         helper = self.deepcache.helper if self.deepcache else None
         layout = found.family.layout
         gates_cross = layout.keeps_cross if self.cross_attention is None else self.cross_attention
         asked: dict[str, Any] = {"calls": layout.calls, "gates_cross": gates_cross, "cfg_half": self.cfg_half}
-        for denoiser in found.denoisers:
-            check_others(denoiser, state.schedule, helper, **asked)
+        caches = [detect_caches(denoiser, self.state.schedule, helper, **asked) for denoiser in found.denoisers]
+        if self.deepcache is not None:
+            caches[0].insert(0, self.deepcache)
         if found.controlnet is not None:
             check_before(found.controlnet)
-        if here is None:
-            check_half(pipe, found, self.cfg_half)
-            check_guidance(pipe, found, state.schedule, self.cross_attention)
-        self.forwards(found).check()
-        return found, exclusively(functools.partial(self._settle, pipe, found))
-
-    def forwards(self, found: ResolvedPipeline) -> ForeignForwards:
-        """What the denoisers do when they are called, and what is called before them."""
         called = (*found.denoisers, found.controlnet)
-        return ForeignForwards([each for each in called if each is not None], self.custom_forwards)
+        forwards = ForeignForwards([each for each in called if each is not None], self.custom_forwards)
+        forwards.check()
+        layers = exclusively(functools.partial(self._settle, pipe, found))
+        return PreparedCall(found, layers, caches, forwards)
 
     def remove(self, pipe: Any) -> None:
         """Take out what no other copy of the pipeline uses."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..attention.state import ActiveRun, TGateState
 from ..caches.adapter import CacheAdapters
-from ..caches.detect import adapters_of
+from ..families import ResolvedPipeline
 from ..run.run import PipelineRun
 from .call_interceptor import stand_in_front, step_back
 from .callback_chain import chain, suspend_legacy
@@ -38,12 +38,12 @@ def installed(pipe: Any) -> Installation | None:
     return found if is_front(type(pipe)) else None
 
 
-def install(pipe: Any, installation: Installation) -> None:
-    """Put T-GATE into a pipeline, or nothing of it if that fails."""
+def install(pipe: Any, installation: Installation, found: ResolvedPipeline | None = None) -> None:
+    """Put T-GATE into a pipeline, or nothing of it if that fails. What it was resolved to may be known already."""
     try:
         # The first that comes and the last that goes: whatever is there by an interrupt is taken out by it.
         vars(pipe)[_ATTRIBUTE] = installation
-        installation.enter(pipe)
+        installation.enter(pipe, found)
         pipe.__class__ = _gated_class(base_of(type(pipe)))
     except BaseException:
         uninstall(pipe)
@@ -166,14 +166,11 @@ def _begin(
         if bound.arguments.get("callback_on_step_end") is not None:
             chain(pipe, installation.state, bound, is_diffusers_loop=True)
         return state, installation.guide(pipe, ending)
-    found, layers = installation.follow(pipe)
+    found, layers, caches, forwards = installation.follow(pipe)
     call = call_of(found, pipe, _given(bound))
     if not found.counts_forwards:
         chain(pipe, installation.state, bound, is_diffusers_loop=found.is_diffusers_loop)
     suspend_legacy(state, bound)
-    caches = [adapters_of(denoiser) for denoiser in found.denoisers]
-    if installation.deepcache is not None:
-        caches[0].insert(0, installation.deepcache)
     adapters = CacheAdapters(caches, found.family.layout.calls)
     run = PipelineRun(
         state,
@@ -183,7 +180,7 @@ def _begin(
         counts_forwards=found.counts_forwards,
         caches=adapters,
         cross_attention=installation.cross_attention,
-        forwards=installation.forwards(found),
+        forwards=forwards,
     )
     ending.undo(lambda: installation.end_run(pipe, run, layers, completed=ending.completed))
     room = RaisedRecompileLimit()

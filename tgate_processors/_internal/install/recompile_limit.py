@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 from ..denoiser.lock import exclusively
-from ..plan.schedule import Action
+from ..plan.step_plan import Action
 
 # Each kind of attention computes, stores or reuses.
 _GRAPHS_FOR_EACH = len(Action) ** 2

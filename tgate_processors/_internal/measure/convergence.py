@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..api import check_pipeline, remove_tgate
+from ..api import remove_tgate
 from ..attention.layers import attention_modules
 from ..attention.state import TGateState
 from ..denoiser.batch import sample_of
@@ -17,6 +17,7 @@ from ..families import resolve_pipeline
 from ..install.guiders import has_guider
 from ..install.installation import Installation
 from ..install.pipeline import install, installed
+from ..install.pipeline_check import check_pipeline
 from ..plan.schedule import TGateSchedule
 from ..plan.validation import checked_tolerance, shown
 from .cost import estimate_cost

@@ -9,7 +9,8 @@ from ..plan.adaptive import LEAD
 from ..plan.forward_plan import CachedPart, CacheKey, ForwardContext, ForwardPlan, plan_forward
 from ..plan.report import TGateReport
 from ..plan.report_builder import ReportBuilder
-from ..plan.schedule import Action, TGateSchedule
+from ..plan.schedule import TGateSchedule
+from ..plan.step_plan import Action
 from ..plan.steps import StepCounter, Timeline
 from .macs import DenoiserProfile, MACs
 

@@ -17,7 +17,8 @@ from ..denoiser.batch import guided_parts
 from ..denoiser.inputs import read_inputs
 from ..denoiser.spec import Layout
 from ..families import family_of
-from ..plan.schedule import Action, TGateSchedule
+from ..plan.schedule import TGateSchedule
+from ..plan.step_plan import Action
 from .inputs import InputSize
 from .meta_model import make_inputs
 

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .schedule import Action, Phase, StepPlan
+from .step_plan import Action, Phase, StepPlan
 
 
 class CachedPart(enum.Enum):

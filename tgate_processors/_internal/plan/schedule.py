@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 from .adaptive import LEAD, AdaptiveController
+from .step_plan import Action, Phase, StepPlan
 from .validation import Auto, checked_gate_step, checked_int, checked_tolerance, is_choice, shown
 
-CFGHalf = Literal["unconditional", "conditional"]
 GuidanceMode = Literal["drop", "predict"]
-
-
-class Action(enum.Enum):
-    """What an attention layer does in one step."""
-
-    COMPUTE = "compute"
-    STORE = "store"
-    REUSE = "reuse"
-
-
-class Phase(enum.Enum):
-    """The part of the run that a step belongs to (in the words of https://arxiv.org/abs/2404.02747)."""
-
-    SEMANTICS_PLANNING = "semantics planning"
-    GATE = "gate"
-    FIDELITY_IMPROVING = "fidelity improving"
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What happens in one inference step."""
-
-    phase: Phase
-    cross_attention: Action
-    self_attention: Action
 
 
 @dataclass(frozen=True)

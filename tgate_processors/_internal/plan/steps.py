@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .adaptive import AdaptiveController
-from .schedule import Phase, StepPlan, TGateSchedule, adaptive_step
+from .schedule import TGateSchedule, adaptive_step
+from .step_plan import Phase, StepPlan
 
 
 class Timeline(NamedTuple):

@@ -12,7 +12,7 @@ from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.batch import second_of
 from ..denoiser.inputs import is_another, is_picture
 from ..guidance.cfg_forms import GuiderCFG
-from ..plan.schedule import Phase
+from ..plan.step_plan import Phase
 from ..plan.steps import StepCounter, Timeline
 from .base import Run
 from .call import PipelineCall

@@ -10,7 +10,7 @@ from ..denoiser.inputs import is_another
 from ..logs import logger
 from ..plan.forward_plan import ForwardContext
 from ..plan.report import TGateReport
-from ..plan.schedule import Action, Phase, StepPlan
+from ..plan.step_plan import Action, Phase, StepPlan
 from ..plan.steps import StepCounter
 from .call import PipelineCall
 

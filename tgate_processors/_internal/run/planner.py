@@ -7,7 +7,7 @@ from ..caches.adapter import CacheAdapters
 from ..denoiser.inputs import DenoiserInputs
 from ..guidance.cfg_forms import CFGForm
 from ..plan.forward_plan import CachedPart, ForwardContext, ForwardPlan, plan_forward
-from ..plan.schedule import CFGHalf, Phase, StepPlan
+from ..plan.step_plan import CFGHalf, Phase, StepPlan
 from ..plan.steps import StepCounter
 from .denoisers import DenoiserCaches
 from .messages import raise_uncached_layers

@@ -16,7 +16,7 @@ from ..denoiser.inputs import DenoiserInputs, is_picture
 from ..guidance.batch_check import CFGBatchCheck
 from ..guidance.cfg_forms import ComputedCall, DenoiserCFG, form_of
 from ..plan.forward_plan import UNSEEN, CachedPart, CacheKey
-from ..plan.schedule import Action, CFGHalf
+from ..plan.step_plan import Action, CFGHalf
 from ..plan.steps import StepCounter
 from .base import Run
 from .call import PipelineCall

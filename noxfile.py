@@ -68,10 +68,10 @@ def package(session: nox.Session) -> None:
     (wheel,), (sdist,) = Path("dist").glob("*.whl"), Path("dist").glob("*.tar.gz")
     session.run("check-wheel-contents", str(wheel))
     session.install(*CONSTRAINED, str(wheel))
-    session.run("python", "-W", "error", "tests/installed.py", "snippets", str(sdist))
-    session.run("python", "tests/installed.py", "types")
+    session.run("python", "-W", "error", "tests/support/installed.py", "snippets", str(sdist))
+    session.run("python", "tests/support/installed.py", "types")
     session.install(*CONSTRAINED, *needs("examples"))
-    session.run("python", "tests/installed.py", "quickstart", str(sdist))
+    session.run("python", "tests/support/installed.py", "quickstart", str(sdist))
 
 
 @nox.session
@@ -85,7 +85,7 @@ def tests(session: nox.Session) -> None:
 def tables(session: nox.Session) -> None:
     """Write what is supported into the tables of README and docs."""
     install_for_tests(session)
-    session.run("python", "-m", "tests.tables", env=ONE_THREAD)
+    session.run("python", "-m", "tests.docs.tables", env=ONE_THREAD)
 
 
 @nox.session(venv_backend="none")

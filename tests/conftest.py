@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.pipelines import CASES, Case, rows
+from tests.zoo.core import CASES, Case, rows
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests count the warnings of T-GATE; what these say depends on which test loads a module first.

@@ -11,10 +11,11 @@ import torch
 
 from .attention.budget import checked_memory, within
 from .attention.layers import CustomProcessors
+from .attention.state import TGateState
 from .caches.deepcache import DeepCacheAdapter, check_helper
 from .caches.foreign_forwards import CustomForwards, checked_forwards
 from .families import check_guidance, check_half, check_own, resolve_pipeline
-from .install.callback import StepClock, checked_half
+from .install.callback import checked_half
 from .install.guiders import GuiderInstallation, check_settings, has_guider, is_modular
 from .install.installation import Installation
 from .install.pipeline import install, installed, uninstall
@@ -162,7 +163,7 @@ def apply_tgate(
     if not is_choice("custom_processors", custom_processors, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
     forwards = checked_forwards(custom_forwards)
-    clock, found = StepClock(schedule, most), None
+    state, found = TGateState(schedule, most, by_hand=False), None
     own = checked_names("batch_arguments", batch_arguments)
     if has_guider(pipe):
         if own:
@@ -171,7 +172,7 @@ def apply_tgate(
                 "own, and no batch is halved. Leave it out."
             )
         check_settings(pipe, schedule, half, cross_attention, most, deepcache)
-        installation: Installation = GuiderInstallation(clock, custom=custom_processors, custom_forwards=forwards)
+        installation: Installation = GuiderInstallation(state, custom=custom_processors, custom_forwards=forwards)
     else:
         found = resolve_pipeline(pipe, cross_attention)
         check_half(pipe, found, half)
@@ -181,7 +182,7 @@ def apply_tgate(
         if deepcache is not None:
             check_helper(deepcache, pipe)
             order = DeepCacheAdapter(deepcache, halves=schedule.predicts)
-        installation = Installation(clock, half, custom_processors, order, cross_attention, forwards, own)
+        installation = Installation(state, half, custom_processors, order, cross_attention, forwards, own)
     before = installed(pipe)
     remove_tgate(pipe)
     try:

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..plan.forward_plan import CachedPart
 from ..plan.schedule import Action
 from .budget import LayerSizes, MemoryBudget, sizes_of
 from .layers import GatedLayers
 from .processor import UNFIT, part_of
-from .state import CachedPart, LayerActions, Slot, TGateState
+from .state import LayerActions, Slot, TGateState
 
 
 class CachedOutput(NamedTuple):
@@ -58,6 +59,11 @@ class AttentionCache:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(kept.tensor.nbytes for kept in self.kept.values())
+
+    @property
+    def outputs(self) -> AttentionCache:
+        """What the gates talk to, as of a run: a cache takes its place where none is announced."""
+        return self
 
     def forget(self) -> None:
         """Hold nothing, and choose anew."""

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..plan.forward_plan import CachedPart
 from ..plan.schedule import Action
 from .budget import sizes_of
-from .state import CachedPart, Slot, TGateState
+from .state import Slot, TGateState
 
 
 class TGateAttnProcessor:
@@ -147,7 +148,7 @@ def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, *
     is_self = context is None or context is hidden_states
     if torch.compiler.is_compiling():
         return _compiled_call(self, None if is_self else context, attn, hidden_states, args, kwargs)
-    run = self.state.current()
+    run = self.state.current() or self.state.unannounced
     if run is None:
         return self.original(attn, hidden_states, *args, **kwargs)
     outputs = run.outputs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ..plan.forward_plan import CachedPart
 from ..plan.report import TGateReport
 from ..plan.schedule import Action, TGateSchedule
 from .budget import LayerSizes
-
-
-class CachedPart(enum.Enum):
-    """What of a layer's output is kept."""
-
-    ALL = "all"
-    MEAN = "mean of the halves"
-    FIRST = "first half"
-    SECOND = "second half"
 
 
 class LayerActions:
@@ -99,8 +90,8 @@ class TGateState:
         self.by_hand = by_hand
         self.report = TGateReport()
         self.compiled = LayerActions()
-        # The run of whoever calls next, where nothing announces a call (hand wiring).
-        self.waiting: Any = None
+        # In the place of a run in the first step of a call that nobody announces (hand wiring).
+        self.unannounced: ActiveRun | None = None
         self.warned: set[str] = set()
         self._runs: dict[int, ActiveRun] = {}
         self._aside: dict[int, ActiveRun] = {}
@@ -110,17 +101,17 @@ class TGateState:
 
     def __getstate__(self) -> dict[str, Any]:
         # Runs stay where they run.
-        return {**vars(self), "compiled": LayerActions(), "_runs": {}, "_aside": {}, "waiting": None}
+        return {**vars(self), "compiled": LayerActions(), "_runs": {}, "_aside": {}, "unannounced": None}
 
     @property
     def nbytes(self) -> int:
         """Bytes held in stored outputs."""
-        waiting = [] if self.waiting is None else [self.waiting]
-        return sum(run.nbytes for run in {*self._runs.values(), *self._aside.values(), *waiting})
+        unannounced = [] if self.unannounced is None else [self.unannounced]
+        return sum(run.nbytes for run in {*self._runs.values(), *self._aside.values(), *unannounced})
 
     def current(self) -> Any:
         """The run that this thread is in; not that of a pipeline whose callback calls another one."""
-        return self._runs.get(threading.get_ident(), self.waiting)
+        return self._runs.get(threading.get_ident())
 
     @contextmanager
     def entered(self, run: Any) -> Iterator[None]:

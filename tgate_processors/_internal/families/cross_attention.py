@@ -125,7 +125,7 @@ CROSS_ATTENTION = (
             #
             # Errors are measured as those of plain guidance with the same scale: text + (scale - 1) * difference is
             # none + scale * difference, so nothing is to be added to it. APG makes the difference shorter, and with it
-            # what is off in it and the output: the two errors are alike (tests/test_sound.py compares them).
+            # what is off in it and the output: the two errors are alike (tests/laws/test_audio.py compares them).
             remembers=True,
         ),
     ),

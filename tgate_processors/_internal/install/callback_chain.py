@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 from ..attention.state import TGateState
 from ..denoiser.inputs import is_another, writes_to
-from .callback import StepClock, TGateCallback
+from .callback import TGateCallback
 
 # What the clock compares the batch with, and what tells the halves of guidance apart in a custom loop.
 _WANTED = ("latents",)
 _WANTED_OF_OTHERS = ("latents", "negative_prompt_embeds")
 
 
-def chain(pipe: Any, clock: StepClock, bound: inspect.BoundArguments, *, is_diffusers_loop: bool) -> None:
+def chain(pipe: Any, state: TGateState, bound: inspect.BoundArguments, *, is_diffusers_loop: bool) -> None:
     """
     Put the clock behind the callback of a call.
 
     Args:
         pipe (`DiffusionPipeline`): The pipeline that is called.
-        clock (`StepClock`): The clock.
+        state (`TGateState`): The state whose run is told of the end of a step.
         bound (`inspect.BoundArguments`): The arguments of the call, which are changed.
         is_diffusers_loop (`bool`): Whether the loop is diffusers' own.
 
@@ -40,7 +41,7 @@ def chain(pipe: Any, clock: StepClock, bound: inspect.BoundArguments, *, is_diff
     possible = getattr(pipe, "_callback_tensor_inputs", None) or []
     wanted = [name for name in (_WANTED if is_diffusers_loop else _WANTED_OF_OTHERS) if name in possible]
     if isinstance(users, (PipelineCallback, MultiPipelineCallbacks)):
-        bound.arguments["callback_on_step_end"] = _official_chain()(clock, users, wanted)
+        bound.arguments["callback_on_step_end"] = _official_chain()(state, users, wanted)
         return
     inputs = bound.signature.parameters.get("callback_on_step_end_tensor_inputs")
     given = None if inputs is None else bound.arguments.get(inputs.name, inputs.default)
@@ -49,7 +50,7 @@ def chain(pipe: Any, clock: StepClock, bound: inspect.BoundArguments, *, is_diff
     unasked: dict[str, Any] = {}
 
     def on_step_end(pipeline: Any, step_index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any] | None:
-        return _step_end(clock, users, added, unasked, pipeline, step_index, timestep, tensors)
+        return _step_end(state, users, added, unasked, pipeline, step_index, timestep, tensors)
 
     bound.arguments["callback_on_step_end"] = on_step_end
     if inputs is not None:
@@ -82,7 +83,7 @@ def _suspending(state: TGateState, function: Any) -> Any:
 
 
 def _step_end(
-    clock: StepClock,
+    state: TGateState,
     users: Any,
     added: list[str],
     unasked: dict[str, Any],
@@ -95,11 +96,11 @@ def _step_end(
     told = dict(tensors)
     outputs = {name: value for name, value in tensors.items() if name not in added}
     if users is None:
-        clock.tick(step_index, told)
+        _tick(state, step_index, told)
         return outputs
     before = {**unasked, **told}
     writes = {name: writes_to(value) for name, value in before.items()}
-    with clock.state.suspended():
+    with state.suspended():
         answer: dict[str, Any] | None = users(pipeline, step_index, timestep, outputs)
     # One pipeline takes nothing for an answer.
     given = {} if answer is None else answer
@@ -109,8 +110,17 @@ def _step_end(
         if writes_to(before.get(name)) != writes.get(name, ()) or is_another(before.get(name), value)
     ]
     unasked.update((name, value) for name, value in given.items() if name not in told)
-    clock.tick(step_index, told, given.get("latents"), exchanged)
+    _tick(state, step_index, told, given.get("latents"), exchanged)
     return answer
+
+
+def _tick(
+    state: TGateState, step_index: int, tensors: dict[str, Any], latents: Any = None, exchanged: Collection[str] = ()
+) -> None:
+    """Tell the run of this thread that a pass has ended. Without a run there is nobody to tell."""
+    run = state.current()
+    if run is not None:
+        run.tick(step_index, latents, tensors, exchanged)
 
 
 @functools.cache
@@ -119,9 +129,9 @@ def _official_chain() -> type:
     from diffusers.callbacks import MultiPipelineCallbacks
 
     class Chain(MultiPipelineCallbacks):  # type: ignore[misc]
-        def __init__(self, clock: StepClock, users: Any, wanted: list[str]) -> None:
+        def __init__(self, state: TGateState, users: Any, wanted: list[str]) -> None:
             super().__init__([users])
-            self._clock = clock
+            self._state = state
             self._users = users
             self._added = [name for name in wanted if name not in users.tensor_inputs]
             self._unasked: dict[str, Any] = {}
@@ -133,6 +143,6 @@ def _official_chain() -> type:
         def __call__(self, pipeline: Any, step_index: int, timestep: Any, tensors: Any) -> dict[str, Any] | None:
             # The latent consistency pipelines do not ask what is wanted.
             added = self._added if set(tensors) == set(self.tensor_inputs) else []
-            return _step_end(self._clock, self._users, added, self._unasked, pipeline, step_index, timestep, tensors)
+            return _step_end(self._state, self._users, added, self._unasked, pipeline, step_index, timestep, tensors)
 
     return Chain

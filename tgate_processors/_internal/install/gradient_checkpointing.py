@@ -132,10 +132,6 @@ class WholeDenoiserCheckpointGuard:
     def __init__(self) -> None:
         self._samples = WeakTensorKeyDictionary()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy has seen nothing.
-        return WholeDenoiserCheckpointGuard, ()
-
     def note(self, sample: torch.Tensor) -> None:
         """A gated forward begins."""
         if torch.is_grad_enabled():

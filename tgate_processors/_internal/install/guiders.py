@@ -109,7 +109,7 @@ class GuiderInstallation(Installation):
         check_guiders(pipe)
         for denoiser in _denoisers(pipe):
             alone = "guidance is a guider here, and what a cache keeps of a call that T-GATE leaves out is not known"
-            check_others(denoiser, self.callback.state.schedule, alone=alone)
+            check_others(denoiser, self.state.schedule, alone=alone)
         for controlnet in _controlnets(pipe):
             check_before(controlnet)
         self._forwards(pipe).check()
@@ -117,11 +117,11 @@ class GuiderInstallation(Installation):
     def guide(self, pipe: Any, ending: Cleanup) -> GuiderRun:
         """Stand in for the guiders of a pipeline until the call ends."""
         self.enter(pipe)
-        state, call = self.callback.state, GuiderPipelineCall(pipe)
+        state, call = self.state, GuiderPipelineCall(pipe)
         left_alone = [name for denoiser in _denoisers(pipe) for name in self._left_alone(denoiser)]
         if left_alone:
             warn_ungated_processors(state, call, left_alone)
-        run = GuiderRun(state, call, self._forwards(pipe), droppable=not left_alone)
+        run = GuiderRun(state, call, self._forwards(pipe), can_skip_half=not left_alone)
         stand_ins = {name: (guider, _stand_in(guider, run)) for name, guider in guiders_of(pipe).items()}
 
         def end() -> None:
@@ -142,7 +142,7 @@ class GuiderInstallation(Installation):
 
     def _left_alone(self, denoiser: Any) -> list[str]:
         """The layers whose processors may count their calls."""
-        layers = GatedLayers(denoiser, self.callback.state, self.custom, _NO_LAYER_IS_GATED)
+        layers = GatedLayers(denoiser, self.state, self.custom, _NO_LAYER_IS_GATED)
         layers.look()
         return layers.settle()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..denoiser.spec import BatchArguments, Layout
 from ..plan.schedule import CFGHalf
 from .copies import leave_out_of_copies, put_back_into_copies, remove_hooks
 from .gradient_checkpointing import WholeDenoiserCheckpointGuard, cannot_replay
+from .hook_memory import HookMemory, OriginalArguments
 
 
 class DenoiserHooks:
@@ -60,6 +62,7 @@ class DenoiserHooks:
         self._default = default
         self._layout = layout or Layout()
         self._differentiated = WholeDenoiserCheckpointGuard()
+        self._memories: weakref.WeakKeyDictionary[Any, HookMemory] = weakref.WeakKeyDictionary()
 
     @property
     def _modules(self) -> list[torch.nn.Module]:
@@ -121,9 +124,9 @@ class DenoiserHooks:
     def _before_all(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """A forward begins whose ControlNet has run on one half."""
         run = self._run(kwargs)
-        if run is None or not run.control.halved:
+        if run is None or not self._memory(run).ran_on_half:
             return None
-        run.control.announced = True
+        self._memory(run).is_announced = True
         return self._enter(run, module, args, kwargs or {})
 
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -133,15 +136,22 @@ class DenoiserHooks:
             if torch.is_grad_enabled():
                 self._differentiated.check(get_latents({"sample": args[0]} if args else kwargs or {}))
             return None
-        if run.control.announced:
-            run.control.announced = False
+        memory = self._memory(run)
+        if memory.is_announced:
+            memory.is_announced = False
             return None
         return self._enter(run, module, args, kwargs or {})
 
     def _run(self, kwargs: dict[str, Any] | None) -> Any:
         """The run that a hook serves. Without keyword arguments torch calls what was removed when it had listed it."""
-        run = None if kwargs is None else self._state.current()
-        return None if run is None or run.waiting else run
+        return None if kwargs is None else self._state.current()
+
+    def _memory(self, run: Any) -> HookMemory:
+        """What these hooks know of a run."""
+        memory = self._memories.get(run)
+        if memory is None:
+            memory = self._memories[run] = HookMemory()
+        return memory
 
     def _enter(self, run: Any, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Tell the run of a forward, and halve the batch if it says so."""
@@ -152,20 +162,22 @@ class DenoiserHooks:
             )
         seen = read_inputs(module, args, kwargs)
         self._differentiated.note(seen.sample)
+        memory = self._memory(run)
         if self._layout.is_beside(seen.given):
-            run.control.announced = False
+            memory.is_announced = False
             self._state.stand_aside()
             return None
         innermost = self._is_innermost()
         # For the hooks after this forward, and for the next one: some may have come since the last.
         exclusively(self._stand_inside)
-        may_halve = innermost or run.control.halved or self._layout.calls > 1
-        run.before_forward(seen, self._kept_half(run), may_halve=may_halve, denoiser=module)
+        is_halved = memory.ran_on_half
+        may_halve = innermost or is_halved or self._layout.calls > 1
+        run.before_forward(seen, self._active_half(run), may_halve=may_halve, is_halved=is_halved, denoiser=module)
         if run.guided and run.will_halve:
             self._check_own(module, seen, self._layout.of_denoiser)
         if not run.halves_batch:
-            run.control.see(batch_size_of([seen.given.get(name) for name in self._layout.residuals]))
-            if run.control.halved:
+            memory.see_residuals(batch_size_of([seen.given.get(name) for name in self._layout.residuals]))
+            if is_halved:
                 raise ValueError(
                     "T-GATE: the ControlNet ran on half of the batch, but the denoiser has to run on all of it, "
                     "because its latents have changed. Change their size before the gate, or call remove_tgate(pipe)."
@@ -175,16 +187,16 @@ class DenoiserHooks:
 
     def _halved(self, run: Any, seen: DenoiserInputs, args: Any, kwargs: dict[str, Any]) -> Any:
         """The half of the arguments that stays. The user's hooks after the forward find the whole ones again."""
-        layout, batch = self._layout, seen.batch
+        layout, memory, batch = self._layout, self._memory(run), seen.batch
         wanted: BatchArguments = (
-            layout.of_denoiser if run.control.halved else {**layout.of_denoiser, **layout.residuals}
+            layout.of_denoiser if memory.ran_on_half else {**layout.of_denoiser, **layout.residuals}
         )
-        kept = self._kept_half(run)
+        kept = self._active_half(run)
         positional = dict(zip(seen.given, args, strict=False))
         new_args = list(slice_arguments(positional, wanted, batch, kept).values())
         new_kwargs = slice_arguments(kwargs, wanted, batch, kept)
-        run.whole = _OriginalArguments(seen, kept, args, kwargs, new_args, new_kwargs)
-        run.control.halved = False
+        memory.original = OriginalArguments(seen, kept, args, kwargs, new_args, new_kwargs)
+        memory.ran_on_half = False
         return new_args, new_kwargs
 
     def _check_own(self, module: torch.nn.Module, seen: DenoiserInputs, names: BatchArguments) -> None:
@@ -200,10 +212,10 @@ class DenoiserHooks:
                 "use this pipeline."
             )
 
-    def _kept_half(self, run: Any) -> CFGHalf:
+    def _active_half(self, run: Any) -> CFGHalf:
         """The half that stays, in the order of this pipeline's batch."""
         # Cross-attention that is computed anew on one half of the text belongs to that half.
-        conditional = run.control.conditional_only or self._state.schedule.predicts or run.computes_cross
+        conditional = self._memory(run).guess_mode or self._state.schedule.predicts or run.computes_cross
         kept = self._kept or ("conditional" if conditional else self._default)
         if run.batch.unconditional_first:
             return kept  # type: ignore[return-value]
@@ -217,12 +229,13 @@ class DenoiserHooks:
         if run is None or kwargs is None:
             return None
         seen = read_inputs(module, args, kwargs)
-        run.control.enter(seen.batch)
-        if run.control.conditional_only or not run.halves_next(seen.shape):
+        memory = self._memory(run)
+        memory.before_controlnet(seen.batch)
+        if memory.guess_mode or not run.halves_next(seen.shape):
             return None
         self._check_own(module, seen, self._layout.of_controlnet)
-        run.control.halved = True
-        kept = self._kept_half(run)
+        memory.ran_on_half = True
+        kept = self._active_half(run)
         names = list(seen.given)
         positional = dict(zip(names, args, strict=False))
         names_of_batch = self._layout.of_controlnet
@@ -238,7 +251,8 @@ class DenoiserHooks:
         run = self._run(kwargs)
         if run is None:
             return None
-        whole, run.whole = run.whole, None
+        memory = self._memory(run)
+        whole, memory.original = memory.original, None
         difference = run.after_forward(output)
         if whole is None:
             return None
@@ -251,35 +265,15 @@ class DenoiserHooks:
                 f"expects {whole.rows}: one of its arguments is of the whole batch and unknown to T-GATE. Call "
                 "remove_tgate(pipe) to use this pipeline."
             )
-        whole.give_back()
+        whole.restore()
         doubled = double(
-            output, whole.rows, difference, whole.kept, lambda both: guided_parts(both, whole.seen, self._layout)
+            output,
+            whole.rows,
+            difference,
+            whole.active_half,
+            lambda both: guided_parts(both, whole.inputs, self._layout),
         )
         return unstacked(doubled) if self._layout.entries else doubled
-
-
-class _OriginalArguments:
-    """The whole arguments of a forward that runs on half of them."""
-
-    def __init__(
-        self,
-        seen: DenoiserInputs,
-        kept: CFGHalf,
-        args: Any,
-        kwargs: dict[str, Any],
-        now_args: list[Any],
-        now_kwargs: Any,
-    ) -> None:
-        self.seen = seen
-        self.rows = seen.batch // 2
-        self.kept = kept
-        self._args, self._kwargs = args, kwargs
-        self._now_args, self._now_kwargs = now_args, now_kwargs
-
-    def give_back(self) -> None:
-        """Put them back where the user's forward hooks look."""
-        self._now_args[:] = self._args
-        self._now_kwargs.update(self._kwargs)
 
 
 @functools.cache

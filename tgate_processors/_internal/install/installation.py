@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..attention.layers import CustomProcessors, GatedLayers
+from ..attention.state import TGateState
 from ..caches.deepcache import DeepCacheAdapter
 from ..caches.detect import check_before, check_others
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards
@@ -21,7 +22,6 @@ from ..plan.report import TGateReport
 from ..plan.schedule import CFGHalf
 from ..run.guider_run import GuiderRun
 from ..run.run import PipelineRun
-from .callback import StepClock
 from .cleanup import Cleanup
 from .hooks import DenoiserHooks
 
@@ -69,7 +69,7 @@ class Installation:
     When the last of them is gone, it takes itself out of their denoisers.
 
     Args:
-        callback (`StepClock`): The clock.
+        state (`TGateState`): What the gates of the pipeline share.
         cfg_half (`str`, *optional*): The half of guidance that stays.
         custom (`str`, *optional*): What becomes of processors that are not diffusers' own.
         deepcache (`DeepCacheAdapter`, *optional*): The order of a DeepCache helper.
@@ -80,7 +80,7 @@ class Installation:
 
     def __init__(
         self,
-        callback: StepClock,
+        state: TGateState,
         cfg_half: CFGHalf | None = None,
         custom: CustomProcessors | None = None,
         deepcache: DeepCacheAdapter | None = None,
@@ -91,7 +91,7 @@ class Installation:
         self.custom_forwards = custom_forwards
         self.cross_attention = cross_attention
         self.batch_arguments = batch_arguments
-        self.callback = callback
+        self.state = state
         self.cfg_half = cfg_half
         self.custom = custom
         self.deepcache = deepcache
@@ -139,7 +139,7 @@ class Installation:
         """Whether a call is the one that was begun, come back by way of what others have wrapped around it."""
         _, wrapped = self._calls.get(id(pipe), (None, False))
         # In the user's callbacks there is no run.
-        return wrapped and self.callback.state.current() is not None
+        return wrapped and self.state.current() is not None
 
     def report_of(self, pipe: Any) -> TGateReport:
         """What the last call of a pipeline did, and not that of a copy."""
@@ -174,7 +174,7 @@ class Installation:
         check_mode(pipe)
         here = next((place for place in self._places if place.found.is_of(pipe)), None)
         found = here.found if here is not None else resolve_pipeline(pipe, self.cross_attention)
-        state = self.callback.state
+        state = self.state
         helper = self.deepcache.helper if self.deepcache else None
         layout = found.family.layout
         gates_cross = layout.keeps_cross if self.cross_attention is None else self.cross_attention
@@ -207,7 +207,7 @@ class Installation:
             here.owners.add(pipe)
             return here.install()
         # Not `self` in the place, which would keep the pipeline's installation alive.
-        state, custom, told = self.callback.state, self.custom, self.batch_arguments is not None
+        state, custom, told = self.state, self.custom, self.batch_arguments is not None
         layout = found.family.layout.with_own(self.batch_arguments or ())
         hooks = [
             DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout, told)

@@ -80,7 +80,7 @@ def _gated_class(pipeline_class: Any) -> Any:
 
     def __repr__(self: Any) -> str:
         installation, plain = installed(self), pipeline_class.__repr__(self)
-        return plain if installation is None else f"{plain}\nwith T-GATE: {installation.callback.state.schedule!r}"
+        return plain if installation is None else f"{plain}\nwith T-GATE: {installation.state.schedule!r}"
 
     gated = _gated(plain_call(pipeline_class), pipeline_class)
     copying = {"__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__}
@@ -160,16 +160,16 @@ def _begin(
     """Have a run for a call, whose arguments get the clock."""
     installation = installed(pipe)
     assert installation is not None
-    state = installation.callback.state
+    state = installation.state
     installation.begin_call(pipe, ending, wrapped=wrapped)
     if isinstance(installation, GuiderInstallation):
         if bound.arguments.get("callback_on_step_end") is not None:
-            chain(pipe, installation.callback, bound, is_diffusers_loop=True)
+            chain(pipe, installation.state, bound, is_diffusers_loop=True)
         return state, installation.guide(pipe, ending)
     found, layers = installation.follow(pipe)
     call = call_of(found, pipe, _given(bound))
     if not found.counts_forwards:
-        chain(pipe, installation.callback, bound, is_diffusers_loop=found.is_diffusers_loop)
+        chain(pipe, installation.state, bound, is_diffusers_loop=found.is_diffusers_loop)
     suspend_legacy(state, bound)
     caches = [adapters_of(denoiser) for denoiser in found.denoisers]
     if installation.deepcache is not None:
@@ -179,9 +179,9 @@ def _begin(
         state,
         call,
         layers,
-        droppable=found.kept_half is not None and not adapters.keep_guidance,
+        can_skip_half=found.kept_half is not None and not adapters.keep_guidance,
         counts_forwards=found.counts_forwards,
-        adapters=adapters,
+        caches=adapters,
         cross_attention=installation.cross_attention,
         forwards=installation.forwards(found),
     )

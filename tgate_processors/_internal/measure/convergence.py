@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..api import check_pipeline, remove_tgate
 from ..attention.layers import attention_modules
+from ..attention.state import TGateState
 from ..denoiser.batch import sample_of
 from ..denoiser.inputs import read_inputs
 from ..families import resolve_pipeline
-from ..install.callback import StepClock
 from ..install.guiders import has_guider
 from ..install.installation import Installation
 from ..install.pipeline import install, installed
@@ -170,18 +170,19 @@ def _watched(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
     remove_tgate(pipe)
     found = resolve_pipeline(pipe)
     # A gate that no run reaches. Guidance with a memory cannot be dropped, not even then.
-    clock = StepClock(TGateSchedule(10**9, guidance="predict" if found.family.layout.remembers else None))
-    clock.state.warned.add("late")
+    schedule = TGateSchedule(10**9, guidance="predict" if found.family.layout.remembers else None)
+    state = TGateState(schedule, by_hand=False)
+    state.warned.add("late")
     handles = []
     try:
         # Processors of any kind can be gated here, since nothing is reused.
-        install(pipe, Installation(clock, custom="gate"))
+        install(pipe, Installation(state, custom="gate"))
         denoiser, layout = found.denoiser, found.family.layout
         for name, layer in attention_modules(denoiser).items():
             if layout.is_cross(name, layer):
                 probe.layers.append(name.removesuffix(".processor"))
-                handles.append(layer.register_forward_hook(_layer_hook(probe, probe.layers[-1], clock)))
-        handles.append(denoiser.register_forward_hook(_denoiser_hook(probe, clock), with_kwargs=True))
+                handles.append(layer.register_forward_hook(_layer_hook(probe, probe.layers[-1], state)))
+        handles.append(denoiser.register_forward_hook(_denoiser_hook(probe, state), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -191,22 +192,22 @@ def _watched(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
             install(pipe, before)
 
 
-def _layer_hook(probe: ConvergenceProbe, name: str, clock: StepClock) -> Any:
+def _layer_hook(probe: ConvergenceProbe, name: str, state: TGateState) -> Any:
     """Tell the probe what a layer gives out."""
 
     def hook(module: Any, args: Any, output: Any) -> None:
-        run = clock.state.current()
+        run = state.current()
         if run is not None:
             probe.layer(name, run, output)
 
     return hook
 
 
-def _denoiser_hook(probe: ConvergenceProbe, clock: StepClock) -> Any:
+def _denoiser_hook(probe: ConvergenceProbe, state: TGateState) -> Any:
     """Tell the probe what the denoiser gives out."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        run = clock.state.current()
+        run = state.current()
         if run is not None and run.guided:
             probe.both_halves(sample_of(output, read_inputs(module, args, kwargs).shape).detach(), run)
 

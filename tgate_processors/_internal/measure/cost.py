@@ -15,14 +15,17 @@ import diffusers
 import torch
 
 from ..attention.budget import checked_memory, within
+from ..attention.state import TGateState
 from ..families import check_attention, check_denoiser, check_dropped, distilled_by, family_of, known, resolve_pipeline
 from ..families.family import Family
 from ..plan.report import TGateReport
 from ..plan.schedule import TGateSchedule
-from ..plan.steps import Timeline
+from ..plan.steps import StepCounter, Timeline
 from ..plan.validation import check_switch, checked_int, shown
 from ..run.call import PipelineCall
-from .dry_run import run_schedule
+from ..run.messages import RunWarnings
+from ..run.timesteps import TimestepReader
+from .dry_run import simulate_schedule
 from .inputs import InputSize
 from .macs import DenoiserProfile, MACs, count_forward, measure
 from .meta_model import (
@@ -179,18 +182,24 @@ def estimate_cost(
         check_dropped(denoiser_class.__name__, family.layout, schedule)
     if cross_attention is None:
         cross_attention = family is None or family.layout.keeps_cross
-    with_tgate, report = run_schedule(
+    joint = family is not None and family.layout.joint
+    run = simulate_schedule(
         profile,
         schedule,
         timeline,
         batch_size=batch_size,
         guided=guided,
-        dtype=dtype,
+        itemsize=dtype.itemsize,
         cross_attention=cross_attention,
-        joint=family is not None and family.layout.joint,
+        joint=joint,
         max_memory=most,
         takes_over=takes_over,
     )
+    warnings = RunWarnings(TGateState(schedule, most), _DenoiserCall(guided), gates_cross=cross_attention, joint=joint)
+    warnings.no_cfg()
+    warnings.gate_too_late(StepCounter(schedule, timeline))
+    if run.least is not None:
+        warnings.budget_too_small(run.least)
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
     beside = _beside(denoiser, size, further_calls) * (timeline.passes * batch_size)
     return TGateCost(
@@ -199,11 +208,32 @@ def estimate_cost(
         without_self_attention=profile.forwards[False, True].macs,
         without_attention=profile.forwards[True, True].macs,
         without_tgate=full.macs * (timeline.passes * batch_size * (2 if guided else 1)) + beside,
-        with_tgate=with_tgate + beside,
+        with_tgate=run.macs + beside,
         parameters=full.parameters,
         parameters_after_gate=without_cross.parameters,
-        report=report,
+        report=run.report,
     )
+
+
+class _DenoiserCall(PipelineCall):
+    """A call of which nothing is known but whether it is guided."""
+
+    def __init__(self, guided: bool) -> None:
+        super().__init__(None)
+        self._guides = guided
+
+    @property
+    def subject(self) -> str:
+        """Whose call it is, for messages."""
+        return "the denoiser"
+
+    def guided(self) -> bool:
+        """Whether guidance is on."""
+        return self._guides
+
+    def guides(self) -> bool:
+        """Whether it is on in some step."""
+        return self._guides
 
 
 def _config_of(denoiser: Any) -> str:
@@ -331,4 +361,4 @@ def _timeline(pipe: Any, num_inference_steps: int, family: Family | None) -> tup
     takes_over = None
     if ratio is not None and family is not None and family.second and getattr(pipe, family.second, None) is not None:
         takes_over = int((scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps).sum())
-    return PipelineCall(SimpleNamespace(scheduler=scheduler)).timeline(), takes_over
+    return TimestepReader(SimpleNamespace(scheduler=scheduler)).timeline(), takes_over

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..guidance.prediction import CFGDifference, guided_output, predict, relative_error
+from ..guidance.predictor import GuidancePredictor, GuidedPart
 from ..plan.adaptive import AdaptiveController
 from ..plan.schedule import TGateSchedule
 from ..run.run import PipelineRun
@@ -96,19 +97,15 @@ class ConvergenceProbe:
     def _half_steps(schedule: TGateSchedule, passes: Sequence[GuidedForward]) -> list[int]:
         """The steps of a loop that would have been half ones."""
         assert schedule.tolerance is not None
-        controller, halves = AdaptiveController(schedule.tolerance), []
-        known: list[CFGDifference] = []
+        controller, predictor, halves = AdaptiveController(schedule.tolerance), GuidancePredictor(measures=True), []
         for step in sorted({each.step for each in passes}):
             if not controller.full:
                 halves.append(step)
                 controller.end_half_step()
                 continue
-            errors = []
-            for each in (each for each in passes if each.step == step):
-                if len(known) > 1:
-                    errors.append(each.error(known))
-                known = [*known[-1:], each.difference]
-            controller.end_full_step(max(errors, default=None))
+            full = [each for each in passes if each.step == step]
+            measured = [predictor.record_parts(each.difference.position, [each.part]) for each in full]
+            controller.end_full_step(max((float(each.max()) for each in measured if each is not None), default=None))
         return halves
 
 
@@ -120,6 +117,11 @@ class GuidedForward:
     difference: CFGDifference
     guided: torch.Tensor
     scale: Any
+
+    @property
+    def part(self) -> GuidedPart:
+        """What a predictor is told of it."""
+        return GuidedPart(self.difference.value, self.guided, self.scale)
 
     def error(self, known: Sequence[CFGDifference]) -> float:
         """How far off a prediction would have been, for the worst picture of the batch."""

@@ -159,30 +159,14 @@ class TGateSchedule:
         num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 0)
         if isinstance(self.gate_step, str):
             return self._shortest_plan(num_inference_steps)
-        gate = self.resolve_gate_step(num_inference_steps)
+        return self._plan_with_gate(self.resolve_gate_step(num_inference_steps), num_inference_steps)
+
+    def _plan_with_gate(self, gate: int, num_inference_steps: int) -> tuple[StepPlan, ...]:
+        """The plan of every step for a gate that is known."""
         steps = range(num_inference_steps)
         cross = _without_idle_stores([self._cross_attention(step, gate) for step in steps])
         own = _without_idle_stores([self._self_attention(step, gate) for step in steps])
         return tuple(StepPlan(self._phase(step, gate), cross[step], own[step]) for step in steps)
-
-    def decided(self, step: int, *, full: bool, keeps: bool) -> StepPlan:
-        """
-        Give the plan of a step that the run decides on (`gate_step="auto"`).
-
-        Args:
-            step (`int`): The step.
-            full (`bool`): Whether both halves of guidance are computed.
-            keeps (`bool`): Whether the next step may be a half step, if this one is full.
-
-        Returns:
-            `StepPlan`: What happens in it.
-        """
-        if not full:
-            return StepPlan(Phase.FIDELITY_IMPROVING, Action.REUSE, self._after_gate(step))
-        if not keeps:
-            return StepPlan(Phase.SEMANTICS_PLANNING, Action.COMPUTE, Action.COMPUTE)
-        own = Action.STORE if self.fi_interval > 1 else Action.COMPUTE
-        return StepPlan(Phase.GATE, Action.STORE, own)
 
     def _shortest_plan(self, steps: int) -> tuple[StepPlan, ...]:
         """The plan of a run in which every prediction is right."""
@@ -190,7 +174,8 @@ class TGateSchedule:
         controller, plan = AdaptiveController(self.tolerance), []
         for step in range(steps):
             full, judged = controller.full, step >= LEAD
-            plan.append(self.decided(step, full=full, keeps=controller.may_open and judged and step < steps - 1))
+            stores = controller.may_open and judged and step < steps - 1
+            plan.append(adaptive_step(self, step, full=full, stores=stores))
             if full:
                 controller.end_full_step(0.0 if judged else None)
             else:
@@ -218,12 +203,6 @@ class TGateSchedule:
         if step < self.warm_up:
             return Action.COMPUTE
         return Action.STORE if step == self.warm_up or step % self.sp_interval == 0 else Action.REUSE
-
-    def _after_gate(self, step: int) -> Action:
-        """Self-attention in a half step that the run decides on."""
-        if self.fi_interval == 1:
-            return Action.COMPUTE
-        return Action.STORE if step % self.fi_interval == 0 else Action.REUSE
 
     def _check_together(self) -> None:
         """Refuse settings that have no meaning together."""
@@ -257,6 +236,36 @@ _BY_PHASE = {
     Phase.GATE: Action.STORE,
     Phase.FIDELITY_IMPROVING: Action.REUSE,
 }
+
+
+def adaptive_step(schedule: TGateSchedule, step: int, *, full: bool, stores: bool) -> StepPlan:
+    """
+    Give the plan of a step that the run decides on (`gate_step="auto"`).
+
+    Args:
+        schedule (`TGateSchedule`): The schedule.
+        step (`int`): The step.
+        full (`bool`): Whether both halves of guidance are computed.
+        stores (`bool`): Whether the next step may be a half step, if this one is full.
+
+    Returns:
+        `StepPlan`: What happens in it.
+    """
+    reuses_own = schedule.fi_interval > 1
+    if not full:
+        between = Action.STORE if step % schedule.fi_interval == 0 else Action.REUSE
+        return StepPlan(_HALF, Action.REUSE, between if reuses_own else Action.COMPUTE)
+    if not stores:
+        return StepPlan(Phase.SEMANTICS_PLANNING, Action.COMPUTE, Action.COMPUTE)
+    return StepPlan(Phase.GATE, Action.STORE, Action.STORE if reuses_own else Action.COMPUTE)
+
+
+def first_step(schedule: TGateSchedule) -> StepPlan:
+    """The plan of the first step of a run that is not known to be short."""
+    # Whatever comes later than the third step has no say in it.
+    latest = 3
+    gate = min(schedule.gate_step, latest) if isinstance(schedule.gate_step, int) else latest
+    return schedule.plan(latest)[0] if schedule.is_auto else schedule._plan_with_gate(gate, latest + 1)[0]
 
 
 def _without_idle_stores(actions: list[Action]) -> list[Action]:

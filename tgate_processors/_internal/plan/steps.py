@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .adaptive import AdaptiveController
-from .schedule import Phase, StepPlan, TGateSchedule
+from .schedule import Phase, StepPlan, TGateSchedule, adaptive_step
 
 
 class Timeline(NamedTuple):
@@ -52,7 +52,7 @@ class StepCounter:
     def __init__(self, schedule: TGateSchedule, timeline: Timeline, calls: int = 1) -> None:
         self._schedule = schedule
         self._calls = calls
-        self.begin_guidance()
+        self.restart_controller()
         self._pass = 0
         self._forwards = 0
         self.last_index: int | None = None
@@ -79,24 +79,30 @@ class StepCounter:
         """Inference step that runs now."""
         return min(self.timeline.step_of(self._pass), max(0, len(self.plan) - 1))
 
-    def planned(self, *, repeats: bool = False, half: bool = False) -> StepPlan:
+    def current_plan(self, *, has_history: bool, cache_hit: bool = False, was_half: bool = False) -> StepPlan:
         """
         Give the plan of the step that runs now.
 
         Args:
-            repeats (`bool`, *optional*, defaults to `False`):
+            has_history (`bool`): Whether what a full step computes has a prediction to be compared with.
+            cache_hit (`bool`, *optional*, defaults to `False`):
                 Whether a cache hardly computes anything in it. If the run decides, it then goes on as it was.
-            half (`bool`, *optional*, defaults to `False`): Whether it was on half of the batch.
+            was_half (`bool`, *optional*, defaults to `False`): Whether it was on half of the batch.
         """
         if self.controller is None:
             return self.plan[self.step_index]
-        keeps = self.controller.may_open and self.judges and self.step_index < len(self.plan) - 1
-        full = not half if repeats else self.controller.full
-        return self._schedule.decided(self.step_index, full=full, keeps=keeps)
+        stores = self.controller.may_open and has_history and self.step_index < len(self.plan) - 1
+        full = not was_half if cache_hit else self.controller.full
+        return adaptive_step(self._schedule, self.step_index, full=full, stores=stores)
 
     @property
     def may_halve(self) -> bool:
-        """Whether a step to come may run on half of the batch."""
+        """Whether the batch of a guided step of this loop may be halved."""
+        return self.has_half_steps and (self.controller is None or self.controller.may_open)
+
+    @property
+    def has_half_steps(self) -> bool:
+        """Whether a step to come may be a half step."""
         rest = self.plan[self.step_index :]
         return self._schedule.is_auto or any(step.phase is Phase.FIDELITY_IMPROVING for step in rest)
 
@@ -110,33 +116,10 @@ class StepCounter:
         """Calls of the denoiser in this pass."""
         return self._forwards
 
-    @property
-    def judges(self) -> bool:
-        """Whether what the next full step computes has a prediction to be compared with."""
-        return False
-
-    @property
-    def error(self) -> float | None:
-        """How far off a prediction was in the step that runs now, if one was compared."""
-        return None
-
-    def begin_guidance(self) -> None:
-        """Start with nothing known of guidance: at the beginning, and when another denoiser takes over."""
+    def restart_controller(self) -> None:
+        """Begin with full steps: at the start, and when nothing is known of guidance any more."""
         tolerance = self._schedule.tolerance
         self.controller = None if tolerance is None else AdaptiveController(tolerance)
-
-    def end_guided_step(self, *, full: bool, computed: bool) -> None:
-        """
-        A step of the loop has ended.
-
-        Args:
-            full (`bool`): Whether both halves of guidance were computed in it.
-            computed (`bool`): Whether anything was, and not repeated by a cache.
-        """
-        if self.controller is not None and full:
-            self.controller.end_full_step(self.error)
-        elif self.controller is not None:
-            self.controller.end_half_step(computed=computed)
 
     def forward(self, *, guided: bool = False) -> None:
         """The denoiser is called."""
@@ -151,7 +134,15 @@ class StepCounter:
                 "callback_on_step_end does not come after every step. Call remove_tgate(pipe) to use this pipeline."
             )
 
-    def tick(self, index: int | None = None, *, full: bool = True, computed: bool = True, guided: bool = False) -> None:
+    def tick(
+        self,
+        index: int | None = None,
+        *,
+        full: bool = True,
+        computed: bool = True,
+        guided: bool = False,
+        error: float | None = None,
+    ) -> bool:
         """
         A pass has ended.
 
@@ -160,6 +151,10 @@ class StepCounter:
             full (`bool`, *optional*, defaults to `True`): Whether both halves of guidance were computed in it.
             computed (`bool`, *optional*, defaults to `True`): Whether anything was, and not repeated by a cache.
             guided (`bool`, *optional*, defaults to `False`): Whether it had both halves of guidance.
+            error (`float`, *optional*): How far off a prediction was in this step, if one was compared.
+
+        Returns:
+            `bool`: Whether its step has ended too.
         """
         if self._calls > 1 and guided and self._forwards == 1:
             raise ValueError(
@@ -181,8 +176,13 @@ class StepCounter:
         self._forwards = 0
         ended = self.step_index
         self._pass += 1
-        if self.over or self.step_index != ended:
-            self.end_guided_step(full=full, computed=computed)
+        if not self.over and self.step_index == ended:
+            return False
+        if self.controller is not None and full:
+            self.controller.end_full_step(error)
+        elif self.controller is not None:
+            self.controller.end_half_step(computed=computed)
+        return True
 
     def _check_calls(self, guided: bool) -> None:
         """Refuse more calls in a step than guidance is made of."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dis
-import functools
-import inspect
-import types
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ..plan.steps import Timeline
+from .scale_source import keeps_scale
+from .timesteps import TimestepReader
 
 # Arguments that give the step in which a pipeline exchanges its text embeddings.
 _EXCHANGING = ("start_merge_step",)
@@ -37,6 +34,9 @@ class PipelineCall:
         asks_scale (`bool`, *optional*, defaults to `False`):
             Whether a loop that does not tell its guidance asks for the scale anew in every step.
         first_expert (`int`, *optional*, defaults to 0): The place of the first denoiser that the pipeline has.
+
+    Attributes:
+        timesteps (`TimestepReader`): What the pipeline and its scheduler report of the loop.
     """
 
     def __init__(
@@ -61,74 +61,12 @@ class PipelineCall:
         self._first_expert = first_expert
         self._guided: bool | None = None
         self._seen_scale: Any = None
-        self._timesteps: Any = None
-        self._until: int | None = None
+        self.timesteps = TimestepReader(pipe, self._arguments)
 
     @property
     def subject(self) -> str:
         """What errors call the pipeline."""
         return type(self._pipe).__name__
-
-    def timeline(self) -> Timeline:
-        """What the pipeline says of its loop now."""
-        scheduler = self._pipe.scheduler
-        if scheduler.timesteps is not self._timesteps:
-            self._timesteps, self._until = scheduler.timesteps, None
-        scheduled = self._scheduled()
-        order = getattr(scheduler, "order", 1)
-        steps = getattr(scheduler, "num_inference_steps", None) or scheduled
-        # The same difference as in the pipelines' `num_warmup_steps`; a shortened loop keeps it.
-        repeats = max(0, scheduled - steps * order)
-        passes, told = self._passes(), True
-        if passes is None:
-            passes, told = scheduled, False
-        return Timeline(passes, order, repeats, told)
-
-    def _scheduled(self) -> int:
-        """Passes that the scheduler has prepared; in one kind the last timestep is only the end of the last pass."""
-        scheduler = self._pipe.scheduler
-        return len(scheduler.timesteps) - (type(scheduler).__name__ == "SCMScheduler")
-
-    def _passes(self) -> int | None:
-        """Passes of the loop, if the pipeline says how many."""
-        if hasattr(type(self._pipe), "num_timesteps"):
-            # A custom loop may never set what it inherits.
-            told = getattr(self._pipe, "_num_timesteps", None) or getattr(self._pipe, "num_timesteps", None)
-            return self._scheduled() if told is not None and self._is_only_asked(told) else told
-        if self._until is None:
-            self._until = self._cut_off(self._arguments.get("denoising_end")) - self._left_out()
-        return self._until
-
-    def _is_only_asked(self, told: int) -> bool:
-        """Whether the pipeline tells the steps it was asked for, although `timesteps` gives others (ACE-Step)."""
-        given, asked = self._arguments.get("timesteps"), self._arguments.get("num_inference_steps")
-        return given is not None and told == asked != len(given) and "strength" not in self._arguments
-
-    def _left_out(self) -> int:
-        """Timesteps that do not run, because a video is given that is noised in part."""
-        strength, steps = self._arguments.get("strength"), self._arguments.get("num_inference_steps")
-        if strength is None or steps is None:
-            return 0
-        return int(steps - min(int(steps * strength), steps)) * int(getattr(self._pipe.scheduler, "order", 1))
-
-    def _cut_off(self, denoising_end: Any) -> int:
-        """Number of timesteps up to a share of the noise schedule, as SDXL's pipelines cut it off."""
-        timesteps = self._pipe.scheduler.timesteps
-        if not isinstance(denoising_end, float) or not 0 < denoising_end < 1:
-            return self._scheduled()
-        trained = self._pipe.scheduler.config.num_train_timesteps
-        return int((timesteps >= round(trained - denoising_end * trained)).sum())
-
-    @property
-    def has_no_steps(self) -> bool:
-        """Whether the pipeline says that there is no pass of its loop at all (a strength near zero)."""
-        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
-        nothing = timesteps is not None and len(timesteps) == 0
-        return nothing or getattr(self._pipe, "_num_timesteps", None) == 0
-
-    def is_over(self) -> bool:
-        """Whether the scheduler was set up anew since the loop began: another call has started."""
-        return self._pipe.scheduler.timesteps is not self._timesteps
 
     def guided(self) -> bool:
         """Whether the denoiser's batch holds both halves of classifier-free guidance now."""
@@ -186,7 +124,7 @@ class PipelineCall:
         asked = [getattr(self._pipe, f"_{name}", None) for name in names]
         given = [self._arguments.get(name) for name in names]
         # A callback may have set another one, which only those loops see that ask for it.
-        keeps = self.is_diffusers_loop and "guidance_scale" in self._arguments and _keeps_scale(type(self._pipe))
+        keeps = self.is_diffusers_loop and "guidance_scale" in self._arguments and keeps_scale(type(self._pipe))
         scale = next((scale for scale in (given + asked if keeps else asked + given) if scale is not None), None)
         if scale is None:
             raise ValueError(
@@ -288,41 +226,3 @@ class PipelineCall:
         """The step in which this kind of pipeline exchanges its text embeddings (PhotoMaker, ConsistentID)."""
         steps = [self._arguments.get(name) for name in _EXCHANGING]
         return next((step for step in steps if isinstance(step, int)), None)
-
-    def check_timestep(self, timestep: Any, index: int) -> None:
-        """For a custom loop without step callbacks: check that this forward belongs to the pass that is counted."""
-        timesteps = self._pipe.scheduler.timesteps
-        expected = timesteps[index] if index < len(timesteps) else None
-        value = timestep.flatten()[0] if isinstance(timestep, torch.Tensor) and timestep.numel() else timestep
-        if expected is None or value is None or float(value) != float(expected):
-            raise ValueError(
-                f"T-GATE: {self.subject} has a loop of its own without callback_on_step_end, so T-GATE counts the "
-                f"calls of its denoiser: call {index} should be for timestep "
-                f"{None if expected is None else float(expected)}, but is for {None if value is None else float(value)}"
-                ". Call callback_on_step_end in that loop, or call remove_tgate(pipe) to use it."
-            )
-
-
-def _keeps_scale(pipeline_class: Any) -> bool:
-    """Whether a loop of diffusers guides with the scale that it was given, and does not ask the pipeline for it."""
-    # Behind our own call, and those of others.
-    calls = [inspect.unwrap(vars(base)["__call__"]) for base in pipeline_class.__mro__ if "__call__" in vars(base)]
-    codes = [call.__code__ for call in calls if call.__globals__["__name__"].split(".")[0] == "diffusers"]
-    return bool(codes) and _ends_with_variable(codes[0])
-
-
-@functools.cache
-def _ends_with_variable(code: types.CodeType) -> bool:
-    """Whether the last that reads `guidance_scale`, which is the arithmetic of guidance, reads a variable."""
-    kinds = [
-        step.opname
-        for step in dis.get_instructions(code)
-        # Two variables may be loaded at once.
-        if step.opname.startswith("LOAD_") and "guidance_scale" in (step.argval, *_several(step.argval))
-    ]
-    return bool(kinds) and not kinds[-1].startswith("LOAD_ATTR")
-
-
-def _several(names: Any) -> tuple[Any, ...]:
-    """What an instruction with more than one operand names."""
-    return names if isinstance(names, tuple) else ()

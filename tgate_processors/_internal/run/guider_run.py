@@ -11,11 +11,11 @@ from ..attention.state import TGateState
 from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.batch import second_of
 from ..denoiser.inputs import is_another, is_picture
-from ..guidance.predictor import GuidedStepCounter
+from ..guidance.cfg_forms import GuiderCFG
 from ..plan.report import TGateReport
 from ..plan.report_builder import ReportBuilder
 from ..plan.schedule import Phase
-from ..plan.steps import Timeline
+from ..plan.steps import StepCounter, Timeline
 from .call import PipelineCall
 from .messages import warn_exchanged_in_every_step, warn_gate_too_late, warn_no_cfg, warn_nothing_gated
 
@@ -44,18 +44,19 @@ class GuiderRun:
         state (`TGateState`): The settings, and where the report goes.
         call (`PipelineCall`): What messages say of the call.
         forwards (`ForeignForwards`): What its denoisers do when they are called.
-        droppable (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be left out.
+        can_skip_half (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be skipped.
     """
 
     def __init__(
-        self, state: TGateState, call: PipelineCall, forwards: ForeignForwards, *, droppable: bool = True
+        self, state: TGateState, call: PipelineCall, forwards: ForeignForwards, *, can_skip_half: bool = True
     ) -> None:
         self._state = state
         self._call = call
         self._forwards = forwards
-        self._droppable = droppable
+        self._can_skip_half = can_skip_half
+        self._cfg = GuiderCFG(state.schedule)
         self._report_builder = ReportBuilder(is_auto=state.schedule.is_auto)
-        self._loop: GuidedStepCounter | None = None
+        self._loop: StepCounter | None = None
         self._guider: Any = None
         self._half = self._running = False
         self._ever_guided = self._took_over = False
@@ -73,8 +74,7 @@ class GuiderRun:
     @property
     def nbytes(self) -> int:
         """Bytes held in differences of the halves of guidance."""
-        guidance = None if self._loop is None else self._loop.guidance
-        return 0 if guidance is None else guidance.nbytes
+        return self._cfg.nbytes
 
     def halves(self, guider: Any) -> bool:
         """Whether the step that runs now asks this guider for the conditional half alone."""
@@ -107,9 +107,9 @@ class GuiderRun:
         self._running = True
         self._ever_guided = self._ever_guided or guided
         loop.forward()
-        improving = loop.planned().phase is Phase.FIDELITY_IMPROVING
-        may_halve = guided and self._droppable
-        self._half = may_halve and improving and self._knows_guidance(loop)
+        improving = self._phase(loop) is Phase.FIDELITY_IMPROVING
+        may_halve = guided and self._can_skip_half
+        self._half = may_halve and improving and self._knows_guidance()
         self._lost = self._lost or (self._exchanged and may_halve and bool(improving or self._state.schedule.tolerance))
         self._exchanged = False
 
@@ -123,7 +123,9 @@ class GuiderRun:
         own = {name: pair for name, pair in conditions.items() if isinstance(pair, tuple) and name != "hidden_states"}
         before, self._conditions = self._conditions, [*own.values()]
         loop = self._loop
-        if loop is None or loop.guidance is None or not before or loop.planned().phase is Phase.SEMANTICS_PLANNING:
+        if loop is None or not self._state.schedule.predicts or not before:
+            return
+        if self._phase(loop) is Phase.SEMANTICS_PLANNING:
             return
         if is_another(before, self._conditions):
             self.exchange(("text",))
@@ -137,8 +139,8 @@ class GuiderRun:
         Args:
             names (`Collection` of `str`): What pipelines call it.
         """
-        if self._loop is not None and (any(map(is_picture, names)) or (names and self._loop.guidance is not None)):
-            self._loop.begin_guidance()
+        if self._loop is not None and (any(map(is_picture, names)) or (names and self._state.schedule.predicts)):
+            self._restart_guidance(self._loop)
             self._computed, self._exchanged = 0, True
 
     def tick(self, index: int, latents: Any, tensors: dict[str, Any], exchanged: Collection[str]) -> None:
@@ -160,7 +162,7 @@ class GuiderRun:
         """
         loop = self._loop
         assert loop is not None
-        difference = None if loop.guidance is None else loop.guidance.predicted(loop.passes)
+        difference = self._cfg.predict(loop.passes)
         if difference is not None and difference[0].shape != conditional.shape:
             raise ValueError(
                 f"T-GATE: the denoiser's output has the shape {tuple(conditional.shape)} in step {loop.step_index}, "
@@ -181,11 +183,11 @@ class GuiderRun:
         loop = self._loop
         self._forwards.after(len(halves[0]))
         self._computed += 1
-        if loop is None or loop.guidance is None or not (self._droppable and loop.may_halve):
+        if loop is None or not (self._can_skip_half and loop.has_half_steps):
             return
-        loop.guidance.note(loop.passes, [halves], 1, scale)
-        if loop.guidance.error is not None:
-            self._report_builder.measured(loop.step_index, loop.guidance.error)
+        self._cfg.record(loop.passes, [halves], 1, scale)
+        if self._cfg.error is not None:
+            self._report_builder.measured(loop.step_index, self._cfg.error)
 
     def end_step(self, *, guided: bool) -> None:
         """
@@ -206,18 +208,20 @@ class GuiderRun:
         # Where a step is two passes (Heun), guiders are told of passes, and guide in none beyond the number of steps.
         half, step, counts = self._half, loop.step_index, not loop.over
         self._running = self._half = False
-        loop.tick(full=not half)
+        if loop.tick(full=not half, error=self._cfg.error):
+            self._cfg.error = None
         if loop.over:
-            loop.begin_guidance()
+            self._restart_guidance(loop)
         if counts:
             self._report_builder.add(loop, step, half=half, did=_NO_LAYERS, held=self.nbytes)
-        if guided and self._droppable:
+        if guided and self._can_skip_half:
             warn_gate_too_late(self._state, self._call, loop, gates_cross=False)
 
     def close(self, *, completed: bool = True) -> None:
         """The call has ended, however it ended: hold nothing, leave the report."""
         self._state.report = report = self._report_builder.report
         self._loop = self._guider = None
+        self._cfg.release()
         self._conditions = []
         if completed and self._lost and not (report.half_batch_forwards or report.prediction_errors):
             warn_exchanged_in_every_step(self._state, self._call)
@@ -226,24 +230,34 @@ class GuiderRun:
         elif completed and not self._ever_guided:
             warn_no_cfg(self._state, self._call, gates_cross=False, joint=True)
 
-    def _begin_loop(self, steps: int) -> GuidedStepCounter:
+    def _begin_loop(self, steps: int) -> StepCounter:
         """A loop begins, the first one of the call or another."""
         if self._loop is not None and not self._running:
             self._report_builder.end_loop(self._loop)
         self._guider = None
         self._forwards.begin()
-        self._loop = loop = GuidedStepCounter(self._state.schedule, Timeline(steps))
+        self._loop = loop = StepCounter(self._state.schedule, Timeline(steps))
+        self._cfg.begin()
         return loop
 
-    def _take_over(self, guider: Any, loop: GuidedStepCounter) -> None:
+    def _restart_guidance(self, loop: StepCounter) -> None:
+        """What is known of guidance holds no more."""
+        loop.restart_controller()
+        self._cfg.begin()
+
+    def _phase(self, loop: StepCounter) -> Phase:
+        """The phase of the step that runs now."""
+        return loop.current_plan(has_history=self._cfg.has_history).phase
+
+    def _take_over(self, guider: Any, loop: StepCounter) -> None:
         """Another guider comes with another denoiser, whose guidance is not known yet."""
         self._took_over = self._guider is not None
         if self._took_over:
-            loop.begin_guidance()
+            self._restart_guidance(loop)
         self._guider, self._computed = guider, 0
 
-    def _knows_guidance(self, loop: GuidedStepCounter) -> bool:
+    def _knows_guidance(self) -> bool:
         """Whether enough is known to leave a half out; a guider that takes over begins with full steps."""
-        if self._took_over and loop.guidance is not None:
-            return loop.guidance.judges
+        if self._took_over and self._state.schedule.predicts:
+            return self._cfg.has_history
         return self._computed > 0

@@ -1,48 +1,120 @@
-"""Warnings of a run, each given once: what is left alone, what comes too late, what did not happen."""
+"""What a run says: each warning once, of what is left alone, what comes too late and what did not happen."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..attention.state import TGateState
 from ..denoiser.inputs import is_another
-from ..guidance.predictor import GuidedStepCounter
 from ..logs import logger
-from ..plan.schedule import Phase
+from ..plan.forward_plan import ForwardContext
+from ..plan.report import TGateReport
+from ..plan.schedule import Action, Phase, StepPlan
+from ..plan.steps import StepCounter
 from .call import PipelineCall
 
 
 class PromptEmbedsWatcher:
-    """
-    The text embeddings of a run, watched when what is reused was made with them.
+    """The text embeddings of a run, watched when what is reused was made with them."""
 
-    Args:
-        state (`TGateState`): What the gates of the pipeline share.
-    """
-
-    def __init__(self, state: TGateState) -> None:
-        self._state = state
+    def __init__(self) -> None:
         self._before: Any = None
 
-    def is_exchanged(self, text: Any, loop: GuidedStepCounter, *, at_gate: bool) -> bool:
+    def is_exchanged(self, text: Any, phase: Callable[[], Phase], *, at_gate: bool) -> bool:
         """
         Whether embeddings are not those of the step before, in a step that is to reuse something.
 
         Args:
             text (`torch.Tensor` or a list): The embeddings.
-            loop (`GuidedStepCounter`): The loop.
-            at_gate (`bool`): Whether to look in steps that keep something, too.
+            phase (`Callable`): Gives the phase of the step.
+            at_gate (`bool`): Whether to look in steps that cache something, too.
         """
         before, self._before = self._before, text
         # With another batch it is guidance that was switched, and not the prompt.
         if before is None or text is None or before is text or len(before) != len(text):
             return False
-        phase = loop.planned().phase
-        watched = phase is Phase.FIDELITY_IMPROVING or (at_gate and phase is Phase.GATE)
+        now = phase()
+        watched = now is Phase.FIDELITY_IMPROVING or (at_gate and now is Phase.GATE)
         return watched and is_another(before, text)
 
-    def say(self, loop: GuidedStepCounter) -> None:
-        """Warn once that new ones have no effect."""
+
+class RunWarnings:
+    """
+    The warnings of a run, and what is to be known for those that come at its end.
+
+    Args:
+        state (`TGateState`): What the gates of the pipeline share, and what has been said of it.
+        call (`PipelineCall`): What the pipeline reports.
+        gates_cross (`bool`): Whether cross-attention is gated.
+        joint (`bool`): Whether the family has joint attention.
+
+    Attributes:
+        text (`PromptEmbedsWatcher`): The text embeddings.
+    """
+
+    def __init__(self, state: TGateState, call: PipelineCall, *, gates_cross: bool, joint: bool) -> None:
+        self.text = PromptEmbedsWatcher()
+        self._state = state
+        self._call = call
+        self._gates_cross = gates_cross
+        self._joint = joint
+        # Whether any step was to reuse something, was full only because of an exchange, and had layers without a gate.
+        self._expects_reuse = self._lost_reuse = self._has_ungated = False
+
+    def planned(self, step: StepPlan, context: ForwardContext) -> None:
+        """A step is planned; note what would make its not happening worth a word."""
+        reuses = self._gates_cross and step.cross_attention is Action.REUSE
+        self._expects_reuse = self._expects_reuse or reuses or step.self_attention is Action.REUSE
+        if context.begins_afresh:
+            may_skip = step.phase is Phase.FIDELITY_IMPROVING or bool(self._state.schedule.tolerance)
+            self._lost_reuse = self._lost_reuse or reuses or (context.splits_guidance and may_skip)
+
+    def close(self, report: TGateReport, *, completed: bool) -> None:
+        """The call has ended: say what did not happen in it."""
+        self.text = PromptEmbedsWatcher()
+        reused = report.cross_attention_reused + report.self_attention_reused
+        too_little = report.cross_attention_layers > report.kept_layers == 0
+        gated = reused or report.half_batch_forwards or report.prediction_errors
+        ran = report.num_inference_steps > 0
+        expected = self._expects_reuse or not (ran or self._call.timesteps.has_no_steps)
+        if completed and self._lost_reuse and not gated:
+            warn_exchanged_in_every_step(self._state, self._call)
+        elif completed and expected and not (reused or too_little):
+            halved, left_alone = report.half_batch_forwards > 0, self._has_ungated
+            warn_nothing_gated(self._call, steps_seen=ran, halved=halved, left_alone=left_alone)
+
+    def ungated(self, names: Sequence[str]) -> None:
+        """Layers without a gate leave the batch whole; their names, if that is news."""
+        self._has_ungated = True
+        if names:
+            warn_ungated_processors(self._state, self._call, names)
+
+    def no_cfg(self) -> None:
+        """The loop begins: say so if nothing can be gated in it, because guidance is off."""
+        schedule = self._state.schedule
+        intervals = max(schedule.sp_interval, schedule.fi_interval) > 1
+        needs_guidance = schedule.is_auto or not (self._gates_cross or intervals)
+        if needs_guidance and not self._call.guides():
+            warn_no_cfg(self._state, self._call, gates_cross=self._gates_cross, joint=self._joint)
+
+    def gate_too_late(self, loop: StepCounter) -> None:
+        """The first step has ended: say what the settings make impossible."""
+        warn_gate_too_late(self._state, self._call, loop, gates_cross=self._gates_cross)
+
+    def cache_owns_cfg(self) -> None:
+        """Another one has the guidance."""
+        if self._call.guided() and self._state.warn_once("guidance stays"):
+            logger.warning(
+                "T-GATE: FasterCache leaves out half of the guidance of %s itself, and T-GATE leaves that to it: %s.",
+                self._call.subject,
+                "cross-attention alone stops after the gate"
+                if self._gates_cross
+                else "guidance alone is gated, so nothing is",
+            )
+
+    def text_exchanged(self, loop: StepCounter) -> None:
+        """New text embeddings have no effect."""
         if self._state.warn_once("exchanged"):
             logger.warning(
                 "T-GATE: the text embeddings were exchanged in step %s, after the gate: cross-attention still "
@@ -51,12 +123,19 @@ class PromptEmbedsWatcher:
                 loop.gate_step,
             )
 
-    def forget(self) -> None:
-        """The call has ended."""
-        self._before = None
+    def budget_too_small(self, least: int) -> None:
+        """No layer keeps anything, because the budget is too small."""
+        if self._state.warn_once("nothing fits"):
+            logger.warning(
+                "T-GATE: max_memory=%s is too little to keep any cross-attention of this call of %s: the first layer "
+                "needs %s bytes. All of it is computed in every step.",
+                self._state.max_memory,
+                self._call.subject,
+                least,
+            )
 
 
-def warn_gate_too_late(state: TGateState, call: PipelineCall, loop: GuidedStepCounter, *, gates_cross: bool) -> None:
+def warn_gate_too_late(state: TGateState, call: PipelineCall, loop: StepCounter, *, gates_cross: bool) -> None:
     """Warn once of what the settings make impossible."""
     gate, steps = loop.gate_step, loop.timeline.steps
     stays = ["cross-attention is always computed"] if gates_cross else []
@@ -109,19 +188,7 @@ def warn_no_cfg(state: TGateState, call: PipelineCall, *, gates_cross: bool, joi
         )
 
 
-def warn_budget_too_small(state: TGateState, call: PipelineCall, least: int) -> None:
-    """Warn once that no layer keeps anything, because the budget is too small."""
-    if state.warn_once("nothing fits"):
-        logger.warning(
-            "T-GATE: max_memory=%s is too little to keep any cross-attention of this call of %s: the first layer needs "
-            "%s bytes. All of it is computed in every step.",
-            state.max_memory,
-            call.subject,
-            least,
-        )
-
-
-def warn_ungated_processors(state: TGateState, call: PipelineCall, names: list[str]) -> None:
+def warn_ungated_processors(state: TGateState, call: PipelineCall, names: Sequence[str]) -> None:
     """Warn once that layers without a gate leave the batch whole."""
     if state.warn_once("left alone"):
         logger.warning(
@@ -134,16 +201,6 @@ def warn_ungated_processors(state: TGateState, call: PipelineCall, names: list[s
         )
 
 
-def warn_cache_owns_cfg(state: TGateState, call: PipelineCall, *, gates_cross: bool) -> None:
-    """Warn once that another one has the guidance."""
-    if call.guided() and state.warn_once("guidance stays"):
-        logger.warning(
-            "T-GATE: FasterCache leaves out half of the guidance of %s itself, and T-GATE leaves that to it: %s.",
-            call.subject,
-            "cross-attention alone stops after the gate" if gates_cross else "guidance alone is gated, so nothing is",
-        )
-
-
 def warn_nothing_gated(call: PipelineCall, *, steps_seen: bool, halved: bool = False, left_alone: bool = False) -> None:
     """Warn of a call in which no layer reused anything, where it should have."""
     what = "no attention layer reused anything" if halved else "nothing was gated"
@@ -152,3 +209,14 @@ def warn_nothing_gated(call: PipelineCall, *, steps_seen: bool, halved: bool = F
         why = "its attention processors are left alone"
     stands = "Guidance alone was gated." if halved else "The picture is that without T-GATE."
     logger.warning("T-GATE: %s in this call of %s: %s. %s", what, call.subject, why, stands)
+
+
+def raise_uncached_layers(layers: Sequence[str], what: str) -> None:
+    """Refuse cross-attention layers that go their own way while a half is left out."""
+    if layers:
+        raise ValueError(
+            f"T-GATE: {len(layers)} cross-attention layers, {layers[0].removesuffix('.processor')} among them, "
+            f"{what}. Their processors are not called: was `Attention.forward` replaced (Prompt-to-Prompt, "
+            "MasaCtrl), or are they skipped by another cache? Undo that, or call remove_tgate(pipe) to use this "
+            "pipeline."
+        )

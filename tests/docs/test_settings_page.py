@@ -1,0 +1,132 @@
+"""The page "Which setting": its lines can be pasted, and its figures are what `estimate_cost` counts."""
+
+import functools
+import json
+import re
+
+import diffusers
+import pytest
+import torch
+
+from tests.support.paths import ROOT
+from tests.zoo.addons import HOSTS_BY_NAME
+from tests.zoo.core import CASES, slow
+from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report
+
+PAGE = (ROOT / "docs/settings.md").read_text().replace("\N{GREEK SMALL LETTER ALPHA}", "alpha")
+PAGE = PAGE.replace("\N{MULTIPLICATION SIGN}", "x")
+CONFIGS = {"SD-1.5": "sd15", "SDXL": "sdxl", "PixArt-alpha": "pixart_alpha", "LCM-SDXL": "lcm_sdxl"}
+GUIDED = ["SD-1.5", "SDXL", "PixArt-alpha"]
+TINY = {case.name: case for case in CASES} | HOSTS_BY_NAME
+# For a row, by how its first cell begins.
+PIPELINES = {
+    "SD-1.5": "sd",
+    "SDXL": "sdxl",
+    "PixArt-alpha": "pixart_alpha",
+    "Stable Video Diffusion": "svd",
+    "AnimateDiff": "animatediff",
+    "LCM-SDXL": "lcm_sdxl",
+    "LCM with PixArt-alpha": "lcm_pixart",
+}
+
+
+def table(heading):
+    """The cells of the tables of a section, by the first one."""
+    section = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", PAGE, flags=re.DOTALL | re.MULTILINE)[1]
+    lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*$", section, re.M)]
+    return {line[0]: line[1:] for line in lines if set(line[0]) != {"-"}}
+
+
+BY_MODEL = {name: cells for name, cells in table("By model").items() if name != "you have"}
+PUBLISHED = {name: cells for name, cells in table("The published method").items() if name != "you have"}
+
+
+@functools.cache
+def denoiser(name):
+    """The denoiser of a row, without weights."""
+    with torch.device("meta"):
+        if name.startswith("Stable Video Diffusion"):
+            # diffusers' defaults are its configuration.
+            return diffusers.UNetSpatioTemporalConditionModel(sample_size=96)
+        if name.startswith("AnimateDiff"):
+            return diffusers.UNetMotionModel.from_unet2d(denoiser("SD-1.5"), diffusers.MotionAdapter())
+        config = CONFIGS[name.removeprefix("LCM with ").split(",")[0]]
+        config = json.loads((ROOT / f"examples/configs/{config}.json").read_text())
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def count(name, line, steps=25, **settings):
+    """What a line costs, counted at the size that its row names."""
+    size = re.search(r"(\d+) x (\d+)", name)
+    frames = re.search(r"(\d+) frames", name)
+    settings |= {"width": int(size[1]), "height": int(size[2])} if size else {}
+    settings |= {"num_frames": int(frames[1])} if frames else {}
+    if name.startswith("LCM with"):
+        settings["guidance"] = False
+    schedule = eval(line, {"apply_tgate": schedule_of, "pipe": None})
+    return estimate_cost(denoiser(name), schedule, steps, dtype=torch.float16, **settings)
+
+
+def schedule_of(pipe, gate_step="auto", **settings):
+    """In the place of `apply_tgate`."""
+    return TGateSchedule(gate_step, **settings)
+
+
+def by_name(names):
+    """Parameters: names of rows, those of the large denoisers in the slow session only."""
+    return [name if name.startswith(("SD-1.5", "PixArt")) else slow(name) for name in names]
+
+
+def bound(cost):
+    return f"{cost.speedup_bound:.2f}"
+
+
+def mebibytes(cost):
+    return f"{cost.report.peak_bytes / 2**20:.0f}"
+
+
+def steps_of(name):
+    return 4 if name.startswith("LCM") else 25
+
+
+@pytest.mark.parametrize(("name", "cells"), [*BY_MODEL.items(), *PUBLISHED.items()])
+def test_a_line_can_be_pasted(name, cells):
+    case = TINY[PIPELINES[max((begin for begin in PIPELINES if name.startswith(begin)), key=len)]]
+    pipe = case.build()
+    eval(cells[0], {"apply_tgate": apply_tgate, "pipe": pipe})
+    case.run(pipe, num_inference_steps=steps_of(name))
+    report = get_tgate_report(pipe)
+    assert report.num_inference_steps == steps_of(name)
+    # Where the run decides, one with random weights may have good reason to stay full.
+    assert report.cross_attention_reused or "gate_step" not in cells[0]
+
+
+@pytest.mark.parametrize("name", by_name(BY_MODEL))
+def test_ceiling_and_memory_of_a_model(name):
+    line, ceiling, memory = BY_MODEL[name]
+    cost = count(name, line, steps_of(name))
+    assert ceiling == bound(cost)
+    assert memory.split(" MiB")[0] == mebibytes(cost)
+
+
+@pytest.mark.parametrize("name", by_name(PUBLISHED))
+def test_ceiling_of_the_published_method(name):
+    line, ceiling, _ = PUBLISHED[name]
+    assert ceiling == bound(count(name, line))
+
+
+@pytest.mark.parametrize("name", by_name(GUIDED))
+def test_limit_and_memory_by_pictures(name):
+    limits = table("How much faster it can get")["speed-up below"]
+    one = count(name, "apply_tgate(pipe)")
+    assert limits[GUIDED.index(name)] == f"{2 * one.full.total / one.without_cross_attention.total:.2f}"
+    (row,) = (cells for first, cells in table("How much memory it takes").items() if first.startswith(name))
+    assert row == [f"{mebibytes(count(name, 'apply_tgate(pipe)', batch_size=number))} MiB" for number in (1, 4, 8)]
+
+
+@pytest.mark.slow
+def test_ceiling_by_steps():
+    section = table("How much faster it can get")
+    costs = [count("SDXL", "apply_tgate(pipe)", int(steps)) for steps in section["steps"]]
+    assert section["full steps at least"] == [f"{cost.report.full_batch_forwards}" for cost in costs]
+    assert section["speed-up at most"] == [bound(cost) for cost in costs]

@@ -1,0 +1,107 @@
+"""The scripts to copy: each is run as it stands, with a tiny pipeline in the place of its model."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+
+from tests.support.paths import ROOT
+from tests.support.testbeds import NEEDS_WAN
+from tests.zoo.cross_attention import IS_OLD, SHAPES
+from tests.zoo.joint import flux
+from tests.zoo.modular import save_sdxl
+from tgate_processors import is_tgate_applied
+
+EXAMPLES = ROOT / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("[!_]*.py"))
+# On a CPU, and as small as the pipelines that stand for the models.
+SMALL = {
+    '"cuda"': '"cpu"',
+    "torch.float16": "torch.float32",
+    "torch.bfloat16": "torch.float32",
+    ', variant="fp16"': "",
+    "height=1024, width=1024": "height=32, width=32",
+    '"height": 480, "width": 832, "num_frames": 81': '"height": 32, "width": 32, "num_frames": 5',
+}
+
+
+def save_flux(folder):
+    """Save a pipeline with both of its text encoders."""
+    clip, t5 = CLIPTokenizer.from_pretrained(SHAPES / "tokenizer"), SHAPES.with_name("shapes-pixart") / "tokenizer"
+    words = AutoTokenizer.from_pretrained(t5)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    torch.manual_seed(0)
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(clip), **sizes))
+    sizes = {"num_layers": 1, "num_heads": 1, "d_kv": 4, "d_ff": 4, "vocab_size": len(words)}
+    long_text = T5EncoderModel(T5Config(d_model=8, **sizes))
+    flux(tokenizer=clip, text_encoder=text, tokenizer_2=words, text_encoder_2=long_text).save_pretrained(folder)
+
+
+def same(name):
+    return lambda folder: folder.symlink_to(EXAMPLES / "models" / name)
+
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+STANDS_FOR = {
+    "sdxl": (SDXL, save_sdxl, ["sdxl.png"]),
+    "flux": ("black-forest-labs/FLUX.1-dev", save_flux, ["flux.png"]),
+    "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", same("shapes-wan"), ["wan.gif"]),
+    "deepcache": ("stable-diffusion-v1-5/stable-diffusion-v1-5", same("shapes-sd"), ["deepcache.png"]),
+    "server": (SDXL, save_sdxl, ["request-0.png", "request-1.png"]),
+}
+MARKS = {
+    "wan": (NEEDS_WAN, pytest.mark.slow),
+    "flux": pytest.mark.skipif(IS_OLD, reason="this diffusers cannot guide FLUX by two calls"),
+}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    def run(name):
+        """Run a script, and give what it has named."""
+        model, save, pictures = STANDS_FOR[name]
+        code = (EXAMPLES / f"{name}.py").read_text()
+        assert f'MODEL = "{model}"' in code
+        save(tmp_path / "model")
+        for real, small in {model: str(tmp_path / "model"), **SMALL}.items():
+            code = code.replace(real, small)
+        monkeypatch.chdir(tmp_path)
+        namespace = {}
+        exec(compile(code, f"{name}.py", "exec"), namespace)
+        assert {*tmp_path.iterdir()} == {tmp_path / each for each in ("model", *pictures)}
+        for picture in pictures:
+            with Image.open(picture) as image:
+                assert image.getextrema() != ((0, 0),) * 3
+        return namespace
+
+    return run
+
+
+# As under `python -W error`.
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in STANDS_FOR])
+def test_a_script_draws_with_half_steps(name, run, capsys):
+    namespace = run(name)
+    pipe = namespace["pipe"]
+    if name == "server":
+        # Requests leave the scheduler of the others alone.
+        assert pipe.scheduler.num_inference_steps is None
+        # Nothing is printed: one more request, looked at.
+        rows = []
+        pipe.unet.conv_in.register_forward_hook(lambda layer, args, output: rows.append(len(output)))
+        namespace["answer"]("a ship")
+        assert {*rows} == {1, 2}
+    else:
+        (half,) = re.findall(r"(\d+) ran on half the batch", capsys.readouterr().out)
+        assert int(half) > 0
+    assert is_tgate_applied(pipe) == (name != "sdxl")
+
+
+def test_scripts_to_copy_are_short():
+    assert {script.stem for script in SCRIPTS} == {*STANDS_FOR, "quickstart"}
+    for name in STANDS_FOR:
+        lines = (EXAMPLES / f"{name}.py").read_text().splitlines()
+        assert len(lines) <= 25
+        assert f"`python examples/{name}.py`" in lines[0]

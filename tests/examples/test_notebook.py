@@ -1,0 +1,39 @@
+"""The notebook runs from top to bottom, and git holds no outputs of it."""
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.support.paths import ROOT
+
+FILE = ROOT / "examples" / "tgate.ipynb"
+
+
+def test_no_outputs_are_stored():
+    notebook = nbformat.read(FILE, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # The tensors are small: threads that wait for a busy core would take longer than they save.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(FILE, as_version=4)
+    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(FILE.parent)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "s without, " in printed
+    assert "tolerance=0.6: full steps" in printed
+    assert " none " in printed
+
+
+def test_the_page_shows_the_cells_of_the_notebook():
+    page = (ROOT / "docs" / "notebook.md").read_text()
+    for cell in nbformat.read(FILE, as_version=4).cells:
+        assert cell.source.replace("\n\n\n", "\n\n") in page.replace("\n\n\n", "\n\n")

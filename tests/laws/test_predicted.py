@@ -1,0 +1,702 @@
+"""Guidance after the gate: predicted in half steps, computed again in full ones."""
+
+import copy
+import gc
+import logging
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from tests.integration.test_compile import compile_in_place, exchange_for_compiled
+from tests.integration.test_offload_and_casting import (
+    group_offload_by_leaves,
+    layerwise_casting,
+    model_offload,
+    sequential_offload,
+    skip_if_missing,
+)
+from tests.laws.test_counts import count
+from tests.laws.test_laws import distance
+from tests.laws.test_overhead import operations
+from tests.support.custom_loops import Loop, built
+from tests.support.prediction import errors_of
+from tests.unit.measure.test_cost import sizes, taken
+from tests.zoo.addons import HOSTS, HOSTS_BY_NAME
+from tests.zoo.core import BY_NAME, GUIDED, STEPS, Case, rows, slow, thorough, with_scheduler
+from tgate_processors import (
+    TGateAttnProcessor,
+    TGateCallback,
+    TGateSchedule,
+    apply_tgate,
+    estimate_cost,
+    get_tgate_report,
+    remove_tgate,
+)
+from tgate_processors._internal.families import attention_modules
+from tgate_processors._internal.plan.validation import DEFAULT_TOLERANCE
+
+FIXED = {"gate_step": 2, "guidance": "predict", "cfg_interval": 2}
+AUTO = {"gate_step": "auto"}
+# Tiny pipelines with random weights predict badly: this accepts whatever comes.
+PATIENT = {**AUTO, "tolerance": 1e6}
+EVERY = [{"gate_step": 3, "guidance": "predict", "cfg_interval": 1}, {**AUTO, "tolerance": 0}]
+# The families once each; their other pipelines take long.
+QUICK = {"sd", "pixart_alpha", "svd", "sd_controlnet"}
+guided = pytest.mark.parametrize("case", rows(GUIDED, {case.name for case in GUIDED} - QUICK))
+families = pytest.mark.parametrize(
+    "case", rows([case for case in GUIDED if case.name in QUICK | {"sdxl", "pixart_sigma"}], {"sdxl", "pixart_sigma"})
+)
+SOME = pytest.mark.parametrize("name", ["sd", "pixart_alpha", "svd", *map(slow, ("sdxl", "sd_controlnet"))])
+
+
+def full_steps(steps, settings):
+    """The full steps, written out once more."""
+    if settings["gate_step"] == "auto":
+        return tuple(step for step in (0, 1, 2, 4, 7, 11) if step < steps)
+    gate, interval = settings["gate_step"], settings["cfg_interval"]
+    return tuple(step for step in range(steps) if step < gate or (step - gate + 1) % interval == 0)
+
+
+@guided
+@pytest.mark.parametrize("settings", EVERY, ids=["interval", "tolerance"])
+def test_with_every_step_a_full_one_no_bit_changes(case: Case, settings):
+    pipe = case.build()
+    baseline = case.plain()
+    apply_tgate(pipe, **settings)
+    assert torch.equal(case.run(pipe), baseline)
+    report = get_tgate_report(pipe)
+    assert report.full_steps == tuple(range(report.num_inference_steps))
+    assert report.half_batch_forwards == report.cross_attention_reused == 0
+
+
+@families
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_full_steps_compute_everything_and_half_steps_one_half(case: Case, settings):
+    pipe = apply_tgate(case.build(), **settings)
+    seen = count(pipe, case)
+    case.run(pipe, [0, 1], num_inference_steps=9)
+    report = get_tgate_report(pipe)
+    steps = range(report.num_inference_steps)
+    full = full_steps(len(steps), settings)
+    assert report.full_steps == full
+    assert report.half_batch_forwards == len(steps) - len(full)
+    rows = seen.pop("denoiser")
+    assert rows == [rows[0] // (1 if step in full else 2) for step in steps]
+    for name, batches in seen.items():
+        ran = [step for step in steps if step in full or not name.endswith("attn2")]
+        assert batches == [batches[0] // (1 if step in full else 2) for step in ran], name
+
+
+@guided
+@pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "cfg_half": "unconditional"}], ids=str)
+def test_the_halves_of_a_half_step_differ_by_the_prediction(case: Case, settings):
+    pipe = apply_tgate(case.build(), **settings)
+    outputs, kept, reused = [], {}, []
+    ours = 0 if settings.get("cfg_half") == "unconditional" else 1
+
+    def watch(name):
+        def hook(module, args, output):
+            if len(output) == kept.get(name, output).shape[0]:
+                kept[name] = output
+            else:
+                # A half step reuses the half that goes on.
+                reused.append(torch.equal(output, kept[name].chunk(2)[ours]))
+
+        return hook
+
+    denoiser = getattr(pipe, case.denoiser)
+    for name, layer in attention_modules(denoiser).items():
+        if "attn2" in name:
+            layer.register_forward_hook(watch(name))
+    denoiser.register_forward_hook(lambda module, args, output: outputs.append(output[0].clone()))
+    case.run(pipe)
+    report = get_tgate_report(pipe)
+    assert len(reused) == len(kept) * report.half_batch_forwards > 0
+    assert all(reused)
+    scale = pipe._guidance_scale if case.video else case.guidance
+    # The other channels are a variance.
+    channels = 4 if case.denoiser == "transformer" else None
+    errors = errors_of(outputs, report.full_steps, channels, scale, judged=settings is PATIENT)
+    assert list(report.prediction_errors) == errors
+
+
+@families
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_two_calls_agree_and_removal_gives_the_plain_picture_back(case: Case, settings):
+    pipe = case.build()
+    baseline = case.plain()
+    apply_tgate(pipe, **settings)
+    first = case.run(pipe)
+    report = get_tgate_report(pipe)
+    assert torch.equal(case.run(pipe), first)
+    assert get_tgate_report(pipe) == report
+    assert not torch.equal(first, baseline)
+    assert torch.equal(case.run(remove_tgate(pipe)), baseline)
+
+
+@families
+def test_a_batch_of_two_prompts_equals_two_singles(case: Case):
+    pipe = case.build()
+
+    def deviation():
+        return distance(case.run(pipe, [0, 1]), torch.cat([case.run(pipe, [0]), case.run(pipe, [1])]))
+
+    rounding = deviation()
+    apply_tgate(pipe, **FIXED)
+    # A prediction passes a difference on five times as large, as guidance does.
+    assert deviation() < 5e-5 + 5 * rounding
+
+
+@SOME
+def test_the_picture_that_is_off_most_decides_for_the_batch(name):
+    case = BY_NAME[name]
+    pipe = apply_tgate(case.build(), **PATIENT)
+    errors = []
+    for prompts in ([0], [1], [0, 1]):
+        case.run(pipe, prompts)
+        # The first is measured before anything was predicted.
+        errors.append(get_tgate_report(pipe).prediction_errors[0][1])
+    assert errors[2] == pytest.approx(max(errors[:2]), rel=1e-3)
+    assert errors[0] != pytest.approx(errors[1], rel=1e-3)
+
+
+@SOME
+def test_a_tolerance_between_the_errors_of_two_runs_tells_them_apart(name):
+    case = BY_NAME[name]
+    pipe = apply_tgate(case.build(), **PATIENT)
+    case.run(pipe)
+    ((step, error), *_) = get_tgate_report(pipe).prediction_errors
+    assert step == 2
+    case.run(apply_tgate(pipe, "auto", tolerance=error * 1.01))
+    assert 3 not in get_tgate_report(pipe).full_steps
+    case.run(apply_tgate(pipe, "auto", tolerance=error * 0.99))
+    assert get_tgate_report(pipe).full_steps[:4] == (0, 1, 2, 3)
+
+
+@SOME
+def test_predicting_is_nearer_to_the_plain_picture_than_dropping(name):
+    case = BY_NAME[name]
+    pipe = case.build()
+    baseline = case.plain()
+    dropped = distance(case.run(apply_tgate(pipe, 3)), baseline)
+    predicted = distance(case.run(apply_tgate(pipe, 3, guidance="predict", cfg_interval=2)), baseline)
+    assert predicted < dropped
+
+
+@families
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_what_is_held_is_one_half_of_cross_attention_and_two_differences(case: Case, settings):
+    pipe = apply_tgate(case.build(), **settings)
+    state = vars(pipe)["_tgate"].state
+    sizes, differences = {}, []
+    denoiser = getattr(pipe, case.denoiser)
+    for name, module in attention_modules(denoiser).items():
+        if "attn2" in name:
+            module.register_forward_hook(lambda module, args, output, name=name: sizes.setdefault(name, output.nbytes))
+    denoiser.register_forward_hook(
+        lambda module, args, output: differences.append(output[0].nbytes // (4 if case.denoiser != "unet" else 2))
+    )
+    held = []
+    denoiser.register_forward_hook(
+        lambda module, args, output: held.extend(kept.tensor for kept in state.current().kept.values())
+    )
+    case.run(pipe)
+    assert get_tgate_report(pipe).peak_bytes == sum(sizes.values()) // 2 + 2 * differences[0]
+    # None is a part of a larger tensor, which would be held with it.
+    assert held
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in held)
+    held.clear()
+    gc.collect()
+    assert state.nbytes == 0
+
+
+class Stop(RuntimeError):
+    """Not an error of diffusers'."""
+
+
+@pytest.mark.parametrize("forward", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("name", ["sd", "pixart_alpha"])
+def test_a_run_that_breaks_leaves_nothing(name, forward):
+    case = BY_NAME[name]
+    pipe = case.build()
+    baseline = case.plain()
+    expected = case.run(apply_tgate(pipe, **PATIENT))
+    layer = [module for key, module in attention_modules(getattr(pipe, case.denoiser)).items() if "attn1" in key][-1]
+    calls, runs = [], []
+
+    def fail(module, args):
+        calls.append(1)
+        runs.append(vars(pipe)["_tgate"].state.current())
+        if len(calls) == forward:
+            raise Stop
+
+    handle = layer.to_q.register_forward_pre_hook(fail)
+    with pytest.raises(Stop):
+        case.run(pipe)
+    handle.remove()
+    assert runs[-1].nbytes == 0
+    assert vars(pipe)["_tgate"].state.nbytes == 0
+    assert torch.equal(case.run(pipe), expected)
+    assert torch.equal(case.run(remove_tgate(pipe)), baseline)
+
+
+@pytest.mark.parametrize("name", ["lcm", "lcm_sdxl", "lcm_pixart", "sd", "svd"])
+def test_without_guidance_there_is_nothing_to_predict(name, caplog):
+    case = BY_NAME[name]
+    scale = {} if case not in GUIDED else {"guidance_scale": 1.0}
+    pipe = case.build()
+    baseline = case.run(pipe, **scale)
+    dropped = case.run(apply_tgate(pipe, 3), **scale)
+    assert torch.equal(case.run(apply_tgate(pipe, 3, guidance="predict"), **scale), dropped)
+    case.run(apply_tgate(pipe, **FIXED), **scale)
+    assert get_tgate_report(pipe).cross_attention_computed == len(full_steps(STEPS, FIXED))
+    assert get_tgate_report(pipe).half_batch_forwards == 0
+    apply_tgate(pipe, **AUTO)
+    caplog.clear()
+    for _ in range(2):
+        assert torch.equal(case.run(pipe, **scale), baseline)
+    (message,) = [record.message for record in caplog.records if "tgate" in record.name]
+    assert message.startswith('T-GATE: gate_step="auto" is set by the error of predicted guidance, and this call of ')
+
+
+def switch_guidance_off_in(step):
+    def callback(pipe, index, timestep, tensors):
+        if index == step - 1:
+            pipe._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+
+
+@pytest.mark.parametrize("step", [2, 4, *map(slow, (3, 5))])
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_guidance_that_a_callback_switches_off(step, settings, caplog):
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    baseline = case.run(pipe, **switch_guidance_off_in(step))
+    apply_tgate(pipe, **settings)
+    assert case.run(pipe, **switch_guidance_off_in(step)).isfinite().all()
+    # Up to there it was gated as ever.
+    assert not [record for record in caplog.records if "tgate" in record.name]
+    # With everything full up to there, what comes after is the same but for reused cross-attention.
+    apply_tgate(pipe, **EVERY[0])
+    assert torch.equal(case.run(pipe, **switch_guidance_off_in(step)), baseline)
+    apply_tgate(pipe, **EVERY[1])
+    assert torch.equal(case.run(pipe, **switch_guidance_off_in(step)), baseline)
+
+
+def test_latents_of_another_size_begin_anew():
+    case = BY_NAME["sd"]
+
+    def callback(pipe, index, timestep, tensors):
+        if index == 3:
+            tensors["latents"] = torch.nn.functional.interpolate(tensors["latents"], scale_factor=2)
+        return tensors
+
+    pipe = apply_tgate(case.build(), **PATIENT)
+    batches = count(pipe, case)["denoiser"]
+    case.run(pipe, callback_on_step_end=callback)
+    # The size changes after step 3: the step after is full, and so are those until two differences are known.
+    assert get_tgate_report(pipe).full_steps == (0, 1, 2, 4, 5)
+    assert batches == [2, 2, 2, 1, 2, 2]
+
+
+class Inverting(Loop):
+    """Runs the denoiser before its loop, as inversions do."""
+
+    def before_loop(self, x, texts, pooled):
+        for t in self.scheduler.timesteps.flip(0)[:4]:
+            self.denoise(torch.cat([x, x]), t, torch.cat(texts), pooled)
+
+
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_what_runs_before_the_loop_is_no_step(settings):
+    case = BY_NAME["sd"]
+    pictures, reports = [], []
+    for loop in (Loop, Inverting):
+        pipe = apply_tgate(built("sd", loop), **settings)
+        pictures.append(case.run(pipe))
+        reports.append(get_tgate_report(pipe))
+    assert torch.equal(*pictures)
+    assert reports[0] == reports[1]
+
+
+class Reversed(Loop):
+    """The conditional half first."""
+
+    def predict(self, i, x, t, texts, pooled, scale):
+        both = [None, None] if pooled[1] is None else pooled[::-1]
+        c, u = self.denoise(torch.cat([x, x]), t, torch.cat(texts[::-1]), both).chunk(2)
+        return u + scale * (c - u)
+
+
+@pytest.mark.parametrize("name", ["sdxl", slow("sd")])
+@pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "gate_step": 1}], ids=["fixed", "auto", "gate 1"])
+def test_the_order_of_the_halves_is_that_of_the_loop(name, settings):
+    case = BY_NAME[name]
+    pictures, errors, full = [], [], []
+    for loop in (Loop, Reversed):
+        pipe = built(name, loop)
+        plain = case.run(pipe)
+        pictures.append((plain, case.run(apply_tgate(pipe, **settings))))
+        errors.append(dict(get_tgate_report(pipe).prediction_errors))
+        full.append(get_tgate_report(pipe).full_steps)
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+    assert bool(errors[0]) is (settings is PATIENT)
+    (plain, ours), (turned, theirs) = pictures
+    assert distance(turned, plain) < 1e-4
+    assert distance(ours, plain) > 1e-3
+    if settings["gate_step"] != 1:
+        assert distance(theirs, ours) < 1e-3
+    else:
+        # Which half is which is known when the first step is over: what that one kept may be the other one.
+        assert full == [(0, 2, 4), (0, 1, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "passes"),
+    [("HeunDiscreteScheduler", 2), slow("KDPM2DiscreteScheduler", 2), ("PNDMScheduler", 1), slow("DDIMScheduler", 1)],
+)
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_steps_are_full_or_half_with_all_their_passes(scheduler, passes, settings):
+    case = BY_NAME["sd"]
+    pipe = with_scheduler(case.build(), scheduler)
+    baseline = case.run(pipe)
+    apply_tgate(pipe, **settings)
+    rows = count(pipe, case)["denoiser"]
+    assert case.run(pipe).isfinite().all()
+    report = get_tgate_report(pipe)
+    steps = [2 if step in report.full_steps else 1 for step in range(report.num_inference_steps)]
+    if passes == 2:
+        assert rows[: 2 * len(steps) : 2] == steps
+        assert all(rows[2 * step + 1] == steps[step] for step in range(len(steps) - 1))
+    assert 1 in steps
+    for every in EVERY:
+        assert torch.equal(case.run(apply_tgate(pipe, **every)), baseline)
+
+
+@pytest.mark.parametrize(
+    "name", ["sd_controlnet", "adapter", *map(slow, ("sdxl_controlnet", "union", "ip_adapter", "gligen"))]
+)
+def test_what_runs_in_a_step_besides_is_halved_with_it(name):
+    case = {**BY_NAME, **HOSTS_BY_NAME}[name]
+    pipe = case.build()
+    baseline = case.plain()
+    for every in EVERY:
+        assert torch.equal(case.run(apply_tgate(pipe, **every)), baseline)
+    apply_tgate(pipe, **FIXED)
+    rows = []
+    if getattr(pipe, "controlnet", None) is not None:
+        pipe.controlnet.conv_in.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    first = case.run(pipe)
+    assert torch.equal(case.run(pipe), first)
+    report = get_tgate_report(pipe)
+    assert report.full_steps == full_steps(report.num_inference_steps, FIXED)
+    one_run = [2 if step in report.full_steps else 1 for step in range(report.num_inference_steps)]
+    assert rows in ([], one_run * 2)
+
+
+@SOME
+def test_self_attention_at_intervals(name):
+    case = BY_NAME[name]
+    settings = {**FIXED, "gate_step": 3, "cfg_interval": 4, "sp_interval": 2, "fi_interval": 2}
+    pipe = apply_tgate(case.build(), **settings)
+    seen = count(pipe, case)
+    first = case.run(pipe, num_inference_steps=9)
+    seen.pop("denoiser")
+    report = get_tgate_report(pipe)
+    assert report.full_steps == (0, 1, 2, 6)
+    # Before the gate every second step; in full steps after it always; in half steps where they are even.
+    ran = [0, 2, 4, 6, 8]
+    assert report.self_attention_computed == len(ran)
+    for key, batches in seen.items():
+        if key.endswith("attn1"):
+            assert batches == [batches[0] // (1 if step in report.full_steps else 2) for step in ran]
+    assert torch.equal(case.run(pipe, num_inference_steps=9), first)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha", "sd_controlnet"])
+def test_one_number_is_read_in_a_full_step_and_none_in_a_half_step(name):
+    case = BY_NAME[name]
+    pipe = case.build()
+    plain = operations(case, pipe).waiting
+    assert operations(case, apply_tgate(pipe, **FIXED)).waiting <= plain
+    waiting = operations(case, apply_tgate(pipe, **PATIENT)).waiting
+    assert waiting == plain + len(get_tgate_report(pipe).prediction_errors)
+
+
+@pytest.mark.parametrize(("gate", "more"), [(STEPS, {}), (99, {"cfg_interval": 3})])
+def test_with_a_late_gate_torch_is_asked_for_the_very_same_operations(gate, more):
+    for name in ("sd", "pixart_alpha"):
+        case = BY_NAME[name]
+        pipe = case.build()
+        plain = operations(case, pipe).names
+        assert operations(case, apply_tgate(pipe, gate, guidance="predict", **more)).names == plain
+
+
+@families
+@pytest.mark.parametrize("settings", [{"gate_step": 3}, FIXED], ids=["drop", "predict"])
+def test_guidance_alone_keeps_nothing_of_cross_attention(case: Case, settings):
+    settings = {**settings, "cross_attention": False}
+    pipe = apply_tgate(case.build(), **settings)
+    seen = count(pipe, case)
+    both = case.run(pipe, [0, 1])
+    report = get_tgate_report(pipe)
+    assert {len(batches) for batches in seen.values()} == {report.num_inference_steps}
+    assert len(set(seen["denoiser"])) == 2
+    assert report.cross_attention_reused == 0
+    assert report.half_batch_forwards == report.num_inference_steps - len(report.full_steps) > 0
+    # The last two differences, of two pictures.
+    held = 2 * both.numel() * both.element_size() if settings.get("guidance") == "predict" else 0
+    assert report.peak_bytes == held
+    assert distance(both, torch.cat([case.gated(prompts=[each], **settings) for each in (0, 1)])) < 1e-4
+    assert torch.equal(case.run(remove_tgate(pipe)), case.plain())
+
+
+@pytest.mark.parametrize("settings", [{"gate_step": 3}, AUTO], ids=["number", "auto"])
+def test_guidance_alone_says_that_a_call_without_guidance_has_nothing_to_gate(settings, caplog):
+    case = BY_NAME["sd"]
+    pipe = apply_tgate(case.build(), **settings, cross_attention=False)
+    for _ in range(2):
+        assert torch.equal(case.run(pipe, guidance_scale=1.0), case.plain(guidance_scale=1.0))
+    (message,) = (record.message for record in caplog.records if "tgate" in record.name)
+    assert message.startswith(
+        "T-GATE: guidance alone is gated, and this call of StableDiffusionPipeline has no guidance"
+    )
+    number = "gate_step as a number of steps and " if settings is AUTO else ""
+    assert message.endswith(f"nothing is gated. Give {number}cross_attention=True to reuse cross-attention alone.")
+
+
+@pytest.mark.parametrize("name", ["pag", "pix2pix"])
+def test_guidance_alone_of_other_parts_is_refused(name):
+    with pytest.raises(
+        ValueError, match=r"cross_attention=False gates guidance alone, and that of .* is not two halves"
+    ):
+        apply_tgate(HOSTS_BY_NAME[name].build(), 3, cross_attention=False)
+
+
+@families
+def test_without_settings_the_run_decides(case: Case):
+    pipe = apply_tgate(case.build())
+    assert torch.equal(case.run(pipe), case.gated("auto", tolerance=DEFAULT_TOLERANCE))
+    assert get_tgate_report(pipe).prediction_errors
+
+
+@pytest.mark.parametrize("name", ["pag", "pag_pixart", "pix2pix", "sdxl_pix2pix"])
+def test_guidance_of_other_parts_is_refused(name):
+    case = HOSTS_BY_NAME[name]
+    pipe = case.build()
+    for settings in (FIXED, AUTO, {}):
+        with pytest.raises(ValueError, match=r"guidance, and that of .* is not two halves.*tgate\(pipe, 10\)"):
+            apply_tgate(pipe, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance": "keep"}, "guidance='keep' is unknown"),
+        ({"gate_step": "auto", "guidance": "drop"}, 'guidance="drop" predicts none'),
+        ({"gate_step": "auto", "cfg_interval": 3}, "cfg_interval=3 and gate_step"),
+        ({"gate_step": "auto", "sp_interval": 2}, "sp_interval=2"),
+        ({"gate_step": "auto", "warm_up": 2}, "warm_up=2"),
+        ({"gate_step": 5, "tolerance": 0.1}, "tolerance=0.1 is for"),
+        ({"gate_step": 5, "cfg_interval": 2}, 'cfg_interval=2 is for guidance="predict"'),
+        ({"guidance": "predict", "cfg_interval": 0}, "cfg_interval=0 is too small"),
+        ({"gate_step": "auto", "tolerance": -0.1}, "tolerance=-0.1 is out of range"),
+        ({"gate_step": "auto", "tolerance": float("nan")}, "tolerance=nan is out of range"),
+    ],
+)
+def test_settings_that_mean_nothing_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TGateSchedule(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"guidance": "predict", "cfg_interval": 2.0}, {"gate_step": "auto", "tolerance": "0.1"}, {"gate_step": "Auto"}],
+    ids=str,
+)
+def test_settings_of_the_wrong_kind(settings):
+    with pytest.raises(TypeError, match="give"):
+        TGateSchedule(**settings)
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ({"tolerance": 0.3}, 'apply_tgate(pipe, "auto", tolerance=0.3)'),
+        ({"cfg_interval": 3}, 'apply_tgate(pipe, 10, guidance="predict", cfg_interval=3)'),
+        ({"guidance": "drop"}, "apply_tgate(pipe, 10, guidance='drop')"),
+        ({"sp_interval": 2}, "apply_tgate(pipe, 10, sp_interval=2)"),
+        ({"fi_interval": 2}, "apply_tgate(pipe, fi_interval=2)"),
+    ],
+)
+def test_settings_in_the_call_are_told_how_to_be_given(setting, remedy):
+    case = BY_NAME["pixart_alpha"]
+    pipe = apply_tgate(case.build(), 3)
+    with pytest.raises(TypeError, match=re.escape(remedy)):
+        case.run(pipe, **setting)
+    # And that works as written.
+    eval(remedy)
+
+
+def test_the_plan_of_a_run_that_decides_itself_is_the_shortest():
+    plan = TGateSchedule("auto").plan(12)
+    assert "".join("." if step.cross_attention.value == "reuse" else "F" for step in plan) == "FFF.F..F...F"
+    assert TGateSchedule("auto").resolve_gate_step(12) == 3
+    assert all(step.cross_attention.value == "compute" for step in TGateSchedule("auto", tolerance=0).plan(5))
+
+
+def test_a_published_run_is_what_it_was():
+    # `tests/laws/test_golden.py` holds its pictures; that is what a number alone means.
+    assert TGateSchedule(10) == TGateSchedule(10, guidance="drop")
+    assert TGateSchedule("auto") == TGateSchedule("auto", guidance="predict", tolerance=0.6)
+
+
+def test_it_says_nothing(caplog):
+    case = BY_NAME["sd"]
+    with caplog.at_level(logging.INFO, "tgate_processors"):
+        for settings in (FIXED, PATIENT, *EVERY):
+            case.run(apply_tgate(case.build(), **settings))
+        case.run(apply_tgate(case.build(), "auto"), num_inference_steps=2)
+    assert not [record for record in caplog.records if "tgate" in record.name]
+
+
+@pytest.mark.parametrize("name", ["sd", "pixart_alpha", "svd", slow("sdxl")])
+@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+def test_the_estimate_is_what_a_run_takes(name, settings):
+    case = BY_NAME[name]
+    pipe = case.build()
+    cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, guidance=True, batch_size=2, **sizes(case))
+    assert cost.without_tgate == taken(pipe, case, [0, 1])
+    assert cost.with_tgate == taken(apply_tgate(pipe, **settings), case, [0, 1])
+    report = get_tgate_report(pipe)
+    assert cost.report.peak_bytes == report.peak_bytes
+    assert cost.report.full_steps == report.full_steps
+    # Without values nothing is wrong.
+    assert {error for _, error in cost.report.prediction_errors} <= {0.0}
+    assert replace(cost.report, prediction_errors=report.prediction_errors) == report
+
+
+@pytest.mark.parametrize(
+    ("name", "compile_it"),
+    [
+        ("pixart_alpha", compile_in_place),
+        slow("pixart_alpha", exchange_for_compiled),
+        thorough("sd", compile_in_place),
+    ],
+)
+def test_three_graphs_and_none_for_other_plans(name, compile_it):
+    case = BY_NAME[name]
+    pipe = case.build()
+    ways = [PATIENT, FIXED, {**FIXED, "cfg_interval": 3}, {**AUTO, "tolerance": 0.5}]
+    expected = [case.run(apply_tgate(pipe, **settings)) for settings in ways]
+    torch._dynamo.reset()
+    remove_tgate(pipe)
+    counter = CompileCounter()
+    compile_it(pipe, case, counter)
+    apply_tgate(pipe, **ways[0])
+    torch.testing.assert_close(case.run(pipe), expected[0])
+    # Compute; compute and store; reuse.
+    assert counter.frame_count == 3
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for settings, plain in zip(ways, expected, strict=True):
+            torch.testing.assert_close(case.run(apply_tgate(pipe, **settings)), plain, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 3
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("way", [model_offload, sequential_offload, group_offload_by_leaves, layerwise_casting])
+@pytest.mark.parametrize("name", ["pixart_alpha", slow("sd")])
+def test_placed_elsewhere(name, way, tmp_path):
+    skip_if_missing(way)
+    case = BY_NAME[name]
+    pipe = case.build()
+    way(pipe, case, tmp_path)
+    apply_tgate(pipe, **PATIENT)
+    placed = case.run(pipe)
+    report = get_tgate_report(pipe)
+    plain = case.build()
+    if way is layerwise_casting:
+        way(plain, case, tmp_path)
+    assert torch.equal(case.run(apply_tgate(plain, **PATIENT)), placed)
+    assert get_tgate_report(plain) == report
+
+
+def test_two_threads_do_not_mix():
+    case = BY_NAME["sd"]
+    first = apply_tgate(case.build(), **PATIENT)
+    second = copy.copy(first)
+    second.scheduler = copy.deepcopy(first.scheduler)
+    expected = [case.run(first, [0]), case.run(first, [1])]
+    barrier = threading.Barrier(2)
+
+    def run(pipe, prompts):
+        barrier.wait()
+        return case.run(pipe, prompts)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            found = [each.result() for each in (pool.submit(run, first, [0]), pool.submit(run, second, [1]))]
+            assert all(map(torch.equal, found, expected))
+
+
+def test_wired_by_hand():
+    case = BY_NAME["sd"]
+    pipe = case.build()
+    expected = case.run(apply_tgate(pipe, 3, guidance="predict", cfg_interval=2))
+    report = get_tgate_report(pipe)
+    remove_tgate(pipe)
+    callback = TGateCallback(TGateSchedule(3, guidance="predict", cfg_interval=2))
+    before = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor({name: TGateAttnProcessor(p, callback.state) for name, p in before.items()})
+    for _ in range(2):
+        assert torch.equal(case.run(pipe, callback_on_step_end=callback), expected)
+    assert callback.state.report == report
+    # What decides by errors has not seen the first step, so it begins one later.
+    callback = TGateCallback(TGateSchedule("auto", tolerance=1e6))
+    pipe.unet.set_attn_processor({name: TGateAttnProcessor(p, callback.state) for name, p in before.items()})
+    case.run(pipe, callback_on_step_end=callback)
+    assert callback.state.report.full_steps == (0, 1, 2, 3, 5)
+
+
+def test_with_gradients():
+    case = BY_NAME["sd"]
+    pipe = apply_tgate(case.build(), **PATIENT)
+    inputs = case.inputs([0])
+    inputs["prompt_embeds"].requires_grad_()
+    output = type(pipe).__call__.__wrapped__(pipe, **inputs).images
+    output.square().mean().backward()
+    assert inputs["prompt_embeds"].grad.isfinite().all()
+    assert inputs["prompt_embeds"].grad.abs().sum() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
+def test_every_pipeline_with_guidance_of_two_halves(host):
+    pipe = host.build()
+    baseline = host.plain()
+    if host.guidance_parts:
+        with pytest.raises(ValueError, match="is not two halves"):
+            apply_tgate(pipe, **FIXED)
+        return
+    for every in EVERY:
+        assert torch.equal(host.run(apply_tgate(pipe, **every)), baseline)
+    for settings in (FIXED, PATIENT):
+        apply_tgate(pipe, **settings)
+        first = host.run(pipe)
+        report = get_tgate_report(pipe)
+        assert torch.equal(host.run(pipe), first)
+        assert get_tgate_report(pipe) == report
+        assert first.isfinite().all()
+        if settings is FIXED and "free_init" not in host.name:
+            halved = report.half_batch_forwards > 0
+            full = full_steps(report.num_inference_steps, FIXED)
+            assert report.full_steps == (full if halved else tuple(range(report.num_inference_steps)))
+    assert torch.equal(host.run(remove_tgate(pipe)), baseline)

@@ -1,0 +1,24 @@
+"""The published implementation itself, where there are no golden latents of it."""
+
+import pytest
+import tgate
+
+from tests.laws.test_laws import distance
+from tests.zoo.core import BY_NAME
+from tgate_processors import apply_tgate
+
+
+@pytest.mark.parametrize(("name", "loader"), [("svd", "TgateSVDLoader"), ("pixart_sigma", "TgatePixArtSigmaLoader")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gate_step": 3, "sp_interval": 1, "fi_interval": 1, "warm_up": 0},
+        {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 1},
+    ],
+    ids=["v1", "v2"],
+)
+def test_latents_are_those_of_the_published_package(name, loader, settings):
+    case = BY_NAME[name]
+    ours = case.run(apply_tgate(case.build(), **settings))
+    output = getattr(tgate, loader)(case.build()).tgate(**case.inputs([0]), **settings)
+    assert distance(ours, output.frames if case.video else output.images) < 1e-4

@@ -1,0 +1,100 @@
+"""What a pipeline and its scheduler report of the loop that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..plan.steps import Timeline
+
+
+class TimestepReader:
+    """
+    The timesteps of a call, read without a copy to the host.
+
+    Args:
+        pipe (`DiffusionPipeline`): The pipeline that runs.
+        arguments (`Mapping`, *optional*): The arguments of the call.
+    """
+
+    def __init__(self, pipe: Any, arguments: Mapping[str, Any] | None = None) -> None:
+        self._pipe = pipe
+        self._arguments = arguments or {}
+        self._timesteps: Any = None
+        self._until: int | None = None
+
+    def timeline(self) -> Timeline:
+        """What the pipeline says of its loop now."""
+        scheduler = self._pipe.scheduler
+        if scheduler.timesteps is not self._timesteps:
+            self._timesteps, self._until = scheduler.timesteps, None
+        scheduled = self._scheduled()
+        order = getattr(scheduler, "order", 1)
+        steps = getattr(scheduler, "num_inference_steps", None) or scheduled
+        # The same difference as in the pipelines' `num_warmup_steps`; a shortened loop keeps it.
+        repeats = max(0, scheduled - steps * order)
+        passes, told = self._passes(), True
+        if passes is None:
+            passes, told = scheduled, False
+        return Timeline(passes, order, repeats, told)
+
+    def _scheduled(self) -> int:
+        """Passes that the scheduler has prepared; in one kind the last timestep is only the end of the last pass."""
+        scheduler = self._pipe.scheduler
+        return len(scheduler.timesteps) - (type(scheduler).__name__ == "SCMScheduler")
+
+    def _passes(self) -> int | None:
+        """Passes of the loop, if the pipeline says how many."""
+        if hasattr(type(self._pipe), "num_timesteps"):
+            # A custom loop may never set what it inherits.
+            told = getattr(self._pipe, "_num_timesteps", None) or getattr(self._pipe, "num_timesteps", None)
+            return self._scheduled() if told is not None and self._is_only_asked(told) else told
+        if self._until is None:
+            self._until = self._cut_off(self._arguments.get("denoising_end")) - self._left_out()
+        return self._until
+
+    def _is_only_asked(self, told: int) -> bool:
+        """Whether the pipeline tells the steps it was asked for, although `timesteps` gives others (ACE-Step)."""
+        given, asked = self._arguments.get("timesteps"), self._arguments.get("num_inference_steps")
+        return given is not None and told == asked != len(given) and "strength" not in self._arguments
+
+    def _left_out(self) -> int:
+        """Timesteps that do not run, because a video is given that is noised in part."""
+        strength, steps = self._arguments.get("strength"), self._arguments.get("num_inference_steps")
+        if strength is None or steps is None:
+            return 0
+        return int(steps - min(int(steps * strength), steps)) * int(getattr(self._pipe.scheduler, "order", 1))
+
+    def _cut_off(self, denoising_end: Any) -> int:
+        """Number of timesteps up to a share of the noise schedule, as SDXL's pipelines cut it off."""
+        timesteps = self._pipe.scheduler.timesteps
+        if not isinstance(denoising_end, float) or not 0 < denoising_end < 1:
+            return self._scheduled()
+        trained = self._pipe.scheduler.config.num_train_timesteps
+        return int((timesteps >= round(trained - denoising_end * trained)).sum())
+
+    @property
+    def has_no_steps(self) -> bool:
+        """Whether the pipeline says that there is no pass of its loop at all (a strength near zero)."""
+        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
+        nothing = timesteps is not None and len(timesteps) == 0
+        return nothing or getattr(self._pipe, "_num_timesteps", None) == 0
+
+    def is_over(self) -> bool:
+        """Whether the scheduler was set up anew since the loop began: another call has started."""
+        return self._pipe.scheduler.timesteps is not self._timesteps
+
+    def check_timestep(self, timestep: Any, index: int) -> None:
+        """For a custom loop without step callbacks: check that this forward belongs to the pass that is counted."""
+        timesteps = self._pipe.scheduler.timesteps
+        expected = timesteps[index] if index < len(timesteps) else None
+        value = timestep.flatten()[0] if isinstance(timestep, torch.Tensor) and timestep.numel() else timestep
+        if expected is None or value is None or float(value) != float(expected):
+            raise ValueError(
+                f"T-GATE: {type(self._pipe).__name__} has a loop of its own without callback_on_step_end, so T-GATE "
+                f"counts the calls of its denoiser: call {index} should be for timestep "
+                f"{None if expected is None else float(expected)}, but is for {None if value is None else float(value)}"
+                ". Call callback_on_step_end in that loop, or call remove_tgate(pipe) to use it."
+            )

@@ -85,7 +85,7 @@ def tests(session: nox.Session) -> None:
 def tables(session: nox.Session) -> None:
     """Write what is supported into the tables of README and docs."""
     install_for_tests(session)
-    session.run("python", "-m", "tests.docs.tables", env=ONE_THREAD)
+    session.run("python", "-m", "tests.support.tables", env=ONE_THREAD)
 
 
 @nox.session(venv_backend="none")

@@ -5,7 +5,9 @@ import os
 import pytest
 import torch
 
-from tests.zoo.core import CASES, Case, rows
+pytest.register_assert_rewrite("tests.support")
+
+from tests.zoo.core import CASES, Case, rows  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests count the warnings of T-GATE; what these say depends on which test loads a module first.

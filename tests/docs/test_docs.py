@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 import tgate_processors
-from tests.docs import tables
+from tests.support import tables
 from tests.support.paths import ROOT
 from tests.support.testbeds import NEEDS_WAN
 from tests.zoo.core import CASES, GUIDED
@@ -169,7 +169,7 @@ def test_the_support_matrix_lists_the_pipelines_of_the_tests():
 
 def test_the_tables_of_pipelines_are_those_of_the_rows():
     texts = [page.read_text() for page in tables.PAGES]
-    # The last one is held against pipelines in test_addons.py: they would have to be made here.
+    # The last one is held against pipelines in test_ecosystem.py: they would have to be made here.
     found = [name for text in texts for name in re.findall(r"<!-- table: (\w+) -->", text)]
     assert sorted(found) == sorted([*tables.TABLES, "hosts"])
     for text in texts:

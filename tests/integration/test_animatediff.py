@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.laws.test_laws import distance
+from tests.support.comparing import distance
 from tests.zoo.addons import FRAMES, HOSTS, HOSTS_BY_NAME, text_encoder, tokenizer, with_frames
 from tests.zoo.core import slow
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate

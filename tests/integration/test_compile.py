@@ -7,11 +7,11 @@ import threading
 import pytest
 import torch
 from DeepCache import DeepCacheSDHelper
-from diffusers.models.attention import BasicTransformerBlock
 from torch._dynamo.testing import CompileCounter
 
 from examples.benchmarks.cost_table import load_denoiser
 from examples.benchmarks.random_pipelines import narrowed, random_inputs, random_pipeline
+from tests.support.compiling import compile_blocks, compile_in_place, exchange_for_compiled
 from tests.zoo.addons import HOSTS_BY_NAME
 from tests.zoo.core import BY_NAME, quiet, thorough
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
@@ -33,25 +33,6 @@ def room_for_graphs():
 def _no_graphs():
     torch._dynamo.reset()
     give_back_room()
-
-
-def compile_in_place(pipe, case, backend):
-    getattr(pipe, case.denoiser).compile(fullgraph=True, backend=backend)
-
-
-def exchange_for_compiled(pipe, case, backend):
-    setattr(pipe, case.denoiser, torch.compile(getattr(pipe, case.denoiser), fullgraph=True, backend=backend))
-
-
-def compile_blocks(pipe, case, backend):
-    denoiser = getattr(pipe, case.denoiser)
-    if getattr(denoiser, "_repeated_blocks", None) and hasattr(denoiser, "compile_repeated_blocks"):
-        denoiser.compile_repeated_blocks(fullgraph=True, backend=backend)
-        return
-    # What it does; PixArt names no blocks, and the oldest diffusers has no such method.
-    for module in denoiser.modules():
-        if isinstance(module, BasicTransformerBlock):
-            module.compile(fullgraph=True, backend=backend)
 
 
 def other_calls(case):

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from tests.laws.test_laws import distance
+from tests.support.comparing import distance
 from tests.support.paths import ROOT
 from tests.zoo.core import BY_NAME, CASES, rows, slow
 from tgate_processors import apply_tgate, get_tgate_report

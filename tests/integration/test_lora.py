@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from tests.laws.test_laws import distance
+from tests.support.comparing import distance
 from tests.zoo.addons import load_lora, lora, text_encoder
 from tests.zoo.core import BY_NAME, slow
 from tgate_processors import apply_tgate, remove_tgate

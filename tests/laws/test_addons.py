@@ -6,11 +6,12 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests.laws.test_counts import computed
-from tests.laws.test_laws import assert_same, distance, snapshot
+from tests.support.comparing import distance
 from tests.support.paths import ROOT
+from tests.support.settings import computed
+from tests.support.states import assert_same, snapshot
 from tests.zoo.addons import FRAMES, HOSTS, HOSTS_BY_NAME, Host
-from tests.zoo.core import rows
+from tests.zoo.core import TIERS, rows
 from tgate_processors import TGateCallback, TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
@@ -20,34 +21,7 @@ SETTINGS = {"v1": {"gate_step": GATE}, "v2": {"gate_step": 4, "sp_interval": 2, 
 LOOPS = {"animatediff_free_init": [3, 6]}
 
 
-# What others are a part of, or what another stands for; `to_k` is counted in all by default.
-SLOW = {
-    "sdxl_controlnet_img2img",
-    "union_img2img",
-    "union_inpaint",
-    "x4_upscaler",
-    "union",
-    "multi_adapter",
-    "ip_adapter",
-    "sdxl_face_id",
-    "adapter",
-    "sdxl_loras",
-    "lcm_lora",
-    "turbo",
-    "pag_alone",
-    "sdxl_pix2pix",
-    "animatediff_free_init",
-    "animatediff_controlnet",
-    "animatediff_sparse_controlnet",
-    "animatediff_video",
-    "animatediff_video_controlnet",
-    "animatediff_sdxl",
-    "pag_animatediff",
-    "pag_controlnet",
-}
-
-
-@pytest.fixture(params=rows(HOSTS, SLOW))
+@pytest.fixture(params=rows(HOSTS))
 def host(request) -> Host:
     return request.param
 
@@ -91,7 +65,7 @@ def test_apply_and_remove_change_nothing_else(host: Host):
     assert torch.equal(host.run(pipe), baseline)
 
 
-@pytest.mark.parametrize("host", rows((host for host in HOSTS if host.batches), SLOW))
+@pytest.mark.parametrize("host", rows(host for host in HOSTS if host.batches))
 def test_a_batch_of_two_prompts_equals_two_singles(host: Host):
     rounding = distance(host.plain([0, 1]), torch.cat([host.plain([0]), host.plain([1])]))
     pipe = apply_tgate(host.build(), GATE)
@@ -122,8 +96,7 @@ def count(denoiser):
 
 
 # With v2 all that v1 does happens too.
-DEAR = [pytest.mark.slow, pytest.mark.thorough]
-COUNTED = [pytest.param(host.name, "v2", marks=DEAR if host.dear else []) for host in HOSTS]
+COUNTED = [pytest.param(host.name, "v2", marks=TIERS["thorough"] if host.tier == "thorough" else []) for host in HOSTS]
 COUNTED += [
     (name, "v1") for name in ("ip_adapter", "sdxl_loras", "gligen", "animatediff_free_init", "pix2pix", "turbo")
 ]
@@ -204,7 +177,7 @@ def test_few_steps_without_guidance(name, steps):
     assert all(batches == [2] * (1 if kinds[name] else steps) for name, batches in seen.items())
 
 
-@pytest.mark.parametrize("host", rows([host for host in HOSTS if host.guidance_parts], ()))
+@pytest.mark.parametrize("host", rows([host for host in HOSTS if host.guidance_parts]))
 def test_guidance_of_other_parts_stays_on_and_every_part_keeps_its_own_cross_attention(host: Host):
     pipe = host.build()
     denoiser = getattr(pipe, host.denoiser)

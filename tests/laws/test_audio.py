@@ -7,11 +7,11 @@ import diffusers
 import pytest
 import torch
 
-from tests.laws.test_families import DROP, GATE, count, rows, samples_of
-from tests.laws.test_laws import distance
-from tests.laws.test_predicted import EVERY, FIXED, PATIENT
+from tests.support.comparing import distance
+from tests.support.counting import count, samples_of
+from tests.support.settings import EVERY, FIXED, PATIENT
 from tests.zoo.audio import SOUND, SOUND_TWO, ace_step, kandinsky6
-from tests.zoo.core import STEPS
+from tests.zoo.core import STEPS, rows
 from tests.zoo.inventory import shell
 from tgate_processors import (
     TGateSchedule,
@@ -26,6 +26,8 @@ from tgate_processors._internal.guidance.prediction import guided_output, relati
 
 ACE_STEP = pytest.mark.parametrize("kind", rows([kind for kind in SOUND if kind.name == "ace_step"]))
 KANDINSKY6 = pytest.mark.parametrize("kind", rows([kind for kind in SOUND_TWO if kind.name == "kandinsky6"]))
+GATE = 3
+DROP = {"gate_step": GATE}
 PREDICT = {"gate_step": GATE, "guidance": "predict"}
 # The shares of the noise that are left in the steps: 1, 0.94, 0.86, 0.75, 0.6, 0.38.
 LATE, EARLY, BETWEEN = (
@@ -92,7 +94,7 @@ def test_a_turbo_checkpoint_has_no_guidance_and_reuses_cross_attention_alone(kin
         pipe, TGateSchedule(GATE), STEPS, **usual, max_sequence_length=512
     )
     with pytest.raises(ValueError, match="has its guidance in itself"):
-        estimate_cost(pipe, TGateSchedule(GATE), STEPS, **given, guidance=True)
+        estimate_cost(pipe, TGateSchedule(GATE), STEPS, **given, do_classifier_free_guidance=True)
 
 
 @ACE_STEP

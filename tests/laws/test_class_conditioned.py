@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import ClapTextConfig, ClapTextModelWithProjection
 
-from tests.laws.test_families import check_restored, rows
-from tests.laws.test_laws import distance, snapshot
-from tests.laws.test_predicted import EVERY, FIXED, PATIENT, full_steps
+from tests.support.comparing import distance
 from tests.support.prediction import errors_of
-from tests.zoo.core import STEPS, seeded
+from tests.support.settings import EVERY, FIXED, PATIENT, full_steps
+from tests.support.states import check_restored, snapshot
+from tests.zoo.core import STEPS, rows, seeded
 from tests.zoo.cross_attention import Kind, assemble, audioldm2, model
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
@@ -57,7 +57,7 @@ def classes(prompts, guided):
 
 def kind_of(name):
     more = {"size": {"audio_length_in_s": 16.0}, "extra": {"output_type": "pt"}, "denoiser": "unet", "first": "conv_in"}
-    return Kind(name, lambda: sound(f"{name}Pipeline"), classes, pipeline=f"{name}Pipeline", dear=True, **more)
+    return Kind(name, lambda: sound(f"{name}Pipeline"), classes, pipeline=f"{name}Pipeline", tier="thorough", **more)
 
 
 KINDS = [kind_of("AudioLDM"), kind_of("MusicLDM")]

@@ -1,41 +1,12 @@
 """How often attention really runs, and on how much, against the schedule written out once more."""
 
-from collections import defaultdict
-
 import pytest
 import torch
 
+from tests.support.counting import count
+from tests.support.settings import SETTINGS, computed
 from tests.zoo.core import GUIDED, STEPS, Case, rows
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
-
-SETTINGS = {
-    "v1": {"gate_step": 2},
-    "gate_1": {"gate_step": 1},
-    "share": {"gate_step": 0.5},
-    "v2": {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 1},
-    "v2_late": {"gate_step": 4, "sp_interval": 3, "fi_interval": 1, "warm_up": 2},
-}
-
-
-def computed(step, steps, gate_step, sp_interval=1, fi_interval=1, warm_up=0):
-    """Whether cross- and self-attention are computed in a step, by the table of the method."""
-    gate = gate_step if isinstance(gate_step, int) else round(gate_step * steps + 1e-9)
-    if step >= gate:
-        return False, step % fi_interval == 0
-    own = step < warm_up or step == warm_up or step % sp_interval == 0 or step == gate - 1
-    return True, own
-
-
-def count(pipe, case):
-    """Batch sizes that `to_k` of every attention layer was given, and the denoiser's first layer."""
-    denoiser = getattr(pipe, case.denoiser)
-    seen = defaultdict(list)
-    for name, module in denoiser.named_modules():
-        if name.endswith(("attn1", "attn2")):
-            module.to_k.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].shape[0]))
-    first = denoiser.conv_in if hasattr(denoiser, "conv_in") else denoiser.pos_embed.proj
-    first.register_forward_pre_hook(lambda module, args: seen["denoiser"].append(args[0].shape[0]))
-    return seen
 
 
 @pytest.mark.parametrize(

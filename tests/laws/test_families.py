@@ -6,12 +6,13 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests.laws.test_counts import SETTINGS, computed
-from tests.laws.test_laws import Stop, assert_same, distance, snapshot
-from tests.laws.test_predicted import EVERY, FIXED, PATIENT, full_steps
+from tests.support.comparing import Stop, distance
+from tests.support.counting import count, is_cross, keys_of, samples_of
+from tests.support.macs import COSTS, taken
 from tests.support.prediction import errors_of
-from tests.unit.measure.test_cost import taken
-from tests.zoo.core import SIZE, STEPS
+from tests.support.settings import EVERY, FIXED, PATIENT, SETTINGS, computed, full_steps
+from tests.support.states import check_restored, snapshot
+from tests.zoo.core import STEPS, rows
 from tests.zoo.cross_attention import BY_KIND, TOKENS, Kind
 from tests.zoo.cross_attention import KINDS as OWN
 from tests.zoo.variants import AROUND
@@ -21,35 +22,18 @@ from tgate_processors._internal.families import attention_modules
 KINDS = [*OWN, *AROUND]
 GATE = 3
 DROP = {"gate_step": GATE}
-# Others stand for these by default: their denoiser is the same.
-SECOND = {"sana_controlnet", "sana_sprint", "ltx_image", "ltx_condition", "hunyuan_controlnet", "sana_video_image"}
-SECOND |= {"ltx2_image", "stable_audio_negative", *(kind.name for kind in AROUND)}
-SECOND -= {"any_flow", "stable_audio3", "text_to_video", "controlnet_xs", "sana_world", "ace_step"}
 # One law of each of these by default: they differ from others in little but their data.
 ONCE = {"ltx2", "sana_video", "kandinsky3", "lumina", "audioldm2", "picture_video"}
 
 
-def rows(kinds, slow=SECOND):
-    """Parameters of a test, those named in `slow` in the slow session only; all skipped where diffusers has none."""
-    return [
-        pytest.param(
-            kind,
-            id=kind.name,
-            marks=[
-                *([pytest.mark.slow] if kind.name in slow or kind.dear else []),
-                *([pytest.mark.thorough] if kind.dear else []),
-                pytest.mark.skipif(not kind.is_there, reason=f"this diffusers has no {kind.pipeline}"),
-            ],
-        )
-        for kind in kinds
-    ]
-
-
 ALL = {kind.name for kind in KINDS}
+# Others have the same denoiser.
+SECOND = {kind.name for kind in KINDS if kind.tier == "slow" or kind in AROUND}
+SECOND -= {"any_flow", "stable_audio3", "text_to_video", "controlnet_xs", "sana_world", "ace_step"}
 GUIDED = [kind for kind in KINDS if kind.is_guided]
-every = pytest.mark.parametrize("kind", rows(KINDS, SECOND | ONCE))
+every = pytest.mark.parametrize("kind", rows(KINDS, ONCE))
 every_once = pytest.mark.parametrize("kind", rows(KINDS))
-guided = pytest.mark.parametrize("kind", rows(GUIDED, SECOND | ONCE))
+guided = pytest.mark.parametrize("kind", rows(GUIDED, ONCE))
 # What depends on the denoiser alone.
 every_denoiser = pytest.mark.parametrize("kind", rows([kind for kind in KINDS if kind.name not in SECOND], ALL))
 guided_denoiser = pytest.mark.parametrize("kind", rows([kind for kind in GUIDED if kind.name not in SECOND], ALL))
@@ -65,15 +49,6 @@ def sample_of(output):
     return samples_of(output)[0]
 
 
-def samples_of(output):
-    """All predictions in what a denoiser gives."""
-    if torch.is_tensor(output):
-        return [output]
-    return [
-        sample for part in (output.values() if hasattr(output, "values") else output) for sample in samples_of(part)
-    ]
-
-
 def only_conditional(kind, half):
     """Whether a choice of half is refused, because further calls are about the conditional one."""
     if half != "unconditional" or kind.second_scale is None:
@@ -81,17 +56,6 @@ def only_conditional(kind, half):
     with pytest.raises(ValueError, match="guides by further calls too, and compares them with the conditional half"):
         kind.gate(kind.build(), GATE, cfg_half=half)
     return True
-
-
-def keys_of(layer):
-    """What makes the keys of a layer."""
-    return next(
-        getattr(layer, name) for name in ("to_k", "to_key", "to_kv", "to_qkv", "kv_linear") if hasattr(layer, name)
-    )
-
-
-def is_cross(kind, name):
-    return kind.never not in name and name.removesuffix(".processor").endswith(kind.cross)
 
 
 @every
@@ -106,29 +70,6 @@ def test_apply_and_remove_change_nothing_else_and_two_calls_agree(kind: Kind):
     remove_tgate(pipe)
     check_restored(before, snapshot(pipe, kind))
     assert torch.equal(kind.run(pipe), baseline)
-
-
-def check_restored(before, after):
-    """Everything is the object that it was, but for what a call of the pipeline makes anew."""
-    made = ("_current_timestep", "_guidance_scale", "_attention_kwargs", "_joint_attention_kwargs", "_current_sigma")
-    for made_anew in made:
-        for seen in (before, after):
-            seen["pipe"].pop(made_anew, None)
-    for seen in (before, after):
-        # Rotary tables, which some denoisers take to their device in every forward.
-        seen.get("transformer.pos_embed/vars", {}).pop("freqs", None)
-    assert_same(before, after)
-
-
-def count(pipe, kind):
-    """Batch sizes that `to_k` of every attention layer was given, and the denoiser's first layer."""
-    denoiser, seen = denoiser_of(pipe, kind), defaultdict(list)
-    for name, module in denoiser.named_modules():
-        if hasattr(module, "get_processor") and kind.never not in name:
-            keys_of(module).register_forward_pre_hook(lambda module, args, name=name: seen[name].append(len(args[0])))
-    first = denoiser.get_submodule(kind.first)
-    first.register_forward_pre_hook(lambda module, args: seen["denoiser"].append(len(args[0])))
-    return seen
 
 
 def check_counts(kind, settings, prompts, plan, share):
@@ -437,24 +378,6 @@ def test_without_guidance_nothing_is_averaged_or_halved(kind: Kind):
     assert distance(together, singles) < 5e-5
 
 
-# What the configuration does not say, as arguments of `estimate_cost`.
-COSTS = {
-    **{name: {"max_sequence_length": TOKENS} for name in ("sana", "sana_sprint", "ltx", "allegro", "stable_audio")},
-    **{name: {"max_sequence_length": TOKENS} for name in ("kandinsky3", "lumina", "picture_video")},
-    "sana_video": {"max_sequence_length": TOKENS, "num_frames": 5},
-    "audioldm2": {"max_sequence_length": TOKENS, "height": 64, "width": 16},
-    "latte": {"max_sequence_length": TOKENS, "num_frames": 2},
-    "ltx2": {"max_sequence_length": TOKENS, "further_calls": []},
-    "any_flow": {"max_sequence_length": TOKENS},
-    "text_to_video": {"max_sequence_length": TOKENS},
-    "controlnet_xs": {"max_sequence_length": TOKENS, "height": SIZE, "width": SIZE},
-    "controlnet_xs_xl": {"max_sequence_length": TOKENS, "height": SIZE, "width": SIZE},
-    "stable_audio3": {"max_sequence_length": TOKENS, "num_frames": 8},
-    "ace_step": {"max_sequence_length": 150, "num_frames": 8},
-    "hunyuan": {},
-}
-
-
 @pytest.mark.parametrize("kind", rows([kind for kind in KINDS if kind.name in COSTS], ALL))
 @pytest.mark.parametrize("settings", [SETTINGS["v2"], FIXED], ids=["v2", "fixed"])
 def test_the_estimate_is_what_a_run_takes(kind: Kind, settings):
@@ -484,14 +407,14 @@ def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Kind, sc
         choice = {"cross_attention": True, "max_sequence_length": TOKENS, **given}
         return estimate_cost(pipe, TGateSchedule(GATE), STEPS, **size, **choice)
 
-    cost = estimate(further_calls=told)
+    cost = estimate(extra_forwards=told)
     assert cost.without_tgate.total == taken(pipe, kind, [0], **further).total
     assert cost.with_tgate.total == taken(kind.gate(pipe, GATE), kind, [0], **further).total
-    assert cost.report == get_tgate_report(pipe) == estimate(further_calls=[]).report
+    assert cost.report == get_tgate_report(pipe) == estimate(extra_forwards=[]).report
     with pytest.raises(
-        ValueError, match=r'give further_calls, .* each such as \{"isolate_modalities": True\}, or \[\]'
+        ValueError, match=r'give extra_forwards, .* each such as \{"isolate_modalities": True\}, or \[\]'
     ):
         estimate()
     for wrong in ([{"stg_scale": 1}], [{}], ["isolate_modalities"]):
         with pytest.raises(ValueError, match="means nothing for a LTX2VideoTransformer3DModel: give a dict for each"):
-            estimate(further_calls=wrong)
+            estimate(extra_forwards=wrong)

@@ -6,12 +6,12 @@ import diffusers
 import pytest
 import torch
 
-from tests.laws.test_families import check_restored, rows
-from tests.laws.test_laws import Stop, distance, snapshot
-from tests.laws.test_predicted import EVERY, FIXED, PATIENT, full_steps
-from tests.laws.test_two_calls import OwnLoop
-from tests.unit.measure.test_cost import taken
-from tests.zoo.core import STEPS
+from tests.support.comparing import Stop, distance
+from tests.support.custom_loops import OwnLoop
+from tests.support.macs import taken
+from tests.support.settings import EVERY, FIXED, PATIENT, full_steps
+from tests.support.states import check_restored, snapshot
+from tests.zoo.core import STEPS, rows
 from tests.zoo.cross_attention import TOKENS, assemble, text, together
 from tests.zoo.joint import BY_JOINT, Joint, flux, pooled, sd3
 from tests.zoo.joint import JOINT as OWN
@@ -304,7 +304,13 @@ def test_the_estimate_is_what_a_run_takes(kind: Joint, settings):
         kind = replace(kind, conditioning=together(text(8, masked=False, tokens=77 + TOKENS), pooled(8)))
     pipe = kind.build()
     prompts = [0, 1] if kind.batches else [0]
-    given = {"max_sequence_length": TOKENS, "batch_size": len(prompts), "guidance": True, **kind.size, **ALONE}
+    given = {
+        "max_sequence_length": TOKENS,
+        "batch_size": len(prompts),
+        "do_classifier_free_guidance": True,
+        **kind.size,
+        **ALONE,
+    }
     cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **given)
     assert cost.without_tgate.total == taken(pipe, kind, prompts, linear=True).total
     gated = taken(apply_tgate(pipe, **settings, **ALONE), kind, prompts, linear=True)

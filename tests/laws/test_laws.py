@@ -7,37 +7,14 @@ import weakref
 import pytest
 import torch
 
+from tests.support.comparing import Stop, assert_same_but_for_rounding, distance
+from tests.support.states import assert_same, snapshot
 from tests.zoo.core import BY_NAME, CASES, STEPS, Case, rows
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
 GATE = 3
 V2 = {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 1}
-
-
-def snapshot(pipe, case):
-    """Everything that T-GATE could leave behind."""
-    seen = {"class": type(pipe), "pipe": dict(vars(pipe))}
-    parts = {case.denoiser: getattr(pipe, case.denoiser), "controlnet": getattr(pipe, "controlnet", None)}
-    modules = [(f"{key}.{n}", m) for key, part in parts.items() if part is not None for n, m in part.named_modules()]
-    for name, module in modules:
-        seen[f"{name}/vars"] = dict(vars(module))
-        for key, value in vars(module).items():
-            if isinstance(value, dict):
-                seen[f"{name}/{key}"] = dict(value)
-    for name, module in attention_modules(getattr(pipe, case.denoiser)).items():
-        seen[f"{name}/vars"] = dict(vars(module.processor))
-    return seen
-
-
-def assert_same(before, after):
-    assert before.keys() == after.keys()
-    for key, value in before.items():
-        if isinstance(value, dict):
-            assert list(value) == list(after[key]), key
-            assert all(value[name] is after[key][name] for name in value), key
-        else:
-            assert value is after[key], key
 
 
 def test_remove_restores_every_object_and_the_picture(case: Case):
@@ -73,10 +50,6 @@ def test_a_gate_beyond_the_last_step_changes_no_bit_and_warns_once(case: Case, c
 def test_two_calls_agree(case: Case):
     pipe = apply_tgate(case.build(), **V2)
     assert torch.equal(case.run(pipe), case.run(pipe))
-
-
-def distance(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def test_a_batch_of_two_prompts_equals_two_singles(case: Case):
@@ -154,10 +127,6 @@ def test_apply_twice_replaces_and_one_removal_is_enough(case: Case):
     remove_tgate(pipe)
     assert torch.equal(case.run(pipe), baseline)
     assert remove_tgate(pipe) is pipe
-
-
-class Stop(RuntimeError):
-    """Not an error of diffusers'."""
 
 
 def check_break(case, error, forward):
@@ -262,11 +231,6 @@ def test_half_precision_stays(case, dtype):
     assert latents.dtype is expected
     assert kept == {dtype}
     assert latents.isfinite().all()
-
-
-def assert_same_but_for_rounding(a, b):
-    """Copied weights lie elsewhere, and with some alignments some CPUs add up in another order, without T-GATE too."""
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_saving_and_loading_with_tgate_on(case: Case, tmp_path):

@@ -366,6 +366,15 @@ def test_a_cache_on_the_denoiser_is_refused():
 
 
 @pytest.mark.slow
+def test_a_cache_on_a_controlnet_is_refused():
+    pipe = Modular("sdxl_controlnet", SDXL.blocks, BY_NAME["sdxl_controlnet"], SDXL.denoisers).build()
+    config = diffusers.hooks.TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=[r".*attn1"])
+    diffusers.hooks.apply_taylorseer_cache(pipe.controlnet, config)
+    with pytest.raises(ValueError, match="cannot run beside TaylorSeerCacheHook on ControlNetModel"):
+        apply_tgate(pipe)
+
+
+@pytest.mark.slow
 @pytest.mark.thorough
 def test_processors_that_may_count_their_calls_keep_all_of_guidance(sdxl, caplog):
     class Own:

@@ -5,37 +5,13 @@ from collections import Counter
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.operations import operations
 from tests.zoo.core import BY_NAME, slow
 from tgate_processors import apply_tgate, get_tgate_report
 from tgate_processors._internal.attention.processor import mean_of_halves
 
 NAMES = ["sd", slow("sdxl"), "pixart_alpha", "svd", slow("sd_controlnet"), "lcm", "lcm_pixart"]
-# What waits for the device: they bring a number to the host.
-WAITING = ("aten._local_scalar_dense", "aten.equal", "aten.is_nonzero", "aten.nonzero")
-
-
-class Operations(TorchDispatchMode):
-    """Takes down what torch is asked to do."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def waiting(self):
-        return sum(name.startswith(WAITING) for name in self.names)
-
-
-def operations(case, pipe):
-    with Operations() as seen:
-        case.run(pipe)
-    return seen
 
 
 @pytest.fixture(params=NAMES)

@@ -12,20 +12,21 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from tests.integration.test_compile import compile_in_place, exchange_for_compiled
-from tests.integration.test_offload_and_casting import (
+from tests.support.comparing import distance
+from tests.support.compiling import compile_in_place, exchange_for_compiled
+from tests.support.counting import count
+from tests.support.custom_loops import Inverting, Loop, built
+from tests.support.macs import sizes, taken
+from tests.support.offload import (
     group_offload_by_leaves,
     layerwise_casting,
     model_offload,
     sequential_offload,
     skip_if_missing,
 )
-from tests.laws.test_counts import count
-from tests.laws.test_laws import distance
-from tests.laws.test_overhead import operations
-from tests.support.custom_loops import Loop, built
+from tests.support.operations import operations
 from tests.support.prediction import errors_of
-from tests.unit.measure.test_cost import sizes, taken
+from tests.support.settings import AUTO, EVERY, FIXED, PATIENT, full_steps
 from tests.zoo.addons import HOSTS, HOSTS_BY_NAME
 from tests.zoo.core import BY_NAME, GUIDED, STEPS, Case, rows, slow, thorough, with_scheduler
 from tgate_processors import (
@@ -40,11 +41,6 @@ from tgate_processors import (
 from tgate_processors._internal.families import attention_modules
 from tgate_processors._internal.plan.validation import DEFAULT_TOLERANCE
 
-FIXED = {"gate_step": 2, "guidance": "predict", "cfg_interval": 2}
-AUTO = {"gate_step": "auto"}
-# Tiny pipelines with random weights predict badly: this accepts whatever comes.
-PATIENT = {**AUTO, "tolerance": 1e6}
-EVERY = [{"gate_step": 3, "guidance": "predict", "cfg_interval": 1}, {**AUTO, "tolerance": 0}]
 # The families once each; their other pipelines take long.
 QUICK = {"sd", "pixart_alpha", "svd", "sd_controlnet"}
 guided = pytest.mark.parametrize("case", rows(GUIDED, {case.name for case in GUIDED} - QUICK))
@@ -52,14 +48,6 @@ families = pytest.mark.parametrize(
     "case", rows([case for case in GUIDED if case.name in QUICK | {"sdxl", "pixart_sigma"}], {"sdxl", "pixart_sigma"})
 )
 SOME = pytest.mark.parametrize("name", ["sd", "pixart_alpha", "svd", *map(slow, ("sdxl", "sd_controlnet"))])
-
-
-def full_steps(steps, settings):
-    """The full steps, written out once more."""
-    if settings["gate_step"] == "auto":
-        return tuple(step for step in (0, 1, 2, 4, 7, 11) if step < steps)
-    gate, interval = settings["gate_step"], settings["cfg_interval"]
-    return tuple(step for step in range(steps) if step < gate or (step - gate + 1) % interval == 0)
 
 
 @guided
@@ -305,14 +293,6 @@ def test_latents_of_another_size_begin_anew():
     # The size changes after step 3: the step after is full, and so are those until two differences are known.
     assert get_tgate_report(pipe).full_steps == (0, 1, 2, 4, 5)
     assert batches == [2, 2, 2, 1, 2, 2]
-
-
-class Inverting(Loop):
-    """Runs the denoiser before its loop, as inversions do."""
-
-    def before_loop(self, x, texts, pooled):
-        for t in self.scheduler.timesteps.flip(0)[:4]:
-            self.denoise(torch.cat([x, x]), t, torch.cat(texts), pooled)
 
 
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
@@ -573,7 +553,9 @@ def test_it_says_nothing(caplog):
 def test_the_estimate_is_what_a_run_takes(name, settings):
     case = BY_NAME[name]
     pipe = case.build()
-    cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, guidance=True, batch_size=2, **sizes(case))
+    cost = estimate_cost(
+        pipe, TGateSchedule(**settings), STEPS, do_classifier_free_guidance=True, batch_size=2, **sizes(case)
+    )
     assert cost.without_tgate == taken(pipe, case, [0, 1])
     assert cost.with_tgate == taken(apply_tgate(pipe, **settings), case, [0, 1])
     report = get_tgate_report(pipe)

@@ -3,7 +3,7 @@
 import pytest
 import tgate
 
-from tests.laws.test_laws import distance
+from tests.support.comparing import distance
 from tests.zoo.core import BY_NAME
 from tgate_processors import apply_tgate
 

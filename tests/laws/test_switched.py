@@ -10,6 +10,8 @@ from tests.zoo.joint import JOINT
 from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
 from tests.zoo.z_image import Z_IMAGE
 from tgate_processors import apply_tgate, get_tgate_report
+from tgate_processors._internal.families import resolve_pipeline
+from tgate_processors._internal.install.pipeline_call import call_of
 from tgate_processors._internal.run.scale_source import keeps_scale
 
 STEPS = 5
@@ -101,3 +103,5 @@ def test_errors_are_measured_with_the_scale_that_the_loop_has(name, keeps):
     pipe = case_of(name).build()
     assert keeps_scale(type(pipe)) is keeps
     assert keeps_scale(type(apply_tgate(pipe, cross_attention=False))) is keeps
+    pipe._guidance_scale = 2.0
+    assert call_of(resolve_pipeline(pipe, False), pipe, {"guidance_scale": 5.0}).scale() == (5.0 if keeps else 2.0)

@@ -6,14 +6,15 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests.integration.test_offload_and_casting import group_offload_by_leaves, model_offload, skip_if_missing
-from tests.laws.test_counts import SETTINGS, computed
-from tests.laws.test_families import check_restored, is_cross, keys_of, rows, samples_of
-from tests.laws.test_laws import Stop, distance, snapshot
-from tests.laws.test_predicted import EVERY, FIXED, PATIENT, full_steps
-from tests.unit.measure.test_cost import taken
-from tests.zoo.core import STEPS, slow
-from tests.zoo.cross_attention import BY_KIND, TOKENS, Kind
+from tests.support.comparing import Stop, distance
+from tests.support.counting import is_cross, keys_of, samples_of
+from tests.support.custom_loops import OwnLoop
+from tests.support.macs import COUNTED, taken
+from tests.support.offload import group_offload_by_leaves, model_offload, skip_if_missing
+from tests.support.settings import EVERY, FIXED, PATIENT, SETTINGS, computed, full_steps
+from tests.support.states import check_restored, snapshot
+from tests.zoo.core import STEPS, rows, slow
+from tests.zoo.cross_attention import BY_KIND, Kind
 from tests.zoo.cross_attention import TWO_CALLS as OWN
 from tests.zoo.variants import AROUND_TWO
 from tgate_processors import (
@@ -34,8 +35,6 @@ GATE = 3
 DROP = {"gate_step": GATE}
 # The step in which the second of two denoisers takes over.
 TAKEN_OVER = 3
-# Others stand for these by default.
-SECOND = {"wan_image", "wan_vace", "skyreels", "cosmos"}
 # One law of each of these by default: they differ from others in little but their data.
 ONCE = {
     "longcat",
@@ -49,8 +48,8 @@ ONCE = {
     "cosmos_video",
     "cosmos2_video",
 }
-kinds = pytest.mark.parametrize("kind", rows(TWO_CALLS, SECOND | ONCE))
-kinds_once = pytest.mark.parametrize("kind", rows(TWO_CALLS, SECOND))
+kinds = pytest.mark.parametrize("kind", rows(TWO_CALLS, ONCE))
+kinds_once = pytest.mark.parametrize("kind", rows(TWO_CALLS))
 kinds_slow = pytest.mark.parametrize("kind", rows(TWO_CALLS, {kind.name for kind in TWO_CALLS}))
 WAN = pytest.mark.parametrize("kind", rows([BY_KIND["wan"]]))
 WAN_SLOW = pytest.mark.parametrize("kind", rows([BY_KIND["wan"]], {"wan"}))
@@ -346,7 +345,6 @@ def test_another_pipeline_on_the_same_denoiser_makes_all_its_calls(kind: Kind):
     assert torch.equal(kind.run(sibling), baseline)
 
 
-COUNTED = {"max_sequence_length": TOKENS, "batch_size": 2}
 ESTIMATED = {"wan", "kandinsky5", "kandinsky6"}
 
 
@@ -396,13 +394,6 @@ def test_frames_that_are_dropped_after_the_gate_get_a_full_step(kind: Kind, sett
 def test_what_does_not_run_without_weights_is_not_estimated(kind: Kind):
     with pytest.raises(ValueError, match="HeliosTransformer3DModel does not run on the meta device"):
         estimate_cost(kind.build(), TGateSchedule(GATE), STEPS)
-
-
-class OwnLoop:
-    """A loop of somebody's own."""
-
-    def __call__(self, *args, **kwargs):
-        return super().__call__(*args, **kwargs)
 
 
 @WAN

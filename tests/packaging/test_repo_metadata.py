@@ -71,3 +71,9 @@ def test_forms_for_issues_ask_for_what_is_needed():
         names = [part["id"] for part in form["body"]]
         assert len(names) == len(set(names)) >= 3
         assert any(part.get("validations", {}).get("required") for part in form["body"])
+
+
+def test_no_test_module_imports_another():
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        imported = re.findall(r"^ *(?:from|import) .*\btest_\w+", file.read_text(), flags=re.MULTILINE)
+        assert not imported, file

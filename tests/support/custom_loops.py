@@ -79,3 +79,18 @@ def built(name: str, loop: type = Loop) -> Any:
     more = {"requires_safety_checker": False} if base is diffusers.StableDiffusionPipeline else {}
     own = type(loop.__name__, (loop, base), {"__module__": __name__})
     return quiet(own(**BY_NAME[name].build().components, **more))
+
+
+class Inverting(Loop):
+    """Runs the denoiser before its loop, as inversions do."""
+
+    def before_loop(self, x, texts, pooled):
+        for t in self.scheduler.timesteps.flip(0)[:4]:
+            self.denoise(torch.cat([x, x]), t, torch.cat(texts), pooled)
+
+
+class OwnLoop:
+    """A loop of somebody's own."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)

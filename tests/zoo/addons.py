@@ -61,8 +61,6 @@ class Host(Case):
     guided: bool = True
     sized: bool = True
     batches: bool = True
-    # Nothing of it runs in CI.
-    dear: bool = False
 
     @property
     def stays(self) -> str:
@@ -374,12 +372,14 @@ HOSTS = [
         control="control_image",
         strength=0.99,
         row="ControlNet, image to image",
+        tier="slow",
     ),
     Host(
         "union",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLControlNetUnionPipeline", controlnet=union()),
         with_inputs(xl_text, control_image=lambda p, g: images([51, 52]), control_mode=[0, 3]),
         row="ControlNet-Union, two kinds of control",
+        tier="slow",
     ),
     Host(
         "union_img2img",
@@ -388,6 +388,7 @@ HOSTS = [
         image=True,
         strength=0.99,
         row="ControlNet-Union, image to image",
+        tier="slow",
     ),
     Host(
         "union_inpaint",
@@ -397,12 +398,14 @@ HOSTS = [
         mask=True,
         strength=0.99,
         row="ControlNet-Union, inpainting",
+        tier="slow",
     ),
     Host(
         "adapter",
         lambda: other(*GOLDEN_SD, "StableDiffusionAdapterPipeline", adapter=_adapter()),
         with_inputs(sd_text, image=lambda p, g: images([50 + n for n in p])),
         row="T2I-Adapter",
+        tier="slow",
     ),
     Host(
         "multi_adapter",
@@ -417,6 +420,7 @@ HOSTS = [
             adapter_conditioning_scale=[0.8, 0.3],
         ),
         row="several T2I-Adapters",
+        tier="slow",
     ),
     Host(
         "sdxl_adapter",
@@ -442,6 +446,7 @@ HOSTS = [
         lambda: load_ip_adapter(load_golden(*GOLDEN_SD), "plain"),
         with_inputs(sd_text, ip_adapter_image_embeds=image_embeds((1, IMAGE_EMBEDDING))),
         row="IP-Adapter",
+        tier="slow",
     ),
     Host(
         "sdxl_ip_adapter_plus",
@@ -454,6 +459,7 @@ HOSTS = [
         lambda: load_ip_adapter(load_golden(*GOLDEN_XL), "face_id"),
         with_inputs(xl_text, ip_adapter_image_embeds=image_embeds((1, IMAGE_EMBEDDING))),
         row="IP-Adapter FaceID",
+        tier="slow",
     ),
     Host(
         "two_ip_adapters",
@@ -471,6 +477,7 @@ HOSTS = [
         lambda: _two_loras(load_golden(*GOLDEN_XL)),
         with_inputs(xl_text, cross_attention_kwargs={"scale": 0.6}),
         row="several LoRAs",
+        tier="slow",
     ),
     Host(
         "lcm_lora",
@@ -478,6 +485,7 @@ HOSTS = [
         xl_text,
         guidance=1.0,
         row="LCM-LoRA",
+        tier="slow",
     ),
     Host(
         "tcd",
@@ -492,6 +500,7 @@ HOSTS = [
         xl_text,
         guidance=0.0,
         row="Turbo, Lightning",
+        tier="slow",
     ),
     Host(
         "lcm_img2img",
@@ -581,6 +590,7 @@ HOSTS = [
         with_inputs(sd_text, image=lambda p, g: [image.resize((SIZE // 4, SIZE // 4)) for image in images(p)]),
         sized=False,
         row="x4 upscaler",
+        tier="slow",
     ),
     Host(
         "latent_upscaler",
@@ -619,6 +629,7 @@ HOSTS += [
         lambda: free_init(animate("AnimateDiffPipeline")),
         with_inputs(sd_text, **_ANIMATED),
         row="AnimateDiff with FreeInit",
+        tier="slow",
     ),
     Host(
         "animatediff_controlnet",
@@ -626,6 +637,7 @@ HOSTS += [
         with_inputs(sd_text, conditioning_frames=_video, **_ANIMATED),
         batches=False,
         row="AnimateDiff with ControlNet",
+        tier="slow",
     ),
     Host(
         "animatediff_sparse_controlnet",
@@ -637,6 +649,7 @@ HOSTS += [
             **_ANIMATED,
         ),
         row="AnimateDiff with SparseCtrl",
+        tier="slow",
     ),
     Host(
         "animatediff_video",
@@ -645,6 +658,7 @@ HOSTS += [
         strength=1.0,
         batches=False,
         row="AnimateDiff, video to video",
+        tier="slow",
     ),
     Host(
         "animatediff_video_controlnet",
@@ -653,12 +667,14 @@ HOSTS += [
         strength=1.0,
         batches=False,
         row="AnimateDiff, video to video with ControlNet",
+        tier="slow",
     ),
     Host(
         "animatediff_sdxl",
         lambda: other(*GOLDEN_XL, "AnimateDiffSDXLPipeline", motion_adapter=motion_adapter(GOLDEN_XL)),
         with_inputs(xl_text, **_ANIMATED),
         row="AnimateDiff SDXL",
+        tier="slow",
     ),
 ]
 HOSTS += [
@@ -677,6 +693,7 @@ HOSTS += [
         image=True,
         guidance_parts=3,
         row="InstructPix2Pix",
+        tier="slow",
     ),
     Host(
         "pag",
@@ -692,6 +709,7 @@ HOSTS += [
         guidance=1.0,
         guidance_parts=2,
         row="perturbed-attention guidance alone",
+        tier="slow",
     ),
     Host(
         "pag_controlnet",
@@ -705,6 +723,7 @@ HOSTS += [
         control="image",
         guidance_parts=3,
         row="perturbed-attention guidance with ControlNet",
+        tier="slow",
     ),
     Host(
         "pag_animatediff",
@@ -712,6 +731,7 @@ HOSTS += [
         with_inputs(sd_text, pag_scale=2.0, **_ANIMATED),
         guidance_parts=3,
         row="perturbed-attention guidance, AnimateDiff",
+        tier="slow",
     ),
     Host(
         "pag_pixart",
@@ -767,7 +787,7 @@ HOSTS += [
         unclip_text,
         with_inputs(_words, prior_num_inference_steps=2),
         kept="conditional",
-        dear=True,
+        tier="thorough",
         row="Stable unCLIP",
     ),
     Host(
@@ -780,7 +800,7 @@ HOSTS += [
         sd_text,
         kept="conditional",
         image=True,
-        dear=True,
+        tier="thorough",
         row="Stable unCLIP, from an image",
     ),
     Host(
@@ -790,7 +810,7 @@ HOSTS += [
         denoiser="transformer",
         guidance=4.5,
         guidance_parts=3,
-        dear=True,
+        tier="thorough",
         row="perturbed-attention guidance, Sana",
     ),
     Host(
@@ -800,7 +820,7 @@ HOSTS += [
         denoiser="transformer",
         guidance=4.5,
         guidance_parts=3,
-        dear=True,
+        tier="thorough",
         row="perturbed-attention guidance, HunyuanDiT",
     ),
 ]

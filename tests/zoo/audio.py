@@ -126,7 +126,7 @@ _KANDINSKY6: dict[str, Any] = {
     "first": "visual_embeddings.in_layer",
     "cross": ("video_dec_block.cross_attention", "audio_dec_block.cross_attention"),
     "size": _SHORT,
-    "dear": True,
+    "tier": "thorough",
 }
 
 SOUND = [
@@ -138,7 +138,7 @@ SOUND = [
         first="proj_in_conv",
         cross="cross_attn",
         conditional_first=True,
-        dear=True,
+        tier="thorough",
         extra={"audio_duration": 4.0},
     ),
 ]

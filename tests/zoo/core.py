@@ -233,9 +233,20 @@ def no_inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
     return {}
 
 
+# When the laws are held for a case: in the default session, in CI's slow one, or in the thorough one.
+TIERS = {"default": [], "slow": [pytest.mark.slow], "thorough": [pytest.mark.slow, pytest.mark.thorough]}
+
+
 @dataclass(frozen=True)
 class Case:
-    """A pipeline, and what a call of it needs."""
+    """
+    A pipeline, and what a call of it needs.
+
+    `pipeline` is its class, which older versions of diffusers may lack. `first` is the layer of the denoiser that sees
+    the batch first, `cross` how the names of layers that attend to the text end, `never` what is in the names of those
+    that are not gated. Its `tier` is `"slow"` where another one stands for it by default, and `"thorough"` where
+    nothing of it runs in CI.
+    """
 
     name: str
     build: Callable[[], Any]
@@ -250,10 +261,20 @@ class Case:
     control_nets: int = 1
     kept: str = "unconditional"
     extra: dict[str, Any] = field(default_factory=dict)
+    pipeline: str = ""
+    first: str = ""
+    cross: tuple[str, ...] | str = "attn2"
+    never: str = "never"
+    tier: str = "default"
     drawn: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "build", built_once(self.build))
+
+    @property
+    def is_there(self) -> bool:
+        """Whether this diffusers has it."""
+        return True
 
     @property
     def has_callback(self) -> bool:
@@ -326,6 +347,7 @@ CASES = [
         lambda: with_scheduler(load_golden(*GOLDEN_SD), "DDIMScheduler", prediction_type="v_prediction"),
         _sd_text,
         extra={"guidance_rescale": 0.7},
+        tier="slow",
     ),
     Case("sd_img2img", lambda: other(*GOLDEN_SD, "StableDiffusionImg2ImgPipeline"), _sd_text, image=True, strength=1.0),
     Case(
@@ -335,6 +357,7 @@ CASES = [
         image=True,
         mask=True,
         strength=1.0,
+        tier="slow",
     ),
     Case("sdxl", lambda: load_golden(*GOLDEN_XL), _xl_text),
     Case(
@@ -343,6 +366,7 @@ CASES = [
         _xl_text,
         image=True,
         strength=0.99,
+        tier="slow",
     ),
     Case(
         "sdxl_inpaint",
@@ -408,12 +432,14 @@ CASES += [
         control="control_image",
         control_nets=2,
         strength=1.0,
+        tier="slow",
     ),
     Case(
         "sdxl_controlnet",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLControlNetPipeline", controlnet=controlnet(*GOLDEN_XL)),
         _xl_text,
         control="image",
+        tier="slow",
     ),
     Case(
         "sdxl_controlnet_inpaint",
@@ -423,39 +449,34 @@ CASES += [
         mask=True,
         control="control_image",
         strength=0.99,
+        tier="slow",
     ),
 ]
-# For the default session others stand for these: a single ControlNet, and one of each with a given picture.
-SLOW = {
-    "sd_v_prediction",
-    "sd_inpaint",
-    "sdxl_img2img",
-    "sd_multi_controlnet_img2img",
-    "sdxl_controlnet",
-    "sdxl_controlnet_inpaint",
-}
 
 
 def slow(*values: Any) -> Any:
     """Parameters of a test that is run in the slow session only."""
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=TIERS["slow"])
 
 
 def thorough(*values: Any) -> Any:
     """Parameters of a slow test whose law CI proves by other rows."""
-    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.thorough])
+    return pytest.param(*values, marks=TIERS["thorough"])
 
 
-def rows(cases: Iterable[Case], dear: Collection[str] = SLOW) -> list[Any]:
-    """Parameters of a test: the cases, those named in `dear` in the slow session only."""
-    return [pytest.param(case, marks=_marks(case, dear), id=case.name) for case in cases]
-
-
-def _marks(case: Any, dear: Collection[str]) -> list[Any]:
-    """The sessions that a case is left to."""
-    if getattr(case, "dear", False):
-        return [pytest.mark.slow, pytest.mark.thorough]
-    return [pytest.mark.slow] if case.name in dear else []
+def rows(cases: Iterable[Case], dear: Collection[str] = ()) -> list[Any]:
+    """Parameters of a test: cases, each in its tier; those named in `dear` not by default, whatever their tier is."""
+    return [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[
+                *(TIERS[case.tier] or (TIERS["slow"] if case.name in dear else [])),
+                pytest.mark.skipif(not case.is_there, reason=f"this diffusers has no {case.pipeline}"),
+            ],
+        )
+        for case in cases
+    ]
 
 
 BY_NAME = {case.name: case for case in CASES}

@@ -47,26 +47,19 @@ class Kind(Case):
     """
     A pipeline of a family.
 
-    `pipeline` is its class, which older versions of diffusers may lack. `first` is the layer of the denoiser that
-    sees the batch first, `cross` how the names of layers that attend to the text end, `never` what is in the names
-    of those that are not gated, `guided_channels` how many channels of the output guidance is about (`None`: all).
-    `dear` says that nothing of it runs in CI. Where guidance is dropped, layers keep the mean of both halves unless
-    `mean` is false. Guidance multiplies the difference with its scale and `scale_beyond`.
+    `guided_channels` is how many channels of the output guidance is about (`None`: all). Where guidance is dropped,
+    layers keep the mean of both halves unless `mean` is false. Guidance multiplies the difference with its scale and
+    `scale_beyond`.
     """
 
-    pipeline: str = ""
     denoiser: str = "transformer"
     kept: str = "conditional"
-    first: str = ""
-    cross: tuple[str, ...] | str = "attn2"
-    never: str = "never"
     guided_channels: int | None = None
     mean: bool = True
     scale_beyond: float = 0.0
     conditional_first: bool = False
     size: dict[str, int] = field(default_factory=dict)
     batches: bool = True
-    dear: bool = False
     # Without guidance.
     off: dict[str, float] = field(default_factory=lambda: {"guidance_scale": 1.0})
     # The scale of what it predicts besides.
@@ -112,8 +105,8 @@ class Kind(Case):
 
     @property
     def is_there(self) -> bool:
-        """Whether this diffusers has it; the oldest one has some of the dear ones, with other arguments."""
-        return hasattr(diffusers, self.pipeline) and not (self.dear and IS_OLD)
+        """Whether this diffusers has it; the oldest one has some of the thorough ones, with other arguments."""
+        return hasattr(diffusers, self.pipeline) and not (self.tier == "thorough" and IS_OLD)
 
     @property
     def is_guided(self) -> bool:
@@ -590,6 +583,7 @@ KINDS = [
         size={"height": 32, "width": 32},
         extra=_SANA_CALL,
         control="control_image",
+        tier="slow",
     ),
     Kind(
         "sana_sprint",
@@ -605,6 +599,7 @@ KINDS = [
         kept="",
         size=_PICTURE,
         extra={"use_resolution_binning": False, "intermediate_timesteps": None},
+        tier="slow",
     ),
     Kind("ltx", ltx, text(8), pipeline="LTXPipeline", first="proj_in", guidance=3.0, size=_CLIP),
     Kind(
@@ -617,6 +612,7 @@ KINDS = [
         size={"height": 32, "width": 32, "num_frames": 9},
         image=True,
         extra={} if IS_OLD else {"guidance_rescale": 0.7},
+        tier="slow",
     ),
     Kind(
         "ltx_condition",
@@ -628,6 +624,7 @@ KINDS = [
         size={"height": 32, "width": 32, "num_frames": 9},
         image=True,
         batches=False,
+        tier="slow",
     ),
     Kind(
         "ltx2",
@@ -655,6 +652,7 @@ KINDS = [
         extra={**_LTX2_CALL, "image_crf": 0},
         off={"guidance_scale": 1.0, "audio_guidance_scale": 1.0},
         second_scale=4.0,
+        tier="slow",
     ),
     Kind(
         "hunyuan",
@@ -677,6 +675,7 @@ KINDS = [
         extra=_HUNYUAN_CALL,
         control="control_image",
         batches=False,
+        tier="slow",
     ),
     Kind(
         "latte",
@@ -721,6 +720,7 @@ KINDS = [
         first="proj_in",
         mean=False,
         extra={"audio_end_in_s": 2.0},
+        tier="slow",
     ),
     Kind(
         "sana_video",
@@ -740,6 +740,7 @@ KINDS = [
         size={"height": 32, "width": 32, "frames": 5},
         extra={**_SANA_CALL, "image": images([0])[0]},
         batches=False,
+        tier="slow",
     ),
     Kind(
         "kandinsky3",
@@ -999,6 +1000,7 @@ TWO_CALLS = [
         first="patch_embedding",
         size=_SHORT,
         extra={"image": images([0])[0]},
+        tier="slow",
     ),
     Kind(
         "wan_vace",
@@ -1008,6 +1010,7 @@ TWO_CALLS = [
         first="patch_embedding",
         size=_SHORT,
         batches=False,
+        tier="slow",
     ),
     Kind(
         "wan_animate",
@@ -1044,6 +1047,7 @@ TWO_CALLS = [
         pipeline="SkyReelsV2Pipeline",
         first="patch_embedding",
         size=_SHORT,
+        tier="slow",
     ),
     Kind(
         "cosmos",
@@ -1053,6 +1057,7 @@ TWO_CALLS = [
         first="patch_embed.proj",
         scale_beyond=1.0,
         size={"height": 32, "width": 32, "num_frames": 9},
+        tier="slow",
     ),
     Kind(
         "cosmos2",

@@ -43,7 +43,7 @@ class Joint(Kind):
         found = None if IS_OLD and self.scale != "guidance_scale" else getattr(diffusers, self.pipeline, None)
         return (
             found is not None
-            and not (self.dear and IS_OLD)
+            and not (self.tier == "thorough" and IS_OLD)
             and self.scale in inspect.signature(found.__call__).parameters
         )
 

@@ -102,7 +102,7 @@ def _omni() -> Any:
 _ALIKE: dict[str, Any] = {
     "first": "layers.0",
     "first_of_control": "control_layers.0",
-    "dear": True,
+    "tier": "thorough",
     "sign": -1,
     "scale_beyond": 1.0,
     "conditional_first": True,

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from tests.integration.test_compile import compile_blocks, compile_in_place
-from tests.laws.test_families import COSTS, check_restored, keys_of
-from tests.laws.test_laws import snapshot
-from tests.laws.test_two_calls import COUNTED
-from tests.unit.measure.test_cost import sizes, taken
+from tests.support.compiling import compile_blocks, compile_in_place
+from tests.support.counting import keys_of
+from tests.support.macs import COSTS, COUNTED, sizes, taken
+from tests.support.states import check_restored, snapshot
 from tests.zoo.core import BY_NAME, STEPS, Case
 from tests.zoo.cross_attention import BY_KIND
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tests.unit.attention.test_uncached_layers import layers
+from tests.support.counting import layers
 from tests.zoo.core import BY_NAME, slow
 from tgate_processors import apply_tgate, remove_tgate
 

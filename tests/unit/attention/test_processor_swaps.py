@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
-from tests.laws.test_laws import distance
+from tests.support.comparing import distance
 from tests.zoo.core import BY_NAME, slow
 from tgate_processors import TGateAttnProcessor, apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules

@@ -4,9 +4,9 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
+from tests.support.counting import layers
 from tests.zoo.core import BY_NAME, quiet, slow
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
-from tgate_processors._internal.attention.layers import attention_modules
 
 GATE = 3
 
@@ -14,11 +14,6 @@ GATE = 3
 @pytest.fixture(params=["sd", slow("sdxl"), "pixart_alpha"])
 def case(request):
     return BY_NAME[request.param]
-
-
-def layers(pipe, case, kind="attn2"):
-    modules = attention_modules(getattr(pipe, case.denoiser))
-    return {name.removesuffix(".processor"): layer for name, layer in modules.items() if kind in name}
 
 
 def without_processors(attn):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from DeepCache import DeepCacheSDHelper
 
-from tests.laws.test_laws import assert_same, distance, snapshot
+from tests.support.comparing import distance
+from tests.support.states import assert_same, snapshot
 from tests.zoo.core import BY_NAME, slow
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 
-from tests.laws.test_laws import distance
+from tests.support.comparing import distance
 from tests.support.paths import ROOT
 from tests.zoo.core import BY_NAME, STEPS, slow
 from tests.zoo.cross_attention import KINDS, TWO_CALLS
+from tests.zoo.joint import BY_JOINT
 from tgate_processors import (
     TGateAttnProcessor,
     TGateCallback,
@@ -393,6 +394,24 @@ def test_a_cache_on_a_controlnet_is_refused(name):
             for hook in list(module._diffusers_hook.hooks):
                 module._diffusers_hook.remove_hook(hook, recurse=False)
     assert torch.equal(case.run(pipe), case.gated(2))
+
+
+@pytest.mark.parametrize("wrapped", [lambda module: module, slow(torch.compile)], ids=["eager", "compiled"])
+def test_cache_dit_on_a_controlnet_is_refused(wrapped):
+    cache_dit = pytest.importorskip("cache_dit", reason="cache-dit wants newer versions than the oldest")
+    pipe = BY_JOINT["sd3_controlnet"].build()
+    net, pattern = pipe.controlnet, cache_dit.ForwardPattern.Pattern_1
+    adapter = cache_dit.BlockAdapter(transformer=net, blocks=net.transformer_blocks, forward_pattern=pattern)
+    logging.disable(logging.CRITICAL)
+    try:
+        cache_dit.enable_cache(adapter, cache_config=cache_dit.DBCacheConfig(**SETTINGS["cache_dit"]))
+    finally:
+        logging.disable(logging.NOTSET)
+    pipe.controlnet = wrapped(net)
+    with pytest.raises(ValueError, match="cannot run beside cache-dit on SD3ControlNetModel: it keeps tensors"):
+        apply_tgate(pipe, GATE, cross_attention=False)
+    cache_dit.disable_cache(net)
+    apply_tgate(pipe, GATE, cross_attention=False)
 
 
 @pytest.mark.parametrize("gate", [2, GATE])

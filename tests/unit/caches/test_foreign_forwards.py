@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.unit.attention.test_uncached_layers import layers
+from tests.support.counting import layers
 from tests.zoo import modular
 from tests.zoo.core import BY_NAME, slow, thorough
 from tests.zoo.cross_attention import KINDS, TWO_CALLS

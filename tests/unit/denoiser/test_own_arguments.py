@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.support.custom_loops import Loop, built
-from tests.zoo.core import BY_NAME, quiet, seeded
+from tests.zoo.core import BY_NAME, quiet, seeded, slow
 from tests.zoo.cross_attention import BY_KIND
 from tests.zoo.joint import BY_JOINT
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied
@@ -13,6 +13,7 @@ from tgate_processors._internal.families import resolve_pipeline
 from tgate_processors._internal.install.pipeline_call import call_of
 
 CASE = BY_NAME["sd"]
+NEEDS_EXPERTS = pytest.mark.skipif(not BY_KIND["wan_experts"].is_there, reason="this diffusers has no Wan 2.2")
 
 
 class Dressed(diffusers.UNet2DConditionModel):
@@ -97,7 +98,7 @@ def test_names_have_no_effect_where_guidance_is_two_calls():
         apply_tgate(BY_KIND["wan"].build(), 3, batch_arguments=("hidden_states",))
 
 
-@pytest.mark.skipif(not BY_KIND["wan_experts"].is_there, reason="this diffusers has no Wan")
+@NEEDS_EXPERTS
 def test_a_second_denoiser_alone_is_gated():
     kind = BY_KIND["wan_experts"]
     parts = {**kind.build().components, "transformer": None}
@@ -131,6 +132,7 @@ class Engine:
         (BY_NAME["pixart_alpha"], "transformer"),
         (BY_JOINT["sd3"], "transformer"),
         (BY_NAME["sd_controlnet"], "controlnet"),
+        pytest.param(BY_KIND["wan_experts"], "transformer_2", marks=NEEDS_EXPERTS),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -142,9 +144,18 @@ def test_an_engine_is_refused_by_name(case, name, alone):
     assert not is_tgate_applied(pipe)
 
 
-def test_a_traced_graph_is_refused_by_name():
+def unflattened(module, example):
+    return torch.export.unflatten(torch.export.export(module, (example,)))
+
+
+@pytest.mark.parametrize(
+    "graph_of",
+    [torch.jit.trace, lambda module, example: torch.fx.symbolic_trace(module), slow(unflattened)],
+    ids=["jit", "fx", "export"],
+)
+def test_a_traced_graph_is_refused_by_name(graph_of):
     pipe = CASE.build()
-    vars(pipe)["unet"] = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    vars(pipe)["unet"] = graph_of(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(ValueError, match="which is a graph that was traced or exported"):
         apply_tgate(pipe, 3)
 

@@ -11,10 +11,10 @@ import threading
 import pytest
 import torch
 
-from tests.laws.test_laws import assert_same_but_for_rounding
+from tests.support.comparing import assert_same_but_for_rounding
 from tests.support.custom_loops import Loop
 from tests.support.states import state_of
-from tests.unit.install.test_sharing import in_threads
+from tests.support.threads import in_threads
 from tests.zoo.core import BY_NAME, quiet, slow
 from tests.zoo.cross_attention import BY_KIND
 from tests.zoo.joint import BY_JOINT

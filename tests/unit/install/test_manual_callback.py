@@ -7,7 +7,7 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tests.zoo.core import BY_NAME, CASES, rows
+from tests.zoo.core import BY_NAME, CASES, GOLDEN_SD, other, rows
 from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, remove_tgate
 
 WITH_CALLBACK = rows(case for case in CASES if case.has_callback)
@@ -143,9 +143,7 @@ def test_bad_arguments(build, error, message):
 
 
 def test_a_pipeline_that_cannot_be_gated_is_refused_by_the_callback_too():
-    from tests.unit.test_errors import panorama
-
-    pipe = panorama()
+    pipe = other(*GOLDEN_SD, "StableDiffusionPanoramaPipeline")
     with pytest.raises(ValueError, match="several views in every step"):
         TGateCallback(TGateSchedule())(pipe, 0, torch.tensor(1), {})
     assert not pipe.unet._forward_pre_hooks

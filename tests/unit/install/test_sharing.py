@@ -6,6 +6,7 @@ import diffusers
 import pytest
 import torch
 
+from tests.support.threads import in_threads
 from tests.zoo.core import BY_NAME, quiet, slow
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
@@ -104,25 +105,6 @@ def test_a_pipeline_cannot_be_called_by_its_own_callback():
 
     assert torch.equal(case.run(pipe, callback_on_step_end=on_step_end), expected)
     assert len(errors) == 6
-
-
-def in_threads(*functions):
-    """Run functions at the same time, step by step in turn; give their results."""
-    results, failures = [None] * len(functions), []
-
-    def work(index, function):
-        try:
-            results[index] = function()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=work, args=item) for item in enumerate(functions)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=600)
-    assert not failures, failures
-    return results
 
 
 def in_turn(parties):

@@ -10,8 +10,8 @@ import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tests.laws.test_laws import distance
-from tests.unit.attention.test_uncached_layers import layers
+from tests.support.comparing import distance
+from tests.support.counting import layers
 from tests.zoo.core import BY_NAME, STEPS
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 

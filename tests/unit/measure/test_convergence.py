@@ -7,9 +7,8 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
-from tests.laws.test_laws import assert_same, snapshot
-from tests.laws.test_predicted import Inverting
-from tests.support.custom_loops import Loop, built
+from tests.support.custom_loops import Inverting, Loop, built
+from tests.support.states import assert_same, snapshot
 from tests.zoo.addons import HOSTS_BY_NAME
 from tests.zoo.core import BY_NAME, STEPS, slow, with_scheduler
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, measure_convergence

@@ -13,75 +13,19 @@ import pytest
 import torch
 import typer
 from calflops import calculate_flops
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from examples.benchmarks import cost_table, gains
-from tests.laws.test_counts import SETTINGS
+from tests.support.macs import sizes, taken
 from tests.support.paths import ROOT
+from tests.support.settings import SETTINGS
 from tests.zoo.addons import FRAMES, HOSTS_BY_NAME
 from tests.zoo.core import BY_NAME, GUIDED, SIZE, STEPS, slow
 from tgate_processors import MACs, TGateSchedule, apply_tgate, estimate_cost, get_tgate_report
 
 DEAR = {"sd_img2img", "lcm_sdxl"}
 FAMILY_CASES = ["sd", "sd_img2img", "sdxl", "lcm", "lcm_sdxl", "pixart_alpha", "pixart_sigma", "lcm_pixart", "svd"]
-
-
-class Inside:
-    """Whether a module runs."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.macs, self.inside = 0, False
-        module.register_forward_pre_hook(lambda module, args: setattr(self, "inside", True))
-        module.register_forward_hook(lambda module, args, output: setattr(self, "inside", False))
-
-
-class Layers(Inside, TorchDispatchMode):
-    """Counts in a module what `FlopCounterMode` counts, by its formulas, but not for each part of it: in less time."""
-
-    linear = False
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        if self.inside and (count := flop_registry.get(function._overloadpacket)):
-            # Linear attention alone multiplies by itself.
-            assert "bmm" not in str(function) or self.linear
-            assert "attention" not in str(function)
-            self.macs += count(*args, **(kwargs or {}), out_val=output) // 2
-        return output
-
-
-class Products(Inside, TorchFunctionMode):
-    """Counts attention's two products in a module, by the shapes of queries, keys and values."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if self.inside and function is torch.nn.functional.scaled_dot_product_attention:
-            query, key, value = args[:3] if args else (kwargs[name] for name in ("query", "key", "value"))
-            self.macs += query[..., 0].numel() * key.shape[-2] * (key.shape[-1] + value.shape[-1])
-        if self.inside and function is torch.nn.functional.multi_head_attention_forward:
-            query, key = args[:2]
-            self.macs += 2 * query.numel() * key.shape[0]
-        return function(*args, **(kwargs or {}))
-
-
-def taken(pipe, case, prompts, linear=False, **call):
-    """MACs of a real run. On the CPU torch counts attention's products as nothing."""
-    denoiser = getattr(pipe, case.denoiser)
-    with Layers(denoiser) as layers, Products(denoiser) as products:
-        layers.linear = linear
-        case.run(pipe, prompts, **call)
-    return MACs(layers.macs, products.macs)
-
-
-def sizes(case):
-    """The arguments of `estimate_cost` that a case's inputs are as large as."""
-    if case.video:
-        return dict(case.extra)
-    tokens = case.conditioning([0], False)["prompt_embeds"].shape[1]
-    return {"height": SIZE, "width": SIZE, "max_sequence_length": tokens}
 
 
 @functools.cache
@@ -94,7 +38,9 @@ def check(pipe, case, settings, prompts, guidance, **call):
     """The estimate is what the run takes, to the last MAC and the last byte."""
     steps = call.get("num_inference_steps", STEPS)
     schedule = TGateSchedule(**settings)
-    cost = estimate_cost(pipe, schedule, steps, guidance=guidance, batch_size=len(prompts), **sizes(case))
+    cost = estimate_cost(
+        pipe, schedule, steps, do_classifier_free_guidance=guidance, batch_size=len(prompts), **sizes(case)
+    )
     if type(pipe.scheduler) is type(case.build().scheduler):
         assert cost.without_tgate == taken_without_tgate(case.name, tuple(prompts), tuple(call.items()))
     else:
@@ -135,9 +81,17 @@ def test_the_estimate_of_animatediff():
 def test_guidance_of_other_parts_is_up_to_the_caller():
     host = HOSTS_BY_NAME["pix2pix"]
     pipe = host.build()
-    with pytest.raises(ValueError, match="give its denoiser, guidance=False, and the pictures times the parts"):
+    with pytest.raises(
+        ValueError, match="give its denoiser, do_classifier_free_guidance=False, and the pictures times the parts"
+    ):
         estimate_cost(pipe, TGateSchedule(2), STEPS)
-    size = {"height": SIZE, "width": SIZE, "max_sequence_length": 7, "guidance": False, "batch_size": 3}
+    size = {
+        "height": SIZE,
+        "width": SIZE,
+        "max_sequence_length": 7,
+        "do_classifier_free_guidance": False,
+        "batch_size": 3,
+    }
     cost = estimate_cost(pipe.unet, TGateSchedule(2), STEPS, **size)
     assert cost.without_tgate == taken(pipe, host, [0])
     assert cost.with_tgate == taken(apply_tgate(pipe, 2), host, [0])
@@ -294,21 +248,26 @@ def _with_another_layer():
         (None, {"num_inference_steps": 2.5}, TypeError, "num_inference_steps=2.5 is of type float: give an int"),
         (None, {"num_inference_steps": 0}, ValueError, "num_inference_steps=0 is too small"),
         (None, {"batch_size": 0}, ValueError, "batch_size=0 is too small"),
-        (None, {"guidance": 7.5}, TypeError, "guidance=7.5 is of type float: give True or False"),
+        (
+            None,
+            {"do_classifier_free_guidance": 7.5},
+            TypeError,
+            "do_classifier_free_guidance=7.5 is of type float: give True or False",
+        ),
         (None, {"height": 63}, ValueError, "height=63 is not a multiple of 8: give one"),
         (None, {"width": 0}, ValueError, "width=0 is too small: give an int of at least 8"),
         (None, {"vae_scale_factor": 0}, ValueError, "vae_scale_factor=0 is too small"),
         (None, {"max_sequence_length": 0}, ValueError, "max_sequence_length=0 is too small"),
         (None, {"num_frames": 3}, ValueError, "num_frames=3 means nothing for a UNet2DConditionModel: leave it out"),
-        (None, {"further_calls": [{"a": 1}]}, ValueError, "means nothing for a UNet2DConditionModel: leave it out"),
+        (None, {"extra_forwards": [{"a": 1}]}, ValueError, "means nothing for a UNet2DConditionModel: leave it out"),
         (None, {"dtype": "float16"}, TypeError, "dtype='float16' is of type str: give a torch.dtype"),
         (None, {"dtype": torch.int8}, ValueError, "dtype=torch.int8 is not a floating-point type"),
         (lambda: BY_NAME["svd"].build(), {"max_sequence_length": 3}, ValueError, "max_sequence_length=3 means nothing"),
         (
             lambda: BY_NAME["lcm"].build(),
-            {"guidance": True},
+            {"do_classifier_free_guidance": True},
             ValueError,
-            "guidance=True, but this UNet2D",
+            "do_classifier_free_guidance=True, but this UNet2D",
         ),
         (lambda: _other_conditions(attention_type="gated"), {}, ValueError, "config.attention_type='gated', and"),
         (lambda: _other_conditions(sample_size=None), {}, ValueError, "no config.sample_size: give `height`"),
@@ -391,7 +350,7 @@ def test_the_command_computes_any_other_row(tmp_path):
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(json.loads(config.read_text()))
     schedule = TGateSchedule(0.5, sp_interval=2, fi_interval=3, warm_up=1)
-    cost = estimate_cost(unet, schedule, 12, guidance=False, batch_size=2, dtype=torch.float16)
+    cost = estimate_cost(unet, schedule, 12, do_classifier_free_guidance=False, batch_size=2, dtype=torch.float16)
     assert (row["gate_step"], row["peak_bytes"]) == (6, cost.report.peak_bytes)
     assert row["with_tgate_macs"] == cost.with_tgate.layers
     assert row["with_tgate_total_macs"] == cost.with_tgate.total
@@ -434,7 +393,7 @@ def test_a_model_that_the_script_does_not_have_is_named():
 
 
 def test_an_estimate_without_guidance_says_whose_it_is(caplog):
-    estimate_cost(BY_NAME["sd"].build(), TGateSchedule(), 6, guidance=False)
+    estimate_cost(BY_NAME["sd"].build(), TGateSchedule(), 6, do_classifier_free_guidance=False)
     assert "this call of the denoiser has no guidance" in caplog.text
     caplog.clear()
     pipe = BY_NAME["sd"].build()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.zoo.core import STEPS, rows
+from tests.zoo.core import STEPS, TIERS
 from tests.zoo.cross_attention import KINDS, TOKENS, TWO_CALLS
 from tests.zoo.joint import JOINT, Joint
 from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
@@ -35,19 +35,24 @@ TOLD = {
     **{name: {"max_sequence_length": 512} for name in ("wan_image", "wan_animate", "chronoedit", "skyreels_image")},
     **{name: {"num_frames": 8} for name in ("stable_audio3", "stable_audio3_audio", "stable_audio3_inpaint")},
     **{name: {"num_frames": 5} for name in ("wan_video", "cogvideox_video", "cogvideox_control")},
-    "ltx2": {"further_calls": []},
-    "ltx2_image": {"further_calls": []},
-    "ltx2_condition": {"further_calls": []},
-    "ltx2_hdr": {"further_calls": []},
+    "ltx2": {"extra_forwards": []},
+    "ltx2_image": {"extra_forwards": []},
+    "ltx2_condition": {"extra_forwards": []},
+    "ltx2_hdr": {"extra_forwards": []},
     "hunyuan_controlnet": {"max_sequence_length": None},
     "audioldm2": {"height": 64, "width": 16},
     "ernie": {"max_sequence_length": 3},
 }
 # What pipelines call the number of frames; Latte's is that of the configuration.
 FRAMES = ("num_frames", "frames", "segment_frame_length")
-# Those in the default session: a time for every token, pictures by a denoiser of videos, no guidance, and places.
-CHEAP = ["ltx_image", "cosmos2", "kandinsky5_picture", "stable_audio3_audio", "ernie"]
+# A time for every token, by default.
+QUICK = "ltx_image"
 MORE = [
+    # Pictures by a denoiser of videos, no guidance, and places.
+    "cosmos2",
+    "kandinsky5_picture",
+    "stable_audio3_audio",
+    "ernie",
     "ltx_condition",
     "ltx2_image",
     "ltx2_condition",
@@ -98,20 +103,23 @@ def sizes(kind):
     return {name: value for name, value in told.items() if value is not None}
 
 
-# What denoisers with joint attention take is told in tests/laws/test_joint.py too.
-MARKS = {True: [pytest.mark.slow, pytest.mark.thorough], False: [pytest.mark.slow]}
+def tier_of(kind):
+    # What denoisers with joint attention take is told in tests/laws/test_joint.py too.
+    return TIERS["thorough" if isinstance(kind, Joint) or kind.tier == "thorough" else "slow"]
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        *rows([kind for kind in ALL if kind.name in CHEAP], ()),
-        *(pytest.param(k, marks=MARKS[isinstance(k, Joint)], id=k.name) for k in ALL if k.name in MORE),
+        *(pytest.param(k, id=k.name) for k in ALL if k.name == QUICK),
+        *(pytest.param(k, marks=tier_of(k), id=k.name) for k in ALL if k.name in MORE),
     ],
 )
 def test_the_estimate_is_what_the_layers_take(kind):
     alone = {"cross_attention": False} if isinstance(kind, Joint) else {}
-    negative = {"guidance": True} if distilled_by(kind.build().transformer) and kind.is_guided else {}
+    negative = (
+        {"do_classifier_free_guidance": True} if distilled_by(kind.build().transformer) and kind.is_guided else {}
+    )
     pipe = kind.build()
     taken = layers_of(pipe)
     kind.run(pipe)
@@ -130,5 +138,7 @@ def test_latte_has_as_many_frames_as_its_configuration():
 
 def test_guidance_of_a_call_that_has_none_is_refused():
     pipe = next(kind for kind in ALL if kind.name == "stable_audio3_audio").build()
-    with pytest.raises(ValueError, match="guidance=True, but the call of StableAudio3AudioToAudioPipeline takes no"):
-        estimate_cost(pipe, TGateSchedule(GATE), STEPS, guidance=True)
+    with pytest.raises(
+        ValueError, match="do_classifier_free_guidance=True, but the call of StableAudio3AudioToAudioPipeline takes no"
+    ):
+        estimate_cost(pipe, TGateSchedule(GATE), STEPS, do_classifier_free_guidance=True)

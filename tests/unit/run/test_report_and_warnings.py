@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tests.unit.attention.test_uncached_layers import layers
+from tests.support.counting import layers
 from tests.zoo.core import BY_NAME, STEPS, quiet, slow
 from tgate_processors import (
     TGateAttnProcessor,

@@ -12,10 +12,9 @@ from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.batch import second_of
 from ..denoiser.inputs import is_another, is_picture
 from ..guidance.cfg_forms import GuiderCFG
-from ..plan.report import TGateReport
-from ..plan.report_builder import ReportBuilder
 from ..plan.schedule import Phase
 from ..plan.steps import StepCounter, Timeline
+from .base import Run
 from .call import PipelineCall
 from .messages import warn_exchanged_in_every_step, warn_gate_too_late, warn_no_cfg, warn_nothing_gated
 
@@ -36,7 +35,7 @@ class GuiderPipelineCall(PipelineCall):
         return "a guider that is enabled and has a guidance_scale other than 1"
 
 
-class GuiderRun:
+class GuiderRun(Run[GuiderCFG]):
     """
     One call of a pipeline. It is made anew for every call, and nothing of it outlives the call but the report.
 
@@ -50,13 +49,8 @@ class GuiderRun:
     def __init__(
         self, state: TGateState, call: PipelineCall, forwards: ForeignForwards, *, can_skip_half: bool = True
     ) -> None:
-        self._state = state
+        super().__init__(state, GuiderCFG(state.schedule), forwards, can_skip_half=can_skip_half)
         self._call = call
-        self._forwards = forwards
-        self._can_skip_half = can_skip_half
-        self._cfg = GuiderCFG(state.schedule)
-        self._report_builder = ReportBuilder(is_auto=state.schedule.is_auto)
-        self._loop: StepCounter | None = None
         self._guider: Any = None
         self._half = self._running = False
         self._ever_guided = self._took_over = False
@@ -65,16 +59,6 @@ class GuiderRun:
         self._conditions: list[Any] = []
         # Guided steps of this loop in which the present guider had both halves.
         self._computed = 0
-
-    @property
-    def report(self) -> TGateReport:
-        """What has been done so far."""
-        return self._report_builder.report
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in differences of the halves of guidance."""
-        return self._cfg.nbytes
 
     def halves(self, guider: Any) -> bool:
         """Whether the step that runs now asks this guider for the conditional half alone."""
@@ -186,8 +170,7 @@ class GuiderRun:
         if loop is None or not (self._can_skip_half and loop.has_half_steps):
             return
         self._cfg.record(loop.passes, [halves], 1, scale)
-        if self._cfg.error is not None:
-            self._report_builder.measured(loop.step_index, self._cfg.error)
+        self._note_error(loop)
 
     def end_step(self, *, guided: bool) -> None:
         """
@@ -219,10 +202,8 @@ class GuiderRun:
 
     def close(self, *, completed: bool = True) -> None:
         """The call has ended, however it ended: hold nothing, leave the report."""
-        self._state.report = report = self._report_builder.report
-        self._loop = self._guider = None
-        self._cfg.release()
-        self._conditions = []
+        report = self._release()
+        self._guider, self._conditions = None, []
         if completed and self._lost and not (report.half_batch_forwards or report.prediction_errors):
             warn_exchanged_in_every_step(self._state, self._call)
         elif completed and not report.num_inference_steps:
@@ -235,15 +216,7 @@ class GuiderRun:
         if self._loop is not None and not self._running:
             self._report_builder.end_loop(self._loop)
         self._guider = None
-        self._forwards.begin()
-        self._loop = loop = StepCounter(self._state.schedule, Timeline(steps))
-        self._cfg.begin()
-        return loop
-
-    def _restart_guidance(self, loop: StepCounter) -> None:
-        """What is known of guidance holds no more."""
-        loop.restart_controller()
-        self._cfg.begin()
+        return self._count(Timeline(steps))
 
     def _phase(self, loop: StepCounter) -> Phase:
         """The phase of the step that runs now."""

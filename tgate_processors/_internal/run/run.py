@@ -14,19 +14,18 @@ from ..caches.adapter import CacheAdapters
 from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.inputs import DenoiserInputs, is_picture
 from ..guidance.batch_check import CFGBatchCheck
-from ..guidance.cfg_forms import ComputedCall, form_of
+from ..guidance.cfg_forms import ComputedCall, DenoiserCFG, form_of
 from ..plan.forward_plan import UNSEEN, CachedPart, CacheKey
-from ..plan.report import TGateReport
-from ..plan.report_builder import ReportBuilder
 from ..plan.schedule import Action, CFGHalf
 from ..plan.steps import StepCounter
+from .base import Run
 from .call import PipelineCall
 from .denoisers import DenoiserCaches
 from .messages import RunWarnings, raise_uncached_layers
 from .planner import ForwardPlanner
 
 
-class PipelineRun:
+class PipelineRun(Run[DenoiserCFG]):
     """
     One call of a pipeline. It is made anew for every call, and nothing of it outlives the call but the report.
 
@@ -54,33 +53,24 @@ class PipelineRun:
         cross_attention: bool | None = None,
         forwards: ForeignForwards | None = None,
     ) -> None:
-        self.call = call
         self.denoisers = DenoiserCaches(state, [layers] if isinstance(layers, GatedLayers) else layers)
         layout = self.denoisers.active.layers.layout
+        cfg = form_of(state.schedule, layout, call.scale)
+        super().__init__(state, cfg, forwards or ForeignForwards(()), can_skip_half=can_skip_half)
+        self.call = call
         self.gates_cross = layout.keeps_cross if cross_attention is None else cross_attention
         self.batch = CFGBatchCheck(call, layout)
-        self._state = state
-        self._can_skip_half = can_skip_half
         self._counts_forwards = counts_forwards
-        self._forwards = forwards or ForeignForwards(())
         self._caches = caches or CacheAdapters()
         self.denoisers.halved_inside(self._caches.keep_guidance)
-        self._cfg = form_of(state.schedule, layout, call.scale)
-        self._planner = ForwardPlanner(state, self.denoisers, self._caches, self._cfg, gates_cross=self.gates_cross)
+        self._planner = ForwardPlanner(state, self.denoisers, self._caches, cfg, gates_cross=self.gates_cross)
         self._warnings = RunWarnings(state, call, gates_cross=self.gates_cross, joint=layout.joint)
-        self._report_builder = ReportBuilder(is_auto=state.schedule.is_auto)
-        self._loop: StepCounter | None = None
         self._last_index: int | None = None
-        # The forward that runs, or has run last.
+        # What the forward that runs, or has run last, was given.
         self._inputs: DenoiserInputs | None = None
         self._guided = False
         # What was exchanged too late for the step that runs.
         self._late: Collection[str] = ()
-
-    @property
-    def report(self) -> TGateReport:
-        """What has been done so far."""
-        return self._report_builder.report
 
     @property
     def outputs(self) -> AttentionCache:
@@ -314,17 +304,13 @@ class PipelineRun:
 
     def close(self, *, completed: bool = True) -> None:
         """The call has ended, however it ended: hold nothing, leave the report."""
-        self._state.report = report = self._report_builder.report
         self.denoisers.forget()
-        self._cfg.release()
-        self._loop = self._inputs = None
-        self._warnings.close(report, completed=completed)
+        self._inputs = None
+        self._warnings.close(self._release(), completed=completed)
 
     def _begin_loop(self) -> StepCounter:
         """A loop begins: its steps are told by now, or in its first step."""
-        self._forwards.begin()
-        self._loop = loop = StepCounter(self._state.schedule, self.call.timesteps.timeline(), self._cfg.calls_per_step)
-        self._cfg.begin()
+        loop = self._count(self.call.timesteps.timeline())
         ungated = self.denoisers.settle()
         if ungated:
             self._warnings.ungated(ungated if self._can_skip_half else [])
@@ -357,11 +343,6 @@ class PipelineRun:
     def _predicts(self) -> bool:
         """Whether the difference of the halves of guidance is predicted from what is known."""
         return self._state.schedule.predicts and self._can_skip_half and self.call.guided()
-
-    def _restart_guidance(self, loop: StepCounter) -> None:
-        """What is known of guidance holds no more."""
-        loop.restart_controller()
-        self._cfg.begin()
 
     def _switch_guidance(self, loop: StepCounter, guided: bool) -> None:
         """Guidance goes off or on within the loop; it comes on with full steps, and nothing of before is reused."""
@@ -433,8 +414,7 @@ class PipelineRun:
             return self._cfg.complete(call)
         if loop.has_half_steps:
             self._cfg.observe(call)
-            if self._cfg.error is not None:
-                self._report_builder.measured(loop.step_index, self._cfg.error)
+            self._note_error(loop)
         return None
 
     def _report_step(self, loop: StepCounter, step: int) -> None:

@@ -1,11 +1,11 @@
-"""The tables that say what is supported. `nox -s tables` (`python -m tests.docs.tables`) writes them into the pages."""
+"""The tables that say what is supported. `nox -s tables` writes them into the pages."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
-from tests.support.paths import ROOT
 from tests.zoo.addons import HOSTS
 from tests.zoo.cross_attention import KINDS, TWO_CALLS
 from tests.zoo.inventory import AS_ANOTHER
@@ -14,6 +14,7 @@ from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
 from tgate_processors._internal.families import FAMILIES
 from tgate_processors._internal.families.family import Family
 
+ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs/pipelines.md")
 CALLS = {1: "one batch", 2: "two calls"}
 

@@ -12,6 +12,7 @@ UNETS = (
         pipelines_without_callback=(
             "AudioLDMPipeline",
             "MusicLDMPipeline",
+            "PaintByExamplePipeline",
             "StableDiffusionAdapterPipeline",
             "StableDiffusionGLIGENPipeline",
             "StableDiffusionImageVariationPipeline",

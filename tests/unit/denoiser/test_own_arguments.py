@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.support.custom_loops import Loop, built
-from tests.zoo.core import BY_NAME, quiet, seeded
+from tests.zoo.core import BY_NAME, quiet, seeded, slow
 from tests.zoo.cross_attention import BY_KIND
 from tests.zoo.joint import BY_JOINT
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied
@@ -53,7 +53,7 @@ def dressed(inside=False):
     return pipe
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["argument", "in_a_dict"])
+@pytest.mark.parametrize("inside", [False, slow(True)], ids=["argument", "in_a_dict"])
 def test_an_argument_of_its_own_is_refused_until_it_is_told(inside):
     name = "more" if inside else "garment"
     said = f"Dressed has an argument '{name}' of its own, here of shape"

@@ -10,7 +10,7 @@ import torch
 
 from tests.support.paths import ROOT
 from tests.zoo.addons import HOSTS_BY_NAME
-from tests.zoo.core import CASES, slow
+from tests.zoo.core import CASES, TIERS
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report
 
 PAGE = (ROOT / "docs/settings.md").read_text().replace("\N{GREEK SMALL LETTER ALPHA}", "alpha")
@@ -73,8 +73,14 @@ def schedule_of(pipe, gate_step="auto", **settings):
 
 
 def by_name(names):
-    """Parameters: names of rows, those of the large denoisers in the slow session only."""
-    return [name if name.startswith(("SD-1.5", "PixArt")) else slow(name) for name in names]
+    """Parameters: names of rows, most of those of the large denoisers where everything is tested."""
+    tiers = {"SD-1.5": "default", "PixArt": "default", "SDXL": "slow"}
+    return [
+        pytest.param(
+            name, marks=TIERS[next((tier for begin, tier in tiers.items() if name.startswith(begin)), "thorough")]
+        )
+        for name in names
+    ]
 
 
 def bound(cost):

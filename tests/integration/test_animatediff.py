@@ -5,7 +5,7 @@ import torch
 
 from tests.support.comparing import distance
 from tests.zoo.addons import FRAMES, HOSTS, HOSTS_BY_NAME, text_encoder, tokenizer, with_frames
-from tests.zoo.core import slow
+from tests.zoo.core import slow, thorough
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
 GATE = 2
@@ -15,7 +15,7 @@ CONTROLLED = [host for host in ANIMATED if "controlnet" in host.name]
 
 
 # FRAMES frames are in the laws of all hosts.
-QUICK = {"animatediff": (3,), "animatediff_controlnet": (3,), "animatediff_sdxl": (2,)}
+QUICK = {"animatediff": (3,)}
 FRAMED = [
     pytest.param(host, frames, id=f"{host.name}-{frames}", marks=[] if quick else [pytest.mark.slow])
     for host in ANIMATED
@@ -43,8 +43,8 @@ def test_any_number_of_frames(host, frames):
     assert torch.equal(host.run(remove_tgate(pipe)), baseline)
 
 
-@pytest.mark.parametrize("half", ["unconditional", "conditional"])
-@pytest.mark.parametrize("frames", [slow(2), 3, slow(4), slow(16)])
+@pytest.mark.parametrize("half", [thorough("unconditional"), "conditional"])
+@pytest.mark.parametrize("frames", [thorough(2), 3, thorough(4), slow(16)])
 @pytest.mark.parametrize("host", CONTROLLED, ids=lambda host: host.name)
 def test_halving_the_controlnet_changes_nothing(host, frames, half):
     host = with_frames(host, frames)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.zoo.addons import HOSTS_BY_NAME, IMAGE_EMBEDDING, image_embeds, ip_adapter_weights, load_ip_adapter
-from tests.zoo.core import BY_NAME
+from tests.zoo.core import BY_NAME, slow, thorough
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
@@ -25,7 +25,7 @@ def types(pipe):
     return [type(module.processor).__name__ for module in attention_modules(pipe.unet).values()]
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", slow("sdxl")])
 @pytest.mark.parametrize(("kind", "shape"), KINDS.values(), ids=KINDS)
 def test_loading_before_and_after_are_the_same(name, kind, shape):
     case = BY_NAME[name]
@@ -46,7 +46,7 @@ def test_loading_before_and_after_are_the_same(name, kind, shape):
     assert torch.equal(case.run(apply_tgate(before, GATE)), plain)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("name", ["sd", thorough("sdxl")])
 def test_unloading_with_tgate_on(name):
     case = BY_NAME[name]
     pipe = case.build()

@@ -47,7 +47,7 @@ def live_tensors():
 @pytest.mark.slow
 def test_memory_is_flat_and_results_are_those_of_fresh_pipelines():
     calls, warm = 200, 60
-    case = BY_NAME["sd"]
+    case = BY_NAME["pixart_alpha"]
     chance = random.Random(0)
     plans = [(chance.choice(SCHEDULERS), chance.choice(SETTINGS), chance.choice(CALL_OPTIONS)) for _ in range(calls)]
 
@@ -92,5 +92,5 @@ def test_memory_is_flat_and_results_are_those_of_fresh_pipelines():
     assert resident[1] - resident[0] < 32 * 2**20
     remove_tgate(pipe)
     assert not is_tgate_applied(pipe)
-    assert not pipe.unet._forward_hooks
-    assert not pipe.unet._forward_pre_hooks
+    assert not pipe.transformer._forward_hooks
+    assert not pipe.transformer._forward_pre_hooks

@@ -8,7 +8,7 @@ import torch
 
 from tests.support.comparing import distance
 from tests.zoo.addons import load_lora, lora, text_encoder
-from tests.zoo.core import BY_NAME, slow
+from tests.zoo.core import BY_NAME, thorough
 from tgate_processors import apply_tgate, remove_tgate
 
 GATE = 2
@@ -75,11 +75,11 @@ if HOTSWAP:
 
 
 # What is undone, deleted or exchanged was loaded.
-PARTS = ("load", "two", "unfuse", "disable", "hotswap")
+PARTS = ("load", "two", "unfuse", "disable", "delete", "hotswap")
 ROWS = [pytest.param(*row, id=deed, marks=[pytest.mark.slow] if deed in PARTS else []) for deed, row in DEEDS.items()]
 
 
-@pytest.mark.parametrize("name", ["sd", slow("sdxl")])
+@pytest.mark.parametrize("name", ["sd", thorough("sdxl")])
 @pytest.mark.parametrize(("deed", "arguments"), ROWS)
 def test_before_and_after_are_the_same(name, deed, arguments):
     case = BY_NAME[name]

@@ -15,7 +15,7 @@ from tests.support.offload import (
     sequential_offload,
     skip_if_missing,
 )
-from tests.zoo.core import BY_NAME, slow
+from tests.zoo.core import BY_NAME, TIERS, slow
 from tgate_processors import apply_tgate, remove_tgate
 
 WAYS = [
@@ -30,11 +30,16 @@ WAYS = [
 
 
 # The transformer runs in a fifth of the time.
-QUICK = {"sd": (sequential_offload, layerwise_casting, device_map), "sdxl_controlnet": (), "pixart_alpha": WAYS}
+QUICK = {"sd": (layerwise_casting,), "sdxl_controlnet": (), "pixart_alpha": WAYS}
 EVERYWHERE = pytest.mark.parametrize(
     ("case", "place"),
     [
-        pytest.param(name, way, id=f"{name}-{way.__name__}", marks=[] if way in quick else [pytest.mark.slow])
+        pytest.param(
+            name,
+            way,
+            id=f"{name}-{way.__name__}",
+            marks=TIERS["default" if way in quick else "thorough" if quick == () else "slow"],
+        )
         for name, quick in QUICK.items()
         for way in WAYS
     ],

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from tests.zoo.core import BY_NAME
+from tests.zoo.core import BY_NAME, thorough
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
-NAMES = ["sd", "sdxl", "pixart_alpha"]
+NAMES = ["sd", thorough("sdxl"), "pixart_alpha"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")

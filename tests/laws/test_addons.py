@@ -11,7 +11,7 @@ from tests.support.paths import ROOT
 from tests.support.settings import computed
 from tests.support.states import assert_same, snapshot
 from tests.zoo.addons import FRAMES, HOSTS, HOSTS_BY_NAME, Host
-from tests.zoo.core import TIERS, rows
+from tests.zoo.core import TIERS, rows, thorough
 from tgate_processors import TGateCallback, TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
@@ -96,10 +96,9 @@ def count(denoiser):
 
 
 # With v2 all that v1 does happens too.
-COUNTED = [pytest.param(host.name, "v2", marks=TIERS["thorough"] if host.tier == "thorough" else []) for host in HOSTS]
-COUNTED += [
-    (name, "v1") for name in ("ip_adapter", "sdxl_loras", "gligen", "animatediff_free_init", "pix2pix", "turbo")
-]
+COUNTED = [pytest.param(host.name, "v2", marks=TIERS[host.tier]) for host in HOSTS]
+COUNTED += [("gligen", "v1"), ("pix2pix", "v1")]
+COUNTED += [thorough(name, "v1") for name in ("ip_adapter", "sdxl_loras", "animatediff_free_init", "turbo")]
 
 
 @pytest.mark.parametrize(("name", "version"), COUNTED)
@@ -130,9 +129,7 @@ def test_to_k_runs_exactly_as_the_schedule_says(name, version):
             assert batches == expected, name
 
 
-@pytest.mark.parametrize(
-    "host", [host for host in HOSTS if "control" in host.name or "union" in host.name], ids=lambda host: host.name
-)
+@pytest.mark.parametrize("host", rows(host for host in HOSTS if "control" in host.name or "union" in host.name))
 def test_a_controlnet_of_any_kind_is_halved_with_the_denoiser(host: Host):
     pipe = apply_tgate(host.build(), GATE)
     batches = []
@@ -166,7 +163,7 @@ def test_after_the_gate_the_half_with_the_picture_stays_in_unclip(name):
     assert told == [[False, True]] + [[True]] * 5
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("steps", [1, 2, 4, thorough(8)])
 @pytest.mark.parametrize("name", ["lcm_lora", "tcd", "turbo"])
 def test_few_steps_without_guidance(name, steps):
     host = HOSTS_BY_NAME[name]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.zoo.addons import HOSTS_BY_NAME
-from tests.zoo.core import BY_NAME, slow
+from tests.zoo.core import BY_NAME, slow, thorough
 from tgate_processors import TGateSchedule, apply_tgate, remove_tgate
 
-NAMES = ["sd", slow("sdxl_img2img"), "pixart_alpha", "svd", slow("sd_controlnet"), "lcm", "animatediff"]
+NAMES = ["sd", thorough("sdxl_img2img"), "pixart_alpha", "svd", slow("sd_controlnet"), "lcm", slow("animatediff")]
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
 
 
@@ -108,7 +108,9 @@ def test_wrong_arguments_get_the_errors_of_the_pipeline(case):
 
 
 # Every way of placing a pipeline is in test_offload_and_casting.
-@pytest.mark.parametrize("name", ["svd", *map(slow, ("sd", "pixart_alpha", "sd_controlnet", "lcm", "animatediff"))])
+@pytest.mark.parametrize(
+    "name", ["pixart_alpha", *map(slow, ("sd", "svd", "sd_controlnet")), *map(thorough, ("lcm", "animatediff"))]
+)
 @pytest.mark.parametrize("when", [slow("before"), "after"])
 def test_sequential_offload(name, when):
     case = ALL[name]

@@ -14,6 +14,8 @@ from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, re
 from tgate_processors._internal.families import attention_modules
 
 GATE = 3
+# What depends on the way of installing more than on the pipeline.
+installed = pytest.mark.parametrize("case", rows(CASES, default={"sd", "pixart_alpha", "svd", "sd_controlnet"}))
 V2 = {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 1}
 
 
@@ -100,6 +102,7 @@ def test_without_guidance_nothing_is_averaged_or_halved(case: Case, prompts):
     assert distance(latents, singles) < 3e-5
 
 
+@installed
 def test_two_pipelines_of_a_class_are_independent(case: Case):
     plain, gated = case.build(), case.build()
     baseline = case.plain()
@@ -114,6 +117,7 @@ def test_two_pipelines_of_a_class_are_independent(case: Case):
     assert torch.equal(case.run(gated), first)
 
 
+@installed
 def test_apply_twice_replaces_and_one_removal_is_enough(case: Case):
     pipe = apply_tgate(case.build(), GATE)
     baseline, expected = case.plain(), case.gated(GATE)
@@ -233,6 +237,7 @@ def test_half_precision_stays(case, dtype):
     assert latents.isfinite().all()
 
 
+@installed
 def test_saving_and_loading_with_tgate_on(case: Case, tmp_path):
     pipe = case.build()
     baseline = case.plain()
@@ -245,6 +250,7 @@ def test_saving_and_loading_with_tgate_on(case: Case, tmp_path):
     assert_same_but_for_rounding(case.run(loaded), baseline)
 
 
+@installed
 def test_a_deep_copy_is_gated_on_its_own(case: Case):
     pipe = case.build()
     baseline = case.plain()
@@ -258,6 +264,7 @@ def test_a_deep_copy_is_gated_on_its_own(case: Case):
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
 
 
+@installed
 def test_a_sibling_from_the_same_components_runs_as_without_tgate(case: Case):
     pipe = apply_tgate(case.build(), GATE)
     baseline, expected = case.plain(), case.gated(GATE)

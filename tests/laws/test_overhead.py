@@ -7,10 +7,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.support.operations import operations
-from tests.zoo.core import BY_NAME, slow
+from tests.zoo.core import BY_NAME, slow, thorough
 from tgate_processors import apply_tgate, get_tgate_report
 from tgate_processors._internal.attention.processor import mean_of_halves
 
+# Version 2 does all that version 1 does, and more.
+versions = pytest.mark.parametrize(
+    "settings", [thorough({}), {"sp_interval": 2, "fi_interval": 2, "warm_up": 1}], ids=["v1", "v2"]
+)
 NAMES = ["sd", slow("sdxl"), "pixart_alpha", "svd", slow("sd_controlnet"), "lcm", "lcm_pixart"]
 
 
@@ -30,7 +34,7 @@ def test_with_a_late_gate_torch_is_asked_for_the_very_same_operations(case):
         assert gated.names == plain.names
 
 
-@pytest.mark.parametrize("settings", [{}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 1}], ids=["v1", "v2"])
+@versions
 def test_gating_adds_averages_and_halves_and_no_wait(case, settings):
     pipe = case.build()
     plain = operations(case, pipe)
@@ -59,9 +63,9 @@ def nothing(pipe, step_index, timestep, callback_kwargs):
     return callback_kwargs
 
 
-@pytest.mark.parametrize("settings", [{}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 1}], ids=["v1", "v2"])
+@versions
 @pytest.mark.parametrize(
-    ("name", "guidance_scale"), [("sd", 5.0), ("sd", 1.0), ("sd_inpaint", 5.0), ("pixart_alpha", 4.5)]
+    ("name", "guidance_scale"), [("sd", 5.0), ("sd", 1.0), thorough("sd_inpaint", 5.0), ("pixart_alpha", 4.5)]
 )
 def test_the_peak_is_that_of_the_plain_run_and_the_announced_bytes(name, guidance_scale, settings):
     case = BY_NAME[name]
@@ -114,7 +118,7 @@ def test_the_average_needs_no_more_than_itself():
     assert peak_bytes(lambda: mean_of_halves(output)) == output.nbytes // 2
 
 
-@pytest.mark.parametrize("settings", [{}, {"sp_interval": 2, "fi_interval": 2, "warm_up": 1}], ids=["v1", "v2"])
+@versions
 def test_what_is_kept_keeps_nothing_larger_alive(case, settings):
     pipe = apply_tgate(case.build(), 3, **settings)
     denoiser = getattr(pipe, case.denoiser)

@@ -47,6 +47,7 @@ guided = pytest.mark.parametrize("case", rows(GUIDED, {case.name for case in GUI
 families = pytest.mark.parametrize(
     "case", rows([case for case in GUIDED if case.name in QUICK | {"sdxl", "pixart_sigma"}], {"sdxl", "pixart_sigma"})
 )
+SOME_CASES = pytest.mark.parametrize("case", rows(GUIDED, default={"sd", "pixart_alpha", "pixart_sigma"}))
 SOME = pytest.mark.parametrize("name", ["sd", "pixart_alpha", "svd", *map(slow, ("sdxl", "sd_controlnet"))])
 
 
@@ -113,7 +114,7 @@ def test_the_halves_of_a_half_step_differ_by_the_prediction(case: Case, settings
     assert list(report.prediction_errors) == errors
 
 
-@families
+@SOME_CASES
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
 def test_two_calls_agree_and_removal_gives_the_plain_picture_back(case: Case, settings):
     pipe = case.build()
@@ -127,7 +128,7 @@ def test_two_calls_agree_and_removal_gives_the_plain_picture_back(case: Case, se
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
 
 
-@families
+@SOME_CASES
 def test_a_batch_of_two_prompts_equals_two_singles(case: Case):
     pipe = case.build()
 
@@ -207,8 +208,7 @@ class Stop(RuntimeError):
     """Not an error of diffusers'."""
 
 
-@pytest.mark.parametrize("forward", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("name", ["sd", "pixart_alpha"])
+@pytest.mark.parametrize(("name", "forward"), [("sd", 4), *(("pixart_alpha", each) for each in range(1, 6))])
 def test_a_run_that_breaks_leaves_nothing(name, forward):
     case = BY_NAME[name]
     pipe = case.build()
@@ -233,7 +233,7 @@ def test_a_run_that_breaks_leaves_nothing(name, forward):
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
 
 
-@pytest.mark.parametrize("name", ["lcm", "lcm_sdxl", "lcm_pixart", "sd", "svd"])
+@pytest.mark.parametrize("name", ["lcm", "lcm_pixart", "sd", *map(thorough, ("lcm_sdxl", "svd"))])
 def test_without_guidance_there_is_nothing_to_predict(name, caplog):
     case = BY_NAME[name]
     scale = {} if case not in GUIDED else {"guidance_scale": 1.0}
@@ -341,9 +341,14 @@ def test_the_order_of_the_halves_is_that_of_the_loop(name, settings):
 
 @pytest.mark.parametrize(
     ("scheduler", "passes"),
-    [("HeunDiscreteScheduler", 2), slow("KDPM2DiscreteScheduler", 2), ("PNDMScheduler", 1), slow("DDIMScheduler", 1)],
+    [
+        ("HeunDiscreteScheduler", 2),
+        thorough("KDPM2DiscreteScheduler", 2),
+        ("PNDMScheduler", 1),
+        slow("DDIMScheduler", 1),
+    ],
 )
-@pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
+@pytest.mark.parametrize("settings", [thorough(FIXED), PATIENT], ids=["fixed", "auto"])
 def test_steps_are_full_or_half_with_all_their_passes(scheduler, passes, settings):
     case = BY_NAME["sd"]
     pipe = with_scheduler(case.build(), scheduler)
@@ -401,7 +406,7 @@ def test_self_attention_at_intervals(name):
     assert torch.equal(case.run(pipe, num_inference_steps=9), first)
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "pixart_alpha", "sd_controlnet"])
+@pytest.mark.parametrize("name", ["sd", "pixart_alpha", *map(thorough, ("sdxl", "sd_controlnet"))])
 def test_one_number_is_read_in_a_full_step_and_none_in_a_half_step(name):
     case = BY_NAME[name]
     pipe = case.build()

@@ -372,7 +372,7 @@ HOSTS = [
         control="control_image",
         strength=0.99,
         row="ControlNet, image to image",
-        tier="slow",
+        tier="thorough",
     ),
     Host(
         "union",
@@ -388,7 +388,7 @@ HOSTS = [
         image=True,
         strength=0.99,
         row="ControlNet-Union, image to image",
-        tier="slow",
+        tier="thorough",
     ),
     Host(
         "union_inpaint",
@@ -398,14 +398,14 @@ HOSTS = [
         mask=True,
         strength=0.99,
         row="ControlNet-Union, inpainting",
-        tier="slow",
+        tier="thorough",
     ),
     Host(
         "adapter",
         lambda: other(*GOLDEN_SD, "StableDiffusionAdapterPipeline", adapter=_adapter()),
         with_inputs(sd_text, image=lambda p, g: images([50 + n for n in p])),
         row="T2I-Adapter",
-        tier="slow",
+        tier="thorough",
     ),
     Host(
         "multi_adapter",
@@ -420,13 +420,14 @@ HOSTS = [
             adapter_conditioning_scale=[0.8, 0.3],
         ),
         row="several T2I-Adapters",
-        tier="slow",
+        tier="thorough",
     ),
     Host(
         "sdxl_adapter",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLAdapterPipeline", adapter=_adapter(xl=True)),
         with_inputs(xl_text, image=lambda p, g: images([50 + n for n in p]), adapter_conditioning_factor=0.5),
         row="T2I-Adapter, in the first half of the steps",
+        tier="slow",
     ),
     Host(
         "gligen",
@@ -453,6 +454,7 @@ HOSTS = [
         lambda: load_ip_adapter(load_golden(*GOLDEN_XL), "plus"),
         with_inputs(xl_text, ip_adapter_image_embeds=image_embeds((1, 5, IMAGE_EMBEDDING))),
         row="IP-Adapter Plus",
+        tier="slow",
     ),
     Host(
         "sdxl_face_id",
@@ -493,6 +495,7 @@ HOSTS = [
         with_inputs(xl_text, eta=0.3),
         guidance=0.0,
         row="TCD",
+        tier="slow",
     ),
     Host(
         "turbo",
@@ -515,6 +518,7 @@ HOSTS = [
         strength=0.99,
         guided=False,
         row="latent consistency, image to image",
+        tier="slow",
     ),
     Host(
         "refiner",
@@ -523,6 +527,7 @@ HOSTS = [
         image=True,
         strength=0.3,
         row="SDXL refiner",
+        tier="slow",
     ),
     Host(
         "kolors",
@@ -577,6 +582,7 @@ HOSTS = [
         image=True,
         strength=1.0,
         row="depth to image",
+        tier="slow",
     ),
     Host(
         "x4_upscaler",
@@ -598,6 +604,7 @@ HOSTS = [
         with_inputs(xl_text, image=lambda p, g: torch.stack([seeded((4, 8, 8), 80 + n) for n in p])),
         sized=False,
         row="latent upscaler",
+        tier="slow",
     ),
 ]
 
@@ -667,7 +674,7 @@ HOSTS += [
         strength=1.0,
         batches=False,
         row="AnimateDiff, video to video with ControlNet",
-        tier="slow",
+        tier="thorough",
     ),
     Host(
         "animatediff_sdxl",
@@ -693,7 +700,7 @@ HOSTS += [
         image=True,
         guidance_parts=3,
         row="InstructPix2Pix",
-        tier="slow",
+        tier="thorough",
     ),
     Host(
         "pag",
@@ -723,7 +730,7 @@ HOSTS += [
         control="image",
         guidance_parts=3,
         row="perturbed-attention guidance with ControlNet",
-        tier="slow",
+        tier="thorough",
     ),
     Host(
         "pag_animatediff",
@@ -731,7 +738,7 @@ HOSTS += [
         with_inputs(sd_text, pag_scale=2.0, **_ANIMATED),
         guidance_parts=3,
         row="perturbed-attention guidance, AnimateDiff",
-        tier="slow",
+        tier="thorough",
     ),
     Host(
         "pag_pixart",

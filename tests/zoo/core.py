@@ -349,7 +349,14 @@ CASES = [
         extra={"guidance_rescale": 0.7},
         tier="slow",
     ),
-    Case("sd_img2img", lambda: other(*GOLDEN_SD, "StableDiffusionImg2ImgPipeline"), _sd_text, image=True, strength=1.0),
+    Case(
+        "sd_img2img",
+        lambda: other(*GOLDEN_SD, "StableDiffusionImg2ImgPipeline"),
+        _sd_text,
+        image=True,
+        strength=1.0,
+        tier="slow",
+    ),
     Case(
         "sd_inpaint",
         lambda: other(*GOLDEN_SD, "StableDiffusionInpaintPipeline"),
@@ -357,7 +364,7 @@ CASES = [
         image=True,
         mask=True,
         strength=1.0,
-        tier="slow",
+        tier="thorough",
     ),
     Case("sdxl", lambda: load_golden(*GOLDEN_XL), _xl_text),
     Case(
@@ -366,7 +373,7 @@ CASES = [
         _xl_text,
         image=True,
         strength=0.99,
-        tier="slow",
+        tier="thorough",
     ),
     Case(
         "sdxl_inpaint",
@@ -376,7 +383,7 @@ CASES = [
         mask=True,
         strength=0.99,
     ),
-    Case("lcm_sdxl", lambda: load_golden("sdxl_lcm", "StableDiffusionXLPipeline"), _xl_text, guidance=1.0),
+    Case("lcm_sdxl", lambda: load_golden("sdxl_lcm", "StableDiffusionXLPipeline"), _xl_text, guidance=1.0, tier="slow"),
     Case(
         "lcm",
         lambda: with_scheduler(
@@ -439,7 +446,7 @@ CASES += [
         lambda: other(*GOLDEN_XL, "StableDiffusionXLControlNetPipeline", controlnet=controlnet(*GOLDEN_XL)),
         _xl_text,
         control="image",
-        tier="slow",
+        tier="thorough",
     ),
     Case(
         "sdxl_controlnet_inpaint",
@@ -464,19 +471,21 @@ def thorough(*values: Any) -> Any:
     return pytest.param(*values, marks=TIERS["thorough"])
 
 
-def rows(cases: Iterable[Case], dear: Collection[str] = ()) -> list[Any]:
-    """Parameters of a test: cases, each in its tier; those named in `dear` not by default, whatever their tier is."""
-    return [
-        pytest.param(
-            case,
-            id=case.name,
-            marks=[
-                *(TIERS[case.tier] or (TIERS["slow"] if case.name in dear else [])),
-                pytest.mark.skipif(not case.is_there, reason=f"this diffusers has no {case.pipeline}"),
-            ],
-        )
-        for case in cases
-    ]
+def rows(cases: Iterable[Case], dear: Collection[str] = (), default: Collection[str] | None = None) -> list[Any]:
+    """
+    Parameters of a test: cases, each in its tier; those named in `dear` not by default, whatever their tier is.
+
+    For a law of which little depends on the pipeline, `default` names the cases that are enough by default: the others
+    are thorough.
+    """
+    found = []
+    for case in cases:
+        marks = TIERS[case.tier] or TIERS["slow" if case.name in dear else "default"]
+        if default is not None and case.name not in default:
+            marks = TIERS["thorough"]
+        there = pytest.mark.skipif(not case.is_there, reason=f"this diffusers has no {case.pipeline}")
+        found.append(pytest.param(case, id=case.name, marks=[*marks, there]))
+    return found
 
 
 BY_NAME = {case.name: case for case in CASES}

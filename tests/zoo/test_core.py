@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.zoo.addons import HOSTS_BY_NAME
-from tests.zoo.core import BY_NAME
+from tests.zoo.core import BY_NAME, thorough
 from tgate_processors import apply_tgate, is_tgate_applied
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
@@ -15,7 +15,9 @@ def tensors(pipe):
     return {(name, key): tensor for name, module in modules.items() for key, tensor in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["sd_controlnet", "sdxl_inpaint", "pixart_sigma", "svd", "lora", "animatediff", "pag"])
+@pytest.mark.parametrize(
+    "name", ["sd_controlnet", "pixart_sigma", "svd", "pag", *map(thorough, ("sdxl_inpaint", "lora", "animatediff"))]
+)
 def test_every_pipeline_is_as_it_is_built_and_on_its_own(name):
     case = ALL[name]
     built, first, second = case.build.__wrapped__(), case.build(), case.build()

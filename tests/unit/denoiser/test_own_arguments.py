@@ -54,7 +54,7 @@ def dressed(inside=False):
     return pipe
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["argument", "in_a_dict"])
+@pytest.mark.parametrize("inside", [False, slow(True)], ids=["argument", "in_a_dict"])
 def test_an_argument_of_its_own_is_refused_until_it_is_told(inside):
     name = "more" if inside else "garment"
     said = f"Dressed has an argument '{name}' of its own, here of shape"

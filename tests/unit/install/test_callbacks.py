@@ -9,7 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGC
 from tests.zoo.core import BY_NAME, CASES, STEPS, rows
 from tgate_processors import TGateCallback, TGateSchedule, apply_tgate, get_tgate_report
 
-WITH_CALLBACK = rows(case for case in CASES if case.has_callback)
+WITH_CALLBACK = rows((case for case in CASES if case.has_callback), default={"sd", "svd", "sd_controlnet", "lcm"})
 
 
 class Recorder(PipelineCallback):

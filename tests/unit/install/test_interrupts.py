@@ -23,11 +23,12 @@ SPARSE = 40
 
 SETTINGS = {
     "sd": {"gate_step": 2, "guidance": "predict", "cfg_interval": 2},
+    "pixart_alpha": {"gate_step": 2, "guidance": "predict", "cfg_interval": 2},
     "sd_controlnet": {"gate_step": 2},
     "sd3": {"gate_step": "auto", "tolerance": 5.0, "cross_attention": False},
     "wan": {"gate_step": 2, "guidance": "predict", "cfg_interval": 2, "cross_attention": True},
 }
-CASES = {**{name: BY_NAME[name] for name in ("sd", "sd_controlnet")}, "sd3": BY_JOINT["sd3"], "wan": BY_KIND["wan"]}
+CASES = {name: (BY_NAME | BY_JOINT | BY_KIND)[name] for name in SETTINGS}
 STEPS = {"num_inference_steps": 4}
 
 
@@ -153,7 +154,7 @@ def sweep(name, every, last=False, error=KeyboardInterrupt):
     ("name", "every", "last", "error"),
     [
         ("sd3", SPARSE, False, KeyboardInterrupt),
-        slow("sd", SPARSE, False, KeyboardInterrupt),
+        slow("pixart_alpha", 12, False, KeyboardInterrupt),
         slow("wan", 6, False, KeyboardInterrupt),
         slow("sd3", 9, True, MemoryError),
         *(

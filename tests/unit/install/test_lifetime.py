@@ -15,7 +15,7 @@ from tests.support.comparing import assert_same_but_for_rounding
 from tests.support.custom_loops import Loop
 from tests.support.states import state_of
 from tests.support.threads import in_threads
-from tests.zoo.core import BY_NAME, quiet, slow
+from tests.zoo.core import BY_NAME, quiet, slow, thorough
 from tests.zoo.cross_attention import BY_KIND
 from tests.zoo.joint import BY_JOINT
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
@@ -88,7 +88,7 @@ def test_a_pipeline_that_failed_can_be_dropped_too():
     assert traces(base, case) == (0, 0)
 
 
-@pytest.mark.parametrize("called", [True, False], ids=["called", "never_called"])
+@pytest.mark.parametrize("called", [True, thorough(False)], ids=["called", "never_called"])
 def test_a_gated_pipeline_pickles_and_its_copy_is_gated_on_its_own(case, called):
     pipe = case.build()
     baseline, expected = case.plain(), case.gated(GATE, sp_interval=2, warm_up=1)
@@ -343,7 +343,7 @@ def gradient(name, checkpointing, settings):
 @pytest.mark.parametrize(
     "settings", [None, {"gate_step": GATE}, {"gate_step": 4, "sp_interval": 2, "fi_interval": 2, "warm_up": 1}], ids=str
 )
-@pytest.mark.parametrize("name", ["sd", slow("sdxl"), "pixart_alpha"])
+@pytest.mark.parametrize("name", [slow("sd"), thorough("sdxl"), "pixart_alpha"])
 def test_gradient_checkpointing_gives_the_same_gradient(name, settings):
     unet = BY_NAME["sd"].build().unet
     unet.enable_gradient_checkpointing()

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from tests.zoo.core import BY_NAME, CASES, GOLDEN_SD, other, rows
 from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, remove_tgate
 
-WITH_CALLBACK = rows(case for case in CASES if case.has_callback)
+WITH_CALLBACK = rows((case for case in CASES if case.has_callback), default={"sd", "svd", "sd_controlnet", "lcm"})
 SETTINGS = [(2,), (4, 2, 2, 1), (0.5, 3)]
 
 

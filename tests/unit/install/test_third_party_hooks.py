@@ -12,13 +12,13 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.support.comparing import distance
 from tests.support.counting import layers
-from tests.zoo.core import BY_NAME, STEPS
+from tests.zoo.core import BY_NAME, STEPS, thorough
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 GATE = 3
 
 
-@pytest.fixture(params=["sd", "sdxl", "pixart_alpha"])
+@pytest.fixture(params=["sd", thorough("sdxl"), "pixart_alpha"])
 def case(request):
     return BY_NAME[request.param]
 

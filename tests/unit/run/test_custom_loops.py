@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.custom_loops import NAMES, Loop, built
-from tests.zoo.core import BY_NAME, quiet, slow
+from tests.zoo.core import BY_NAME, quiet, thorough
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 GATE = 3
@@ -17,7 +17,7 @@ GATE = 3
 BOTH = pytest.mark.parametrize("case", [BY_NAME[name] for name in NAMES], ids=NAMES)
 
 
-@pytest.fixture(params=["sd", slow("sdxl")])
+@pytest.fixture(params=["sd", thorough("sdxl")])
 def case(request):
     return BY_NAME[request.param]
 
@@ -37,7 +37,7 @@ def refused(case, pipe, message, prompts=None, error=ValueError, **settings):
 
 
 @pytest.mark.parametrize("prompts", [[0], [0, 1]], ids=["one", "two"])
-@pytest.mark.parametrize("gate", [1, GATE])
+@pytest.mark.parametrize("gate", [thorough(1), GATE])
 def test_a_loop_like_diffusers_own_is_gated_like_it(case, prompts, gate):
     pipe = built(case.name)
     assert close(case.run(pipe, prompts), case.plain(prompts))
@@ -46,7 +46,7 @@ def test_a_loop_like_diffusers_own_is_gated_like_it(case, prompts, gate):
     assert get_tgate_report(pipe).half_batch_forwards == 6 - gate
 
 
-@pytest.mark.parametrize("gate", [1, 2, GATE])
+@pytest.mark.parametrize("gate", [1, thorough(2), GATE])
 def test_several_forwards_a_step_are_refused(case, gate):
     class Tiles(Loop):
         def predict(self, i, x, t, texts, pooled, scale):
@@ -58,7 +58,7 @@ def test_several_forwards_a_step_are_refused(case, gate):
     refused(case, built(case.name, Tiles), message, gate_step=gate)
 
 
-@pytest.mark.parametrize("gate", [1, GATE])
+@pytest.mark.parametrize("gate", [thorough(1), GATE])
 @pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
 def test_what_runs_before_the_loop_is_no_step(case, gate, guided):
     class Inversion(Loop):
@@ -176,7 +176,7 @@ class Interleaved(Loop):
         return u + scale * (c - u)
 
 
-@pytest.mark.parametrize("gate", [1, GATE])
+@pytest.mark.parametrize("gate", [thorough(1), GATE])
 def test_halves_that_are_interleaved_are_refused_and_with_one_prompt_they_are_not(case, gate):
     message = "not two halves of one batch: the first and the second half of the 4 latents that Interleaved gives"
     refused(case, built(case.name, Interleaved), message, [0, 1], gate_step=gate)
@@ -195,7 +195,7 @@ class Reversed(Loop):
 
 @BOTH
 @pytest.mark.parametrize("half", [None, "unconditional", "conditional"])
-@pytest.mark.parametrize("gate", [1, GATE])
+@pytest.mark.parametrize("gate", [thorough(1), GATE])
 def test_halves_in_the_other_order_are_told_by_the_embeddings(case, half, gate):
     pipe = built(case.name, Reversed)
     expected = case.gated(gate, [0, 1], cfg_half=half)

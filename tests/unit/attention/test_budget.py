@@ -52,7 +52,9 @@ def layers_of(pipe, case):
     """The layers with cross-attention, in the order of the denoiser."""
     denoiser = getattr(pipe, case.denoiser)
     layout = family_of(denoiser).layout
-    return {name: layer for name, layer in attention_modules(denoiser).items() if layout.is_cross(name, layer)}
+    return {
+        name: layer for name, layer in attention_modules(denoiser).items() if layout.is_cross_attention(name, layer)
+    }
 
 
 def watch(layers):

@@ -130,7 +130,7 @@ class AttentionCache:
             if tensor is not None and self._lent.get(slot) is not tensor:
                 self._compiled_slots.add(slot)
                 if self._is_within(slot, self._sizes.get(slot)):
-                    self._keep(slot, tensor.clone(), not self.layers.is_cross(slot))
+                    self._keep(slot, tensor.clone(), not self.layers.is_cross_attention(slot))
         self._lent.clear()
 
     def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:

@@ -92,17 +92,18 @@ class GatedLayers:
         return [
             name
             for name, layer in self._modules.items()
-            if gates[name] is None and (self.layout.is_cross(name, layer) or not self._is_harmless(name, layer))
+            if gates[name] is None
+            and (self.layout.is_cross_attention(name, layer) or not self._is_harmless(name, layer))
         ]
 
     def meet(self, given: Mapping[str, Any]) -> None:
         """A forward with these arguments begins, in which some layers may not run."""
-        self._absent = {name for name in self._modules if self.layout.is_absent(name, given)}
+        self._absent = {name for name in self._modules if self.layout.is_inactive(name, given)}
 
     def expected(self) -> dict[str, Slot]:
         """The gates of all cross-attention: each has to hold an output before a half of the batch is left out."""
         there = {slot: name for slot, name in self._by_slot.items() if name not in self._absent}
-        return {name: slot for slot, name in there.items() if self.layout.is_cross(name, self._modules[name])}
+        return {name: slot for slot, name in there.items() if self.layout.is_cross_attention(name, self._modules[name])}
 
     def of(self, slot: Slot) -> Any:
         """The layer of a gate."""
@@ -116,9 +117,9 @@ class GatedLayers:
         """The place of a gate among all."""
         return list(self._by_slot).index(slot)
 
-    def is_cross(self, slot: Slot) -> bool:
+    def is_cross_attention(self, slot: Slot) -> bool:
         """Whether the layer of a gate has cross-attention."""
-        return self.layout.is_cross(self._by_slot[slot], self.of(slot))
+        return self.layout.is_cross_attention(self._by_slot[slot], self.of(slot))
 
     def check(self) -> None:
         """Refuse processors that were exchanged between two steps."""
@@ -173,7 +174,7 @@ class GatedLayers:
         for name in names:
             processor = self._modules[name].processor
             may = self._gate_of(processor) is None and self._may_gate(name, processor)
-            if may and self.layout.is_gated(name):
+            if may and self.layout.is_gateable(name):
                 gates[name] = TGateAttnProcessor(processor, self._state)
         self._set(gates)
 
@@ -194,7 +195,7 @@ class GatedLayers:
 
     def _cross(self) -> list[str]:
         """The layers with cross-attention."""
-        return [name for name, layer in self._modules.items() if self.layout.is_cross(name, layer)]
+        return [name for name, layer in self._modules.items() if self.layout.is_cross_attention(name, layer)]
 
     def _keeps_gate(self, old: Any, new: Any) -> bool:
         """Whether our processor stays, and another pipeline's came before it or went."""

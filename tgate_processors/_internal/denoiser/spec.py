@@ -96,7 +96,7 @@ class Layout:
     own: BatchArguments = field(default_factory=dict)
 
     def with_own(self, names: Sequence[str]) -> Layout:
-        """The same with more arguments that have the guidance batch, those inside others as `argument.key`."""
+        """A copy with more arguments that have the guidance batch, those inside others as `argument.key`."""
         own: dict[str, Any] = {}
         for name in names:
             argument, _, key = name.partition(".")
@@ -109,17 +109,17 @@ class Layout:
         return replace(self, own=own)
 
     @property
-    def of_denoiser(self) -> BatchArguments:
+    def denoiser_arguments(self) -> BatchArguments:
         """The denoiser's arguments with the guidance batch, those that a ControlNet gives left out."""
-        return self._more(DENOISER_ARGUMENTS)
+        return self._with_family_arguments(DENOISER_ARGUMENTS)
 
     @property
-    def of_controlnet(self) -> BatchArguments:
+    def controlnet_arguments(self) -> BatchArguments:
         """The ControlNet's arguments with the guidance batch."""
-        return self._more(CONTROLNET_ARGUMENTS)
+        return self._with_family_arguments(CONTROLNET_ARGUMENTS)
 
-    def _more(self, names: BatchArguments) -> BatchArguments:
-        """These, and the arguments with the guidance batch that other families do not have."""
+    def _with_family_arguments(self, names: BatchArguments) -> BatchArguments:
+        """Add the arguments with the guidance batch that other families do not have."""
         others: BatchArguments = {**dict.fromkeys(self.entries, "each"), **dict.fromkeys(self.in_second, 1)}
         more = {**names, **dict.fromkeys(self.arguments), **others}
         for name, inner in self.own.items():
@@ -128,23 +128,23 @@ class Layout:
             more[name] = {**known, **inner} if both else inner  # type: ignore[dict-item]
         return more
 
-    def is_beside(self, given: Mapping[str, Any]) -> bool:
+    def is_auxiliary_call(self, given: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments is a further one, and no part of guidance by the two halves."""
         # An empty list of layers to skip makes a further call too.
         values = [given.get(name) for name in self.beside]
         told = any(value is not None and value is not False for value in values)
         return told or (self.before is not None and self.before(given))
 
-    def is_absent(self, name: str, given: Mapping[str, Any]) -> bool:
+    def is_inactive(self, name: str, given: Mapping[str, Any]) -> bool:
         """Whether the layer of this name does not run in a call with these arguments."""
         return any(part in name and given.get(argument) is None for part, argument in self.part_of.items())
 
-    def is_gated(self, name: str) -> bool:
+    def is_gateable(self, name: str) -> bool:
         """Whether the layer of this name may be gated."""
         return not self.joint and not any(part in name for part in self.never)
 
-    def is_cross(self, name: str, layer: Any) -> bool:
+    def is_cross_attention(self, name: str, layer: Any) -> bool:
         """Whether the layer of this name attends to the text."""
         if self.cross:
-            return self.is_gated(name) and name.removesuffix(".processor").endswith(self.cross)
-        return self.is_gated(name) and bool(getattr(layer, "is_cross_attention", False))
+            return self.is_gateable(name) and name.removesuffix(".processor").endswith(self.cross)
+        return self.is_gateable(name) and bool(getattr(layer, "is_cross_attention", False))

@@ -99,7 +99,7 @@ def check_self_attention(denoiser: torch.nn.Module, subject: str, layout: Layout
         return
     if layout.joint:
         why = f"which {subject} has not apart from its text, so there is nothing to keep"
-    elif all(layout.is_cross(name, layer) for name, layer in attention_modules(denoiser).items()):
+    elif all(layout.is_cross_attention(name, layer) for name, layer in attention_modules(denoiser).items()):
         why = f"and no layer of {type(getattr(denoiser, '_orig_mod', denoiser)).__name__} that T-GATE can reach has it"
     else:
         return

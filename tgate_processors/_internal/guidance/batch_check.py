@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..denoiser.inputs import DenoiserInputs, unconditional_first
+from ..denoiser.inputs import DenoiserInputs, is_unconditional_first
 from ..denoiser.spec import Layout
 
 
@@ -53,13 +53,13 @@ class CFGBatchCheck:
         """A loop has ended, and the next one may be for others."""
         self._pictures = None
 
-    def holds_halves(self, seen: DenoiserInputs) -> bool | None:
+    def holds_halves(self, inputs: DenoiserInputs) -> bool | None:
         """Whether the denoiser is given both halves of guidance, by the latents of the last step, if that tells."""
         if self._pictures is None:
             return None
-        return {self._pictures: False, 2 * self._pictures: True}.get(seen.batch)
+        return {self._pictures: False, 2 * self._pictures: True}.get(inputs.batch_size)
 
-    def check(self, seen: DenoiserInputs, guided: bool) -> None:
+    def check(self, inputs: DenoiserInputs, guided: bool) -> None:
         """
         A forward begins: check that its batch fits the number of pictures.
 
@@ -67,14 +67,14 @@ class CFGBatchCheck:
             ValueError: If it is not.
         """
         if self._pictures is not None:
-            self._compare(seen.batch, self._pictures, guided)
+            self._compare(inputs.batch_size, self._pictures, guided)
 
-    def settle(self, seen: DenoiserInputs | None, guided: bool, told: dict[str, Any], latents: Any) -> None:
+    def settle(self, inputs: DenoiserInputs | None, guided: bool, told: dict[str, Any], latents: Any) -> None:
         """
         A step has ended: compare its batch with its latents, and know how many pictures the next one is for.
 
         Args:
-            seen (`DenoiserInputs`, *optional*): What the denoiser was given.
+            inputs (`DenoiserInputs`, *optional*): What the denoiser was given.
             guided (`bool`): Whether it was given both halves of guidance.
             told (`dict`): What the pipeline has told its callback.
             latents (`torch.Tensor`, *optional*): The latents of the next step, if the user's callback gave others.
@@ -83,23 +83,23 @@ class CFGBatchCheck:
             ValueError: If the batch is not what guidance makes of the latents, or the halves are not what they seem.
         """
         before = told.get("latents")
-        if seen is not None:
+        if inputs is not None:
             # Where the text of both halves meets latents without guidance, a loop of diffusers makes two rows of one.
-            fits = self._call.is_diffusers_loop and self.holds_halves(seen) is guided
+            fits = self._call.is_diffusers_loop and self.holds_halves(inputs) is guided
             if isinstance(before, torch.Tensor) and not fits:
-                self._compare(seen.batch, int(before.shape[0]), guided)
+                self._compare(inputs.batch_size, int(before.shape[0]), guided)
             if guided and not self._looked_at:
                 # The one wait for the device, and only for a loop that is not diffusers' own.
                 self._looked_at = True
                 negative, positive = self._call.told(told)
-                self.unconditional_first = unconditional_first(
-                    seen, self._layout.of_denoiser, negative, positive, self._call.subject
+                self.unconditional_first = is_unconditional_first(
+                    inputs, self._layout.denoiser_arguments, negative, positive, self._call.subject
                 )
         after = latents if isinstance(latents, torch.Tensor) else before
         if isinstance(after, torch.Tensor):
             self._pictures = int(after.shape[0])
-        elif seen is not None:
-            self.expect(seen.batch // (2 if guided else 1))
+        elif inputs is not None:
+            self.expect(inputs.batch_size // (2 if guided else 1))
 
     @staticmethod
     def _compare(batch: int, pictures: int, guided: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..denoiser.batch import guided_parts, second_of
+from ..denoiser.batch import complete_second_call, guided_parts
 from ..denoiser.inputs import DenoiserInputs
 from ..denoiser.spec import Layout
 from ..plan.schedule import TGateSchedule
@@ -199,7 +199,9 @@ class SequentialCFG(DenoiserCFG):
     def complete(self, call: ComputedCall) -> None:
         """The first call was computed: have the output of the second one ready."""
         difference = self.predict(call.position)
-        self._ready = [second_of(call.output, difference, lambda whole: guided_parts(whole, call.inputs, self._layout))]
+        self._ready = [
+            complete_second_call(call.output, difference, lambda whole: guided_parts(whole, call.inputs, self._layout))
+        ]
 
     def observe(self, call: ComputedCall) -> None:
         """One of both calls was computed."""

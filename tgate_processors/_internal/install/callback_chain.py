@@ -8,7 +8,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..attention.state import TGateState
-from ..denoiser.inputs import is_another, writes_to
+from ..denoiser.inputs import differs, write_counts
 from .callback import TGateCallback
 
 # What the clock compares the batch with, and what tells the halves of guidance apart in a custom loop.
@@ -71,11 +71,11 @@ def _suspending(state: TGateState, function: Any) -> Any:
 
     @functools.wraps(function, updated=())
     def suspended(*args: Any, **kwargs: Any) -> Any:
-        writes = writes_to(args)
+        writes = write_counts(args)
         with state.suspended():
             result = function(*args, **kwargs)
         run = state.current()
-        if run is not None and writes_to(args) != writes:
+        if run is not None and write_counts(args) != writes:
             run.exchange(("latents",))
         return result
 
@@ -99,7 +99,7 @@ def _step_end(
         _tick(state, step_index, told)
         return outputs
     before = {**unasked, **told}
-    writes = {name: writes_to(value) for name, value in before.items()}
+    writes = {name: write_counts(value) for name, value in before.items()}
     with state.suspended():
         answer: dict[str, Any] | None = users(pipeline, step_index, timestep, outputs)
     # One pipeline takes nothing for an answer.
@@ -107,7 +107,7 @@ def _step_end(
     exchanged = [
         name
         for name, value in {**before, **given}.items()
-        if writes_to(before.get(name)) != writes.get(name, ()) or is_another(before.get(name), value)
+        if write_counts(before.get(name)) != writes.get(name, ()) or differs(before.get(name), value)
     ]
     unasked.update((name, value) for name, value in given.items() if name not in told)
     _tick(state, step_index, told, given.get("latents"), exchanged)

@@ -50,7 +50,7 @@ class OriginalArguments:
         now_kwargs: Any,
     ) -> None:
         self.inputs = inputs
-        self.rows = inputs.batch // 2
+        self.rows = inputs.batch_size // 2
         self.active_half = active_half
         self._args, self._kwargs = args, kwargs
         self._now_args, self._now_kwargs = now_args, now_kwargs

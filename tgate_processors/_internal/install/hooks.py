@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ..attention.state import TGateState
-from ..denoiser.batch import double, guided_parts, slice_arguments, stacked, unstacked
-from ..denoiser.inputs import DenoiserInputs, batch_size_of, get_latents, read_inputs, unknown_batches
+from ..denoiser.batch import complete_batch, guided_parts, slice_arguments, stack_samples, unstack_samples
+from ..denoiser.inputs import DenoiserInputs, batch_size_of, get_latents, read_inputs, unknown_batch_arguments
 from ..denoiser.lock import exclusively
 from ..denoiser.spec import BatchArguments, Layout
 from ..plan.step_plan import CFGHalf
@@ -100,10 +100,10 @@ class DenoiserHooks(OrderedHooks):
                 "T-GATE: with gradients on, this version of diffusers computes checkpointed blocks again where T-GATE "
                 "cannot reach them. Call disable_gradient_checkpointing() on the denoiser, or update diffusers."
             )
-        seen = read_inputs(module, args, kwargs)
-        self._differentiated.note(seen.sample)
+        inputs = read_inputs(module, args, kwargs)
+        self._differentiated.note(inputs.sample)
         memory = self._memory(run)
-        if self._layout.is_beside(seen.given):
+        if self._layout.is_auxiliary_call(inputs.arguments):
             memory.is_announced = False
             self._state.stand_aside()
             return None
@@ -112,42 +112,42 @@ class DenoiserHooks(OrderedHooks):
         exclusively(self._stand_inside)
         is_halved = memory.ran_on_half
         may_halve = innermost or is_halved or self._layout.calls > 1
-        run.before_forward(seen, self._active_half(run), may_halve=may_halve, is_halved=is_halved, denoiser=module)
+        run.before_forward(inputs, self._active_half(run), may_halve=may_halve, is_halved=is_halved, denoiser=module)
         if run.guided and run.will_halve:
-            self._check_own(module, seen, self._layout.of_denoiser)
+            self._check_own(module, inputs, self._layout.denoiser_arguments)
         if not run.halves_batch:
-            memory.see_residuals(batch_size_of([seen.given.get(name) for name in self._layout.residuals]))
+            memory.see_residuals(batch_size_of([inputs.arguments.get(name) for name in self._layout.residuals]))
             if is_halved:
                 raise ValueError(
                     "T-GATE: the ControlNet ran on half of the batch, but the denoiser has to run on all of it, "
                     "because its latents have changed. Change their size before the gate, or call remove_tgate(pipe)."
                 )
             return None
-        return self._halved(run, seen, args, kwargs)
+        return self._halved(run, inputs, args, kwargs)
 
-    def _halved(self, run: Any, seen: DenoiserInputs, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _halved(self, run: Any, inputs: DenoiserInputs, args: Any, kwargs: dict[str, Any]) -> Any:
         """The half of the arguments that stays. The user's hooks after the forward find the whole ones again."""
-        layout, memory, batch = self._layout, self._memory(run), seen.batch
+        layout, memory, batch = self._layout, self._memory(run), inputs.batch_size
         wanted: BatchArguments = (
-            layout.of_denoiser if memory.ran_on_half else {**layout.of_denoiser, **layout.residuals}
+            layout.denoiser_arguments if memory.ran_on_half else {**layout.denoiser_arguments, **layout.residuals}
         )
         kept = self._active_half(run)
-        positional = dict(zip(seen.given, args, strict=False))
+        positional = dict(zip(inputs.arguments, args, strict=False))
         new_args = list(slice_arguments(positional, wanted, batch, kept).values())
         new_kwargs = slice_arguments(kwargs, wanted, batch, kept)
-        memory.original = OriginalArguments(seen, kept, args, kwargs, new_args, new_kwargs)
+        memory.original = OriginalArguments(inputs, kept, args, kwargs, new_args, new_kwargs)
         memory.ran_on_half = False
         return new_args, new_kwargs
 
-    def _check_own(self, module: torch.nn.Module, seen: DenoiserInputs, names: BatchArguments) -> None:
+    def _check_own(self, module: torch.nn.Module, inputs: DenoiserInputs, names: BatchArguments) -> None:
         """Refuse arguments that diffusers does not know, if they may be a batch of which one half is to go."""
         if self._told:
             return
-        for name, tensor in unknown_batches(module, seen, {**names, **self._layout.residuals}):
+        for name, tensor in unknown_batch_arguments(module, inputs, {**names, **self._layout.residuals}):
             raise ValueError(
                 f"T-GATE: {type(module).__name__} has an argument {name!r} of its own, here of shape "
-                f"{tuple(tensor.shape)} with a guided batch of {seen.batch}, where T-GATE has to know whether it is a "
-                f"part of that batch, to leave one half of it out. Say that it is, apply_tgate(pipe, ..., "
+                f"{tuple(tensor.shape)} with a guided batch of {inputs.batch_size}, where T-GATE has to know whether "
+                f"it is a part of that batch, to leave one half of it out. Say that it is, apply_tgate(pipe, ..., "
                 f"batch_arguments=({name!r},)), or that none is, batch_arguments=(), or call remove_tgate(pipe) to "
                 "use this pipeline."
             )
@@ -168,19 +168,19 @@ class DenoiserHooks(OrderedHooks):
         run = self._run(kwargs)
         if run is None or kwargs is None:
             return None
-        seen = read_inputs(module, args, kwargs)
+        inputs = read_inputs(module, args, kwargs)
         memory = self._memory(run)
-        memory.before_controlnet(seen.batch)
-        if memory.guess_mode or not run.halves_next(seen.shape):
+        memory.before_controlnet(inputs.batch_size)
+        if memory.guess_mode or not run.halves_next(inputs.sample_shape):
             return None
-        self._check_own(module, seen, self._layout.of_controlnet)
+        self._check_own(module, inputs, self._layout.controlnet_arguments)
         memory.ran_on_half = True
         kept = self._active_half(run)
-        names = list(seen.given)
+        names = list(inputs.arguments)
         positional = dict(zip(names, args, strict=False))
-        names_of_batch = self._layout.of_controlnet
-        new_args = list(slice_arguments(positional, names_of_batch, seen.batch, kept).values())
-        return new_args, slice_arguments(kwargs, names_of_batch, seen.batch, kept)
+        names_of_batch = self._layout.controlnet_arguments
+        new_args = list(slice_arguments(positional, names_of_batch, inputs.batch_size, kept).values())
+        return new_args, slice_arguments(kwargs, names_of_batch, inputs.batch_size, kept)
 
     def _after(self, module: torch.nn.Module, args: Any, *rest: Any) -> Any:
         """A forward has ended: tell the run, and give the output of the half back as both halves."""
@@ -197,7 +197,7 @@ class DenoiserHooks(OrderedHooks):
         if whole is None:
             return None
         if self._layout.entries:
-            output = stacked(output)
+            output = stack_samples(output)
         rows = batch_size_of(output)
         if rows != whole.rows:
             raise ValueError(
@@ -206,11 +206,11 @@ class DenoiserHooks(OrderedHooks):
                 "remove_tgate(pipe) to use this pipeline."
             )
         whole.restore()
-        doubled = double(
+        doubled = complete_batch(
             output,
             whole.rows,
             difference,
             whole.active_half,
             lambda both: guided_parts(both, whole.inputs, self._layout),
         )
-        return unstacked(doubled) if self._layout.entries else doubled
+        return unstack_samples(doubled) if self._layout.entries else doubled

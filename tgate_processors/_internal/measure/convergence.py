@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..api import remove_tgate
 from ..attention.layers import attention_modules
 from ..attention.state import TGateState
-from ..denoiser.batch import sample_of
+from ..denoiser.batch import noise_prediction_of
 from ..denoiser.inputs import read_inputs
 from ..families import resolve_pipeline
 from ..install.guiders import has_guider
@@ -180,7 +180,7 @@ def _watched(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
         install(pipe, Installation(state, custom="gate"))
         denoiser, layout = found.denoiser, found.family.layout
         for name, layer in attention_modules(denoiser).items():
-            if layout.is_cross(name, layer):
+            if layout.is_cross_attention(name, layer):
                 probe.layers.append(name.removesuffix(".processor"))
                 handles.append(layer.register_forward_hook(_layer_hook(probe, probe.layers[-1], state)))
         handles.append(denoiser.register_forward_hook(_denoiser_hook(probe, state), with_kwargs=True))
@@ -210,7 +210,7 @@ def _denoiser_hook(probe: ConvergenceProbe, state: TGateState) -> Any:
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         run = state.current()
         if run is not None and run.guided:
-            probe.both_halves(sample_of(output, read_inputs(module, args, kwargs).shape).detach(), run)
+            probe.both_halves(noise_prediction_of(output, read_inputs(module, args, kwargs).sample_shape).detach(), run)
 
     return hook
 

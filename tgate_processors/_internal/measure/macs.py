@@ -141,7 +141,7 @@ def count_forwards(
     state, recorder = TGateState(TGateSchedule()), RecordingCache()
     layers = attention_modules(module)
     for name, layer in layers.items():
-        if layout is None or layout.is_gated(name):
+        if layout is None or layout.is_gateable(name):
             layer.set_processor(TGateAttnProcessor(layer.processor, state))
     for cross, own in ways:
         recorder.signals.set(cross, own)

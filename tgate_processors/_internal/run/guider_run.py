@@ -9,8 +9,8 @@ import torch
 
 from ..attention.state import TGateState
 from ..caches.foreign_forwards import ForeignForwards
-from ..denoiser.batch import second_of
-from ..denoiser.inputs import is_another, is_picture
+from ..denoiser.batch import complete_second_call
+from ..denoiser.inputs import differs, is_latents
 from ..guidance.cfg_forms import GuiderCFG
 from ..plan.step_plan import Phase
 from ..plan.steps import StepCounter, Timeline
@@ -111,7 +111,7 @@ class GuiderRun(Run[GuiderCFG]):
             return
         if self._phase(loop) is Phase.SEMANTICS_PLANNING:
             return
-        if is_another(before, self._conditions):
+        if differs(before, self._conditions):
             self.exchange(("text",))
             self._half = self._exchanged = False
             self._lost = True
@@ -123,7 +123,7 @@ class GuiderRun(Run[GuiderCFG]):
         Args:
             names (`Collection` of `str`): What pipelines call it.
         """
-        if self._loop is not None and (any(map(is_picture, names)) or (names and self._state.schedule.predicts)):
+        if self._loop is not None and (any(map(is_latents, names)) or (names and self._state.schedule.predicts)):
             self._restart_guidance(self._loop)
             self._computed, self._exchanged = 0, True
 
@@ -153,7 +153,7 @@ class GuiderRun(Run[GuiderCFG]):
                 f"and had {tuple(difference[0].shape)} in the full steps before: guidance of another size cannot be "
                 "predicted. Call remove_tgate(pipe) to use this pipeline."
             )
-        other: torch.Tensor = second_of(conditional, difference, lambda whole: [whole])
+        other: torch.Tensor = complete_second_call(conditional, difference, lambda whole: [whole])
         return other
 
     def note(self, halves: tuple[Any, Any], scale: Any) -> None:

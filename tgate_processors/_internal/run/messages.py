@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..attention.state import TGateState
-from ..denoiser.inputs import is_another
+from ..denoiser.inputs import differs
 from ..logs import logger
 from ..plan.forward_plan import ForwardContext
 from ..plan.report import TGateReport
@@ -36,7 +36,7 @@ class PromptEmbedsWatcher:
             return False
         now = phase()
         watched = now is Phase.FIDELITY_IMPROVING or (at_gate and now is Phase.GATE)
-        return watched and is_another(before, text)
+        return watched and differs(before, text)
 
 
 class RunWarnings:

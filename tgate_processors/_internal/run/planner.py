@@ -96,8 +96,8 @@ class ForwardPlanner:
             if active.layers.layout.mean and not self._schedule.predicts:
                 part = CachedPart.MEAN
         context = ForwardContext(
-            batch_size=inputs.batch,
-            sample_shape=inputs.shape,
+            batch_size=inputs.batch_size,
+            sample_shape=inputs.sample_shape,
             guided=guided,
             can_skip_half=can_skip_half,
             # A denoiser that takes over begins with full steps.
@@ -130,7 +130,7 @@ class ForwardPlanner:
         halved = plan.halves_batch and self._gates_cross
         outputs.signals.set(plan.cross_attention, plan.self_attention, part=plan.part, half=halved)
         self._caches.begin_step(
-            inputs.batch // 2 if plan.halves_batch else inputs.batch,
+            inputs.batch_size // 2 if plan.halves_batch else inputs.batch_size,
             half=skips_half,
             kept=int(active_half == "conditional"),
             at_gate=plan.phase is Phase.GATE,

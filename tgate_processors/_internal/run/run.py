@@ -12,7 +12,7 @@ from ..attention.layers import GatedLayers
 from ..attention.state import Slot, TGateState
 from ..caches.adapter import CacheAdapters
 from ..caches.foreign_forwards import ForeignForwards
-from ..denoiser.inputs import DenoiserInputs, is_picture
+from ..denoiser.inputs import DenoiserInputs, is_latents
 from ..guidance.batch_check import CFGBatchCheck
 from ..guidance.cfg_forms import ComputedCall, DenoiserCFG, form_of
 from ..plan.forward_plan import UNSEEN, CachedPart, CacheKey
@@ -169,8 +169,8 @@ class PipelineRun(Run[DenoiserCFG]):
         elif loop.passes and guided != self._guided:
             self._switch_guidance(loop, guided)
         self._check_batch(loop, inputs, guided)
-        self._watch_text(inputs.text, loop, guided, is_halved)
-        self.denoisers.active.layers.meet(inputs.given)
+        self._watch_text(inputs.encoder_hidden_states, loop, guided, is_halved)
+        self.denoisers.active.layers.meet(inputs.arguments)
         self._inputs, self._guided = inputs, guided
         can_skip, may_skip = self._can_skip_half, may_halve
         step, context = self._planner.begin_step(
@@ -191,7 +191,7 @@ class PipelineRun(Run[DenoiserCFG]):
         plan, inputs, loop = self._planner.plan, self._inputs, self._loop
         self.outputs.after_forward()
         if self.guided and not plan.is_half_step and inputs is not None:
-            self._forwards.after(inputs.batch)
+            self._forwards.after(inputs.batch_size)
         is_second = self.denoisers.call_index > 0
         is_last = is_second or plan.is_half_step or not (self._guided and self._is_sequential)
         if is_last:
@@ -201,8 +201,8 @@ class PipelineRun(Run[DenoiserCFG]):
                 what = "did not give out what they keep, but ran on half of the batch"
                 raise_uncached_layers(self.outputs.silent(), what)
             if plan.marks_cache and inputs is not None:
-                rows = inputs.batch // (1 if plan.part is CachedPart.ALL else 2)
-                self.denoisers.active.stored = CacheKey(rows, inputs.shape, plan.part)
+                rows = inputs.batch_size // (1 if plan.part is CachedPart.ALL else 2)
+                self.denoisers.active.stored = CacheKey(rows, inputs.sample_shape, plan.part)
         difference = None
         if loop is not None and inputs is not None and self.guided:
             difference = self._compare(loop, output, inputs)
@@ -283,7 +283,7 @@ class PipelineRun(Run[DenoiserCFG]):
             names (`Collection` of `str`): What pipelines call it.
         """
         loop = self._loop
-        if loop is None or not (any(map(is_picture, names)) or (names and self._predicts)):
+        if loop is None or not (any(map(is_latents, names)) or (names and self._predicts)):
             return
         if self.denoisers.active.nbytes:
             # All layers have to run in the full step.
@@ -367,7 +367,7 @@ class PipelineRun(Run[DenoiserCFG]):
         if self._can_skip_half and (loop.passes or self._counts_forwards):
             self.batch.check(inputs, guided and not self._is_sequential)
         if self._counts_forwards and not self.call.is_diffusers_loop:
-            self.call.timesteps.check_timestep(inputs.given.get("timestep"), loop.passes)
+            self.call.timesteps.check_timestep(inputs.arguments.get("timestep"), loop.passes)
         if not loop.passes:
             self._warnings.no_cfg()
 
@@ -390,7 +390,7 @@ class PipelineRun(Run[DenoiserCFG]):
     def _before_second_call(self, loop: StepCounter, inputs: DenoiserInputs, denoiser: Any) -> None:
         """The second call of a full step: as the first one, but what only half steps reuse is not cached in it."""
         first = self._inputs
-        same = first is not None and (first.batch, first.shape) == (inputs.batch, inputs.shape)
+        same = first is not None and (first.batch_size, first.sample_shape) == (inputs.batch_size, inputs.sample_shape)
         if self._planner.plan.is_half_step or not same or self.denoisers.active.layers.denoiser is not denoiser:
             raise ValueError(
                 f"T-GATE: the second call of the denoiser in step {loop.step_index} is not of the kind of the first "

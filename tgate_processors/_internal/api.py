@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, SupportsIndex, TypeVar
 
-from .attention.budget import checked_memory, within
+from .attention.budget import gates_cross_attention, validate_max_memory
 from .attention.layers import CustomProcessors
 from .attention.state import TGateState
-from .caches.deepcache import DeepCacheAdapter, check_helper
-from .caches.foreign_forwards import CustomForwards, checked_forwards
+from .caches.deepcache import DeepCacheAdapter, validate_helper
+from .caches.foreign_forwards import CustomForwards, validate_custom_forwards
 from .families import ResolvedPipeline, check_guidance, check_half, check_own, resolve_pipeline
-from .install.callback import checked_half
+from .install.callback import validate_cfg_half
 from .install.guiders import GuiderInstallation, check_settings, has_guider
 from .install.installation import Installation
 from .install.pipeline import install, installed, uninstall
-from .install.pipeline_check import check_pipeline
+from .install.pipeline_check import validate_pipeline
 from .install.recompile_limit import give_back_room
 from .logs import logger
 from .plan.report import TGateReport
 from .plan.schedule import GuidanceMode, TGateSchedule
 from .plan.step_plan import CFGHalf
-from .plan.validation import Auto, check_switch, checked_names, is_choice, shown
+from .plan.validation import Auto, is_choice, shown, validate_names, validate_switch
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -151,20 +151,20 @@ def apply_tgate(
 
     Source: T-GATE (https://arxiv.org/abs/2404.02747).
     """
-    check_pipeline(pipe, gate_step)
+    validate_pipeline(pipe, gate_step)
     # The schedule turns numbers of every kind, numpy's too, into ints and floats.
     schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance)  # type: ignore[arg-type]
-    half = checked_half(cfg_half)
-    check_switch("cross_attention", cross_attention)
-    most = checked_memory(max_memory, cross_attention)
-    cross_attention = within(cross_attention, most)
+    half = validate_cfg_half(cfg_half)
+    validate_switch("cross_attention", cross_attention)
+    max_bytes = validate_max_memory(max_memory, cross_attention)
+    cross_attention = gates_cross_attention(cross_attention, max_bytes)
     if not is_choice("custom_processors", custom_processors, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
-    forwards = checked_forwards(custom_forwards)
-    own = checked_names("batch_arguments", batch_arguments)
-    state, found = TGateState(schedule, most, by_hand=False), None
+    forwards = validate_custom_forwards(custom_forwards)
+    own = validate_names("batch_arguments", batch_arguments)
+    state, found = TGateState(schedule, max_bytes, by_hand=False), None
     if has_guider(pipe):
-        check_settings(pipe, schedule, half, cross_attention, most, deepcache, own)
+        check_settings(pipe, schedule, half, cross_attention, max_bytes, deepcache, own)
         installation: Installation = GuiderInstallation(state, custom=custom_processors, custom_forwards=forwards)
     else:
         found = _checked_pipeline(pipe, schedule, half, cross_attention, own)
@@ -206,7 +206,7 @@ def _checked_deepcache(helper: Any, pipe: Any, schedule: TGateSchedule) -> DeepC
     """The order of a DeepCache helper of this pipeline, if there is one."""
     if helper is None:
         return None
-    check_helper(helper, pipe)
+    validate_helper(helper, pipe)
     return DeepCacheAdapter(helper, halves=schedule.predicts)
 
 
@@ -236,7 +236,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     False
     ```
     """
-    check_pipeline(pipe)
+    validate_pipeline(pipe)
     uninstall(pipe)
     give_back_room()
     return pipe
@@ -264,7 +264,7 @@ def is_tgate_applied(pipe: DiffusionPipeline | _PipelineStub) -> bool:
     False
     ```
     """
-    check_pipeline(pipe)
+    validate_pipeline(pipe)
     return installed(pipe) is not None
 
 
@@ -292,7 +292,7 @@ def get_tgate_report(pipe: DiffusionPipeline | _PipelineStub) -> TGateReport:
     15
     ```
     """
-    check_pipeline(pipe)
+    validate_pipeline(pipe)
     installation = installed(pipe)
     if installation is None:
         raise ValueError(f"T-GATE is not applied to this {type(pipe).__name__}: call apply_tgate(pipe) before the run.")

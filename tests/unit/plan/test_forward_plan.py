@@ -111,7 +111,7 @@ def test_a_forward_does_what_the_table_says(step, known, expected):
     ],
 )
 def test_a_second_call_does_as_the_first_one_but_caches_nothing_for_half_steps(plan, can_skip_half, expected):
-    assert plan.of_second_call(can_skip_half=can_skip_half) == expected
+    assert plan.for_second_call(can_skip_half=can_skip_half) == expected
 
 
 def test_no_forward_skips_a_half_that_it_may_not_or_reuses_what_does_not_fit():

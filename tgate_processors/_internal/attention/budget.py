@@ -16,34 +16,34 @@ Key = TypeVar("Key", bound=Hashable)
 _OF_PICTURE = ("to_q", "to_out", "out_layer")
 
 
-def checked_memory(value: Any, cross_attention: bool | None) -> int | None:
+def validate_max_memory(value: Any, cross_attention: bool | None) -> int | None:
     """Validate `max_memory`: bytes as an int, or a string with a unit."""
     if value is None:
         return None
     # Nobody else should wait for the import.
     from accelerate.utils import convert_file_size_to_int  # type: ignore[import-untyped]
 
-    remedy = 'give bytes as an int of at least 0, or a string with a unit such as "2GB" or "500MiB"'
+    hint = 'give bytes as an int of at least 0, or a string with a unit such as "2GB" or "500MiB"'
     size = value if isinstance(value, str) else as_int(value)
     if size is None:
-        raise TypeError(f"max_memory={shown(value)} is of type {type(value).__name__}: {remedy}.")
+        raise TypeError(f"max_memory={shown(value)} is of type {type(value).__name__}: {hint}.")
     try:
-        most: int = 0 if isinstance(size, str) and size.strip() == "0" else convert_file_size_to_int(size)
+        max_bytes: int = 0 if isinstance(size, str) and size.strip() == "0" else convert_file_size_to_int(size)
     except (ValueError, OverflowError):
-        most = -1
-    if not 0 <= most <= sys.maxsize:
-        raise ValueError(f"max_memory={shown(value)} is not a size: {remedy}.")
+        max_bytes = -1
+    if not 0 <= max_bytes <= sys.maxsize:
+        raise ValueError(f"max_memory={shown(value)} is not a size: {hint}.")
     if cross_attention is False:
         raise ValueError(
             f"max_memory={shown(value)} is for kept cross-attention, and cross_attention=False keeps none: leave one "
             "of them out."
         )
-    return most
+    return max_bytes
 
 
-def within(cross_attention: bool | None, most: int | None) -> bool | None:
+def gates_cross_attention(cross_attention: bool | None, max_bytes: int | None) -> bool | None:
     """Whether cross-attention is gated where so many bytes are given for it."""
-    return cross_attention if most is None else most > 0
+    return cross_attention if max_bytes is None else max_bytes > 0
 
 
 class LayerSizes(NamedTuple):
@@ -89,11 +89,11 @@ class MemoryBudget(Generic[Key]):
     in which they are met.
 
     Args:
-        most (`int`): So many bytes.
+        max_bytes (`int`): So many bytes.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_bytes: int) -> None:
+        self._most = max_bytes
         self._offers: dict[Key, tuple[tuple[Fraction, int], int]] = {}
         self._chosen: frozenset[Key] = frozenset()
 

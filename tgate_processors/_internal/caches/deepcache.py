@@ -11,7 +11,7 @@ from .adapter import CacheAdapter
 from .split import split
 
 
-def check_helper(helper: Any, pipe: Any) -> None:
+def validate_helper(helper: Any, pipe: Any) -> None:
     """Refuse what is not a parametrised helper of this pipeline."""
     if isinstance(helper, type) or not all(
         callable(getattr(helper, name, None)) for name in ("enable", "disable", "set_params")

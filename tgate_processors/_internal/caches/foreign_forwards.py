@@ -79,7 +79,7 @@ class ForeignForwards:
                     raise ValueError(_message_of_kept(denoiser, module, name, tensor))
 
 
-def checked_forwards(custom: CustomForwards | None) -> CustomForwards | None:
+def validate_custom_forwards(custom: CustomForwards | None) -> CustomForwards | None:
     """Validate `custom_forwards`."""
     if not is_choice("custom_forwards", custom, "gate"):
         raise ValueError(f'custom_forwards must be "gate" or None, not {shown(custom)}.')

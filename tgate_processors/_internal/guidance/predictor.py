@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..plan.adaptive import LEAD
+from ..plan.adaptive import MIN_HISTORY
 from .prediction import CFGDifference, guided_output, predict, relative_error
 
 
@@ -48,7 +48,7 @@ class GuidancePredictor:
     @property
     def has_history(self) -> bool:
         """Whether the next difference that is computed has a prediction to be compared with."""
-        return len(self._history) >= LEAD
+        return len(self._history) >= MIN_HISTORY
 
     def limit_tokens(self, tokens: int) -> None:
         """Keep the first tokens of a difference: the pipeline does not read the others, which say nothing of it."""
@@ -104,5 +104,5 @@ class GuidancePredictor:
         if parts and self.has_history:
             compared = zip(self.predict(position), parts, strict=True)
             errors = torch.cat([relative_error(predicted, *part) for predicted, part in compared])
-        self._history = [*self._history[1 - LEAD :], [CFGDifference(position, each) for each in differences]]
+        self._history = [*self._history[1 - MIN_HISTORY :], [CFGDifference(position, each) for each in differences]]
         return errors

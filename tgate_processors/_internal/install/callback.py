@@ -11,7 +11,7 @@ from ..attention.cache import AttentionCache
 from ..attention.layers import GatedLayers
 from ..attention.state import TGateState
 from ..caches.detect import detect_caches
-from ..caches.foreign_forwards import CustomForwards, ForeignForwards, checked_forwards
+from ..caches.foreign_forwards import CustomForwards, ForeignForwards, validate_custom_forwards
 from ..denoiser.lock import exclusively
 from ..families import ResolvedPipeline, check_guidance, check_half, resolve_pipeline
 from ..plan.schedule import TGateSchedule, first_step
@@ -80,8 +80,8 @@ class TGateCallback:
                 f"schedule={shown(schedule)} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
             )
         self.state = TGateState(schedule)
-        self._custom_forwards = checked_forwards(custom_forwards)
-        self.cfg_half = checked_half(cfg_half)
+        self._custom_forwards = validate_custom_forwards(custom_forwards)
+        self.cfg_half = validate_cfg_half(cfg_half)
         self._run: PipelineRun | None = None
         self._attached = ExitStack()
         self._await_first_step()
@@ -169,7 +169,7 @@ class TGateCallback:
             self._await_first_step()
 
 
-def checked_half(cfg_half: CFGHalf | None) -> CFGHalf | None:
+def validate_cfg_half(cfg_half: CFGHalf | None) -> CFGHalf | None:
     """Validate `cfg_half`."""
     if not is_choice("cfg_half", cfg_half, "unconditional", "conditional"):
         raise ValueError(f'cfg_half must be "unconditional" or "conditional", not {shown(cfg_half)}.')

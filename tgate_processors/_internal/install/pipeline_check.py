@@ -12,7 +12,7 @@ from ..plan.validation import shown
 from .guiders import is_modular
 
 
-def check_pipeline(pipe: Any, gate_step: Any = None) -> None:
+def validate_pipeline(pipe: Any, gate_step: Any = None) -> None:
     """Refuse what is not a pipeline, and say what it is."""
     if isinstance(pipe, diffusers.DiffusionPipeline) or is_modular(pipe):
         return

@@ -17,9 +17,9 @@ from ..families import resolve_pipeline
 from ..install.guiders import has_guider
 from ..install.installation import Installation
 from ..install.pipeline import install, installed
-from ..install.pipeline_check import check_pipeline
+from ..install.pipeline_check import validate_pipeline
 from ..plan.schedule import TGateSchedule
-from ..plan.validation import checked_tolerance, shown
+from ..plan.validation import shown, validate_tolerance
 from .cost import estimate_cost
 from .probe import ConvergenceProbe
 
@@ -126,7 +126,7 @@ def measure_convergence(
     """
     import pandas as pd
 
-    check_pipeline(pipe)
+    validate_pipeline(pipe)
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(
             f"prompts={shown(prompts)} is of type {type(prompts).__name__}: give a list, with a prompt for each call."
@@ -140,7 +140,7 @@ def measure_convergence(
         raise TypeError(
             f"tolerances={shown(tolerances)} is of type {type(tolerances).__name__}: give a list of numbers."
         )
-    schedules = [TGateSchedule("auto", tolerance=checked_tolerance(each, "tolerances")) for each in tolerances]
+    schedules = [TGateSchedule("auto", tolerance=validate_tolerance(each, "tolerances")) for each in tolerances]
     calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
     if has_guider(pipe) or resolve_pipeline(pipe).family.layout.calls > 1:
         raise ValueError(

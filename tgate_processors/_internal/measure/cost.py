@@ -10,19 +10,19 @@ from typing import Any, SupportsIndex
 
 import torch
 
-from ..attention.budget import checked_memory, within
+from ..attention.budget import gates_cross_attention, validate_max_memory
 from ..attention.state import TGateState
 from ..families import check_dropped, family_of
 from ..plan.report import TGateReport
 from ..plan.schedule import TGateSchedule
 from ..plan.steps import StepCounter
-from ..plan.validation import check_switch, checked_int, shown
+from ..plan.validation import shown, validate_int, validate_switch
 from ..run.messages import RunWarnings
 from .dry_run import simulate_schedule
 from .inputs import InputSize
 from .macs import DenoiserProfile, MACs, count_forward, measure
 from .meta_model import (
-    MOST_OF_ALL,
+    MAX_SIZE,
     check_conditions,
     check_parameters,
     family_inputs,
@@ -145,14 +145,14 @@ def estimate_cost(
 
     Source: T-GATE (https://arxiv.org/abs/2404.02747), whose tables count `layers`.
     """
-    check_switch("cross_attention", cross_attention)
-    most = checked_memory(max_memory, cross_attention)
-    cross_attention = within(cross_attention, most)
+    validate_switch("cross_attention", cross_attention)
+    max_bytes = validate_max_memory(max_memory, cross_attention)
+    cross_attention = gates_cross_attention(cross_attention, max_bytes)
     pipe, denoiser = resolve_target(pipe_or_denoiser, cross_attention)
     if not isinstance(schedule, TGateSchedule):
         raise TypeError(f"schedule is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
-    num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 1, most=MOST_OF_ALL)
-    batch_size = checked_int("batch_size", batch_size, 1, most=MOST_OF_ALL)
+    num_inference_steps = validate_int("num_inference_steps", num_inference_steps, 1, maximum=MAX_SIZE)
+    batch_size = validate_int("batch_size", batch_size, 1, maximum=MAX_SIZE)
     guided = resolve_cfg(pipe, denoiser, do_classifier_free_guidance)
     size = input_size(pipe, denoiser, height, width, max_sequence_length, num_frames, vae_scale_factor)
     dtype = resolve_dtype(denoiser, dtype)
@@ -175,11 +175,11 @@ def estimate_cost(
         itemsize=dtype.itemsize,
         cross_attention=cross_attention,
         joint=layout.joint,
-        max_memory=most,
+        max_memory=max_bytes,
         takes_over=takes_over,
     )
     warnings = RunWarnings(
-        TGateState(schedule, most), DenoiserCall(guided), gates_cross=cross_attention, joint=layout.joint
+        TGateState(schedule, max_bytes), DenoiserCall(guided), gates_cross=cross_attention, joint=layout.joint
     )
     warnings.no_cfg()
     warnings.gate_too_late(StepCounter(schedule, timeline))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..attention.budget import MemoryBudget
-from ..plan.adaptive import LEAD
+from ..plan.adaptive import MIN_HISTORY
 from ..plan.forward_plan import CachedPart, CacheKey, ForwardContext, ForwardPlan, plan_forward
 from ..plan.report import TGateReport
 from ..plan.report_builder import ReportBuilder
@@ -161,7 +161,7 @@ def simulate_schedule(
             denoiser.release()
             counter.restart_controller()
             known, switched = 0, index > 0
-        has_history = known >= LEAD
+        has_history = known >= MIN_HISTORY
         context = ForwardContext(
             batch_size=rows,
             sample_shape=(profile.width,),
@@ -178,18 +178,20 @@ def simulate_schedule(
                 rows if plan.part is CachedPart.ALL else rows // 2, (profile.width,), plan.part
             )
         step, error = counter.step_index, None
-        if guided and schedule.predicts and not plan.is_half_step and counter.has_half_steps:
+        if guided and schedule.predicts and not plan.is_half_step and counter.has_half_steps_left:
             error = 0.0 if has_history and schedule.is_auto else None
-            known = min(known + 1, LEAD)
+            known = min(known + 1, MIN_HISTORY)
         if error is not None:
-            builder.measured(step, error)
-        counter.forward()
-        counter.tick(full=not plan.is_half_step, error=error)
+            builder.add_error(step, error)
+        counter.begin_forward()
+        counter.end_pass(full=not plan.is_half_step, error=error)
         held = denoiser.nbytes + known * profile.width * batch_size * itemsize
         is_half, kept = plan.is_half_step, denoiser.layers_kept
-        builder.add(counter, step, half=is_half, did=denoiser.counts, held=held, layers=kept)
+        builder.add_pass(
+            counter, step, is_half_step=is_half, counts=denoiser.counts, cached_bytes=held, cached_layers=kept
+        )
         if not cross_attention and not is_half:
-            builder.passed(denoiser.uncached_bytes // (2 if plan.caches_one_half else 1))
+            builder.add_uncached_bytes(denoiser.uncached_bytes // (2 if plan.caches_one_half else 1))
         if denoiser.least is not None and not builder.report.kept_layers:
             least = denoiser.least
     return DryRun(taken, builder.report, least)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..families import family_of
-from ..plan.validation import checked_int, shown
+from ..plan.validation import shown, validate_int
 from .inputs import INPUTS, InputShapes, InputSize, fill
 
 # Settings that may need an input which is not among these shapes, with the values that do not.
@@ -24,7 +24,7 @@ _KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
 # What pipelines call the number of frames.
 _FRAMES = ("num_frames", "video_length", "frames", "segment_frame_length")
 # More steps, pictures or pixels than anyone counts.
-MOST_OF_ALL = 10**6
+MAX_SIZE = 10**6
 
 
 def family_inputs(denoiser: torch.nn.Module) -> InputShapes:
@@ -60,14 +60,14 @@ def input_size(
         if value is not None and senseless:
             raise ValueError(f"{argument}={shown(value)} means nothing for a {name}: leave it out.")
     factor = _scale(pipe, inputs) if vae_scale_factor is None else vae_scale_factor
-    factor = checked_int("vae_scale_factor", factor, 1, most=MOST_OF_ALL)
+    factor = validate_int("vae_scale_factor", factor, 1, maximum=MAX_SIZE)
     sides = []
     for axis, (argument, value) in enumerate((("height", height), ("width", width))):
         if not inputs.sized:
             value = factor
         if value is None:
             value = _call_default(pipe, argument) or _sample_size(denoiser, axis, argument) * factor
-        value = checked_int(argument, value, factor, most=MOST_OF_ALL)
+        value = validate_int(argument, value, factor, maximum=MAX_SIZE)
         if value % factor:
             raise ValueError(f"{argument}={shown(value)} is not a multiple of {factor}: give one.")
         sides.append(value // factor)
@@ -78,14 +78,14 @@ def input_size(
     frames = num_frames
     if frames is None and inputs.frames is not None:
         frames = _frames(pipe, denoiser, inputs)
-    frames = checked_int("num_frames", 1 if frames is None else frames, 1, most=MOST_OF_ALL)
+    frames = validate_int("num_frames", 1 if frames is None else frames, 1, maximum=MAX_SIZE)
     places = getattr(denoiser.config, "video_length", None)
     if places is not None and frames not in (1, places):
         raise ValueError(f"num_frames={frames}, but this {name} has places for {places}: leave num_frames out.")
     return InputSize(
         height=sides[0],
         width=sides[1],
-        tokens=checked_int("max_sequence_length", tokens, 1, most=MOST_OF_ALL),
+        tokens=validate_int("max_sequence_length", tokens, 1, maximum=MAX_SIZE),
         frames=(frames - 1) // _frame_scale(pipe, inputs) + 1,
         picture=_picture_tokens(pipe),
         given=_is_given_parts(pipe, inputs),

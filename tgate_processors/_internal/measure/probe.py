@@ -43,11 +43,11 @@ class ConvergenceProbe:
     def layer(self, name: str, run: PipelineRun, output: torch.Tensor) -> None:
         """A layer with cross-attention has given its output."""
         step = run.step_index
-        if run.passes < self._now[1]:
+        if run.pass_index < self._now[1]:
             # Another loop of the call begins (FreeInit).
             self._before.clear()
             self._loops.append([])
-        self._now = (step, run.passes)
+        self._now = (step, run.pass_index)
         self.steps = max(self.steps, step + 1)
         before = self._before.get(name)
         if before is not None and before.shape == output.shape:
@@ -99,7 +99,7 @@ class ConvergenceProbe:
         assert schedule.tolerance is not None
         controller, predictor, halves = AdaptiveController(schedule.tolerance), GuidancePredictor(measures=True), []
         for step in sorted({each.step for each in passes}):
-            if not controller.full:
+            if not controller.is_full_step:
                 halves.append(step)
                 controller.end_half_step()
                 continue

@@ -109,7 +109,7 @@ class ForwardPlan:
         """Whether the denoiser runs on half of the batch that the pipeline gives."""
         return self.mode is ForwardMode.HALF_BATCH
 
-    def of_second_call(self, *, can_skip_half: bool) -> tuple[Action, Action]:
+    def for_second_call(self, *, can_skip_half: bool) -> tuple[Action, Action]:
         """What cross-attention and self-attention do in the second call of a full step: as in the first one."""
         if not can_skip_half:
             return self.cross_attention, self.self_attention
@@ -123,7 +123,7 @@ def plan_forward(step: StepPlan, context: ForwardContext) -> ForwardPlan:
     Plan a forward, the first one of its step.
 
     Args:
-        step (`StepPlan`): What the schedule, or the clock, says of the step.
+        step (`StepPlan`): What the schedule, or the controller, says of the step.
         context (`ForwardContext`): What is known by now.
 
     Returns:

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .adaptive import LEAD, AdaptiveController
+from .adaptive import MIN_HISTORY, AdaptiveController
 from .step_plan import Action, Phase, StepPlan
-from .validation import Auto, checked_gate_step, checked_int, checked_tolerance, is_choice, shown
+from .validation import Auto, is_choice, shown, validate_gate_step, validate_int, validate_tolerance
 
 GuidanceMode = Literal["drop", "predict"]
 
@@ -75,19 +75,19 @@ class TGateSchedule:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        checked: dict[str, object] = {"gate_step": checked_gate_step(self.gate_step)}
-        for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
-            checked[name] = checked_int(name, getattr(self, name), least)
+        checked: dict[str, object] = {"gate_step": validate_gate_step(self.gate_step)}
+        for name, minimum in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
+            checked[name] = validate_int(name, getattr(self, name), minimum)
         if not is_choice("guidance", self.guidance, "drop", "predict"):
             raise ValueError(f'guidance={shown(self.guidance)} is unknown: give "drop" or "predict".')
         checked["guidance"] = self.guidance or ("predict" if self.is_auto else "drop")
         if self.cfg_interval is not None:
-            checked["cfg_interval"] = checked_int("cfg_interval", self.cfg_interval, 1)
+            checked["cfg_interval"] = validate_int("cfg_interval", self.cfg_interval, 1)
         if self.is_auto or self.tolerance is not None:
-            checked["tolerance"] = checked_tolerance(self.tolerance)
+            checked["tolerance"] = validate_tolerance(self.tolerance)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        self._check_together()
+        self._check_combinations()
 
     @property
     def is_auto(self) -> bool:
@@ -109,7 +109,7 @@ class TGateSchedule:
         Returns:
             `int`: The first step of the fidelity-improving phase; with `"auto"` the first one that it can be.
         """
-        num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 0)
+        num_inference_steps = validate_int("num_inference_steps", num_inference_steps, 0)
         if isinstance(self.gate_step, str):
             halves = (i for i, step in enumerate(self.plan(num_inference_steps)) if step.phase is _HALF)
             return next(halves, num_inference_steps)
@@ -130,28 +130,28 @@ class TGateSchedule:
         Returns:
             `tuple` of `StepPlan`: One entry per step.
         """
-        num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 0)
+        num_inference_steps = validate_int("num_inference_steps", num_inference_steps, 0)
         if isinstance(self.gate_step, str):
-            return self._shortest_plan(num_inference_steps)
+            return self._optimistic_plan(num_inference_steps)
         return self._plan_with_gate(self.resolve_gate_step(num_inference_steps), num_inference_steps)
 
     def _plan_with_gate(self, gate: int, num_inference_steps: int) -> tuple[StepPlan, ...]:
         """The plan of every step for a gate that is known."""
         steps = range(num_inference_steps)
-        cross = _without_idle_stores([self._cross_attention(step, gate) for step in steps])
-        own = _without_idle_stores([self._self_attention(step, gate) for step in steps])
+        cross = _drop_unused_stores([self._cross_attention(step, gate) for step in steps])
+        own = _drop_unused_stores([self._self_attention(step, gate) for step in steps])
         return tuple(StepPlan(self._phase(step, gate), cross[step], own[step]) for step in steps)
 
-    def _shortest_plan(self, steps: int) -> tuple[StepPlan, ...]:
+    def _optimistic_plan(self, steps: int) -> tuple[StepPlan, ...]:
         """The plan of a run in which every prediction is right."""
         assert self.tolerance is not None
         controller, plan = AdaptiveController(self.tolerance), []
         for step in range(steps):
-            full, judged = controller.full, step >= LEAD
-            stores = controller.may_open and judged and step < steps - 1
+            full, has_history = controller.is_full_step, step >= MIN_HISTORY
+            stores = controller.can_skip and has_history and step < steps - 1
             plan.append(adaptive_step(self, step, full=full, stores=stores))
             if full:
-                controller.end_full_step(0.0 if judged else None)
+                controller.end_full_step(0.0 if has_history else None)
             else:
                 controller.end_half_step()
         return tuple(plan)
@@ -178,7 +178,7 @@ class TGateSchedule:
             return Action.COMPUTE
         return Action.STORE if step == self.warm_up or step % self.sp_interval == 0 else Action.REUSE
 
-    def _check_together(self) -> None:
+    def _check_combinations(self) -> None:
         """Refuse settings that have no meaning together."""
         if self.is_auto and self.guidance == "drop":
             raise ValueError(
@@ -242,7 +242,7 @@ def first_step(schedule: TGateSchedule) -> StepPlan:
     return schedule.plan(latest)[0] if schedule.is_auto else schedule._plan_with_gate(gate, latest + 1)[0]
 
 
-def _without_idle_stores(actions: list[Action]) -> list[Action]:
+def _drop_unused_stores(actions: list[Action]) -> list[Action]:
     """Turn every store that nothing reuses into a plain compute."""
     reused = False
     for step in reversed(range(len(actions))):

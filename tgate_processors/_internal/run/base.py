@@ -58,7 +58,7 @@ class Run(Generic[Form]):
     def _note_error(self, loop: StepCounter) -> None:
         """A full step may have shown how far off its prediction was."""
         if self._cfg.error is not None:
-            self._report_builder.measured(loop.step_index, self._cfg.error)
+            self._report_builder.add_error(loop.step_index, self._cfg.error)
 
     def _release(self) -> TGateReport:
         """The call has ended, however it ended: hold nothing, leave the report."""

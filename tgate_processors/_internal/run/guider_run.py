@@ -78,7 +78,7 @@ class GuiderRun(Run[GuiderCFG]):
             ValueError: If it is not the step that comes next.
         """
         loop = self._begin_loop(steps) if step == 0 else self._loop
-        expected = None if loop is None else loop.passes
+        expected = None if loop is None else loop.pass_index
         if loop is None or self._running or step != expected:
             raise ValueError(
                 f"T-GATE: {self._call.subject} tells its guider of step {step}, where T-GATE expects "
@@ -90,7 +90,7 @@ class GuiderRun(Run[GuiderCFG]):
             self._take_over(guider, loop)
         self._running = True
         self._ever_guided = self._ever_guided or guided
-        loop.forward()
+        loop.begin_forward()
         improving = self._phase(loop) is Phase.FIDELITY_IMPROVING
         may_halve = guided and self._can_skip_half
         self._half = may_halve and improving and self._knows_guidance()
@@ -146,7 +146,7 @@ class GuiderRun(Run[GuiderCFG]):
         """
         loop = self._loop
         assert loop is not None
-        difference = self._cfg.predict(loop.passes)
+        difference = self._cfg.predict(loop.pass_index)
         if difference is not None and difference[0].shape != conditional.shape:
             raise ValueError(
                 f"T-GATE: the denoiser's output has the shape {tuple(conditional.shape)} in step {loop.step_index}, "
@@ -167,9 +167,9 @@ class GuiderRun(Run[GuiderCFG]):
         loop = self._loop
         self._forwards.after(len(halves[0]))
         self._computed += 1
-        if loop is None or not (self._can_skip_half and loop.has_half_steps):
+        if loop is None or not (self._can_skip_half and loop.has_half_steps_left):
             return
-        self._cfg.record(loop.passes, [halves], 1, scale)
+        self._cfg.record(loop.pass_index, [halves], 1, scale)
         self._note_error(loop)
 
     def end_step(self, *, guided: bool) -> None:
@@ -189,14 +189,14 @@ class GuiderRun(Run[GuiderCFG]):
                 "before every call (windows, several predictions). Call remove_tgate(pipe) to use this pipeline."
             )
         # Where a step is two passes (Heun), guiders are told of passes, and guide in none beyond the number of steps.
-        half, step, counts = self._half, loop.step_index, not loop.over
+        half, step, counts = self._half, loop.step_index, not loop.is_finished
         self._running = self._half = False
-        if loop.tick(full=not half, error=self._cfg.error):
+        if loop.end_pass(full=not half, error=self._cfg.error):
             self._cfg.error = None
-        if loop.over:
+        if loop.is_finished:
             self._restart_guidance(loop)
         if counts:
-            self._report_builder.add(loop, step, half=half, did=_NO_LAYERS, held=self.nbytes)
+            self._report_builder.add_pass(loop, step, is_half_step=half, counts=_NO_LAYERS, cached_bytes=self.nbytes)
         if guided and self._can_skip_half:
             warn_gate_too_late(self._state, self._call, loop, gates_cross=False)
 

@@ -54,7 +54,7 @@ class ForwardPlanner:
         self._begins_afresh = True
 
     def step_plan(self, loop: StepCounter) -> StepPlan:
-        """What the schedule or the clock says of the step that runs now."""
+        """What the schedule or the controller says of the step that runs now."""
         return loop.current_plan(
             has_history=self._cfg.has_history, cache_hit=self._caches.repeats(), was_half=self._caches.half
         )
@@ -62,7 +62,7 @@ class ForwardPlanner:
     def halves_next(self, loop: StepCounter, shape: tuple[int, ...]) -> bool:
         """Whether a guided step that begins now will run on half the batch, if its latents are of this shape."""
         cached = self._denoisers.active.stored
-        if loop.over or cached is None or self.step_plan(loop).phase is not Phase.FIDELITY_IMPROVING:
+        if loop.is_finished or cached is None or self.step_plan(loop).phase is not Phase.FIDELITY_IMPROVING:
             return False
         return cached.part is not CachedPart.ALL and cached.sample_shape[-2:] == shape[-2:]
 
@@ -107,7 +107,7 @@ class ForwardPlanner:
             cached=active.stored,
             gates_cross=self._gates_cross,
             begins_afresh=self._begins_afresh,
-            stores_early=self._caches.skip_the_gate and loop.has_half_steps,
+            stores_early=self._caches.skip_the_gate and loop.has_half_steps_left,
         )
         step = self.step_plan(loop)
         self.plan, self._begins_afresh = plan_forward(step, context), False
@@ -119,7 +119,7 @@ class ForwardPlanner:
         """The second call of a full step: as the first one, but what only half steps reuse is not cached in it."""
         self._denoisers.call_index = 1
         outputs = self._denoisers.outputs
-        outputs.signals.set(*self.plan.of_second_call(can_skip_half=can_skip_half))
+        outputs.signals.set(*self.plan.for_second_call(can_skip_half=can_skip_half))
         outputs.before_forward()
 
     def _tell(self, inputs: DenoiserInputs, active_half: CFGHalf, *, skips_half: bool) -> None:

@@ -105,12 +105,12 @@ class PipelineRun(Run[DenoiserCFG]):
     @property
     def step_index(self) -> int:
         """The step that runs now."""
-        return self._report_builder.steps_before + (self._loop.step_index if self._loop is not None else 0)
+        return self._report_builder.step_offset + (self._loop.step_index if self._loop is not None else 0)
 
     @property
-    def passes(self) -> int:
+    def pass_index(self) -> int:
         """Passes of the loop that have ended."""
-        return self._loop.passes if self._loop is not None else 0
+        return self._loop.pass_index if self._loop is not None else 0
 
     @property
     def between_loops(self) -> bool:
@@ -125,7 +125,7 @@ class PipelineRun(Run[DenoiserCFG]):
     @property
     def will_halve(self) -> bool:
         """Whether the batch of a guided step of this loop may be halved."""
-        return not self._is_sequential and self._loop is not None and self._loop.may_halve
+        return not self._is_sequential and self._loop is not None and self._loop.can_halve_batch
 
     def halves_next(self, shape: tuple[int, ...]) -> bool:
         """Whether the step that runs now will run on half the batch, if its latents are of this shape."""
@@ -158,15 +158,15 @@ class PipelineRun(Run[DenoiserCFG]):
         """
         loop = self._loop or self._begin_loop()
         guided = self._is_guided(loop, inputs)
-        loop.forward(guided=guided)
-        if self._is_sequential and loop.forwards > 1:
+        loop.begin_forward(guided=guided)
+        if self._is_sequential and loop.forwards_in_pass > 1:
             self._before_second_call(loop, inputs, denoiser)
             return
         if self.denoisers.begin(denoiser):
-            self.denoisers.switched = loop.passes > 0
+            self.denoisers.switched = loop.pass_index > 0
             self._caches.take_over(self.denoisers.active.index)
             self._restart_guidance(loop)
-        elif loop.passes and guided != self._guided:
+        elif loop.pass_index and guided != self._guided:
             self._switch_guidance(loop, guided)
         self._check_batch(loop, inputs, guided)
         self._watch_text(inputs.encoder_hidden_states, loop, guided, is_halved)
@@ -213,13 +213,13 @@ class PipelineRun(Run[DenoiserCFG]):
     def skips(self, denoiser: Any) -> bool:
         """Whether the call of a denoiser that comes now is the one that is skipped."""
         loop = self._loop
-        expected = self._cfg.skips_call and loop is not None and loop.forwards == 1
+        expected = self._cfg.skips_call and loop is not None and loop.forwards_in_pass == 1
         return expected and self.denoisers.active.layers.denoiser is denoiser
 
     def skipped(self) -> Any:
         """The output of the call that is skipped."""
         assert self._loop is not None
-        self._loop.forward(guided=True)
+        self._loop.begin_forward(guided=True)
         self._caches.leave_out()
         output = self._cfg.take_output()
         if self._counts_forwards:
@@ -255,7 +255,7 @@ class PipelineRun(Run[DenoiserCFG]):
         step, is_half = loop.step_index, self._planner.plan.is_half_step
         computed = not self._caches.repeated()
         full = computed and not is_half
-        ends_step = loop.tick(index, full=full, computed=computed, guided=self._guided, error=self._cfg.error)
+        ends_step = loop.end_pass(index, full=full, computed=computed, guided=self._guided, error=self._cfg.error)
         if self._can_skip_half:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
             self.batch.settle(self._inputs, self._guided and not self._is_sequential, tensors or {}, latents)
@@ -263,10 +263,10 @@ class PipelineRun(Run[DenoiserCFG]):
         is_first = not self.report.num_inference_steps
         self._report_step(loop, step)
         if not self._counts_forwards:
-            loop.follow(self.call.timesteps.timeline())
+            loop.set_timeline(self.call.timesteps.timeline())
         if is_first:
             self._warnings.gate_too_late(loop)
-        if loop.over:
+        if loop.is_finished:
             self._end_loop(loop)
         else:
             self.exchange([*exchanged, *self._late])
@@ -297,7 +297,7 @@ class PipelineRun(Run[DenoiserCFG]):
         self.denoisers.adopt(first)
         loop = self._begin_loop()
         self._guided = self.call.guided()
-        loop.forward(guided=self._guided)
+        loop.begin_forward(guided=self._guided)
         first.after_forward()
         if first.signals.cross_attention is Action.STORE:
             self.denoisers.active.stored = UNSEEN
@@ -354,7 +354,7 @@ class PipelineRun(Run[DenoiserCFG]):
     def _is_guided(self, loop: StepCounter, inputs: DenoiserInputs) -> bool:
         """Whether this step is guided: as its batch shows, or else as the call says."""
         shows = not self._is_sequential and self._can_skip_half and self.call.is_diffusers_loop
-        if shows and loop.passes and not self._counts_forwards:
+        if shows and loop.pass_index and not self._counts_forwards:
             # Some loops ask the pipeline in every step, which a callback may have changed; others ask once.
             halves = self.batch.holds_halves(inputs)
             if halves is not None:
@@ -364,11 +364,11 @@ class PipelineRun(Run[DenoiserCFG]):
     def _check_batch(self, loop: StepCounter, inputs: DenoiserInputs, guided: bool) -> None:
         """Refuse a forward that is not the one that the steps before it have led to."""
         self.denoisers.check()
-        if self._can_skip_half and (loop.passes or self._counts_forwards):
+        if self._can_skip_half and (loop.pass_index or self._counts_forwards):
             self.batch.check(inputs, guided and not self._is_sequential)
         if self._counts_forwards and not self.call.is_diffusers_loop:
-            self.call.timesteps.check_timestep(inputs.arguments.get("timestep"), loop.passes)
-        if not loop.passes:
+            self.call.timesteps.check_timestep(inputs.arguments.get("timestep"), loop.pass_index)
+        if not loop.pass_index:
             self._warnings.no_cfg()
 
     def _watch_text(self, text: Any, loop: StepCounter, guided: bool, is_halved: bool) -> None:
@@ -402,7 +402,7 @@ class PipelineRun(Run[DenoiserCFG]):
     def _compare(self, loop: StepCounter, output: Any, inputs: DenoiserInputs) -> list[torch.Tensor] | None:
         """A call of a guided step has ended: have what is skipped ready, or see what the halves differ by."""
         call = ComputedCall(
-            loop.passes,
+            loop.pass_index,
             output,
             inputs,
             self.denoisers.call_index,
@@ -412,7 +412,7 @@ class PipelineRun(Run[DenoiserCFG]):
         )
         if self._planner.plan.is_half_step:
             return self._cfg.complete(call)
-        if loop.has_half_steps:
+        if loop.has_half_steps_left:
             self._cfg.observe(call)
             self._note_error(loop)
         return None
@@ -421,8 +421,10 @@ class PipelineRun(Run[DenoiserCFG]):
         """A pass of this step has ended: note what it did."""
         is_half, first = self._planner.plan.is_half_step, self.denoisers.active.per_call[0]
         kept = self.denoisers.layers_kept
-        self._report_builder.add(loop, step, half=is_half, did=first.counts(), held=self.nbytes, layers=kept)
+        self._report_builder.add_pass(
+            loop, step, is_half_step=is_half, counts=first.counts(), cached_bytes=self.nbytes, cached_layers=kept
+        )
         if not self.gates_cross and not is_half:
-            self._report_builder.passed(first.passed // (2 if self._planner.plan.caches_one_half else 1))
+            self._report_builder.add_uncached_bytes(first.passed // (2 if self._planner.plan.caches_one_half else 1))
         if first.least is not None and not self.report.kept_layers:
             self._warnings.budget_too_small(first.least)

@@ -34,11 +34,11 @@ class TimestepReader:
         order = getattr(scheduler, "order", 1)
         steps = getattr(scheduler, "num_inference_steps", None) or scheduled
         # The same difference as in the pipelines' `num_warmup_steps`; a shortened loop keeps it.
-        repeats = max(0, scheduled - steps * order)
-        passes, told = self._passes(), True
+        warmup_passes = max(0, scheduled - steps * order)
+        passes, is_reported = self._passes(), True
         if passes is None:
-            passes, told = scheduled, False
-        return Timeline(passes, order, repeats, told)
+            passes, is_reported = scheduled, False
+        return Timeline(passes, order, warmup_passes, is_reported)
 
     def _scheduled(self) -> int:
         """Passes that the scheduler has prepared; in one kind the last timestep is only the end of the last pass."""
@@ -49,16 +49,16 @@ class TimestepReader:
         """Passes of the loop, if the pipeline says how many."""
         if hasattr(type(self._pipe), "num_timesteps"):
             # A custom loop may never set what it inherits.
-            told = getattr(self._pipe, "_num_timesteps", None) or getattr(self._pipe, "num_timesteps", None)
-            return self._scheduled() if told is not None and self._is_only_asked(told) else told
+            reported = getattr(self._pipe, "_num_timesteps", None) or getattr(self._pipe, "num_timesteps", None)
+            return self._scheduled() if reported is not None and self._reports_request(reported) else reported
         if self._until is None:
             self._until = self._cut_off(self._arguments.get("denoising_end")) - self._left_out()
         return self._until
 
-    def _is_only_asked(self, told: int) -> bool:
-        """Whether the pipeline tells the steps it was asked for, although `timesteps` gives others (ACE-Step)."""
+    def _reports_request(self, reported: int) -> bool:
+        """Whether the pipeline reports the steps it was asked for, although `timesteps` gives others (ACE-Step)."""
         given, asked = self._arguments.get("timesteps"), self._arguments.get("num_inference_steps")
-        return given is not None and told == asked != len(given) and "strength" not in self._arguments
+        return given is not None and reported == asked != len(given) and "strength" not in self._arguments
 
     def _left_out(self) -> int:
         """Timesteps that do not run, because a video is given that is noised in part."""

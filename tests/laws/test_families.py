@@ -173,7 +173,7 @@ def test_a_run_that_breaks_in_a_further_call_leaves_nothing(kind: Kind):
     handle.remove()
     state = vars(pipe)["_tgate"].state
     # As the next forward of the denoiser would, whoever calls it.
-    state.come_back()
+    state.resume()
     assert state.current() is None
     assert torch.equal(kind.run(pipe, **further), expected)
 

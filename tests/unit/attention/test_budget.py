@@ -259,7 +259,7 @@ def test_the_choice_does_not_depend_on_the_order_in_which_layers_are_met():
             draw.shuffle(layers)
             budget, held = MemoryBudget(most), {}
             for key, saved, nbytes, place in layers:
-                if budget.meet(key, saved, nbytes, place):
+                if budget.offer(key, saved, nbytes, place):
                     held[key] = nbytes
                 # What is out stays out.
                 held = {key: nbytes for key, nbytes in held.items() if key in budget}

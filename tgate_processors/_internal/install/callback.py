@@ -111,10 +111,10 @@ class TGateCallback:
 
     def _await_first_step(self) -> None:
         """Have the layers do what they do in the first step of a call, which nobody announces."""
-        self.state.unannounced = cache = AttentionCache(self.state, GatedLayers(None, self.state))
+        self.state.first_step_cache = cache = AttentionCache(self.state, GatedLayers(None, self.state))
         plan = first_step(self.state.schedule)
-        cache.signals.set(plan.cross_attention, plan.self_attention)
-        self.state.compiled.take(cache.signals)
+        cache.actions.set(plan.cross_attention, plan.self_attention)
+        self.state.compiled_actions.copy_from(cache.actions)
 
     def _attach(self, pipeline: Any) -> PipelineRun:
         """Begin the run at the end of its first pass, the first that a callback alone sees."""
@@ -123,10 +123,10 @@ class TGateCallback:
         self._check(pipeline, found)
         layout = found.family.layout
         layers = GatedLayers(found.denoiser, self.state, "gate", layout)
-        layers.look()
+        layers.discover()
         call = call_of(found, pipeline)
         run = PipelineRun(self.state, call, layers, can_skip_half=found.kept_half is not None)
-        first, self.state.unannounced = self.state.unannounced, None
+        first, self.state.first_step_cache = self.state.first_step_cache, None
         assert isinstance(first, AttentionCache)
         self._run = run
         hooks = DenoiserHooks(self.state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)

@@ -23,13 +23,13 @@ class ReplayCache:
     A forward of a run, for the blocks that are computed again when the run is over.
 
     Args:
-        run (`PipelineRun`): The run, whose present signals and kept outputs are remembered.
+        run (`PipelineRun`): The run, whose present actions and cached outputs are remembered.
     """
 
     def __init__(self, run: PipelineRun) -> None:
-        self.signals = LayerActions()
-        self.signals.take(run.outputs.signals)
-        self._kept: dict[Slot, CachedOutput] = dict(run.outputs.kept)
+        self.actions = LayerActions()
+        self.actions.copy_from(run.attention_cache.actions)
+        self._cached: dict[Slot, CachedOutput] = dict(run.attention_cache.cached)
 
     @property
     def nbytes(self) -> int:
@@ -37,17 +37,17 @@ class ReplayCache:
         return 0
 
     @property
-    def outputs(self) -> ReplayCache:
-        """What the gates talk to, as of a run."""
+    def attention_cache(self) -> ReplayCache:
+        """Itself: it takes the place of a run."""
         return self
 
-    def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
-        """What the layer gave out in the forward, if it was a kept output."""
-        kept = self._kept.get(slot)
-        return kept.tensor if kept is not None and kept.tensor.shape[:2] == hidden_states.shape[:2] else None
+    def get(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
+        """The output of the layer in the forward, if it was a cached one."""
+        cached = self._cached.get(slot)
+        return cached.tensor if cached is not None and cached.tensor.shape[:2] == hidden_states.shape[:2] else None
 
-    def computed(self, *told: Any) -> None:
-        """Nothing is kept twice."""
+    def put(self, *args: Any) -> None:
+        """Nothing is cached twice."""
 
 
 class _RecomputedBlock:

@@ -151,8 +151,8 @@ class GuiderInstallation(Installation):
     def _left_alone(self, denoiser: Any) -> list[str]:
         """The layers whose processors may count their calls."""
         layers = GatedLayers(denoiser, self.state, self.custom, _NO_LAYER_IS_GATED)
-        layers.look()
-        return layers.settle()
+        layers.discover()
+        return layers.regate_replaced()
 
 
 class _GatedGuider:

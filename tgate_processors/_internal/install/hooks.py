@@ -105,7 +105,7 @@ class DenoiserHooks(OrderedHooks):
         memory = self._memory(run)
         if self._layout.is_auxiliary_call(inputs.arguments):
             memory.is_announced = False
-            self._state.stand_aside()
+            self._state.suspend()
             return None
         innermost = self._is_innermost()
         # For the hooks after this forward, and for the next one: some may have come since the last.
@@ -186,7 +186,7 @@ class DenoiserHooks(OrderedHooks):
         """A forward has ended: tell the run, and give the output of the half back as both halves."""
         kwargs, output = rest if len(rest) > 1 else (None, rest[0])
         if self._state.current() is None:
-            self._state.come_back()
+            self._state.resume()
             return None
         run = self._run(kwargs)
         if run is None:

@@ -61,7 +61,7 @@ class InstalledDenoisers:
         """Put in what is not there: all of it, or what has to stand in front of processors and hooks that have come."""
         all_layers = [self._new_layers(denoiser) for denoiser in self.found.denoisers]
         for layers, hooks in zip(all_layers, self.hooks, strict=True):
-            layers.follow()
+            layers.gate_all()
             hooks.install()
         return all_layers
 
@@ -69,7 +69,7 @@ class InstalledDenoisers:
         """The inverse of `install`, of whatever part of it is there."""
         for denoiser, hooks in zip(self.found.denoisers, self.hooks, strict=True):
             hooks.remove()
-            self._new_layers(denoiser).remove()
+            self._new_layers(denoiser).ungate_all()
 
 
 class Installation:
@@ -161,7 +161,7 @@ class Installation:
         """A call of a pipeline has ended: hold nothing, and leave the report."""
         self._reports[pipe] = run.report
         for each in () if completed else layers:
-            exclusively(each.recover)
+            exclusively(each.restore_after_error)
         run.close(completed=completed)
 
     def enter(self, pipe: Any, found: ResolvedPipeline | None = None) -> None:

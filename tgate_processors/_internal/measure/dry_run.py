@@ -48,20 +48,20 @@ class _SimulatedDenoiser:
         return (cross + self._profile.self_width * (cached.self_rows or 0)) * self._itemsize
 
     @property
-    def layers_kept(self) -> tuple[int, int]:
+    def cached_layer_counts(self) -> tuple[int, int]:
         """How many layers hold cross-attention, and how many would without a budget."""
         return len(self.cached.cross), len(self.cached.cross) + len(self.cached.beyond_budget)
 
     @property
-    def least(self) -> int | None:
+    def min_bytes(self) -> int | None:
         """The bytes that the first layer needs, if any is beyond the budget."""
-        return self._budget.least if self._budget is not None and self.cached.beyond_budget else None
+        return self._budget.min_bytes if self._budget is not None and self.cached.beyond_budget else None
 
     def release(self) -> None:
         """Another denoiser takes over, or the run has ended."""
         self.cached = _Cached()
         if self._budget is not None:
-            self._budget.forget()
+            self._budget.reset()
 
     def forward(self, plan: ForwardPlan, rows: int) -> MACs:
         """Run a forward, and tell what it takes for so many rows."""
@@ -89,7 +89,7 @@ class _SimulatedDenoiser:
         widths = {index: layer.width * rows * self._itemsize for index, layer in enumerate(self._profile.cross)}
         if self._budget is not None:
             for index, nbytes in widths.items():
-                self._budget.meet(index, self._profile.cross[index].saved, nbytes, index)
+                self._budget.offer(index, self._profile.cross[index].saved, nbytes, index)
             self.cached.beyond_budget = {index for index in widths if index not in self._budget}
         self.cached.cross = {index: rows for index in widths if index not in self.cached.beyond_budget}
 
@@ -186,12 +186,12 @@ def simulate_schedule(
         counter.begin_forward()
         counter.end_pass(full=not plan.is_half_step, error=error)
         held = denoiser.nbytes + known * profile.width * batch_size * itemsize
-        is_half, kept = plan.is_half_step, denoiser.layers_kept
+        is_half, kept = plan.is_half_step, denoiser.cached_layer_counts
         builder.add_pass(
             counter, step, is_half_step=is_half, counts=denoiser.counts, cached_bytes=held, cached_layers=kept
         )
         if not cross_attention and not is_half:
             builder.add_uncached_bytes(denoiser.uncached_bytes // (2 if plan.caches_one_half else 1))
-        if denoiser.least is not None and not builder.report.kept_layers:
-            least = denoiser.least
+        if denoiser.min_bytes is not None and not builder.report.kept_layers:
+            least = denoiser.min_bytes
     return DryRun(taken, builder.report, least)

@@ -34,13 +34,13 @@ class DenoiserCache:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(outputs.nbytes for outputs in self.per_call)
+        return sum(cache.nbytes for cache in self.per_call)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Hold nothing."""
         self.stored = None
-        for outputs in self.per_call:
-            outputs.forget()
+        for cache in self.per_call:
+            cache.reset()
 
 
 class DenoiserCaches:
@@ -64,7 +64,7 @@ class DenoiserCaches:
         self.switched = False
 
     @property
-    def outputs(self) -> AttentionCache:
+    def attention_cache(self) -> AttentionCache:
         """What the layers that run now keep."""
         return self.active.per_call[self.call_index]
 
@@ -73,11 +73,11 @@ class DenoiserCaches:
         """Bytes held."""
         return sum(each.nbytes for each in self._all)
 
-    def halved_inside(self, halved: bool) -> None:
+    def sees_half_inside(self, halved: bool) -> None:
         """Say whether the layers may find the second half of a batch that was given whole."""
         for each in self._all:
-            for outputs in each.per_call:
-                outputs.halved_inside = halved
+            for cache in each.per_call:
+                cache.sees_half_inside = halved
 
     def begin(self, denoiser: Any) -> bool:
         """
@@ -90,38 +90,38 @@ class DenoiserCaches:
         found = next((each for each in self._all if each.layers.denoiser is denoiser), self.active)
         if found is self.active:
             return False
-        self.active.forget()
+        self.active.reset()
         self.active = found
         return True
 
     def settle(self) -> list[str]:
         """The loop starts: gate what the call itself has set, and tell the layers that leave guidance whole."""
-        return [name for each in self._all for name in each.layers.settle()]
+        return [name for each in self._all for name in each.layers.regate_replaced()]
 
-    def limit(self, most: int | None, *, shared: bool) -> None:
+    def set_budget(self, max_bytes: int | None, *, shared: bool) -> None:
         """Cross-attention keeps so many bytes at most, for all calls of a step together if each keeps its own."""
         for each in self._all:
-            for outputs in each.per_call:
-                outputs.limit(most // len(each.per_call) if most is not None and shared else most)
+            for cache in each.per_call:
+                cache.set_budget(max_bytes // len(each.per_call) if max_bytes is not None and shared else max_bytes)
 
     @property
-    def layers_kept(self) -> tuple[int, int]:
+    def cached_layer_counts(self) -> tuple[int, int]:
         """How many layers hold cross-attention, and how many would without a budget."""
-        kept = sum(outputs.cross_kept for outputs in self.active.per_call)
-        return kept, kept + sum(len(outputs.declined) for outputs in self.active.per_call)
+        kept = sum(cache.num_cached_cross for cache in self.active.per_call)
+        return kept, kept + sum(len(cache.over_budget) for cache in self.active.per_call)
 
     def check(self) -> None:
         """Refuse processors that were exchanged between two steps."""
-        self.active.layers.check()
+        self.active.layers.check_not_replaced()
 
     def adopt(self, first: AttentionCache) -> None:
         """Go on with what the layers have cached before the run was there."""
         first.layers = self.active.layers
         self.active.per_call = (first,)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Hold nothing."""
         self.switched = False
         self.call_index = 0
         for each in self._all:
-            each.forget()
+            each.reset()

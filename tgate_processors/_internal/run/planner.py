@@ -118,21 +118,21 @@ class ForwardPlanner:
     def begin_second_call(self, *, can_skip_half: bool) -> None:
         """The second call of a full step: as the first one, but what only half steps reuse is not cached in it."""
         self._denoisers.call_index = 1
-        outputs = self._denoisers.outputs
-        outputs.signals.set(*self.plan.for_second_call(can_skip_half=can_skip_half))
-        outputs.before_forward()
+        cache = self._denoisers.attention_cache
+        cache.actions.set(*self.plan.for_second_call(can_skip_half=can_skip_half))
+        cache.before_forward()
 
     def _tell(self, inputs: DenoiserInputs, active_half: CFGHalf, *, skips_half: bool) -> None:
         """Tell the layers and the caches of others."""
-        plan, outputs = self.plan, self._denoisers.outputs
+        plan, cache = self.plan, self._denoisers.attention_cache
         if plan.is_half_step and self._gates_cross:
-            raise_uncached_layers(outputs.missing(), "keep no output, so no half of the batch can be left out")
+            raise_uncached_layers(cache.missing_layers(), "keep no output, so no half of the batch can be left out")
         halved = plan.halves_batch and self._gates_cross
-        outputs.signals.set(plan.cross_attention, plan.self_attention, part=plan.part, half=halved)
+        cache.actions.set(plan.cross_attention, plan.self_attention, part=plan.part, on_half_batch=halved)
         self._caches.begin_step(
             inputs.batch_size // 2 if plan.halves_batch else inputs.batch_size,
             half=skips_half,
             kept=int(active_half == "conditional"),
             at_gate=plan.phase is Phase.GATE,
         )
-        outputs.before_forward()
+        cache.before_forward()

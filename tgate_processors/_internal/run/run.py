@@ -62,7 +62,7 @@ class PipelineRun(Run[DenoiserCFG]):
         self.batch = CFGBatchCheck(call, layout)
         self._counts_forwards = counts_forwards
         self._caches = caches or CacheAdapters()
-        self.denoisers.halved_inside(self._caches.keep_guidance)
+        self.denoisers.sees_half_inside(self._caches.keep_guidance)
         self._planner = ForwardPlanner(state, self.denoisers, self._caches, cfg, gates_cross=self.gates_cross)
         self._warnings = RunWarnings(state, call, gates_cross=self.gates_cross, joint=layout.joint)
         self._last_index: int | None = None
@@ -73,14 +73,14 @@ class PipelineRun(Run[DenoiserCFG]):
         self._late: Collection[str] = ()
 
     @property
-    def outputs(self) -> AttentionCache:
+    def attention_cache(self) -> AttentionCache:
         """What the layers that run now have cached."""
-        return self.denoisers.outputs
+        return self.denoisers.attention_cache
 
     @property
-    def kept(self) -> dict[Slot, CachedOutput]:
+    def cached_outputs(self) -> dict[Slot, CachedOutput]:
         """The outputs that are cached."""
-        return self.outputs.kept
+        return self.attention_cache.cached
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +95,7 @@ class PipelineRun(Run[DenoiserCFG]):
     @property
     def computes_cross(self) -> bool:
         """Whether any cross-attention is computed in half steps."""
-        return not self.gates_cross or bool(self.denoisers.active.per_call[0].declined)
+        return not self.gates_cross or bool(self.denoisers.active.per_call[0].over_budget)
 
     @property
     def halves_batch(self) -> bool:
@@ -170,7 +170,7 @@ class PipelineRun(Run[DenoiserCFG]):
             self._switch_guidance(loop, guided)
         self._check_batch(loop, inputs, guided)
         self._watch_text(inputs.encoder_hidden_states, loop, guided, is_halved)
-        self.denoisers.active.layers.meet(inputs.arguments)
+        self.denoisers.active.layers.set_active(inputs.arguments)
         self._inputs, self._guided = inputs, guided
         can_skip, may_skip = self._can_skip_half, may_halve
         step, context = self._planner.begin_step(
@@ -189,7 +189,7 @@ class PipelineRun(Run[DenoiserCFG]):
             `list` of `torch.Tensor`, *optional*: After a half step, what the second half has more than the first.
         """
         plan, inputs, loop = self._planner.plan, self._inputs, self._loop
-        self.outputs.after_forward()
+        self.attention_cache.after_forward()
         if self.guided and not plan.is_half_step and inputs is not None:
             self._forwards.after(inputs.batch_size)
         is_second = self.denoisers.call_index > 0
@@ -199,7 +199,7 @@ class PipelineRun(Run[DenoiserCFG]):
         if not is_second:
             if plan.is_half_step and not self._caches and self.gates_cross:
                 what = "did not give out what they keep, but ran on half of the batch"
-                raise_uncached_layers(self.outputs.silent(), what)
+                raise_uncached_layers(self.attention_cache.uncalled_layers(), what)
             if plan.marks_cache and inputs is not None:
                 rows = inputs.batch_size // (1 if plan.part is CachedPart.ALL else 2)
                 self.denoisers.active.stored = CacheKey(rows, inputs.sample_shape, plan.part)
@@ -288,7 +288,7 @@ class PipelineRun(Run[DenoiserCFG]):
         if self.denoisers.active.nbytes:
             # All layers have to run in the full step.
             self._caches.begin_afresh()
-        self.denoisers.active.forget()
+        self.denoisers.active.reset()
         self._planner.begin_afresh()
         self._restart_guidance(loop)
 
@@ -299,12 +299,12 @@ class PipelineRun(Run[DenoiserCFG]):
         self._guided = self.call.guided()
         loop.begin_forward(guided=self._guided)
         first.after_forward()
-        if first.signals.cross_attention is Action.STORE:
+        if first.actions.cross_attention is Action.STORE:
             self.denoisers.active.stored = UNSEEN
 
     def close(self, *, completed: bool = True) -> None:
         """The call has ended, however it ended: hold nothing, leave the report."""
-        self.denoisers.forget()
+        self.denoisers.reset()
         self._inputs = None
         self._warnings.close(self._release(), completed=completed)
 
@@ -319,7 +319,7 @@ class PipelineRun(Run[DenoiserCFG]):
             self._warnings.cache_owns_cfg()
         if self._counts_forwards:
             self.batch.expect(self.call.pictures())
-        self.denoisers.limit(self._state.max_memory, shared=not self._can_skip_half)
+        self.denoisers.set_budget(self._state.max_memory, shared=not self._can_skip_half)
         self._planner.begin()
         return loop
 
@@ -331,7 +331,7 @@ class PipelineRun(Run[DenoiserCFG]):
         self.batch.forget()
         self._caches.end_loop()
         self._cfg.release()
-        self.denoisers.forget()
+        self.denoisers.reset()
         self._planner.begin()
 
     @property
@@ -420,11 +420,18 @@ class PipelineRun(Run[DenoiserCFG]):
     def _report_step(self, loop: StepCounter, step: int) -> None:
         """A pass of this step has ended: note what it did."""
         is_half, first = self._planner.plan.is_half_step, self.denoisers.active.per_call[0]
-        kept = self.denoisers.layers_kept
+        kept = self.denoisers.cached_layer_counts
         self._report_builder.add_pass(
-            loop, step, is_half_step=is_half, counts=first.counts(), cached_bytes=self.nbytes, cached_layers=kept
+            loop,
+            step,
+            is_half_step=is_half,
+            counts=first.last_forward_counts(),
+            cached_bytes=self.nbytes,
+            cached_layers=kept,
         )
         if not self.gates_cross and not is_half:
-            self._report_builder.add_uncached_bytes(first.passed // (2 if self._planner.plan.caches_one_half else 1))
-        if first.least is not None and not self.report.kept_layers:
-            self._warnings.budget_too_small(first.least)
+            self._report_builder.add_uncached_bytes(
+                first.uncached_bytes // (2 if self._planner.plan.caches_one_half else 1)
+            )
+        if first.min_bytes is not None and not self.report.kept_layers:
+            self._warnings.budget_too_small(first.min_bytes)

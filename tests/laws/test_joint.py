@@ -414,7 +414,7 @@ def test_distilled_guidance_is_refused_either_way(alone):
     with pytest.raises(ValueError, match="its guidance is distilled into it, so there is no half to leave out"):
         apply_tgate(fill, **alone)
     perturbed = sd3("StableDiffusion3PAGPipeline")
-    with pytest.raises(ValueError, match="has joint attention" if not alone else "is not two halves, .* What helps"):
+    with pytest.raises(ValueError, match=r"attention is joint, guidance alone .* is not two halves, .* What helps"):
         apply_tgate(perturbed, **alone)
 
 
@@ -422,9 +422,10 @@ def test_distilled_guidance_is_refused_either_way(alone):
 def test_what_is_joint_is_refused_with_what_to_do(kind: Joint):
     pipe = kind.build()
     with pytest.raises(
-        ValueError, match=r"SD3Transformer2DModel has joint attention .*apply_tgate\(pipe, cross_attention=False\)"
+        ValueError,
+        match=r"cross_attention=True is not possible: SD3Transformer2DModel has joint .*: apply_tgate\(pipe\)",
     ):
-        apply_tgate(pipe)
+        apply_tgate(pipe, cross_attention=True)
     with pytest.raises(ValueError, match=r"fi_interval=2 reuse self-attention, .* leave them out"):
         apply_tgate(pipe, GATE, fi_interval=2, **ALONE)
     assert not is_tgate_applied(pipe)
@@ -448,3 +449,13 @@ def test_processors_of_ones_own_leave_guidance_whole(kind: Joint, caplog):
     assert "and all of guidance stays on" in caplog.text
     apply_tgate(pipe, **FIXED, **ALONE, custom_processors="gate")
     assert torch.equal(kind.run(pipe), kind.gated(**FIXED, **ALONE))
+
+
+@pytest.mark.parametrize("kind", rows(JOINT, default={"sd3", "qwen"}))
+def test_what_the_model_has_is_gated_by_default(kind: Joint):
+    pipe = apply_tgate(kind.build(), **FIXED)
+    gated = kind.run(pipe)
+    report = get_tgate_report(pipe)
+    assert report.half_batch_forwards > 0
+    assert report.peak_bytes > 0 == report.kept_layers
+    assert torch.equal(gated, kind.run(apply_tgate(pipe, **FIXED, **ALONE)))

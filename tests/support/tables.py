@@ -34,7 +34,7 @@ def after_the_gate(family: Family) -> str:
     """What becomes of guidance, in the words of the README."""
     if family.layout.joint:
         alone = "[guidance alone](docs/pipelines.md#guidance-alone)"
-        return f"predicted, or dropped: with `cross_attention=False`, {alone} is gated"
+        return f"predicted, or dropped: {alone} is gated"
     return "predicted, or dropped" + (": the second call is left out" if family.layout.calls > 1 else "")
 
 

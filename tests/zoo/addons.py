@@ -566,7 +566,7 @@ HOSTS = [
         image=True,
         mask=True,
         row="inpainting by an example",
-        dear=True,
+        tier="thorough",
     ),
     Host(
         "depth2img",

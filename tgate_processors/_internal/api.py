@@ -102,11 +102,11 @@ def apply_tgate(
             `"conditional"`. Guidance of more or other
             parts (InstructPix2Pix, perturbed-attention guidance) stays on whole, and then there is nothing to choose.
         cross_attention (`bool`, *optional*):
-            Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True`, but to `False` for video
-            families whose guidance is two calls of the denoiser (Wan, SkyReels V2, Cosmos): there the kept
-            cross-attention takes gigabytes and saves little; the report says how many bytes. Where attention is joint
-            (Stable Diffusion 3, Qwen-Image) there is none to keep, so it has to be `False`. Where guidance is a guider,
-            as in modular pipelines, it cannot be `True`.
+            Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True` where the model has
+            cross-attention, but to `False` for video families whose guidance is two calls of the denoiser (Wan,
+            SkyReels V2, Cosmos): there the kept cross-attention takes gigabytes and saves little; the report says how
+            many bytes. Where attention is joint (Stable Diffusion 3, Qwen-Image, Flux) there is none to keep, so
+            guidance alone is gated, and it cannot be `True`; nor where guidance is a guider, as in modular pipelines.
         max_memory (`int` or `str`, *optional*):
             Most bytes that kept cross-attention takes, as an `int` or a string such as `"2GB"` or `"500MiB"`. Of the
             layers those are kept that save most for each byte, by the shapes seen in the run. The others compute in

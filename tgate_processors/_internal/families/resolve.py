@@ -189,10 +189,15 @@ def check_guidance(
 ) -> None:
     """Refuse to predict guidance that has no two halves, or to gate it alone, and to reuse what is joint."""
     joint = found.family.layout.joint
-    if cross_attention is False and found.kept_half is None:
+    if (joint or cross_attention is False) and found.kept_half is None:
+        alone = (
+            "where attention is joint, guidance alone is gated"
+            if joint
+            else "cross_attention=False gates guidance alone"
+        )
         raise ValueError(
-            f"cross_attention=False gates guidance alone, and that of {type(pipe).__name__} is not two halves, so all "
-            f"of it stays on. {INSTEAD if joint else 'Leave cross_attention out.'}"
+            f"{alone}, and that of {type(pipe).__name__} is not two halves, so all of it stays on. "
+            f"{INSTEAD if joint else 'Leave cross_attention out.'}"
         )
     if found.guides:
         check_dropped(type(pipe).__name__, found.family.layout, schedule)

@@ -75,10 +75,10 @@ def why_no_denoiser(pipe: Any) -> str:
 def check_attention(
     denoiser: torch.nn.Module, subject: str, layout: Layout | None = None, cross_attention: bool | None = None
 ) -> None:
-    """Refuse a denoiser that has no cross-attention of its own to keep, unless guidance alone is gated."""
+    """Refuse a denoiser that has no cross-attention of its own to keep, where it is to be kept."""
     layout = layout or Layout()
     if layout.joint:
-        if cross_attention is not False:
+        if cross_attention:
             raise ValueError(_why_joint(denoiser, subject, layout))
         return
     modules = list(attention_modules(denoiser).values())
@@ -181,17 +181,17 @@ def _why_joint(denoiser: torch.nn.Module, subject: str, layout: Layout) -> str:
     """Why a denoiser with joint attention is refused, and what to do."""
     inner: Any = getattr(denoiser, "_orig_mod", denoiser)
     distilled = getattr(getattr(inner, "config", None), "guidance_embeds", False)
-    more = ", and its guidance is distilled into it, so there is no half to leave out" if distilled else ""
-    instead = (
-        "What helps there are diffusers' own caches, where the model has them "
-        "(pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
+    what = (
+        f"{type(inner).__name__} has joint attention (text and image share one softmax), so there is no "
+        "cross-attention output to keep"
     )
     if layout.joint:
-        what = "guidance by a negative prompt (true_cfg_scale above 1)" if distilled else "guidance alone"
-        instead = f"apply_tgate(pipe, cross_attention=False) gates {what}."
+        guidance = "guidance by a negative prompt (true_cfg_scale above 1)" if distilled else "guidance alone"
+        return f"cross_attention=True is not possible: {what}. Leave it out: apply_tgate(pipe) gates {guidance}."
+    more = ", and its guidance is distilled into it, so there is no half to leave out" if distilled else ""
     return (
-        f"{subject} cannot be gated: {type(inner).__name__} has joint attention (text and image share one softmax), so "
-        f"there is no cross-attention output to keep{more}. {instead}"
+        f"{subject} cannot be gated: {what}{more}. What helps there are diffusers' own caches, where the model has "
+        "them (pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
     )
 
 

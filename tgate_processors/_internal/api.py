@@ -207,7 +207,7 @@ def _checked_deepcache(helper: Any, pipe: Any, schedule: TGateSchedule) -> DeepC
     if helper is None:
         return None
     validate_helper(helper, pipe)
-    return DeepCacheAdapter(helper, halves=schedule.predicts)
+    return DeepCacheAdapter(helper, halves_cache=schedule.predicts)
 
 
 def remove_tgate(pipe: Pipeline) -> Pipeline:

@@ -9,32 +9,32 @@ from typing import Any, Literal
 import torch
 
 from ..plan.validation import is_choice, shown
-from .forward_origin import KNOWN, foreign_of, foreign_of_class, module_of, owner_of, package_of
+from .forward_origin import KNOWN_PACKAGES, foreign_of, foreign_of_class, module_of, owner_of, package_of
 
 CustomForwards = Literal["gate"]
 
 # Packages without a way back, by the name of what they do.
-_NAMED = {"para_attn": "ParaAttention"}
+_PACKAGE_NAMES = {"para_attn": "ParaAttention"}
 # Packages whose classes keep nothing of a batch, and what every module has.
-_PLAIN = KNOWN | {"transformers"}
-_OF_TORCH = frozenset(vars(torch.nn.Module()))
+_STATELESS_PACKAGES = KNOWN_PACKAGES | {"transformers"}
+_MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
 
 
 class ForeignForwards:
     """
-    What the modules of a pipeline's denoisers do when they are called.
+    The `forward` of each module of a pipeline's denoisers, checked for caches that T-GATE does not support.
 
-    Nobody can tell a cache from a class of the user's before it runs, but a cache keeps a tensor of the batch.
+    A cache cannot be told from a user's class before it runs, but a cache keeps a tensor of the batch.
 
     Args:
         denoisers (`Sequence` of `torch.nn.Module`): The denoisers, and what the pipeline calls before them.
-        custom (`str`, *optional*): `"gate"` where the user says that none of them keeps anything.
+        custom_forwards (`str`, *optional*): `"gate"` where the user says that none of them keeps anything.
     """
 
-    def __init__(self, denoisers: Sequence[torch.nn.Module], custom: CustomForwards | None = None) -> None:
-        self._denoisers = () if custom else tuple(denoisers)
-        self._custom: list[tuple[torch.nn.Module, torch.nn.Module]] = []
-        self._before: set[int] = set()
+    def __init__(self, denoisers: Sequence[torch.nn.Module], custom_forwards: CustomForwards | None = None) -> None:
+        self._denoisers = () if custom_forwards else tuple(denoisers)
+        self._custom_modules: list[tuple[torch.nn.Module, torch.nn.Module]] = []
+        self._known_tensors: set[int] = set()
 
     def check(self) -> None:
         """
@@ -43,76 +43,76 @@ class ForeignForwards:
         Raises:
             ValueError: If there is one that is not known to keep nothing. The message names it and says what to do.
         """
-        self._custom = []
+        self._custom_modules = []
         classes: dict[type, bool] = {}
         for denoiser in self._denoisers:
             for module in denoiser.modules():
                 foreign, kind = None, type(module)
                 if kind not in classes:
-                    classes[kind] = _package_of(kind) not in _PLAIN
+                    classes[kind] = _package_of(kind) not in _STATELESS_PACKAGES
                     foreign = foreign_of_class(kind)
                 if foreign is None and "forward" in vars(module):
                     foreign = foreign_of(module, denoiser)
                 if foreign is not None:
-                    raise ValueError(_message(denoiser, module, foreign))
+                    raise ValueError(_foreign_forward_message(denoiser, module, foreign))
                 if classes[kind]:
-                    self._custom.append((denoiser, module))
+                    self._custom_modules.append((denoiser, module))
 
-    def begin(self) -> None:
-        """A loop begins, and the call itself may have put something in."""
+    def begin_loop(self) -> None:
+        """A loop begins: check again, as the call itself may have changed a `forward`."""
         self.check()
-        self._before = {id(tensor) for _, module in self._custom for _, tensor in _held(module)}
+        self._known_tensors = {id(tensor) for _, module in self._custom_modules for _, tensor in _held_tensors(module)}
 
-    def after(self, rows: int) -> None:
+    def after_forward(self, rows: int) -> None:
         """
-        A forward of the whole batch has ended.
+        A forward of the whole batch has ended: refuse modules that keep a tensor of it.
 
         Args:
-            rows (`int`): The batch.
+            rows (`int`): The samples of the batch.
 
         Raises:
             ValueError: If a class that is not diffusers' keeps a tensor of it.
         """
-        for denoiser, module in self._custom:
-            for name, tensor in _held(module):
-                if id(tensor) not in self._before and tensor.dim() > 2 and len(tensor) == rows:
-                    raise ValueError(_message_of_kept(denoiser, module, name, tensor))
+        for denoiser, module in self._custom_modules:
+            for name, tensor in _held_tensors(module):
+                if id(tensor) not in self._known_tensors and tensor.dim() > 2 and len(tensor) == rows:
+                    raise ValueError(_cached_tensor_message(denoiser, module, name, tensor))
 
 
-def validate_custom_forwards(custom: CustomForwards | None) -> CustomForwards | None:
+def validate_custom_forwards(custom_forwards: CustomForwards | None) -> CustomForwards | None:
     """Validate `custom_forwards`."""
-    if not is_choice("custom_forwards", custom, "gate"):
-        raise ValueError(f'custom_forwards must be "gate" or None, not {shown(custom)}.')
-    return custom
+    if not is_choice("custom_forwards", custom_forwards, "gate"):
+        raise ValueError(f'custom_forwards must be "gate" or None, not {shown(custom_forwards)}.')
+    return custom_forwards
 
 
 def _package_of(kind: type) -> str:
-    """The package that a class has its `forward` of."""
+    """The package that defines the `forward` of a class."""
     return owner_of(kind).__module__.split(".")[0]
 
 
-def _held(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that the `forward` of a module can find again, by the name that it has for them."""
+def _held_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that the `forward` of a module can reach, and its names for them."""
     forward: Any = type(module).forward
     found = {**vars(type(module)), **vars(module)}
     while (code := getattr(forward, "__code__", None)) is not None:
-        found.update(zip(code.co_freevars, map(_content, forward.__closure__ or ()), strict=True))
+        found.update(zip(code.co_freevars, map(_cell_contents, forward.__closure__ or ()), strict=True))
         found.update({name: forward.__globals__[name] for name in code.co_names if name in forward.__globals__})
         forward = getattr(forward, "__wrapped__", None)
     for name, value in found.items():
-        if name not in _OF_TORCH:
-            yield from ((name, tensor) for tensor in _tensors(value))
+        if name not in _MODULE_ATTRIBUTES:
+            yield from ((name, tensor) for tensor in _tensors_in(value))
 
 
-def _content(cell: Any) -> Any:
-    """What a closure holds, if it does by now."""
+def _cell_contents(cell: Any) -> Any:
+    """The value in a cell of a closure, if there is one yet."""
     try:
         return cell.cell_contents
     except ValueError:
         return None
 
 
-def _tensors(value: Any, depth: int = 2) -> Iterator[torch.Tensor]:
+def _tensors_in(value: Any, depth: int = 2) -> Iterator[torch.Tensor]:
     """The tensors in a value, in containers of it, and in plain objects."""
     if isinstance(value, torch.Tensor):
         yield value
@@ -121,10 +121,10 @@ def _tensors(value: Any, depth: int = 2) -> Iterator[torch.Tensor]:
         if not isinstance(value, (dict, list, tuple)):
             inner = vars(value).values() if hasattr(value, "__dict__") else ()
         for each in list(inner):
-            yield from _tensors(each, depth - 1)
+            yield from _tensors_in(each, depth - 1)
 
 
-def _named(denoiser: torch.nn.Module, module: torch.nn.Module) -> str:
+def _name_of(denoiser: torch.nn.Module, module: torch.nn.Module) -> str:
     """What errors call a module."""
     name = next(name for name, each in denoiser.named_modules() if each is module)
     # `torch.compile(pipe.unet)` wraps the module.
@@ -132,26 +132,26 @@ def _named(denoiser: torch.nn.Module, module: torch.nn.Module) -> str:
     return f"{name} ({type(module).__name__})" if name else type(module).__name__
 
 
-def _message_of_kept(denoiser: torch.nn.Module, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> str:
-    """What was found to be kept, and what to do."""
+def _cached_tensor_message(denoiser: torch.nn.Module, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> str:
+    """The error for a module that keeps a tensor of the batch: what it keeps, and what to do."""
     home = owner_of(type(module)).__module__
     return (
-        f"T-GATE found that the forward of {_named(denoiser, module)}, which is of {home}, "
+        f"T-GATE found that the forward of {_name_of(denoiser, module)}, which is of {home}, "
         f"keeps a tensor of the whole batch, {name} of shape {tuple(tensor.shape)}, as a cache does, and T-GATE halves "
         "the batch and leaves calls out. Take it out; or, if that is not used again in the next call, say so, "
         'apply_tgate(pipe, ..., custom_forwards="gate"); or call remove_tgate(pipe).'
     )
 
 
-def _message(denoiser: torch.nn.Module, module: torch.nn.Module, foreign: Any) -> str:
-    """What was found, and what to do."""
+def _foreign_forward_message(denoiser: torch.nn.Module, module: torch.nn.Module, foreign: Any) -> str:
+    """The error for a `forward` that is not its class's own: where it comes from, and what to do."""
     code = getattr(foreign, "__code__", None)
     function = type(foreign).__name__ if code is None else code.co_qualname
     what, remedy = f"{function} of {module_of(foreign)}", "Take it out"
-    if package_of(foreign) in _NAMED:
-        what, remedy = f"{_NAMED[package_of(foreign)]} ({what})", "Load the pipeline anew without it"
+    if package_of(foreign) in _PACKAGE_NAMES:
+        what, remedy = f"{_PACKAGE_NAMES[package_of(foreign)]} ({what})", "Load the pipeline anew without it"
     return (
-        f"T-GATE found a forward that is not its class's own: that of {_named(denoiser, module)} is {what}. "
+        f"T-GATE found a forward that is not its class's own: that of {_name_of(denoiser, module)} is {what}. "
         "If it is a cache (TeaCache and others), it keeps tensors of the whole batch or counts its calls, and "
         f"T-GATE halves the batch and leaves calls out. {remedy}; or, if it keeps nothing from one call to the next, "
         'say so, apply_tgate(pipe, ..., custom_forwards="gate"); or call remove_tgate(pipe).'

@@ -10,27 +10,27 @@ from typing import Any
 import torch
 
 # Packages whose wrappers keep nothing of a batch, or are judged elsewhere (DeepCache, cache-dit, hook registries).
-KNOWN = {"accelerate", "bitsandbytes", "cache_dit", "contextlib", "DeepCache", "diffusers", "nvtx", "peft"}
-KNOWN |= {"torch", "torchao"}
+KNOWN_PACKAGES = {"accelerate", "bitsandbytes", "cache_dit", "contextlib", "DeepCache", "diffusers", "nvtx", "peft"}
+KNOWN_PACKAGES |= {"torch", "torchao"}
 # Code that torch.fx has generated is of no module, but of a file of this name.
 _GENERATED = "<eval_with_key>"
-# Where wrappers put what they stand in front of, besides `__wrapped__`: accelerate, cache-dit and HyperTile.
-_ASIDE = ("_old_forward", "_original_forward")
+# Where wrappers save what they wrap, other than in `__wrapped__`: accelerate, cache-dit and HyperTile.
+_SAVED_FORWARDS = ("_old_forward", "_original_forward")
 
 
 def comes_from(module: torch.nn.Module, package: str) -> bool:
-    """Whether the `forward` of a module is of this package."""
+    """Whether the `forward` of a module comes from this package."""
     forward = vars(module).get("forward")
-    return forward is not None and package in {package_of(each) for each in (forward, *_behind(forward))}
+    return forward is not None and package in {package_of(each) for each in (forward, *_wrapped_by(forward))}
 
 
 def owner_of(kind: type) -> type:
-    """The class that a class has its `forward` of."""
+    """The class in whose body the `forward` of a class is defined."""
     return next(each for each in kind.__mro__ if "forward" in vars(each))
 
 
 def foreign_of_class(kind: type) -> Any:
-    """What is in the place of the `forward` that a class was made with, if anything is."""
+    """What has replaced the `forward` that a class was made with, if anything has."""
     owner = owner_of(kind)
     home = owner.__module__.split(".")[0]
 
@@ -43,56 +43,56 @@ def foreign_of_class(kind: type) -> Any:
 
     def is_known(forward: Any) -> bool:
         # Decorators of its own.
-        return package_of(forward) in (*KNOWN, _GENERATED) or (
+        return package_of(forward) in (*KNOWN_PACKAGES, _GENERATED) or (
             package_of(forward) == home and hasattr(forward, "__wrapped__")
         )
 
-    return _first_foreign([vars(owner)["forward"]], is_own, is_known, _behind)
+    return _first_foreign([vars(owner)["forward"]], is_own, is_known, _wrapped_by)
 
 
 def foreign_of(module: torch.nn.Module, denoiser: torch.nn.Module) -> Any:
-    """What the `forward` of a module ends in, or passes through, if it is not its class's own."""
+    """A callable that the `forward` of a module calls and that is neither its class's own nor a known one, if any."""
     own = [vars(each)["forward"] for each in type(module).__mro__ if "forward" in vars(each)]
     aside = vars(module)
 
     def is_own(forward: Any) -> bool:
-        return any(forward is each for each in own) or _is_adapter(forward, module, denoiser)
+        return any(forward is each for each in own) or _is_lora_forward(forward, module, denoiser)
 
     def is_known(forward: Any) -> bool:
-        return package_of(forward) in KNOWN or _is_hypertile(forward, module)
+        return package_of(forward) in KNOWN_PACKAGES or _is_hypertile(forward, module)
 
-    def behind(forward: Any) -> Iterator[Any]:
-        yield from _behind(forward)
+    def wrapped_by(forward: Any) -> Iterator[Any]:
+        yield from _wrapped_by(forward)
         if not isinstance(forward, types.MethodType):
-            yield from (aside[name] for name in _ASIDE if name in aside)
+            yield from (aside[name] for name in _SAVED_FORWARDS if name in aside)
         for reference in getattr(aside.get("_diffusers_hook"), "_fn_refs", ()):
             yield reference.original_forward or reference.forward
 
-    return _first_foreign([aside["forward"]], is_own, is_known, behind)
+    return _first_foreign([aside["forward"]], is_own, is_known, wrapped_by)
 
 
 def _first_foreign(
     forwards: list[Any],
     is_own: Callable[[Any], bool],
     is_known: Callable[[Any], bool],
-    behind: Callable[[Any], Iterator[Any]],
+    wrapped_by: Callable[[Any], Iterator[Any]],
 ) -> Any:
-    """The first callable that is neither the class's own nor a known one, which leads to what is behind it."""
-    seen: list[Any] = []
+    """The first callable that is neither the class's own nor a known one; known ones lead to what they wrap."""
+    visited: list[Any] = []
     while forwards:
         each = forwards.pop()
-        if any(each is other for other in seen) or is_own(each):
+        if any(each is other for other in visited) or is_own(each):
             continue
-        seen.append(each)
+        visited.append(each)
         # A bound method or a partial is as good as its function.
         if not isinstance(each, (types.MethodType, functools.partial)) and not is_known(each):
             return each
-        forwards.extend(behind(each))
+        forwards.extend(wrapped_by(each))
     return None
 
 
-def _behind(forward: Any) -> Iterator[Any]:
-    """What a callable says that it calls."""
+def _wrapped_by(forward: Any) -> Iterator[Any]:
+    """What a callable is known to call."""
     if isinstance(forward, types.MethodType):
         yield forward.__func__
         return
@@ -104,7 +104,7 @@ def _behind(forward: Any) -> Iterator[Any]:
 
 
 def module_of(forward: Any) -> str:
-    """The module of Python that a function's code is of, whatever `functools.wraps` has made it say of itself."""
+    """The Python module of a function's code, whatever name `functools.wraps` has given it."""
     # What is called and no function is known by its class.
     given = getattr(forward, "__globals__", None)
     if given is None:
@@ -113,12 +113,12 @@ def module_of(forward: Any) -> str:
 
 
 def package_of(forward: Any) -> str:
-    """The package that a function's code is of."""
+    """The package of a function's code."""
     return module_of(forward).split(".")[0]
 
 
-def _is_adapter(forward: Any, module: torch.nn.Module, denoiser: torch.nn.Module) -> bool:
-    """Whether it is that of a LoRA which stands in for a layer: a module with weights, none of them the denoiser's."""
+def _is_lora_forward(forward: Any, module: torch.nn.Module, denoiser: torch.nn.Module) -> bool:
+    """Whether a `forward` is that of a LoRA in place of a layer: a module with weights, none of them the denoiser's."""
     adapter = getattr(forward, "__self__", None)
     if not isinstance(adapter, torch.nn.Module) or adapter is module or next(module.children(), None) is not None:
         return False
@@ -128,6 +128,6 @@ def _is_adapter(forward: Any, module: torch.nn.Module, denoiser: torch.nn.Module
 
 
 def _is_hypertile(forward: Any, module: torch.nn.Module) -> bool:
-    """Whether it is what the package HyperTile has put in front of the `forward` that it laid aside."""
-    aside, behind = vars(module), getattr(forward, "__wrapped__", None)
-    return "_split_sizes" in aside and behind is not None and behind == aside.get("_original_forward")
+    """Whether a `forward` is the wrapper of the package HyperTile, which has saved the original one."""
+    own, wrapped = vars(module), getattr(forward, "__wrapped__", None)
+    return "_split_sizes" in own and wrapped is not None and wrapped == own.get("_original_forward")

@@ -156,8 +156,8 @@ class TGateCallback:
                 f"T-GATE: the guidance of {type(pipeline).__name__} is two calls of its denoiser, and a callback alone "
                 "cannot leave one out: use apply_tgate(pipe, ...)."
             )
-        alone = "a callback alone cannot tell it where the batch changes: use apply_tgate(pipe, ...)"
-        detect_caches(found.denoiser, schedule, alone=alone)
+        reason = "a callback alone cannot tell it where the batch changes: use apply_tgate(pipe, ...)"
+        detect_caches(found.denoiser, schedule, reason=reason)
         ForeignForwards([found.denoiser], self._custom_forwards).check()
 
     def _reset_stale_run(self, module: torch.nn.Module, args: Any) -> None:

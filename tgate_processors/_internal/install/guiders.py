@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..attention.layers import GatedLayers
-from ..caches.detect import check_before, detect_caches
+from ..caches.detect import detect_caches, reject_caches_on_controlnet
 from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.spec import Layout
 from ..families import ResolvedPipeline
@@ -116,10 +116,10 @@ class GuiderInstallation(Installation):
         """Refuse what cannot be gated; there is nothing to put in before a call."""
         check_guiders(pipe)
         for denoiser in _denoisers(pipe):
-            alone = "guidance is a guider here, and what a cache keeps of a call that T-GATE leaves out is not known"
-            detect_caches(denoiser, self.state.schedule, alone=alone)
+            reason = "guidance is a guider here, and what a cache keeps of a call that T-GATE leaves out is not known"
+            detect_caches(denoiser, self.state.schedule, reason=reason)
         for controlnet in _controlnets(pipe):
-            check_before(controlnet)
+            reject_caches_on_controlnet(controlnet)
         self._forwards(pipe).check()
 
     def guide(self, pipe: Any, ending: Cleanup) -> GuiderRun:

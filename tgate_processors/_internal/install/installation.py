@@ -15,7 +15,7 @@ from ..attention.layers import CustomProcessors, GatedLayers
 from ..attention.state import TGateState
 from ..caches.adapter import CacheAdapter
 from ..caches.deepcache import DeepCacheAdapter
-from ..caches.detect import check_before, detect_caches
+from ..caches.detect import detect_caches, reject_caches_on_controlnet
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards
 from ..denoiser.lock import exclusively, soon
 from ..families import ResolvedPipeline, check_guidance, check_half, check_mode, resolve_pipeline
@@ -187,12 +187,12 @@ class Installation:
         helper = self.deepcache.helper if self.deepcache else None
         layout = found.family.layout
         gates_cross = layout.keeps_cross if self.cross_attention is None else self.cross_attention
-        asked: dict[str, Any] = {"calls": layout.calls, "gates_cross": gates_cross, "cfg_half": self.cfg_half}
+        asked: dict[str, Any] = {"calls_per_step": layout.calls, "gates_cross": gates_cross, "cfg_half": self.cfg_half}
         caches = [detect_caches(denoiser, self.state.schedule, helper, **asked) for denoiser in found.denoisers]
         if self.deepcache is not None:
             caches[0].insert(0, self.deepcache)
         if found.controlnet is not None:
-            check_before(found.controlnet)
+            reject_caches_on_controlnet(found.controlnet)
         called = (*found.denoisers, found.controlnet)
         forwards = ForeignForwards([each for each in called if each is not None], self.custom_forwards)
         forwards.check()

@@ -176,7 +176,7 @@ def _begin(
         state,
         call,
         layers,
-        can_skip_half=found.kept_half is not None and not adapters.keep_guidance,
+        can_skip_half=found.kept_half is not None and not adapters.owns_cfg,
         counts_forwards=found.counts_forwards,
         caches=adapters,
         cross_attention=installation.cross_attention,

@@ -45,7 +45,7 @@ class Run(Generic[Form]):
 
     def _count(self, timeline: Timeline) -> StepCounter:
         """A loop begins: count its steps, with nothing known of its guidance."""
-        self._forwards.begin()
+        self._forwards.begin_loop()
         self._loop = loop = StepCounter(self._state.schedule, timeline, self._cfg.calls_per_step)
         self._cfg.begin()
         return loop

@@ -165,7 +165,7 @@ class GuiderRun(Run[GuiderCFG]):
             scale (`float`): What guidance multiplies their difference with.
         """
         loop = self._loop
-        self._forwards.after(len(halves[0]))
+        self._forwards.after_forward(len(halves[0]))
         self._computed += 1
         if loop is None or not (self._can_skip_half and loop.has_half_steps_left):
             return

@@ -56,7 +56,7 @@ class ForwardPlanner:
     def step_plan(self, loop: StepCounter) -> StepPlan:
         """What the schedule or the controller says of the step that runs now."""
         return loop.current_plan(
-            has_history=self._cfg.has_history, cache_hit=self._caches.repeats(), was_half=self._caches.half
+            has_history=self._cfg.has_history, cache_hit=self._caches.will_hit(), was_half=self._caches.was_half_step
         )
 
     def halves_next(self, loop: StepCounter, shape: tuple[int, ...]) -> bool:
@@ -107,7 +107,7 @@ class ForwardPlanner:
             cached=active.stored,
             gates_cross=self._gates_cross,
             begins_afresh=self._begins_afresh,
-            stores_early=self._caches.skip_the_gate and loop.has_half_steps_left,
+            stores_early=self._caches.may_skip_gate_step and loop.has_half_steps_left,
         )
         step = self.step_plan(loop)
         self.plan, self._begins_afresh = plan_forward(step, context), False
@@ -129,10 +129,10 @@ class ForwardPlanner:
             raise_uncached_layers(cache.missing_layers(), "keep no output, so no half of the batch can be left out")
         halved = plan.halves_batch and self._gates_cross
         cache.actions.set(plan.cross_attention, plan.self_attention, part=plan.part, on_half_batch=halved)
-        self._caches.begin_step(
+        self._caches.on_step_begin(
             inputs.batch_size // 2 if plan.halves_batch else inputs.batch_size,
-            half=skips_half,
-            kept=int(active_half == "conditional"),
-            at_gate=plan.phase is Phase.GATE,
+            is_half_step=skips_half,
+            active_half=int(active_half == "conditional"),
+            is_gate_step=plan.phase is Phase.GATE,
         )
         cache.before_forward()

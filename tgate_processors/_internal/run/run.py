@@ -62,7 +62,7 @@ class PipelineRun(Run[DenoiserCFG]):
         self.batch = CFGBatchCheck(call, layout)
         self._counts_forwards = counts_forwards
         self._caches = caches or CacheAdapters()
-        self.denoisers.sees_half_inside(self._caches.keep_guidance)
+        self.denoisers.sees_half_inside(self._caches.owns_cfg)
         self._planner = ForwardPlanner(state, self.denoisers, self._caches, cfg, gates_cross=self.gates_cross)
         self._warnings = RunWarnings(state, call, gates_cross=self.gates_cross, joint=layout.joint)
         self._last_index: int | None = None
@@ -164,7 +164,7 @@ class PipelineRun(Run[DenoiserCFG]):
             return
         if self.denoisers.begin(denoiser):
             self.denoisers.switched = loop.pass_index > 0
-            self._caches.take_over(self.denoisers.active.index)
+            self._caches.on_denoiser_switch(self.denoisers.active.index)
             self._restart_guidance(loop)
         elif loop.pass_index and guided != self._guided:
             self._switch_guidance(loop, guided)
@@ -191,11 +191,11 @@ class PipelineRun(Run[DenoiserCFG]):
         plan, inputs, loop = self._planner.plan, self._inputs, self._loop
         self.attention_cache.after_forward()
         if self.guided and not plan.is_half_step and inputs is not None:
-            self._forwards.after(inputs.batch_size)
+            self._forwards.after_forward(inputs.batch_size)
         is_second = self.denoisers.call_index > 0
         is_last = is_second or plan.is_half_step or not (self._guided and self._is_sequential)
         if is_last:
-            self._caches.end_step()
+            self._caches.on_step_end()
         if not is_second:
             if plan.is_half_step and not self._caches and self.gates_cross:
                 what = "did not give out what they keep, but ran on half of the batch"
@@ -220,7 +220,7 @@ class PipelineRun(Run[DenoiserCFG]):
         """The output of the call that is skipped."""
         assert self._loop is not None
         self._loop.begin_forward(guided=True)
-        self._caches.leave_out()
+        self._caches.on_skip_second_call()
         output = self._cfg.take_output()
         if self._counts_forwards:
             self.tick()
@@ -253,7 +253,7 @@ class PipelineRun(Run[DenoiserCFG]):
             )
         self._last_index = None
         step, is_half = loop.step_index, self._planner.plan.is_half_step
-        computed = not self._caches.repeated()
+        computed = not self._caches.was_hit()
         full = computed and not is_half
         ends_step = loop.end_pass(index, full=full, computed=computed, guided=self._guided, error=self._cfg.error)
         if self._can_skip_half:
@@ -287,7 +287,7 @@ class PipelineRun(Run[DenoiserCFG]):
             return
         if self.denoisers.active.nbytes:
             # All layers have to run in the full step.
-            self._caches.begin_afresh()
+            self._caches.reset()
         self.denoisers.active.reset()
         self._planner.begin_afresh()
         self._restart_guidance(loop)
@@ -315,7 +315,7 @@ class PipelineRun(Run[DenoiserCFG]):
         if ungated:
             self._warnings.ungated(ungated if self._can_skip_half else [])
             self._can_skip_half = False
-        if self._caches.keep_guidance:
+        if self._caches.owns_cfg:
             self._warnings.cache_owns_cfg()
         if self._counts_forwards:
             self.batch.expect(self.call.pictures())
@@ -329,7 +329,7 @@ class PipelineRun(Run[DenoiserCFG]):
         self._last_index = loop.last_index
         self._loop = None
         self.batch.forget()
-        self._caches.end_loop()
+        self._caches.on_loop_end()
         self._cfg.release()
         self.denoisers.reset()
         self._planner.begin()
@@ -408,7 +408,7 @@ class PipelineRun(Run[DenoiserCFG]):
             self.denoisers.call_index,
             0 if self.batch.unconditional_first else 1,
             self.denoisers.active.index,
-            cache_hit=self._state.schedule.is_auto and self._caches.repeated(),
+            cache_hit=self._state.schedule.is_auto and self._caches.was_hit(),
         )
         if self._planner.plan.is_half_step:
             return self._cfg.complete(call)

@@ -28,7 +28,7 @@ class ComputedCall(NamedTuple):
         output (`torch.Tensor` or container): What the denoiser has given.
         inputs (`DenoiserInputs`): What it was given.
         call_index (`int`): Which of the calls of the step it was.
-        unconditional (`int`): Which half of a batch is the unconditional one, 0 or 1.
+        uncond_index (`int`): Which half of a batch is the unconditional one, 0 or 1.
         denoiser_index (`int`): The denoiser's place among those of the pipeline.
         cache_hit (`bool`): Whether a cache has repeated what it gave before, which says nothing new of guidance.
     """
@@ -37,7 +37,7 @@ class ComputedCall(NamedTuple):
     output: Any
     inputs: DenoiserInputs
     call_index: int = 0
-    unconditional: int = 0
+    uncond_index: int = 0
     denoiser_index: int = 0
     cache_hit: bool = False
 
@@ -76,24 +76,24 @@ class CFGForm:
         return self._predictor is not None and not self._predictor.has_history
 
     def begin(self) -> None:
-        """Begin with nothing known: at the start of a loop, and when what is known holds no more."""
-        self._predictor = GuidancePredictor(measures=self._schedule.is_auto) if self._schedule.predicts else None
+        """Begin without history: at the start of a loop, and when the history no longer holds."""
+        self._predictor = GuidancePredictor(measures_errors=self._schedule.is_auto) if self._schedule.predicts else None
         self.error = None
 
     def release(self) -> None:
-        """A loop has ended: hold nothing."""
+        """A loop has ended: release cached tensors."""
         self._predictor = None
 
     def limit_tokens(self, tokens: int) -> None:
-        """The pipeline reads the first tokens of an output alone."""
+        """Keep the first tokens of each difference: the pipeline does not read the others."""
         if self._predictor is not None:
             self._predictor.limit_tokens(tokens)
 
-    def record(self, position: int, halves: Sequence[Sequence[torch.Tensor]], unconditional: int, scale: Any) -> None:
-        """Both halves of each part were computed. This is the one wait for the device in a full step."""
+    def record(self, position: int, halves: Sequence[Sequence[torch.Tensor]], uncond_index: int, scale: Any) -> None:
+        """Record both halves of each part of an output. This is the one wait for the device in a full step."""
         if self._predictor is None:
             return
-        errors = self._predictor.record(position, halves, unconditional, scale)
+        errors = self._predictor.record(position, halves, uncond_index, scale)
         if errors is None:
             return
         # The sample with the largest error decides for all. NaN counts as above every tolerance.
@@ -102,17 +102,17 @@ class CFGForm:
             self.error = error
 
     def predict(self, position: int) -> list[torch.Tensor] | None:
-        """The second half minus the first, of each part; nothing where guidance is dropped."""
+        """Predict the second half minus the first, of each part; `None` where guidance is dropped."""
         return None if self._predictor is None else self._predictor.predict(position)
 
 
 class DenoiserCFG(CFGForm):
     """
-    Guidance that the pipeline does itself, with what its denoiser gives.
+    Guidance that the pipeline computes itself from the outputs of its denoiser.
 
     Args:
         schedule (`TGateSchedule`): Whether guidance is predicted, and whether errors are measured.
-        layout (`Layout`): What the denoiser gives.
+        layout (`Layout`): The outputs of the denoiser.
         scale_of (`Callable`): What guidance multiplies the difference with, by the denoiser's place in the pipeline.
     """
 
@@ -120,38 +120,38 @@ class DenoiserCFG(CFGForm):
         super().__init__(schedule)
         self._layout = layout
         self._scale_of = scale_of
-        # What the calls of this step that do not run give.
-        self._ready: list[Any] = []
+        # The outputs of the calls of this step that are skipped.
+        self._ready_outputs: list[Any] = []
 
     @property
     def skips_call(self) -> bool:
         """Whether the call of the denoiser that comes next is skipped."""
-        return bool(self._ready)
+        return bool(self._ready_outputs)
 
     def take_output(self) -> Any:
         """The output of the call that is skipped."""
-        return self._ready.pop(0)
+        return self._ready_outputs.pop(0)
 
     def release(self) -> None:
-        """A loop has ended: hold nothing."""
+        """A loop has ended: release cached tensors."""
         super().release()
-        self._ready.clear()
+        self._ready_outputs.clear()
 
     def end_pass(self, latents: Any, *, ends_step: bool) -> None:
-        """A pass has ended with these latents, perhaps the last one of its step."""
+        """A pass has ended with these latents; it may be the last one of its step."""
         if ends_step:
             self.error = None
         packed = isinstance(latents, torch.Tensor) and latents.dim() == 3
         if self._layout.given_last and packed:
-            # The tokens of a given picture follow those of the latents.
+            # The tokens of a reference image follow those of the latents.
             self.limit_tokens(latents.shape[1])
 
     def complete(self, call: ComputedCall) -> list[torch.Tensor] | None:
         """
-        One half was computed, in a half step.
+        The denoiser has computed one half, in a half step: complete it.
 
         Returns:
-            `list` of `torch.Tensor`, *optional*: What the other half of the batch is to have more, in each part.
+            `list` of `torch.Tensor`, *optional*: The second half minus the first, of each part, for the hooks to add.
         """
         raise NotImplementedError
 
@@ -160,26 +160,26 @@ class DenoiserCFG(CFGForm):
         raise NotImplementedError
 
     def _parts_of(self, call: ComputedCall) -> list[torch.Tensor]:
-        """What guidance is about in the output of a call."""
+        """The parts of a call's output that guidance combines."""
         return guided_parts(call.output, call.inputs, self._layout)
 
-    def _record_halves(self, call: ComputedCall, halves: Sequence[Sequence[torch.Tensor]], unconditional: int) -> None:
-        """Both halves are there, and the scale that the pipeline has for them."""
+    def _record_halves(self, call: ComputedCall, halves: Sequence[Sequence[torch.Tensor]], uncond_index: int) -> None:
+        """Record both halves, with the scale that the pipeline has for them."""
         scale = self._scale_of(call.denoiser_index) if self._schedule.is_auto else None
-        self.record(call.position, halves, unconditional, scale)
+        self.record(call.position, halves, uncond_index, scale)
 
 
 class BatchedCFG(DenoiserCFG):
-    """Two halves of one batch. A half step runs on one of them, and its output is doubled."""
+    """Two halves of one batch. A half step runs on one of them, and the hooks complete its output."""
 
     def complete(self, call: ComputedCall) -> list[torch.Tensor] | None:
-        """One half was computed: the hooks double it, with this difference."""
+        """Predict the difference with which the hooks complete the batch."""
         return self.predict(call.position)
 
     def observe(self, call: ComputedCall) -> None:
-        """Both halves were computed at once."""
+        """Record both halves, which were computed at once."""
         if self._predictor is not None and not call.cache_hit:
-            self._record_halves(call, [part.chunk(2) for part in self._parts_of(call)], call.unconditional)
+            self._record_halves(call, [part.chunk(2) for part in self._parts_of(call)], call.uncond_index)
 
 
 class SequentialCFG(DenoiserCFG):
@@ -192,19 +192,19 @@ class SequentialCFG(DenoiserCFG):
         self._first: list[torch.Tensor] | None = None
 
     def release(self) -> None:
-        """A loop has ended: hold nothing."""
+        """A loop has ended: release cached tensors."""
         super().release()
         self._first = None
 
     def complete(self, call: ComputedCall) -> None:
-        """The first call was computed: have the output of the second one ready."""
+        """Make the output of the second call from that of the first."""
         difference = self.predict(call.position)
-        self._ready = [
+        self._ready_outputs = [
             complete_second_call(call.output, difference, lambda whole: guided_parts(whole, call.inputs, self._layout))
         ]
 
     def observe(self, call: ComputedCall) -> None:
-        """One of both calls was computed."""
+        """Remember the output of the first call, or record both with that of the second."""
         if self._predictor is None:
             return
         first, self._first = self._first, None

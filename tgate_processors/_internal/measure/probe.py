@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..guidance.prediction import CFGDifference, guided_output, predict, relative_error
+from ..guidance.prediction import CFGDifference, apply_cfg, predict, relative_error
 from ..guidance.predictor import GuidancePredictor, GuidedPart
 from ..plan.adaptive import AdaptiveController
 from ..plan.schedule import TGateSchedule
@@ -62,7 +62,7 @@ class ConvergenceProbe:
         difference = CFGDifference(number, halves[1] - halves[0])
         scale = run.call.scale()
         now = GuidedForward(
-            step, difference, guided_output(halves, 0 if run.batch.unconditional_first else 1, scale), scale
+            step, difference, apply_cfg(halves, 0 if run.batch.unconditional_first else 1, scale), scale
         )
         passes = self._loops[-1]
         if passes and passes[-1].difference.position == number:
@@ -97,7 +97,8 @@ class ConvergenceProbe:
     def _half_steps(schedule: TGateSchedule, passes: Sequence[GuidedForward]) -> list[int]:
         """The steps of a loop that would have been half ones."""
         assert schedule.tolerance is not None
-        controller, predictor, halves = AdaptiveController(schedule.tolerance), GuidancePredictor(measures=True), []
+        controller, predictor = AdaptiveController(schedule.tolerance), GuidancePredictor(measures_errors=True)
+        halves = []
         for step in sorted({each.step for each in passes}):
             if not controller.is_full_step:
                 halves.append(step)

@@ -27,8 +27,8 @@ class DenoiserCall(PipelineCall):
         self._guides = guided
 
     @property
-    def subject(self) -> str:
-        """Whose call it is, for messages."""
+    def pipeline_name(self) -> str:
+        """The name of the target in messages."""
         return "the denoiser"
 
     def guided(self) -> bool:

@@ -64,7 +64,7 @@ class PipelineCall:
         self.timesteps = TimestepReader(pipe, self._arguments)
 
     @property
-    def subject(self) -> str:
+    def pipeline_name(self) -> str:
         """What errors call the pipeline."""
         return type(self._pipe).__name__
 
@@ -113,9 +113,9 @@ class PipelineCall:
             return [getattr(self._pipe, first), *(getattr(self._pipe, name, 0.0) for name in others)]
         if self._arguments.get("use_dynamic_cfg"):
             raise ValueError(
-                f"T-GATE: use_dynamic_cfg=True changes the guidance scale of {self.subject} in every step, after its "
-                'denoiser has run, and gate_step="auto" measures by it: leave it out, or give gate_step as a number of '
-                'steps, apply_tgate(pipe, 20, guidance="predict", cross_attention=False).'
+                f"T-GATE: use_dynamic_cfg=True changes the guidance scale of {self.pipeline_name} in every step, after "
+                'its denoiser has run, and gate_step="auto" measures by it: leave it out, or give gate_step as a '
+                'number of steps, apply_tgate(pipe, 20, guidance="predict", cross_attention=False).'
             )
         if self._is_true:
             return self._arguments["true_cfg_scale"]
@@ -128,9 +128,9 @@ class PipelineCall:
         scale = next((scale for scale in (given + asked if keeps else asked + given) if scale is not None), None)
         if scale is None:
             raise ValueError(
-                f'T-GATE: {self.subject} does not tell its guidance scale, which gate_step="auto" measures with: it '
-                "needs a `guidance_scale` in its call, or `_guidance_scale` set on the pipeline. Give gate_step as a "
-                "number of steps."
+                f'T-GATE: {self.pipeline_name} does not tell its guidance scale, which gate_step="auto" measures with: '
+                "it needs a `guidance_scale` in its call, or `_guidance_scale` set on the pipeline. Give gate_step as "
+                "a number of steps."
             )
         return scale + self._scale_beyond
 
@@ -143,7 +143,7 @@ class PipelineCall:
             scale = getattr(self._pipe, "_guidance_scale", scale)
         if scale is None and not self.is_diffusers_loop:
             raise ValueError(
-                f"T-GATE: {self.subject} has a loop of its own that does not say whether it guides: it needs a "
+                f"T-GATE: {self.pipeline_name} has a loop of its own that does not say whether it guides: it needs a "
                 "`guidance_scale` in its call, or `_guidance_scale` set on the pipeline. Call remove_tgate(pipe) to "
                 "use it as it is."
             )
@@ -189,8 +189,8 @@ class PipelineCall:
             ratio = self._arguments.get(name)
             if ratio is not None and ratio < 1:
                 raise ValueError(
-                    f"T-GATE: {name}={ratio} ends the guidance of {self.subject} by itself, where T-GATE expects both "
-                    "of its halves in every step: leave it out, or call remove_tgate(pipe) to use it."
+                    f"T-GATE: {name}={ratio} ends the guidance of {self.pipeline_name} by itself, where T-GATE expects "
+                    "both of its halves in every step: leave it out, or call remove_tgate(pipe) to use it."
                 )
 
     def _check_cover(self) -> None:
@@ -198,12 +198,12 @@ class PipelineCall:
         strength = self._arguments.get("audio_cover_strength", 1.0)
         if strength < 1:
             raise ValueError(
-                f"T-GATE: audio_cover_strength={strength} calls the denoiser of {self.subject} a second time in every "
-                "step, without the song that is covered, and what a layer keeps cannot serve both. Leave it out, or "
-                "call remove_tgate(pipe) to use it."
+                f"T-GATE: audio_cover_strength={strength} calls the denoiser of {self.pipeline_name} a second time in "
+                "every step, without the song that is covered, and what a layer keeps cannot serve both. Leave it out, "
+                "or call remove_tgate(pipe) to use it."
             )
 
-    def pictures(self) -> int | None:
+    def num_samples(self) -> int | None:
         """Number of pictures that the call asks for, if its arguments say so."""
         prompt, embeds = self._arguments.get("prompt"), self._arguments.get("prompt_embeds")
         if isinstance(embeds, torch.Tensor):
@@ -215,7 +215,7 @@ class PipelineCall:
         each = (self._arguments.get(f"num_{kind}_per_prompt") for kind in ("images", "videos", "waveforms"))
         return prompts * next((number for number in each if isinstance(number, int)), 1)
 
-    def told(self, callback_tensors: Mapping[str, Any]) -> tuple[Any, Any]:
+    def prompt_embeds_pair(self, callback_tensors: Mapping[str, Any]) -> tuple[Any, Any]:
         """The embeddings of the negative prompt and of the prompt, where the pipeline tells them."""
         negative = self._arguments.get("negative_prompt_embeds")
         if negative is None:

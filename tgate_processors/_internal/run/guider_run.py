@@ -81,7 +81,7 @@ class GuiderRun(Run[GuiderCFG]):
         expected = None if loop is None else loop.pass_index
         if loop is None or self._running or step != expected:
             raise ValueError(
-                f"T-GATE: {self._call.subject} tells its guider of step {step}, where T-GATE expects "
+                f"T-GATE: {self._call.pipeline_name} tells its guider of step {step}, where T-GATE expects "
                 f"{'the guided output of the step before' if self._running else f'step {expected or 0}'}: every step "
                 "has to call the guider's set_state once, with the steps of a loop counted from 0, and then the guider "
                 "itself. Call remove_tgate(pipe) to use this pipeline."
@@ -185,8 +185,9 @@ class GuiderRun(Run[GuiderCFG]):
         loop = self._loop
         if loop is None or not self._running:
             raise ValueError(
-                f"T-GATE: {self._call.subject} calls its guider without a step, where T-GATE expects its set_state "
-                "before every call (windows, several predictions). Call remove_tgate(pipe) to use this pipeline."
+                f"T-GATE: {self._call.pipeline_name} calls its guider without a step, where T-GATE expects its "
+                "set_state before every call (windows, several predictions). Call remove_tgate(pipe) to use this "
+                "pipeline."
             )
         # Where a step is two passes (Heun), guiders are told of passes, and guide in none beyond the number of steps.
         half, step, counts = self._half, loop.step_index, not loop.is_finished

@@ -107,7 +107,7 @@ class RunWarnings:
         if self._call.guided() and self._state.warn_once("guidance stays"):
             logger.warning(
                 "T-GATE: FasterCache leaves out half of the guidance of %s itself, and T-GATE leaves that to it: %s.",
-                self._call.subject,
+                self._call.pipeline_name,
                 "cross-attention alone stops after the gate"
                 if self._gates_cross
                 else "guidance alone is gated, so nothing is",
@@ -130,7 +130,7 @@ class RunWarnings:
                 "T-GATE: max_memory=%s is too little to keep any cross-attention of this call of %s: the first layer "
                 "needs %s bytes. All of it is computed in every step.",
                 self._state.max_memory,
-                self._call.subject,
+                self._call.pipeline_name,
                 least,
             )
 
@@ -155,7 +155,7 @@ def warn_gate_too_late(state: TGateState, call: PipelineCall, loop: StepCounter,
         logger.warning(
             "T-GATE: %s exchanges its text embeddings in step %s, after gate_step=%s: the new ones never enter the "
             "picture. Give a gate_step above %s.",
-            call.subject,
+            call.pipeline_name,
             exchange,
             gate,
             exchange,
@@ -169,7 +169,7 @@ def warn_exchanged_in_every_step(state: TGateState, call: PipelineCall) -> None:
             "T-GATE: nothing was gated in this call of %s: its step callback gives other latents, or its text is "
             "exchanged, so often that all its steps are full ones. Change them in fewer steps, or call "
             "remove_tgate(pipe): T-GATE gains nothing here.",
-            call.subject,
+            call.pipeline_name,
         )
 
 
@@ -183,7 +183,7 @@ def warn_no_cfg(state: TGateState, call: PipelineCall, *, gates_cross: bool, joi
             "T-GATE: %s, and this call of %s has no guidance in which half of the batch could be left out: nothing is "
             "gated. %s",
             'gate_step="auto" is set by the error of predicted guidance' if gates_cross else "guidance alone is gated",
-            call.subject,
+            call.pipeline_name,
             f"It guides with {call.guides_by}." if joint else remedy,
         )
 
@@ -208,7 +208,7 @@ def warn_nothing_gated(call: PipelineCall, *, steps_seen: bool, halved: bool = F
     if left_alone:
         why = "its attention processors are left alone"
     stands = "Guidance alone was gated." if halved else "The picture is that without T-GATE."
-    logger.warning("T-GATE: %s in this call of %s: %s. %s", what, call.subject, why, stands)
+    logger.warning("T-GATE: %s in this call of %s: %s. %s", what, call.pipeline_name, why, stands)
 
 
 def raise_uncached_layers(layers: Sequence[str], what: str) -> None:

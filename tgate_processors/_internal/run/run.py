@@ -258,7 +258,7 @@ class PipelineRun(Run[DenoiserCFG]):
         ends_step = loop.end_pass(index, full=full, computed=computed, guided=self._guided, error=self._cfg.error)
         if self._can_skip_half:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
-            self.batch.settle(self._inputs, self._guided and not self._is_sequential, tensors or {}, latents)
+            self.batch.on_step_end(self._inputs, self._guided and not self._is_sequential, tensors or {}, latents)
         self._cfg.end_pass((tensors or {}).get("latents"), ends_step=ends_step)
         is_first = not self.report.num_inference_steps
         self._report_step(loop, step)
@@ -318,7 +318,7 @@ class PipelineRun(Run[DenoiserCFG]):
         if self._caches.owns_cfg:
             self._warnings.cache_owns_cfg()
         if self._counts_forwards:
-            self.batch.expect(self.call.pictures())
+            self.batch.set_num_samples(self.call.num_samples())
         self.denoisers.set_budget(self._state.max_memory, shared=not self._can_skip_half)
         self._planner.begin()
         return loop
@@ -328,7 +328,7 @@ class PipelineRun(Run[DenoiserCFG]):
         self._report_builder.end_loop(loop)
         self._last_index = loop.last_index
         self._loop = None
-        self.batch.forget()
+        self.batch.reset()
         self._caches.on_loop_end()
         self._cfg.release()
         self.denoisers.reset()
@@ -356,7 +356,7 @@ class PipelineRun(Run[DenoiserCFG]):
         shows = not self._is_sequential and self._can_skip_half and self.call.is_diffusers_loop
         if shows and loop.pass_index and not self._counts_forwards:
             # Some loops ask the pipeline in every step, which a callback may have changed; others ask once.
-            halves = self.batch.holds_halves(inputs)
+            halves = self.batch.has_both_halves(inputs)
             if halves is not None:
                 return halves
         return self.call.guided()
@@ -365,7 +365,7 @@ class PipelineRun(Run[DenoiserCFG]):
         """Refuse a forward that is not the one that the steps before it have led to."""
         self.denoisers.check()
         if self._can_skip_half and (loop.pass_index or self._counts_forwards):
-            self.batch.check(inputs, guided and not self._is_sequential)
+            self.batch.validate(inputs, guided and not self._is_sequential)
         if self._counts_forwards and not self.call.is_diffusers_loop:
             self.call.timesteps.check_timestep(inputs.arguments.get("timestep"), loop.pass_index)
         if not loop.pass_index:

@@ -111,7 +111,7 @@ def test_a_second_denoiser_alone_is_gated():
     assert get_tgate_report(pipe).half_batch_forwards == 3
     assert not torch.equal(gated, plain)
     # Another scale than that of the one that is not there.
-    assert call_of(resolve_pipeline(pipe), pipe, {"guidance_scale_2": 3.0}).scale() == 3.0
+    assert call_of(resolve_pipeline(pipe), pipe, {"guidance_scale_2": 3.0}).guidance_scale() == 3.0
 
 
 class Engine:

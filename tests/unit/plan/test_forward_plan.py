@@ -130,7 +130,7 @@ def test_no_forward_skips_a_half_that_it_may_not_or_reuses_what_does_not_fit():
         if plan.cross_attention is REUSE:
             assert known.cached is not None
             assert known.cached is UNSEEN or known.cached.sample_shape == known.sample_shape
-        if known.begins_afresh:
+        if known.cache_invalidated:
             assert plan.self_attention is not REUSE
         if not known.gates_cross:
             assert plan.cross_attention is COMPUTE

@@ -32,8 +32,8 @@ class CallInterceptor:
         """Call the denoiser, or give what a run has in place of its output."""
         for state in tuple(self.states.values()):
             run = state.current()
-            if run is not None and run.skips(self._denoiser):
-                return run.skipped()
+            if run is not None and run.skips_next_call(self._denoiser):
+                return run.take_skipped_output()
         return (self.behind or self._denoiser._call_impl)(*args, **kwargs)
 
 

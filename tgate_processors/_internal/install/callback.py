@@ -94,12 +94,12 @@ class TGateCallback:
             run = self._run or self._attach(pipeline)
             # In a callback of another thread there is no run of this one.
             if self.state.current() is run:
-                run.tick(step_index, tensors=callback_kwargs)
+                run.on_step_end(step_index, tensors=callback_kwargs)
         except BaseException:
             self.reset()
             raise
-        if run.between_loops:
-            run.close()
+        if run.is_between_loops:
+            run.finish()
             self.reset()
         return callback_kwargs
 
@@ -138,8 +138,8 @@ class TGateCallback:
         replay(found.denoiser, self.state, self)
         self.state.enter(run)
         self._attached.callback(self.state.leave)
-        run.join(first)
-        if call.guided() and run.gates_first_step:
+        run.adopt_first_pass(first)
+        if call.do_cfg_now() and run.gates_first_step:
             raise ValueError(
                 "T-GATE: gate_step is the first step, and a callback first runs when that is over: use "
                 "apply_tgate(pipe, ...), or a gate_step of at least 2."
@@ -162,7 +162,7 @@ class TGateCallback:
 
     def _reset_stale_run(self, module: torch.nn.Module, args: Any) -> None:
         """Start afresh if the denoiser is called by a later call than the one that was begun."""
-        if self._run is not None and self._run.call.timesteps.is_over():
+        if self._run is not None and self._run.call.timesteps.is_stale():
             # The hooks stay for this forward, which torch has begun with them.
             self._run = None
             self.state.leave()

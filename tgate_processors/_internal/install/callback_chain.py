@@ -76,7 +76,7 @@ def _suspending(state: TGateState, function: Any) -> Any:
             result = function(*args, **kwargs)
         run = state.current()
         if run is not None and write_counts(args) != writes:
-            run.exchange(("latents",))
+            run.invalidate(("latents",))
         return result
 
     return suspended
@@ -120,7 +120,7 @@ def _tick(
     """Tell the run of this thread that a pass has ended. Without a run there is nobody to tell."""
     run = state.current()
     if run is not None:
-        run.tick(step_index, latents, tensors, exchanged)
+        run.on_step_end(step_index, latents, tensors, exchanged)
 
 
 @functools.cache

@@ -165,7 +165,7 @@ class _GatedGuider:
     def num_conditions(self) -> int:
         """How many predictions a step takes."""
         asked: int = super().num_conditions  # type: ignore[misc]
-        return 1 if self._run.halves(self) else asked
+        return 1 if self._run.skips_unconditional(self) else asked
 
     def new(self, **changed: Any) -> Any:
         """Another guider is one without T-GATE, until the next call."""
@@ -182,26 +182,28 @@ class _GatedGuider:
     def prepare_inputs(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The halves get their inputs."""
         if isinstance(data, Mapping):
-            self._run.meet(data)
+            self._run.set_conditions(data)
         return super().prepare_inputs(data, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Any, *args: Any, **kwargs: Any) -> Any:
         """The same, by the names of what is in a block's state."""
         own = {name: fields for name, fields in input_fields.items() if isinstance(fields, tuple)}
-        self._run.meet({name: tuple(getattr(data, each, None) for each in fields) for name, fields in own.items()})
+        self._run.set_conditions(
+            {name: tuple(getattr(data, each, None) for each in fields) for name, fields in own.items()}
+        )
         return super().prepare_inputs_from_block_state(data, input_fields, *args, **kwargs)  # type: ignore[misc]
 
     def forward(self, pred_cond: Any, pred_uncond: Any = None) -> Any:
         """The predictions of the step are there: give the guided output."""
         guider: Any = self
         guided = super().num_conditions > 1  # type: ignore[misc]
-        if self._run.halves(self):
-            pred_uncond = self._run.unconditional(pred_cond)
+        if self._run.skips_unconditional(self):
+            pred_uncond = self._run.make_unconditional(pred_cond)
             # The prediction that was left out, as if it had been prepared.
             guider._count_prepared += 1
         elif guided:
             scale = guider.guidance_scale + (1 if guider.use_original_formulation else 0)
-            self._run.note((pred_cond, pred_uncond), scale)
+            self._run.record((pred_cond, pred_uncond), scale)
         output = super().forward(pred_cond, pred_uncond)  # type: ignore[misc]
         self._run.end_step(guided=guided)
         return output

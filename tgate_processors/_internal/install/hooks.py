@@ -113,7 +113,7 @@ class DenoiserHooks(OrderedHooks):
         is_halved = memory.ran_on_half
         may_halve = innermost or is_halved or self._layout.calls > 1
         run.before_forward(inputs, self._active_half(run), may_halve=may_halve, is_halved=is_halved, denoiser=module)
-        if run.guided and run.will_halve:
+        if run.guided and run.may_halve_batch:
             self._check_own(module, inputs, self._layout.denoiser_arguments)
         if not run.halves_batch:
             memory.see_residuals(batch_size_of([inputs.arguments.get(name) for name in self._layout.residuals]))
@@ -155,7 +155,7 @@ class DenoiserHooks(OrderedHooks):
     def _active_half(self, run: Any) -> CFGHalf:
         """The half that stays, in the order of this pipeline's batch."""
         # Cross-attention that is computed anew on one half of the text belongs to that half.
-        conditional = self._memory(run).guess_mode or self._state.schedule.predicts or run.computes_cross
+        conditional = self._memory(run).guess_mode or self._state.schedule.predicts or run.computes_cross_attention
         kept = self._kept or ("conditional" if conditional else self._default)
         if run.batch.unconditional_first:
             return kept  # type: ignore[return-value]
@@ -171,7 +171,7 @@ class DenoiserHooks(OrderedHooks):
         inputs = read_inputs(module, args, kwargs)
         memory = self._memory(run)
         memory.before_controlnet(inputs.batch_size)
-        if memory.guess_mode or not run.halves_next(inputs.sample_shape):
+        if memory.guess_mode or not run.halves_next_forward(inputs.sample_shape):
             return None
         self._check_own(module, inputs, self._layout.controlnet_arguments)
         memory.ran_on_half = True

@@ -162,7 +162,7 @@ class Installation:
         self._reports[pipe] = run.report
         for each in () if completed else layers:
             exclusively(each.restore_after_error)
-        run.close(completed=completed)
+        run.finish(completed=completed)
 
     def enter(self, pipe: Any, found: ResolvedPipeline | None = None) -> None:
         """Come into a pipeline, or refuse it. What it was resolved to may be known, and checked, already."""

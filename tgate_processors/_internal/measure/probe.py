@@ -60,7 +60,7 @@ class ConvergenceProbe:
         """The denoiser has given both halves of guidance."""
         (step, number), halves = self._now, prediction.chunk(2)
         difference = CFGDifference(number, halves[1] - halves[0])
-        scale = run.call.scale()
+        scale = run.call.guidance_scale()
         now = GuidedForward(
             step, difference, apply_cfg(halves, 0 if run.batch.unconditional_first else 1, scale), scale
         )

@@ -24,20 +24,20 @@ class DenoiserCall(PipelineCall):
 
     def __init__(self, guided: bool) -> None:
         super().__init__(None)
-        self._guides = guided
+        self._supports_cfg = guided
 
     @property
     def pipeline_name(self) -> str:
         """The name of the target in messages."""
         return "the denoiser"
 
-    def guided(self) -> bool:
+    def do_cfg_now(self) -> bool:
         """Whether guidance is on."""
-        return self._guides
+        return self._supports_cfg
 
-    def guides(self) -> bool:
+    def do_cfg_ever(self) -> bool:
         """Whether it is on in some step."""
-        return self._guides
+        return self._supports_cfg
 
 
 def config_of(denoiser: Any) -> str:
@@ -126,4 +126,4 @@ def read_timeline(pipe: Any, num_inference_steps: int, family: Family | None) ->
     takes_over = None
     if ratio is not None and family is not None and family.second and getattr(pipe, family.second, None) is not None:
         takes_over = int((scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps).sum())
-    return TimestepReader(SimpleNamespace(scheduler=scheduler)).timeline(), takes_over
+    return TimestepReader(SimpleNamespace(scheduler=scheduler)).read_timeline(), takes_over

@@ -53,7 +53,7 @@ class ForwardContext:
         active_part (`CachedPart`): What a full step caches of a guided batch for the half steps after it.
         cached (`CacheKey`, *optional*): The forward that cached cross-attention.
         gates_cross (`bool`): Whether cross-attention is gated.
-        begins_afresh (`bool`): Whether what was cached is gone, because something was exchanged.
+        cache_invalidated (`bool`): Whether what was cached is gone, because something was exchanged.
         stores_early (`bool`):
             Whether cross-attention is cached in every step before the gate, as another cache may skip layers in it.
     """
@@ -67,7 +67,7 @@ class ForwardContext:
     active_part: CachedPart = CachedPart.ALL
     cached: CacheKey | None = None
     gates_cross: bool = True
-    begins_afresh: bool = False
+    cache_invalidated: bool = False
     stores_early: bool = False
 
     @property
@@ -134,7 +134,7 @@ def plan_forward(step: StepPlan, context: ForwardContext) -> ForwardPlan:
     half = context.splits_guidance and phase is Phase.FIDELITY_IMPROVING
     fits = _cache_matches(context, half=half) and (context.may_skip or not half)
     refreshes = cross is Action.REUSE and not fits
-    if (refreshes or context.begins_afresh) and own is Action.REUSE:
+    if (refreshes or context.cache_invalidated) and own is Action.REUSE:
         own = Action.STORE
     if refreshes:
         half, phase, cross = False, Phase.GATE, Action.STORE

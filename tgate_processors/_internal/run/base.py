@@ -1,4 +1,4 @@
-"""What a call of a pipeline is, whoever does its guidance."""
+"""One call of a pipeline, whatever its form of guidance."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Run(Generic[Form]):
 
     @property
     def report(self) -> TGateReport:
-        """What has been done so far."""
+        """The report so far."""
         return self._report_builder.report
 
     @property
@@ -43,25 +43,25 @@ class Run(Generic[Form]):
         """Bytes held in differences of the halves of guidance."""
         return self._cfg.nbytes
 
-    def _count(self, timeline: Timeline) -> StepCounter:
-        """A loop begins: count its steps, with nothing known of its guidance."""
+    def _begin_counting(self, timeline: Timeline) -> StepCounter:
+        """A loop begins: count its steps, without history of its guidance."""
         self._forwards.begin_loop()
         self._loop = loop = StepCounter(self._state.schedule, timeline, self._cfg.calls_per_step)
         self._cfg.begin()
         return loop
 
     def _restart_guidance(self, loop: StepCounter) -> None:
-        """What is known of guidance holds no more."""
+        """The history of guidance no longer holds: begin with full steps."""
         loop.restart_controller()
         self._cfg.begin()
 
-    def _note_error(self, loop: StepCounter) -> None:
-        """A full step may have shown how far off its prediction was."""
+    def _record_error(self, loop: StepCounter) -> None:
+        """Report the error of the prediction for a full step, if it was measured."""
         if self._cfg.error is not None:
             self._report_builder.add_error(loop.step_index, self._cfg.error)
 
     def _release(self) -> TGateReport:
-        """The call has ended, however it ended: hold nothing, leave the report."""
+        """The call has ended, however it ended: release cached tensors, store the report."""
         self._state.report = self.report
         self._cfg.release()
         self._loop = None

@@ -1,4 +1,4 @@
-"""The denoisers of a run, most often one: what each keeps, by the calls that guidance is made of."""
+"""The denoisers of a run, most often one, and the attention caches of each: one for each call of a step."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class DenoiserCache:
         index (`int`, *optional*, defaults to 0): Its place among the denoisers of the pipeline.
 
     Attributes:
-        per_call (`tuple` of `AttentionCache`): What its layers keep, by the calls of a step.
-        stored (`CacheKey`, *optional*): The forward that kept cross-attention.
+        per_call (`tuple` of `AttentionCache`): The outputs of its layers, for each call of a step.
+        cache_key (`CacheKey`, *optional*): The forward that cached cross-attention.
     """
 
     def __init__(self, state: TGateState, layers: GatedLayers, index: int = 0) -> None:
         self.layers = layers
         self.index = index
         self.per_call = tuple(AttentionCache(state, layers) for _ in range(layers.layout.calls))
-        self.stored: CacheKey | None = None
+        self.cache_key: CacheKey | None = None
 
     @property
     def nbytes(self) -> int:
@@ -37,8 +37,8 @@ class DenoiserCache:
         return sum(cache.nbytes for cache in self.per_call)
 
     def reset(self) -> None:
-        """Hold nothing."""
-        self.stored = None
+        """Release cached tensors."""
+        self.cache_key = None
         for cache in self.per_call:
             cache.reset()
 
@@ -65,7 +65,7 @@ class DenoiserCaches:
 
     @property
     def attention_cache(self) -> AttentionCache:
-        """What the layers that run now keep."""
+        """The cached outputs of the layers that run now."""
         return self.active.per_call[self.call_index]
 
     @property
@@ -73,18 +73,18 @@ class DenoiserCaches:
         """Bytes held."""
         return sum(each.nbytes for each in self._all)
 
-    def sees_half_inside(self, halved: bool) -> None:
-        """Say whether the layers may find the second half of a batch that was given whole."""
+    def set_sees_half_inside(self, halved: bool) -> None:
+        """Set whether layers may get the second half of a batch that the denoiser was given whole."""
         for each in self._all:
             for cache in each.per_call:
                 cache.sees_half_inside = halved
 
-    def begin(self, denoiser: Any) -> bool:
+    def activate(self, denoiser: Any) -> bool:
         """
         The first call of a step begins.
 
         Returns:
-            `bool`: Whether another denoiser takes over. What the one before has kept is released.
+            `bool`: Whether another denoiser takes over. The outputs of the one before are released.
         """
         self.call_index = 0
         found = next((each for each in self._all if each.layers.denoiser is denoiser), self.active)
@@ -94,23 +94,23 @@ class DenoiserCaches:
         self.active = found
         return True
 
-    def settle(self) -> list[str]:
-        """The loop starts: gate what the call itself has set, and tell the layers that leave guidance whole."""
+    def regate_replaced(self) -> list[str]:
+        """The loop starts: wrap processors that the call has set; return the layers that leave guidance whole."""
         return [name for each in self._all for name in each.layers.regate_replaced()]
 
     def set_budget(self, max_bytes: int | None, *, shared: bool) -> None:
-        """Cross-attention keeps so many bytes at most, for all calls of a step together if each keeps its own."""
+        """Set the most bytes of cached cross-attention, for all calls of a step together if each has its own."""
         for each in self._all:
             for cache in each.per_call:
                 cache.set_budget(max_bytes // len(each.per_call) if max_bytes is not None and shared else max_bytes)
 
     @property
     def cached_layer_counts(self) -> tuple[int, int]:
-        """How many layers hold cross-attention, and how many would without a budget."""
+        """How many layers have cross-attention cached, and how many would without a budget."""
         kept = sum(cache.num_cached_cross for cache in self.active.per_call)
         return kept, kept + sum(len(cache.over_budget) for cache in self.active.per_call)
 
-    def check(self) -> None:
+    def check_not_replaced(self) -> None:
         """Refuse processors that were exchanged between two steps."""
         self.active.layers.check_not_replaced()
 
@@ -120,7 +120,7 @@ class DenoiserCaches:
         self.active.per_call = (first,)
 
     def reset(self) -> None:
-        """Hold nothing."""
+        """Release cached tensors of all denoisers."""
         self.switched = False
         self.call_index = 0
         for each in self._all:

@@ -1,4 +1,4 @@
-"""Plans every forward of a run, and tells the layers and the caches of others what it does."""
+"""Plans every forward of a run, and passes the plan on to the layers and to the caches of others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .messages import raise_uncached_layers
 
 class ForwardPlanner:
     """
-    The plan of the forward that runs: what is known of it is gathered here, what follows is `plan_forward`.
+    Gathers the context of each forward, and plans it with `plan_forward`.
 
     Args:
         state (`TGateState`): What the gates of the pipeline share.
@@ -42,26 +42,26 @@ class ForwardPlanner:
         self._caches = caches
         self._cfg = cfg
         self._gates_cross = gates_cross
-        self.begin()
+        self.reset()
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """A loop begins, or has ended."""
         self.plan = ForwardPlan()
-        self._begins_afresh = False
+        self._cache_invalidated = False
 
-    def begin_afresh(self) -> None:
-        """What was cached is gone: the next step computes everything."""
-        self._begins_afresh = True
+    def invalidate(self) -> None:
+        """What was cached no longer holds: the next step computes everything."""
+        self._cache_invalidated = True
 
     def step_plan(self, loop: StepCounter) -> StepPlan:
-        """What the schedule or the controller says of the step that runs now."""
+        """The plan of the step that runs now, by the schedule or the controller."""
         return loop.current_plan(
             has_history=self._cfg.has_history, cache_hit=self._caches.will_hit(), was_half=self._caches.was_half_step
         )
 
-    def halves_next(self, loop: StepCounter, shape: tuple[int, ...]) -> bool:
+    def halves_next_forward(self, loop: StepCounter, shape: tuple[int, ...]) -> bool:
         """Whether a guided step that begins now will run on half the batch, if its latents are of this shape."""
-        cached = self._denoisers.active.stored
+        cached = self._denoisers.active.cache_key
         if loop.is_finished or cached is None or self.step_plan(loop).phase is not Phase.FIDELITY_IMPROVING:
             return False
         return cached.part is not CachedPart.ALL and cached.sample_shape[-2:] == shape[-2:]
@@ -77,7 +77,7 @@ class ForwardPlanner:
         may_halve: bool,
     ) -> tuple[StepPlan, ForwardContext]:
         """
-        Plan a forward, the first one of its step, and tell everybody.
+        Plan a forward, the first one of its step, and apply the plan.
 
         Args:
             loop (`StepCounter`): Its loop.
@@ -85,10 +85,10 @@ class ForwardPlanner:
             active_half (`str`): The half that a half step runs on, by its place.
             guided (`bool`): Whether guidance is on.
             can_skip_half (`bool`): Whether guidance is two halves, of which one can be skipped.
-            may_halve (`bool`): Whether nobody else reads the batch after us.
+            may_halve (`bool`): Whether no other hook reads the batch after ours.
 
         Returns:
-            `tuple` of `StepPlan` and `ForwardContext`: What the plan follows from.
+            `tuple` of `StepPlan` and `ForwardContext`: What the plan was made from.
         """
         active, sequential, part = self._denoisers.active, self._cfg.calls_per_step > 1, CachedPart.ALL
         if guided and can_skip_half and not sequential:
@@ -104,15 +104,15 @@ class ForwardPlanner:
             may_skip=may_halve and not (self._denoisers.switched and self._cfg.lacks_history),
             calls_per_step=self._cfg.calls_per_step,
             active_part=part,
-            cached=active.stored,
+            cached=active.cache_key,
             gates_cross=self._gates_cross,
-            begins_afresh=self._begins_afresh,
+            cache_invalidated=self._cache_invalidated,
             stores_early=self._caches.may_skip_gate_step and loop.has_half_steps_left,
         )
         step = self.step_plan(loop)
-        self.plan, self._begins_afresh = plan_forward(step, context), False
+        self.plan, self._cache_invalidated = plan_forward(step, context), False
         # Without guidance there is no second call either.
-        self._tell(inputs, active_half, skips_half=self.plan.is_half_step or (sequential and not guided))
+        self._apply_plan(inputs, active_half, skips_half=self.plan.is_half_step or (sequential and not guided))
         return step, context
 
     def begin_second_call(self, *, can_skip_half: bool) -> None:
@@ -122,8 +122,8 @@ class ForwardPlanner:
         cache.actions.set(*self.plan.for_second_call(can_skip_half=can_skip_half))
         cache.before_forward()
 
-    def _tell(self, inputs: DenoiserInputs, active_half: CFGHalf, *, skips_half: bool) -> None:
-        """Tell the layers and the caches of others."""
+    def _apply_plan(self, inputs: DenoiserInputs, active_half: CFGHalf, *, skips_half: bool) -> None:
+        """Set the actions of the layers, and notify the caches of others."""
         plan, cache = self.plan, self._denoisers.attention_cache
         if plan.is_half_step and self._gates_cross:
             raise_uncached_layers(cache.missing_layers(), "keep no output, so no half of the batch can be left out")

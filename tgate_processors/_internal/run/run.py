@@ -1,4 +1,4 @@
-"""One call of a pipeline: the steps that are seen, and what the denoiser and its layers do in each."""
+"""One call of a pipeline: its steps, and what the denoiser and its layers do in each."""
 
 from __future__ import annotations
 
@@ -55,31 +55,31 @@ class PipelineRun(Run[DenoiserCFG]):
     ) -> None:
         self.denoisers = DenoiserCaches(state, [layers] if isinstance(layers, GatedLayers) else layers)
         layout = self.denoisers.active.layers.layout
-        cfg = form_of(state.schedule, layout, call.scale)
+        cfg = form_of(state.schedule, layout, call.guidance_scale)
         super().__init__(state, cfg, forwards or ForeignForwards(()), can_skip_half=can_skip_half)
         self.call = call
         self.gates_cross = layout.keeps_cross if cross_attention is None else cross_attention
         self.batch = CFGBatchCheck(call, layout)
         self._counts_forwards = counts_forwards
         self._caches = caches or CacheAdapters()
-        self.denoisers.sees_half_inside(self._caches.owns_cfg)
+        self.denoisers.set_sees_half_inside(self._caches.owns_cfg)
         self._planner = ForwardPlanner(state, self.denoisers, self._caches, cfg, gates_cross=self.gates_cross)
         self._warnings = RunWarnings(state, call, gates_cross=self.gates_cross, joint=layout.joint)
         self._last_index: int | None = None
-        # What the forward that runs, or has run last, was given.
+        # The inputs of the forward that runs, or has run last.
         self._inputs: DenoiserInputs | None = None
         self._guided = False
         # What was exchanged too late for the step that runs.
-        self._late: Collection[str] = ()
+        self._exchanged_late: Collection[str] = ()
 
     @property
     def attention_cache(self) -> AttentionCache:
-        """What the layers that run now have cached."""
+        """The cached outputs of the layers that run now."""
         return self.denoisers.attention_cache
 
     @property
     def cached_outputs(self) -> dict[Slot, CachedOutput]:
-        """The outputs that are cached."""
+        """The cached outputs of the layers that run now, by gate."""
         return self.attention_cache.cached
 
     @property
@@ -93,8 +93,8 @@ class PipelineRun(Run[DenoiserCFG]):
         return self._guided and self._can_skip_half
 
     @property
-    def computes_cross(self) -> bool:
-        """Whether any cross-attention is computed in half steps."""
+    def computes_cross_attention(self) -> bool:
+        """Whether half steps compute any cross-attention."""
         return not self.gates_cross or bool(self.denoisers.active.per_call[0].over_budget)
 
     @property
@@ -113,7 +113,7 @@ class PipelineRun(Run[DenoiserCFG]):
         return self._loop.pass_index if self._loop is not None else 0
 
     @property
-    def between_loops(self) -> bool:
+    def is_between_loops(self) -> bool:
         """Whether no loop is under way."""
         return self._loop is None
 
@@ -123,15 +123,15 @@ class PipelineRun(Run[DenoiserCFG]):
         return self._loop is not None and self._loop.gate_step == 1
 
     @property
-    def will_halve(self) -> bool:
+    def may_halve_batch(self) -> bool:
         """Whether the batch of a guided step of this loop may be halved."""
         return not self._is_sequential and self._loop is not None and self._loop.can_halve_batch
 
-    def halves_next(self, shape: tuple[int, ...]) -> bool:
+    def halves_next_forward(self, shape: tuple[int, ...]) -> bool:
         """Whether the step that runs now will run on half the batch, if its latents are of this shape."""
         loop = self._loop
-        halves = loop is not None and self._planner.halves_next(loop, shape)
-        return halves and self.guided and self.call.guided()
+        halves = loop is not None and self._planner.halves_next_forward(loop, shape)
+        return halves and self.guided and self.call.do_cfg_now()
 
     def before_forward(
         self,
@@ -146,15 +146,15 @@ class PipelineRun(Run[DenoiserCFG]):
         The denoiser is called: plan what it and its layers do.
 
         Args:
-            inputs (`DenoiserInputs`): What it is given.
+            inputs (`DenoiserInputs`): Its inputs.
             active_half (`str`, *optional*, defaults to `"unconditional"`):
                 The half that a half step runs on, by its place.
-            may_halve (`bool`, *optional*, defaults to `True`): Whether nobody else reads the batch after us.
+            may_halve (`bool`, *optional*, defaults to `True`): Whether no other hook reads the batch after ours.
             is_halved (`bool`, *optional*, defaults to `False`): Whether a ControlNet has run on one half already.
             denoiser (`torch.nn.Module`, *optional*): Which of several it is.
 
         Raises:
-            ValueError: If the batch is not what guidance makes it, or what layers keep is not what it takes.
+            ValueError: If the batch is not what guidance makes it, or a layer that has to reuse an output has none.
         """
         loop = self._loop or self._begin_loop()
         guided = self._is_guided(loop, inputs)
@@ -162,31 +162,31 @@ class PipelineRun(Run[DenoiserCFG]):
         if self._is_sequential and loop.forwards_in_pass > 1:
             self._before_second_call(loop, inputs, denoiser)
             return
-        if self.denoisers.begin(denoiser):
+        if self.denoisers.activate(denoiser):
             self.denoisers.switched = loop.pass_index > 0
             self._caches.on_denoiser_switch(self.denoisers.active.index)
             self._restart_guidance(loop)
         elif loop.pass_index and guided != self._guided:
             self._switch_guidance(loop, guided)
         self._check_batch(loop, inputs, guided)
-        self._watch_text(inputs.encoder_hidden_states, loop, guided, is_halved)
+        self._check_prompt_embeds(inputs.encoder_hidden_states, loop, guided, is_halved)
         self.denoisers.active.layers.set_active(inputs.arguments)
         self._inputs, self._guided = inputs, guided
         can_skip, may_skip = self._can_skip_half, may_halve
         step, context = self._planner.begin_step(
             loop, inputs, active_half, guided=guided, can_skip_half=can_skip, may_halve=may_skip
         )
-        self._warnings.planned(step, context)
+        self._warnings.on_step_planned(step, context)
 
     def after_forward(self, output: Any = None) -> list[torch.Tensor] | None:
         """
-        The denoiser has given its output.
+        The denoiser has returned.
 
         Args:
-            output (`torch.Tensor` or container, *optional*): What it gave.
+            output (`torch.Tensor` or container, *optional*): Its output.
 
         Returns:
-            `list` of `torch.Tensor`, *optional*: After a half step, what the second half has more than the first.
+            `list` of `torch.Tensor`, *optional*: After a half step, the second half minus the first.
         """
         plan, inputs, loop = self._planner.plan, self._inputs, self._loop
         self.attention_cache.after_forward()
@@ -202,31 +202,31 @@ class PipelineRun(Run[DenoiserCFG]):
                 raise_uncached_layers(self.attention_cache.uncalled_layers(), what)
             if plan.marks_cache and inputs is not None:
                 rows = inputs.batch_size // (1 if plan.part is CachedPart.ALL else 2)
-                self.denoisers.active.stored = CacheKey(rows, inputs.sample_shape, plan.part)
+                self.denoisers.active.cache_key = CacheKey(rows, inputs.sample_shape, plan.part)
         difference = None
         if loop is not None and inputs is not None and self.guided:
-            difference = self._compare(loop, output, inputs)
+            difference = self._on_guided_output(loop, output, inputs)
         if self._counts_forwards and (is_second or not (self._guided and self._is_sequential)):
-            self.tick()
+            self.on_step_end()
         return difference
 
-    def skips(self, denoiser: Any) -> bool:
-        """Whether the call of a denoiser that comes now is the one that is skipped."""
+    def skips_next_call(self, denoiser: Any) -> bool:
+        """Whether the next call of a denoiser is the one that is skipped."""
         loop = self._loop
         expected = self._cfg.skips_call and loop is not None and loop.forwards_in_pass == 1
         return expected and self.denoisers.active.layers.denoiser is denoiser
 
-    def skipped(self) -> Any:
+    def take_skipped_output(self) -> Any:
         """The output of the call that is skipped."""
         assert self._loop is not None
         self._loop.begin_forward(guided=True)
         self._caches.on_skip_second_call()
         output = self._cfg.take_output()
         if self._counts_forwards:
-            self.tick()
+            self.on_step_end()
         return output
 
-    def tick(
+    def on_step_end(
         self,
         index: int | None = None,
         latents: Any = None,
@@ -239,11 +239,11 @@ class PipelineRun(Run[DenoiserCFG]):
         Args:
             index (`int`, *optional*): The pipeline's number of the pass.
             latents (`torch.Tensor`, *optional*): The latents of the next one, if the user's callback gave others.
-            tensors (`dict`, *optional*): What the pipeline has told its callback.
+            tensors (`dict`, *optional*): What the pipeline has passed to its callback.
             exchanged (`Collection` of `str`, *optional*): The names of what the user's callback gave others of.
 
         Raises:
-            ValueError: If the steps or the batch are not what the pipeline said.
+            ValueError: If the steps or the batch are not those that the pipeline reports.
         """
         loop = self._loop or self._begin_loop()
         if self._last_index is not None and index == self._last_index + 1:
@@ -263,24 +263,24 @@ class PipelineRun(Run[DenoiserCFG]):
         is_first = not self.report.num_inference_steps
         self._report_step(loop, step)
         if not self._counts_forwards:
-            loop.set_timeline(self.call.timesteps.timeline())
+            loop.set_timeline(self.call.timesteps.read_timeline())
         if is_first:
             self._warnings.gate_too_late(loop)
         if loop.is_finished:
             self._end_loop(loop)
         else:
-            self.exchange([*exchanged, *self._late])
-        self._late = ()
+            self.invalidate([*exchanged, *self._exchanged_late])
+        self._exchanged_late = ()
 
-    def exchange(self, names: Collection[str]) -> None:
+    def invalidate(self, names: Collection[str]) -> None:
         """
-        Something is another one from now on: the next step is a full one if what is cached is not of it.
+        Some inputs are exchanged: the next step is a full one if what is cached depends on them.
 
         What is cached goes by the place in the batch, so other latents leave nothing of it. Other conditions (the text)
         leave cross-attention as it is, but not the difference that they make.
 
         Args:
-            names (`Collection` of `str`): What pipelines call it.
+            names (`Collection` of `str`): Their names in pipelines.
         """
         loop = self._loop
         if loop is None or not (any(map(is_latents, names)) or (names and self._predicts)):
@@ -289,29 +289,29 @@ class PipelineRun(Run[DenoiserCFG]):
             # All layers have to run in the full step.
             self._caches.reset()
         self.denoisers.active.reset()
-        self._planner.begin_afresh()
+        self._planner.invalidate()
         self._restart_guidance(loop)
 
-    def join(self, first: AttentionCache) -> None:
-        """The first pass of a loop has run, and nobody but the layers has seen it: take over what they have cached."""
+    def adopt_first_pass(self, first: AttentionCache) -> None:
+        """The first pass of a loop has run without hooks: take over what the layers have cached in it."""
         self.denoisers.adopt(first)
         loop = self._begin_loop()
-        self._guided = self.call.guided()
+        self._guided = self.call.do_cfg_now()
         loop.begin_forward(guided=self._guided)
         first.after_forward()
         if first.actions.cross_attention is Action.STORE:
-            self.denoisers.active.stored = UNSEEN
+            self.denoisers.active.cache_key = UNSEEN
 
-    def close(self, *, completed: bool = True) -> None:
-        """The call has ended, however it ended: hold nothing, leave the report."""
+    def finish(self, *, completed: bool = True) -> None:
+        """The call has ended, however it ended: release cached tensors, store the report."""
         self.denoisers.reset()
         self._inputs = None
-        self._warnings.close(self._release(), completed=completed)
+        self._warnings.finish(self._release(), completed=completed)
 
     def _begin_loop(self) -> StepCounter:
-        """A loop begins: its steps are told by now, or in its first step."""
-        loop = self._count(self.call.timesteps.timeline())
-        ungated = self.denoisers.settle()
+        """A loop begins: its steps are reported by now, or in its first step."""
+        loop = self._begin_counting(self.call.timesteps.read_timeline())
+        ungated = self.denoisers.regate_replaced()
         if ungated:
             self._warnings.ungated(ungated if self._can_skip_half else [])
             self._can_skip_half = False
@@ -320,7 +320,7 @@ class PipelineRun(Run[DenoiserCFG]):
         if self._counts_forwards:
             self.batch.set_num_samples(self.call.num_samples())
         self.denoisers.set_budget(self._state.max_memory, shared=not self._can_skip_half)
-        self._planner.begin()
+        self._planner.reset()
         return loop
 
     def _end_loop(self, loop: StepCounter) -> None:
@@ -332,22 +332,22 @@ class PipelineRun(Run[DenoiserCFG]):
         self._caches.on_loop_end()
         self._cfg.release()
         self.denoisers.reset()
-        self._planner.begin()
+        self._planner.reset()
 
     @property
     def _is_sequential(self) -> bool:
-        """Whether guidance is several calls of the denoiser."""
+        """Whether guidance is sequential: two calls of the denoiser in a step."""
         return self._cfg.calls_per_step > 1
 
     @property
     def _predicts(self) -> bool:
         """Whether the difference of the halves of guidance is predicted from what is known."""
-        return self._state.schedule.predicts and self._can_skip_half and self.call.guided()
+        return self._state.schedule.predicts and self._can_skip_half and self.call.do_cfg_now()
 
     def _switch_guidance(self, loop: StepCounter, guided: bool) -> None:
-        """Guidance goes off or on within the loop; it comes on with full steps, and nothing of before is reused."""
+        """Guidance goes off or on within the loop; it begins with full steps, and nothing from before is reused."""
         if guided:
-            self.denoisers.active.stored = None
+            self.denoisers.active.cache_key = None
         self.denoisers.switched = True
         self._restart_guidance(loop)
 
@@ -359,11 +359,11 @@ class PipelineRun(Run[DenoiserCFG]):
             halves = self.batch.has_both_halves(inputs)
             if halves is not None:
                 return halves
-        return self.call.guided()
+        return self.call.do_cfg_now()
 
     def _check_batch(self, loop: StepCounter, inputs: DenoiserInputs, guided: bool) -> None:
         """Refuse a forward that is not the one that the steps before it have led to."""
-        self.denoisers.check()
+        self.denoisers.check_not_replaced()
         if self._can_skip_half and (loop.pass_index or self._counts_forwards):
             self.batch.validate(inputs, guided and not self._is_sequential)
         if self._counts_forwards and not self.call.is_diffusers_loop:
@@ -371,21 +371,21 @@ class PipelineRun(Run[DenoiserCFG]):
         if not loop.pass_index:
             self._warnings.no_cfg()
 
-    def _watch_text(self, text: Any, loop: StepCounter, guided: bool, is_halved: bool) -> None:
-        """A forward is given this text: if it is another one, what is cached is of the old one."""
+    def _check_prompt_embeds(self, text: Any, loop: StepCounter, guided: bool, is_halved: bool) -> None:
+        """A forward has this text: if it differs from the last one, what is cached is of the old one."""
         predicts = self._state.schedule.predicts and self._can_skip_half and guided
         if not (self.gates_cross or predicts):
             return
         if not self._warnings.text.is_exchanged(text, lambda: self._planner.step_plan(loop).phase, at_gate=predicts):
             return
         if not predicts:
-            if self.denoisers.active.stored is not None:
+            if self.denoisers.active.cache_key is not None:
                 self._warnings.text_exchanged(loop)
         elif is_halved:
             # The ControlNet has run on one half already, so the next step is the full one.
-            self._late = ("text",)
+            self._exchanged_late = ("text",)
         else:
-            self.exchange(("text",))
+            self.invalidate(("text",))
 
     def _before_second_call(self, loop: StepCounter, inputs: DenoiserInputs, denoiser: Any) -> None:
         """The second call of a full step: as the first one, but what only half steps reuse is not cached in it."""
@@ -399,8 +399,8 @@ class PipelineRun(Run[DenoiserCFG]):
             )
         self._planner.begin_second_call(can_skip_half=self._can_skip_half)
 
-    def _compare(self, loop: StepCounter, output: Any, inputs: DenoiserInputs) -> list[torch.Tensor] | None:
-        """A call of a guided step has ended: have what is skipped ready, or see what the halves differ by."""
+    def _on_guided_output(self, loop: StepCounter, output: Any, inputs: DenoiserInputs) -> list[torch.Tensor] | None:
+        """A call of a guided step has ended: complete a half step, or record both halves of a full one."""
         call = ComputedCall(
             loop.pass_index,
             output,
@@ -414,11 +414,11 @@ class PipelineRun(Run[DenoiserCFG]):
             return self._cfg.complete(call)
         if loop.has_half_steps_left:
             self._cfg.observe(call)
-            self._note_error(loop)
+            self._record_error(loop)
         return None
 
     def _report_step(self, loop: StepCounter, step: int) -> None:
-        """A pass of this step has ended: note what it did."""
+        """A pass of this step has ended: add it to the report."""
         is_half, first = self._planner.plan.is_half_step, self.denoisers.active.per_call[0]
         kept = self.denoisers.cached_layer_counts
         self._report_builder.add_pass(

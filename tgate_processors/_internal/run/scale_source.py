@@ -1,4 +1,4 @@
-"""Where a loop of diffusers has its guidance scale from, read from its code: no pipeline says it."""
+"""Where a loop of diffusers reads its guidance scale: found in its bytecode, as no pipeline reports it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import types
 from typing import Any
 
 
-def keeps_scale(pipeline_class: Any) -> bool:
-    """Whether a loop of diffusers guides with the scale that it was given, and does not ask the pipeline for it."""
-    # Behind our own call, and those of others.
+def uses_given_scale(pipeline_class: Any) -> bool:
+    """Whether a loop of diffusers guides with the scale in its arguments, and not with that of the pipeline."""
+    # Inside our own call, and those of others.
     calls = [inspect.unwrap(vars(base)["__call__"]) for base in pipeline_class.__mro__ if "__call__" in vars(base)]
     codes = [call.__code__ for call in calls if call.__globals__["__name__"].split(".")[0] == "diffusers"]
     return bool(codes) and _ends_with_variable(codes[0])
@@ -30,5 +30,5 @@ def _ends_with_variable(code: types.CodeType) -> bool:
 
 
 def _several(names: Any) -> tuple[Any, ...]:
-    """What an instruction with more than one operand names."""
+    """The names in an instruction with more than one operand."""
     return names if isinstance(names, tuple) else ()

@@ -170,3 +170,19 @@ def test_layers_to_skip_may_be_none(layers):
     pipe = apply_tgate(case.build(), 3, cross_attention=False)
     assert case.run(pipe, **given).isfinite().all()
     assert get_tgate_report(pipe).half_batch_forwards == 3
+
+
+@pytest.mark.parametrize("wrapper", ["DataParallel", "DistributedDataParallel"])
+def test_a_denoiser_that_is_wrapped_for_several_devices_is_refused_with_what_to_do(wrapper, tmp_path):
+    pipe = CASE.build()
+    baseline = CASE.run(pipe)
+    denoiser = pipe.unet
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        vars(pipe)["unet"] = getattr(torch.nn.parallel, wrapper)(denoiser)
+        with pytest.raises(ValueError, match=rf"is wrapped in {wrapper}, .* pipe.unet = pipe.unet.module.*fully_shard"):
+            apply_tgate(pipe, 3)
+        vars(pipe)["unet"] = pipe.unet.module
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(CASE.run(apply_tgate(pipe, 99)), baseline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -141,12 +142,26 @@ def check_module(part: Any, attribute: str, subject: str) -> None:
         what = "no torch module (an engine of ONNX Runtime, TensorRT or OpenVINO?)"
     elif isinstance(part, (torch.jit.ScriptModule, torch.fx.GraphModule)) or hasattr(part, "graph_signature"):
         what = "a graph that was traced or exported, and no module of diffusers"
+    elif (wrapper := _parallel_wrapper(part)) is not None:
+        raise ValueError(
+            f"{subject} cannot be gated: its {attribute} is wrapped in {wrapper}, so T-GATE cannot reach its attention "
+            f"layers, nor its batch. Give what is inside, pipe.{attribute} = pipe.{attribute}.module. To share its "
+            f"weights among devices, use torch.distributed.fsdp.fully_shard(pipe.{attribute}), which wraps nothing."
+        )
     else:
         return
     raise ValueError(
         f"{subject} cannot be gated: its {attribute} is of type {type(part).__name__}, which is {what}, so T-GATE "
         "cannot reach its attention layers, nor its batch. Load the module of diffusers in its place."
     )
+
+
+def _parallel_wrapper(part: torch.nn.Module) -> str | None:
+    """The name of what wraps a denoiser to run it on several devices, if anything does."""
+    # Whoever has wrapped it has imported this.
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    return type(part).__name__ if isinstance(part, (parallel, fsdp)) else None
 
 
 def check_denoiser(denoiser: torch.nn.Module, subject: str) -> None:

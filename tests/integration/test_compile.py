@@ -15,7 +15,7 @@ from tests.support.compiling import compile_blocks, compile_in_place, exchange_f
 from tests.zoo.addons import HOSTS_BY_NAME
 from tests.zoo.core import BY_NAME, quiet, thorough
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
-from tgate_processors._internal.install.recompile_limit import RaisedRecompileLimit, give_back_room
+from tgate_processors._internal.install.recompile_limit import RaisedRecompileLimit, restore_recompile_limit
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
 SLOW = pytest.mark.slow
@@ -32,7 +32,7 @@ def room_for_graphs():
 @pytest.fixture(autouse=True)
 def _no_graphs():
     torch._dynamo.reset()
-    give_back_room()
+    restore_recompile_limit()
 
 
 def other_calls(case):
@@ -204,10 +204,10 @@ def test_the_limit_stays_higher_by_the_graphs_that_there_are_in_every_thread_and
     elsewhere(tell)
     elsewhere(make_graphs)
     elsewhere(tell)
-    give_back_room()
+    restore_recompile_limit()
     elsewhere(tell)
     torch._dynamo.reset()
-    give_back_room()
+    restore_recompile_limit()
     elsewhere(tell)
     assert limits == [limits[0] + more for more in (0, 12, 12, 12, 0)]
 

@@ -12,11 +12,11 @@ from .caches.deepcache import DeepCacheAdapter, validate_helper
 from .caches.foreign_forwards import CustomForwards, validate_custom_forwards
 from .families import ResolvedPipeline, check_guidance, check_half, check_own, resolve_pipeline
 from .install.callback import validate_cfg_half
-from .install.guiders import GuiderInstallation, check_settings, has_guider
+from .install.guiders import GuiderInstallation, has_guider, validate_guider_settings
 from .install.installation import Installation
 from .install.pipeline import install, installed, uninstall
 from .install.pipeline_check import validate_pipeline
-from .install.recompile_limit import give_back_room
+from .install.recompile_limit import restore_recompile_limit
 from .logs import logger
 from .plan.report import TGateReport
 from .plan.schedule import GuidanceMode, TGateSchedule
@@ -164,8 +164,10 @@ def apply_tgate(
     own = validate_names("batch_arguments", batch_arguments)
     state, found = TGateState(schedule, max_bytes, by_hand=False), None
     if has_guider(pipe):
-        check_settings(pipe, schedule, half, cross_attention, max_bytes, deepcache, own)
-        installation: Installation = GuiderInstallation(state, custom=custom_processors, custom_forwards=forwards)
+        validate_guider_settings(pipe, schedule, half, cross_attention, max_bytes, deepcache, own)
+        installation: Installation = GuiderInstallation(
+            state, custom_processors=custom_processors, custom_forwards=forwards
+        )
     else:
         found = _checked_pipeline(pipe, schedule, half, cross_attention, own)
         order = _checked_deepcache(deepcache, pipe, schedule)
@@ -238,7 +240,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     """
     validate_pipeline(pipe)
     uninstall(pipe)
-    give_back_room()
+    restore_recompile_limit()
     return pipe
 
 

@@ -24,4 +24,4 @@ def output_may_be_mutated(attn: Any, slot: Slot) -> bool:
 def _is_compiled(module: torch.nn.Module) -> bool:
     """Whether a module was compiled in place, perhaps under an interceptor of calls."""
     found = getattr(module, "_compiled_call_impl", None)
-    return getattr(found, "behind", found) is not None
+    return getattr(found, "wrapped", found) is not None

@@ -66,7 +66,7 @@ class TGateAttnProcessor:
         if not isinstance(state, TGateState):
             raise TypeError(f"state={state!r} is of type {type(state).__name__}: give the `state` of a TGateCallback.")
         base = type(original).wrapped_class if isinstance(original, TGateAttnProcessor) else type(original)
-        processor: TGateAttnProcessor = object.__new__(_gated_class(base))
+        processor: TGateAttnProcessor = object.__new__(_gated_processor_class(base))
         slot = state.new_slot(is_diffusers_processor(original))
         # Not by plain assignment: a module among the processors would register `original` as a part of itself.
         attributes = {"original": original, "state": state, "slot": slot}
@@ -206,7 +206,7 @@ def mean_of_halves(output: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _gated_class(base: type) -> type:
+def _gated_processor_class(base: type) -> type:
     """The class of the gated processors that wrap a `base`."""
 
     # `Attention.forward` drops the keyword arguments that this signature does not name.

@@ -18,7 +18,7 @@ from ..plan.schedule import TGateSchedule, first_step
 from ..plan.step_plan import CFGHalf
 from ..plan.validation import is_choice, shown
 from ..run.run import PipelineRun
-from .gradient_checkpointing import replay, stop_replaying
+from .gradient_checkpointing import replay_checkpoints, stop_replaying_checkpoints
 from .hooks import DenoiserHooks
 from .pipeline_call import call_of
 
@@ -133,9 +133,9 @@ class TGateCallback:
         watch = found.denoiser.register_forward_pre_hook(self._reset_stale_run)
         exclusively(hooks.install)
         self._attached.callback(watch.remove)
-        self._attached.callback(lambda: exclusively(hooks.remove))
-        self._attached.callback(stop_replaying, found.denoiser, self)
-        replay(found.denoiser, self.state, self)
+        self._attached.callback(lambda: exclusively(hooks.uninstall))
+        self._attached.callback(stop_replaying_checkpoints, found.denoiser, self)
+        replay_checkpoints(found.denoiser, self.state, self)
         self.state.enter(run)
         self._attached.callback(self.state.leave)
         run.adopt_first_pass(first)

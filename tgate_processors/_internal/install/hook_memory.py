@@ -1,4 +1,4 @@
-"""What the hooks of a denoiser remember from one call of a module to the next, for each run by itself."""
+"""What the hooks of a denoiser remember from one call of a module to the next, separately for each run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..plan.step_plan import CFGHalf
 
 class HookMemory:
     """
-    What the hooks know of the step that runs: what the ControlNet ran on, and the arguments that were halved.
+    The step that runs, as its hooks remember it: what the ControlNet ran on, and the arguments that were sliced.
 
     Attributes:
         guess_mode (`bool`): Whether the ControlNet sees the conditional half alone, whatever T-GATE does.
-        ran_on_half (`bool`): Whether T-GATE has left one half out of the ControlNet's batch.
+        ran_on_half (`bool`): Whether T-GATE has sliced the ControlNet's batch.
         is_announced (`bool`): Whether the run knows of the denoiser's forward already.
         original (`OriginalArguments`, *optional*): The whole arguments of a forward that runs on half of them.
     """
@@ -27,11 +27,11 @@ class HookMemory:
         self._rows = 0
 
     def before_controlnet(self, rows: int) -> None:
-        """The ControlNet is called with a batch of so many."""
+        """The ControlNet is called with so many samples."""
         self._rows = rows
 
-    def see_residuals(self, rows: int | None) -> None:
-        """The denoiser, on its whole batch, is given so many rows of what the ControlNet gave."""
+    def read_residuals(self, rows: int | None) -> None:
+        """The denoiser, on its whole batch, is given residuals of so many rows: find out whether it is `guess_mode`."""
         if rows is not None:
             # In `guess_mode` it sees the conditional half, and the pipeline adds zeros for the other.
             self.guess_mode = 2 * self._rows == rows
@@ -56,6 +56,6 @@ class OriginalArguments:
         self._now_args, self._now_kwargs = now_args, now_kwargs
 
     def restore(self) -> None:
-        """Put them back where the user's forward hooks look."""
+        """Restore the whole arguments for the user's forward hooks."""
         self._now_args[:] = self._args
         self._now_kwargs.update(self._kwargs)

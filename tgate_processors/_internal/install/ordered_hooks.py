@@ -1,4 +1,4 @@
-"""The order of a denoiser's hooks: ours stand next to the forward, those of its users outside of them."""
+"""The order of a denoiser's hooks: ours are next to the forward, those of its users outside of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from .copies import leave_out_of_copies, put_back_into_copies, remove_hooks
+from .copies import exclude_from_copies, include_in_copies, remove_hooks
 
 
 class OrderedHooks:
     """
-    The forward hooks of a denoiser, and of what the pipeline calls before it: how they are put in and taken out again.
+    The forward hooks of a denoiser, and of what the pipeline calls before it: how they are installed and uninstalled.
 
     Args:
         denoiser (`torch.nn.Module`): The module that the pipeline calls in every step.
@@ -32,7 +32,7 @@ class OrderedHooks:
     def install(self) -> None:
         """Register the hooks that are not there, and stand next to the forward."""
         for module in self._modules:
-            leave_out_of_copies(module, _is_ours)
+            exclude_from_copies(module, _is_ours)
         register = self._denoiser.register_forward_pre_hook, self._denoiser.register_forward_hook
         self._register(self._denoiser._forward_pre_hooks, register[0], "before")
         self._register(self._denoiser._forward_hooks, register[1], "after")
@@ -40,25 +40,25 @@ class OrderedHooks:
             self._register(self._denoiser._forward_pre_hooks, register[0], "before_all")
             register_controlnet = self._controlnet.register_forward_pre_hook
             self._register(self._controlnet._forward_pre_hooks, register_controlnet, "before_controlnet")
-        self._stand_inside()
+        self._move_innermost()
 
-    def remove(self) -> None:
+    def uninstall(self) -> None:
         """Take the hooks out again."""
         for module in self._modules:
             # By looking, as an interrupt may have come between a hook and its handle.
             remove_hooks(module, lambda hook: getattr(hook, "__self__", None) is self)
-            put_back_into_copies(module, _is_ours)
+            include_in_copies(module, _is_ours)
 
     def _register(self, hooks: Any, register: Any, method: str) -> None:
-        """Register a hook if it is not there."""
+        """Register a hook if it is not registered yet."""
         if self._number(hooks, method) is None:
             register(self._hook(method), with_kwargs=True)
 
-    def _stand_inside(self) -> None:
+    def _move_innermost(self) -> None:
         """
-        Stand next to the forward: last of those before it, first of those after it.
+        Move our hooks next to the forward: last of those before it, first of those after it.
 
-        Other threads may be calling the denoiser, so nothing is moved that stands where it should.
+        Other threads may be calling the denoiser, so a hook that is in its place is not moved.
         """
         before: Any = self._denoiser._forward_pre_hooks
         after: Any = self._denoiser._forward_hooks
@@ -73,12 +73,12 @@ class OrderedHooks:
         return types.MethodType(_uncompiled(hooks_class, method), self)
 
     def _number(self, hooks: Any, method: str) -> int | None:
-        """The number of one of our hooks, if it is there."""
+        """The number of one of our hooks, if it is registered."""
         wanted = self._hook(method)
         return next((number for number, hook in list(hooks.items()) if hook == wanted), None)
 
     def _is_innermost(self) -> bool:
-        """Whether nobody but other pipelines' T-GATE reads the batch after us."""
+        """Whether only hooks of T-GATE, of this or other pipelines, read the batch after ours."""
         number = self._number(self._denoiser._forward_pre_hooks, "before")
         return number is not None and _is_at_end(self._denoiser._forward_pre_hooks, number, last=True)
 
@@ -91,7 +91,7 @@ def _uncompiled(hooks_class: Any, method: str) -> Any:
 
 
 def _is_ours(hook: Any) -> bool:
-    """Whether a hook is that of a pipeline with T-GATE."""
+    """Whether a hook is one of T-GATE's, of any pipeline."""
     return isinstance(getattr(hook, "__self__", None), OrderedHooks)
 
 

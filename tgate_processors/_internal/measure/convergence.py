@@ -177,7 +177,7 @@ def _watched(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
     handles = []
     try:
         # Processors of any kind can be gated here, since nothing is reused.
-        install(pipe, Installation(state, custom="gate"))
+        install(pipe, Installation(state, custom_processors="gate"))
         denoiser, layout = found.denoiser, found.family.layout
         for name, layer in attention_modules(denoiser).items():
             if layout.is_cross_attention(name, layer):

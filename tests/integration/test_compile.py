@@ -270,6 +270,15 @@ def test_interrupts_do_not_add_up_in_the_limit():
     assert line > 5
 
 
+def test_an_interrupt_before_there_is_room_leaves_the_limit_where_others_have_compiled():
+    limit = torch._dynamo.config.recompile_limit
+    add = torch.compile(lambda tensor, number: tensor + number, backend="eager", dynamic=False)
+    for number in range(3):
+        add(torch.ones(1), number)
+    RaisedRecompileLimit().close()
+    assert torch._dynamo.config.recompile_limit == limit
+
+
 def test_calls_that_overlap_leave_the_limit_as_it_was():
     limit = torch._dynamo.config.recompile_limit
     entered, left = threading.Event(), threading.Event()

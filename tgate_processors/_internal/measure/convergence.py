@@ -142,7 +142,7 @@ def measure_convergence(
         )
     schedules = [TGateSchedule("auto", tolerance=validate_tolerance(each, "tolerances")) for each in tolerances]
     calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
-    if has_guider(pipe) or resolve_pipeline(pipe).family.layout.calls > 1:
+    if has_guider(pipe) or resolve_pipeline(pipe).family.layout.calls_per_step > 1:
         raise ValueError(
             f"the guidance of {type(pipe).__name__} is two calls of its denoiser, and the probe watches guidance in "
             'one batch: use gate_step="auto" there, whose report tells the errors.'
@@ -171,7 +171,7 @@ def _watched(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
     remove_tgate(pipe)
     found = resolve_pipeline(pipe)
     # A gate that no run reaches. Guidance with a memory cannot be dropped, not even then.
-    schedule = TGateSchedule(10**9, guidance="predict" if found.family.layout.remembers else None)
+    schedule = TGateSchedule(10**9, guidance="predict" if found.family.layout.has_momentum else None)
     state = TGateState(schedule, by_hand=False)
     state.warned.add("late")
     handles = []

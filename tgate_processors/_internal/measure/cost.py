@@ -12,7 +12,7 @@ import torch
 
 from ..attention.budget import gates_cross_attention, validate_max_memory
 from ..attention.state import TGateState
-from ..families import check_dropped, family_of
+from ..families import family_of, reject_dropping_momentum
 from ..plan.report import TGateReport
 from ..plan.schedule import TGateSchedule
 from ..plan.steps import StepCounter
@@ -163,9 +163,9 @@ def estimate_cost(
     layout = family.layout
     timeline, takes_over = read_timeline(pipe, num_inference_steps, family)
     if guided:
-        check_dropped(type(denoiser).__name__, layout, schedule)
+        reject_dropping_momentum(type(denoiser).__name__, layout, schedule)
     if cross_attention is None:
-        cross_attention = layout.keeps_cross
+        cross_attention = layout.gates_cross_by_default
     run = simulate_schedule(
         profile,
         schedule,
@@ -227,7 +227,7 @@ def _beside(denoiser: Any, size: InputSize, extra_forwards: Sequence[Any] | None
     """What the calls beside those of guidance take in a step, for one picture."""
     family, name = family_of(denoiser), type(denoiser).__name__
     assert family is not None
-    known = family.layout.beside
+    known = family.layout.auxiliary_call_arguments
     if extra_forwards is not None and not isinstance(extra_forwards, Sequence):
         raise TypeError(
             f"extra_forwards={shown(extra_forwards)} is of type {type(extra_forwards).__name__}: give a list, with a "

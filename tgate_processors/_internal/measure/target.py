@@ -1,4 +1,4 @@
-"""What is to be counted: the denoiser, its guidance and its steps, as a pipeline or a denoiser alone says them."""
+"""What is to be counted: the denoiser, its guidance and its steps, from a pipeline or a denoiser alone."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ..plan.steps import Timeline
 from ..plan.validation import shown
 from ..run.call import PipelineCall
 from ..run.timesteps import TimestepReader
-from .meta_model import takes
+from .meta_model import call_has_argument
 
 
 class DenoiserCall(PipelineCall):
-    """A call of which nothing is known but whether it is guided."""
+    """A call of a denoiser alone, of which only guidance is known."""
 
     def __init__(self, guided: bool) -> None:
         super().__init__(None)
@@ -43,12 +43,12 @@ class DenoiserCall(PipelineCall):
         return self._supports_cfg
 
     def do_cfg_ever(self) -> bool:
-        """Whether it is on in some step."""
+        """Whether guidance is on in some step."""
         return self._supports_cfg
 
 
-def config_of(denoiser: Any) -> str:
-    """The configuration as JSON; diffusers writes into what it makes that of."""
+def config_json(denoiser: Any) -> str:
+    """The configuration as JSON, made from a copy, because diffusers writes into it."""
     given = denoiser._internal_dict
     denoiser._internal_dict = type(given)(given)
     try:
@@ -91,13 +91,15 @@ def resolve_cfg(pipe: Any, denoiser: Any, asked: bool | None) -> bool:
     timed = getattr(denoiser.config, "time_cond_proj_dim", None) is not None
     embedded = "time_cond_proj_dim" if timed else guidance_distillation_flag(denoiser)
     family = family_of(denoiser)
-    # Guidance by a second call, with a negative prompt, may come beside the embedded one.
+    # Sequential CFG with a negative prompt may be added to the embedded guidance.
     if asked and embedded and (family is None or family.layout.calls_per_step == 1):
         raise ValueError(
             f"do_classifier_free_guidance=True, but this {type(denoiser).__name__} has its guidance in itself "
             f"(config.{embedded}), so its batch is never two halves: leave out `do_classifier_free_guidance`."
         )
-    asks = pipe is None or hasattr(type(pipe), "do_classifier_free_guidance") or takes(pipe, "guidance", "cfg")
+    asks = (
+        pipe is None or hasattr(type(pipe), "do_classifier_free_guidance") or call_has_argument(pipe, "guidance", "cfg")
+    )
     if asked and not asks:
         raise ValueError(
             f"do_classifier_free_guidance=True, but the call of {type(pipe).__name__} takes no guidance_scale, so its "
@@ -107,7 +109,7 @@ def resolve_cfg(pipe: Any, denoiser: Any, asked: bool | None) -> bool:
 
 
 def resolve_dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
-    """The type of what is stored."""
+    """The dtype of cached outputs."""
     dtype = denoiser.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
@@ -120,9 +122,7 @@ def resolve_dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
 
 def read_timeline(pipe: Any, num_inference_steps: int, family: Family | None) -> tuple[Timeline, int | None]:
     """
-    Passes of the loop, passes per step, first passes that repeat step 0; as in the pipeline's own run.
-
-    And the pass from which another denoiser runs, as in Wan 2.2.
+    Read the timeline of a run, and the pass from which another denoiser runs, as in Wan 2.2.
     """
     if pipe is None:
         return Timeline(num_inference_steps), None

@@ -8,7 +8,7 @@ from tests.zoo.cross_attention import KINDS, TOKENS, TWO_CALLS
 from tests.zoo.joint import JOINT, Joint
 from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost
-from tgate_processors._internal.families import distilled_by
+from tgate_processors._internal.families import guidance_distillation_flag
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 GATE = 3
@@ -118,7 +118,9 @@ def tier_of(kind):
 def test_the_estimate_is_what_the_layers_take(kind):
     alone = {"cross_attention": False} if isinstance(kind, Joint) else {}
     negative = (
-        {"do_classifier_free_guidance": True} if distilled_by(kind.build().transformer) and kind.is_guided else {}
+        {"do_classifier_free_guidance": True}
+        if guidance_distillation_flag(kind.build().transformer) and kind.is_guided
+        else {}
     )
     pipe = kind.build()
     taken = layers_of(pipe)

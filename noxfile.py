@@ -81,6 +81,13 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["-n", "auto"]), env=ONE_THREAD)
 
 
+@nox.session
+def tables(session: nox.Session) -> None:
+    """Write what is supported into the tables of README and docs."""
+    install_for_tests(session)
+    session.run("python", "-m", "tests.support.tables", env=ONE_THREAD)
+
+
 @nox.session(venv_backend="none")
 def slow(session: nox.Session) -> None:
     """The slow tests, in the environment of `tests`; arguments after `--` go to pytest."""

@@ -9,7 +9,7 @@ MODEL = "black-forest-labs/FLUX.1-dev"
 pipe = DiffusionPipeline.from_pretrained(MODEL, dtype=torch.bfloat16).to("cuda")
 
 # Joint attention has no cross-attention output to keep: guidance alone is gated.
-apply_tgate(pipe, cross_attention=False)
+apply_tgate(pipe)
 
 # FLUX guides by two calls of its denoiser if it has both of these. Stable Diffusion 3 always does, in one batch.
 guidance = {"negative_prompt": "blurry, low contrast", "true_cfg_scale": 4.0}

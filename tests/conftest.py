@@ -1,6 +1,7 @@
 import gc
 import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,6 +25,16 @@ def pytest_collection_finish() -> None:
     """Leave what was imported out of garbage collection, which else looks at a million objects every few calls."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _as_loud_as_before() -> Iterator[None]:
+    """Undo what a script that a test has run says of the loggers."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "tgate_processors")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(params=rows(CASES))

@@ -50,7 +50,9 @@ def composed(terms: str, cost: TGateCost, shallow: float) -> float:
 def compute_row(row: dict[str, Any], shallow: float) -> dict[str, Any]:
     """A published row with the computed figures."""
     steps, gate, guidance = row["num_inference_steps"], row.get("gate_step"), row.get("guidance", True)
-    cost = estimate_cost(load_denoiser(row["model"]), TGateSchedule(gate or 1), steps, guidance=guidance)
+    cost = estimate_cost(
+        load_denoiser(row["model"]), TGateSchedule(gate or 1), steps, do_classifier_free_guidance=guidance
+    )
     if "forwards" in row:
         terms, macs, params = row["forwards"], composed(row["forwards"], cost, shallow), None
     elif gate:
@@ -171,7 +173,12 @@ def main(
         try:
             gate = int(gate_step) if gate_step.is_integer() else gate_step
             schedule = TGateSchedule(gate, sp_interval, fi_interval, warm_up)
-            settings = {"guidance": guidance, "height": height, "width": width, "batch_size": batch_size}
+            settings = {
+                "do_classifier_free_guidance": guidance,
+                "height": height,
+                "width": width,
+                "batch_size": batch_size,
+            }
             rows, printed = own_row(console, model, schedule, steps, dtype=getattr(torch, dtype), **settings)
         except (AttributeError, TypeError, ValueError) as error:
             raise typer.BadParameter(str(error)) from error

@@ -175,7 +175,8 @@ def main(
                 data.encode_pictures(drawn, vae)
     if accelerator.is_main_process:
         networks.save(build(), output / "pipeline", output / "tokenizer")
-        console.print(f"Pipeline: {(output / 'pipeline').resolve()}", soft_wrap=True)
+        by = "" if accelerator.num_processes == 1 else f", trained by {accelerator.num_processes} processes"
+        console.print(f"Pipeline: {(output / 'pipeline').resolve()}{by}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,7 @@ ENVIRONMENT = {
     "ACCELERATE_USE_CPU": "true",
     "PYTHONPATH": str(ROOT),
 }
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-LAUNCH += ["--main_process_port", "0", *SCRIPT]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *SCRIPT]
 
 
 def run(output, *arguments, command=(sys.executable, *SCRIPT)):
@@ -193,7 +192,8 @@ def test_two_processes_draw_what_one_draws_and_one_may_be_killed(tmp_path, whole
     assert len(pictures(tmp_path)) < 12
     done = run(tmp_path, *SOME, command=LAUNCH)
     assert done.returncode == 0, done.stderr
-    # One process reports.
+    # There are two, and one of them reports.
+    assert json.loads((tmp_path / "results.json").read_text())["processes"] == 2
     assert done.stdout.count("Results: ") == 1
     expected = {name: content for name, content in pictures(whole[0]).items() if "-steps" not in name.split("/")[2]}
     assert pictures(tmp_path) == expected

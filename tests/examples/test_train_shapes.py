@@ -175,14 +175,14 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_last_one(tmp_path, monk
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [*SCRIPT, *SHORT, "--model", "sd", "--output", str(tmp_path)]
     environment = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*launch, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     # One process prints, one writes.
     assert done.stdout.count("denoiser: step 6 of 6") == 1
+    assert "trained by 2 processes" in done.stdout
     assert (tmp_path / "pipeline" / "model_index.json").exists()
     assert weights(tmp_path)["step"] == 6
 

@@ -16,7 +16,7 @@ from tests.zoo.addons import HOSTS_BY_NAME
 from tests.zoo.case import quiet, thorough
 from tests.zoo.core import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
-from tgate_processors._internal.install.recompile_limit import RaisedRecompileLimit, give_back_room
+from tgate_processors._internal.install.recompile_limit import RaisedRecompileLimit, restore_recompile_limit
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}
 SLOW = pytest.mark.slow
@@ -33,7 +33,7 @@ def room_for_graphs():
 @pytest.fixture(autouse=True)
 def _no_graphs():
     torch._dynamo.reset()
-    give_back_room()
+    restore_recompile_limit()
 
 
 def other_calls(case):
@@ -205,10 +205,10 @@ def test_the_limit_stays_higher_by_the_graphs_that_there_are_in_every_thread_and
     elsewhere(tell)
     elsewhere(make_graphs)
     elsewhere(tell)
-    give_back_room()
+    restore_recompile_limit()
     elsewhere(tell)
     torch._dynamo.reset()
-    give_back_room()
+    restore_recompile_limit()
     elsewhere(tell)
     assert limits == [limits[0] + more for more in (0, 12, 12, 12, 0)]
 
@@ -269,6 +269,15 @@ def test_interrupts_do_not_add_up_in_the_limit():
                 room.close()
             assert torch._dynamo.config.recompile_limit == limit
     assert line > 5
+
+
+def test_an_interrupt_before_there_is_room_leaves_the_limit_where_others_have_compiled():
+    limit = torch._dynamo.config.recompile_limit
+    add = torch.compile(lambda tensor, number: tensor + number, backend="eager", dynamic=False)
+    for number in range(3):
+        add(torch.ones(1), number)
+    RaisedRecompileLimit().close()
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_calls_that_overlap_leave_the_limit_as_it_was():

@@ -11,9 +11,10 @@ from tests.support.paths import ROOT
 from tests.zoo.case import rows, slow
 from tests.zoo.core import BY_NAME, CASES
 from tgate_processors import apply_tgate, get_tgate_report
+from tgate_processors._internal.measure.inputs import InputSize
 from tgate_processors._internal.measure.macs import count_forwards
-from tgate_processors._internal.measure.meta_model import InputSize, make_inputs
-from tgate_processors._internal.plan.schedule import Action
+from tgate_processors._internal.measure.meta_model import make_inputs
+from tgate_processors._internal.plan.step_plan import Action
 
 WITH_CONTROLNET = rows(case for case in CASES if case.control)
 

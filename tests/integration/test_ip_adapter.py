@@ -129,7 +129,7 @@ def test_an_adapter_loaded_between_two_steps_is_an_error_and_the_next_call_is_ri
 
     with pytest.raises(RuntimeError, match="attention processors were replaced while the pipeline runs, down_"):
         case.run(pipe, callback_on_step_end=load)
-    assert vars(pipe)["_tgate"].callback.state.nbytes == 0
+    assert vars(pipe)["_tgate"].state.nbytes == 0
     assert torch.equal(call(case, pipe, shape), expected)
 
 

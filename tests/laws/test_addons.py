@@ -156,7 +156,7 @@ def test_guidance_of_other_parts_stays_on_and_every_part_keeps_its_own_cross_att
         outputs.append(output[0])
         if len(outputs) == GATE + 1:
             # Here and not after the run: perturbed-attention guidance takes its processors out at its end.
-            state = vars(pipe)["_tgate"].callback.state
+            state = vars(pipe)["_tgate"].state
             for name, layer in layers.items():
                 inside.append(layer.register_forward_hook(lambda module, args, output, name=name: kept[name]))
             with state.suspended():

@@ -22,7 +22,7 @@ from tgate_processors import (
     measure_convergence,
     remove_tgate,
 )
-from tgate_processors._internal.guidance.prediction import guided_output, relative_error
+from tgate_processors._internal.guidance.prediction import apply_cfg, relative_error
 
 ACE_STEP = pytest.mark.parametrize("kind", rows([kind for kind in SOUND if kind.name == "ace_step"]))
 KANDINSKY6 = pytest.mark.parametrize("kind", rows([kind for kind in SOUND_TWO if kind.name == "kandinsky6"]))
@@ -94,7 +94,7 @@ def test_a_turbo_checkpoint_has_no_guidance_and_reuses_cross_attention_alone(kin
         pipe, TGateSchedule(GATE), STEPS, **usual, max_sequence_length=512
     )
     with pytest.raises(ValueError, match="has its guidance in itself"):
-        estimate_cost(pipe, TGateSchedule(GATE), STEPS, **given, guidance=True)
+        estimate_cost(pipe, TGateSchedule(GATE), STEPS, **given, do_classifier_free_guidance=True)
 
 
 @ACE_STEP
@@ -160,7 +160,7 @@ def test_the_error_of_plain_guidance_stands_for_that_of_guidance_with_a_memory(f
     predicted = difference + 0.3 * size * torch.randn(text.shape, generator=generator)
     off = guide(predicted, copy.deepcopy(memory))
     right = guide(difference, memory)
-    plain = guided_output((text, text - difference), 1, scale)
+    plain = apply_cfg((text, text - difference), 1, scale)
     estimate = relative_error(-predicted, -difference, plain, scale).item()
     assert 0.5 < estimate / ((off - right).norm() / right.norm()).item() < 2.5
 

@@ -9,11 +9,10 @@ import torch
 from tests.support.comparing import Stop
 from tests.support.counting import count, is_cross, samples_of
 from tests.support.macs import COSTS, taken
-from tests.support.paths import ROOT
 from tests.support.prediction import refuses_a_choice
 from tests.support.settings import EVERY, FIXED, PATIENT, SETTINGS
 from tests.zoo.case import STEPS, Case, rows
-from tests.zoo.catalogue import CROSS_ATTENTION, OWN_DENOISERS, SEQUENTIAL
+from tests.zoo.catalogue import CROSS_ATTENTION, OWN_DENOISERS
 from tests.zoo.cross_attention import TOKENS
 from tests.zoo.sequential import BY_KIND
 from tests.zoo.variants import AROUND
@@ -88,9 +87,9 @@ def test_a_run_that_breaks_in_a_further_call_leaves_nothing(kind: Case):
     with pytest.raises(Stop):
         kind.run(pipe, **further)
     handle.remove()
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     # As the next forward of the denoiser would, whoever calls it.
-    state.come_back()
+    state.resume()
     assert state.current() is None
     assert torch.equal(kind.run(pipe, **further), expected)
 
@@ -233,22 +232,14 @@ def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Case, sc
         choice = {"cross_attention": True, "max_sequence_length": TOKENS, **given}
         return estimate_cost(pipe, TGateSchedule(GATE), STEPS, **size, **choice)
 
-    cost = estimate(further_calls=told)
+    cost = estimate(extra_forwards=told)
     assert cost.without_tgate.total == taken(pipe, kind, [0], **further).total
     assert cost.with_tgate.total == taken(kind.gate(pipe, GATE), kind, [0], **further).total
-    assert cost.report == get_tgate_report(pipe) == estimate(further_calls=[]).report
+    assert cost.report == get_tgate_report(pipe) == estimate(extra_forwards=[]).report
     with pytest.raises(
-        ValueError, match=r'give further_calls, .* each such as \{"isolate_modalities": True\}, or \[\]'
+        ValueError, match=r'give extra_forwards, .* each such as \{"isolate_modalities": True\}, or \[\]'
     ):
         estimate()
     for wrong in ([{"stg_scale": 1}], [{}], ["isolate_modalities"]):
         with pytest.raises(ValueError, match="means nothing for a LTX2VideoTransformer3DModel: give a dict for each"):
-            estimate(further_calls=wrong)
-
-
-def test_the_support_matrix_has_a_row_for_every_family():
-    page = (ROOT / "docs/pipelines.md").read_text()
-    page = page[page.index("## Other families") :]
-    page = page[: page.index("\n## ", 1)]
-    found = dict(re.findall(r"^\| `(\w+Pipeline)` \| (.+) \|$", page, flags=re.MULTILINE))
-    assert found == {kind.pipeline: kind.kept or "no guidance" for kind in [*CROSS_ATTENTION, *SEQUENTIAL]}
+            estimate(extra_forwards=wrong)

@@ -1,6 +1,5 @@
 """Guidance alone, where text and image share one softmax: no layer is touched, and half steps compute one half."""
 
-import re
 from dataclasses import replace
 
 import diffusers
@@ -10,7 +9,6 @@ import torch
 from tests.support.comparing import distance
 from tests.support.custom_loops import OwnLoop
 from tests.support.macs import taken
-from tests.support.paths import ROOT
 from tests.support.settings import EVERY, FIXED, PATIENT, full_steps
 from tests.zoo.case import STEPS, TIERS, Case, rows
 from tests.zoo.catalogue import MOST
@@ -199,15 +197,6 @@ def test_a_call_without_guidance_is_the_plain_one_and_says_so(kind: Case, caplog
     assert f"nothing is gated. It guides with {kind.scale} above 1" in message
 
 
-def test_the_support_matrix_has_a_row_for_every_pipeline():
-    page = (ROOT / "docs/pipelines.md").read_text()
-    page = page[page.index("## Guidance alone") :]
-    page = page[: page.index("\n## ", 1)]
-    found = dict(re.findall(r"^\| `(\w+Pipeline)` \| (.+) \|$", page, flags=re.MULTILINE))
-    calls = {1: "one batch", 2: "two calls"}
-    assert found == {kind.pipeline: calls[kind.calls] for kind in JOINT}
-
-
 @SD3
 def test_skip_layer_guidance_stays_on_as_it_is(kind: Case):
     skipping = {"skip_guidance_layers": [0], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 0.8}
@@ -269,7 +258,13 @@ def test_the_estimate_is_what_a_run_takes(kind: Case, settings):
         kind = replace(kind, conditioning=together(text(8, masked=False, tokens=77 + TOKENS), pooled(8)))
     pipe = kind.build()
     prompts = [0, 1] if kind.batches else [0]
-    given = {"max_sequence_length": TOKENS, "batch_size": len(prompts), "guidance": True, **kind.size, **ALONE}
+    given = {
+        "max_sequence_length": TOKENS,
+        "batch_size": len(prompts),
+        "do_classifier_free_guidance": True,
+        **kind.size,
+        **ALONE,
+    }
     cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **given)
     assert cost.without_tgate.total == taken(pipe, kind, prompts, linear=True).total
     gated = taken(apply_tgate(pipe, **settings, **ALONE), kind, prompts, linear=True)
@@ -373,7 +368,7 @@ def test_distilled_guidance_is_refused_either_way(alone):
     with pytest.raises(ValueError, match="its guidance is distilled into it, so there is no half to leave out"):
         apply_tgate(fill, **alone)
     perturbed = sd3("StableDiffusion3PAGPipeline")
-    with pytest.raises(ValueError, match="has joint attention" if not alone else "is not two halves, .* What helps"):
+    with pytest.raises(ValueError, match=r"attention is joint, guidance alone .* is not two halves, .* What helps"):
         apply_tgate(perturbed, **alone)
 
 
@@ -381,9 +376,10 @@ def test_distilled_guidance_is_refused_either_way(alone):
 def test_what_is_joint_is_refused_with_what_to_do(kind: Case):
     pipe = kind.build()
     with pytest.raises(
-        ValueError, match=r"SD3Transformer2DModel has joint attention .*apply_tgate\(pipe, cross_attention=False\)"
+        ValueError,
+        match=r"cross_attention=True is not possible: SD3Transformer2DModel has joint .*: apply_tgate\(pipe\)",
     ):
-        apply_tgate(pipe)
+        apply_tgate(pipe, cross_attention=True)
     with pytest.raises(ValueError, match=r"fi_interval=2 reuse self-attention, .* leave them out"):
         apply_tgate(pipe, GATE, fi_interval=2, **ALONE)
     assert not is_tgate_applied(pipe)
@@ -407,3 +403,13 @@ def test_processors_of_ones_own_leave_guidance_whole(kind: Case, caplog):
     assert "and all of guidance stays on" in caplog.text
     apply_tgate(pipe, **FIXED, **ALONE, custom_processors="gate")
     assert torch.equal(kind.run(pipe), kind.gated(**FIXED, **ALONE))
+
+
+@pytest.mark.parametrize("kind", rows(JOINT, default={"sd3", "qwen"}))
+def test_what_the_model_has_is_gated_by_default(kind: Case):
+    pipe = apply_tgate(kind.build(), **FIXED)
+    gated = kind.run(pipe)
+    report = get_tgate_report(pipe)
+    assert report.half_batch_forwards > 0
+    assert report.peak_bytes > 0 == report.kept_layers
+    assert torch.equal(gated, kind.run(apply_tgate(pipe, **FIXED, **ALONE)))

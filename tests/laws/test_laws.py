@@ -82,7 +82,7 @@ def breaks(case, settings, error, place):
 
     def fail(module, args):
         calls.append(1)
-        runs.append(vars(pipe)["_tgate"].callback.state.current())
+        runs.append(vars(pipe)["_tgate"].state.current())
         if len(calls) == place:
             raise error("broken")
 
@@ -93,7 +93,7 @@ def breaks(case, settings, error, place):
             case.run(pipe)
         for handle in handles:
             handle.remove()
-        assert runs[-1].nbytes == vars(pipe)["_tgate"].callback.state.nbytes == 0
+        assert runs[-1].nbytes == vars(pipe)["_tgate"].state.nbytes == 0
         assert not any("_compiled_call_impl" in vars(part) for part in case.denoisers(pipe).values())
         assert torch.equal(case.run(remove_tgate(pipe) if last else pipe), baseline if last else expected)
 
@@ -192,7 +192,7 @@ def test_no_output_of_an_attention_layer_outlives_the_call(case: Case):
 
 def test_nothing_is_held_before_the_gate_and_one_half_afterwards(case: Case):
     pipe = apply_tgate(case.build(), GATE)
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     held = []
     sizes = {}
     denoiser = getattr(pipe, case.denoiser)
@@ -232,9 +232,9 @@ def test_half_precision_stays(case, dtype):
     inputs["generator"] = case.inputs([0])["generator"]
     apply_tgate(pipe, GATE)
     kept = set()
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     getattr(pipe, case.denoiser).register_forward_hook(
-        lambda module, args, output: kept.update(each.tensor.dtype for each in state.current().kept.values())
+        lambda module, args, output: kept.update(each.tensor.dtype for each in state.current().cached_outputs.values())
     )
     output = pipe(**inputs)
     latents = output.frames if case.video else output.images
@@ -318,4 +318,4 @@ def test_the_class_of_a_gated_pipeline_passes_for_the_original():
     )
     assert inspect.signature(pipe.__call__) == signature
     assert pipe.__call__.__doc__ == original.__call__.__doc__
-    assert "tensor(" not in repr(vars(pipe)["_tgate"].callback.state)
+    assert "tensor(" not in repr(vars(pipe)["_tgate"].state)

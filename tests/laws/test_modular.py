@@ -121,7 +121,7 @@ def test_two_calls_agree_and_hold_nothing_afterwards(case):
 @pytest.mark.thorough
 def test_nothing_is_held_while_the_latents_are_decoded():
     pipe, held = apply_tgate(WAN.build()), []
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     pipe.transformer.register_forward_pre_hook(lambda *_: held.append(state.nbytes))
     pipe.vae.decoder.register_forward_pre_hook(lambda *_: held.append(-state.nbytes))
     latents = WAN.run(pipe, num_inference_steps=STEPS)
@@ -362,7 +362,16 @@ def test_the_probe_refuses_what_it_does_not_watch(sdxl):
 def test_a_cache_on_the_denoiser_is_refused():
     pipe = WAN.build()
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(ValueError, match=r"cannot run beside .*: guidance is a guider here"):
+    with pytest.raises(ValueError, match=r"cannot run together with .*: guidance is a guider here"):
+        apply_tgate(pipe)
+
+
+@pytest.mark.slow
+def test_a_cache_on_a_controlnet_is_refused():
+    pipe = Modular("sdxl_controlnet", SDXL.blocks, BY_NAME["sdxl_controlnet"], SDXL.denoisers).build()
+    config = diffusers.hooks.TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=[r".*attn1"])
+    diffusers.hooks.apply_taylorseer_cache(pipe.controlnet, config)
+    with pytest.raises(ValueError, match="cannot run together with TaylorSeerCacheHook on ControlNetModel"):
         apply_tgate(pipe)
 
 

@@ -158,7 +158,7 @@ def test_predicting_is_nearer_to_the_plain_picture_than_dropping(name):
 @pytest.mark.parametrize("settings", [FIXED, PATIENT], ids=["fixed", "auto"])
 def test_what_is_held_is_one_half_of_cross_attention_and_two_differences(case: Case, settings):
     pipe = apply_tgate(case.build(), **settings)
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     sizes, differences = {}, []
     denoiser = getattr(pipe, case.denoiser)
     for name, module in attention_modules(denoiser).items():
@@ -169,7 +169,7 @@ def test_what_is_held_is_one_half_of_cross_attention_and_two_differences(case: C
     )
     held = []
     denoiser.register_forward_hook(
-        lambda module, args, output: held.extend(kept.tensor for kept in state.current().kept.values())
+        lambda module, args, output: held.extend(kept.tensor for kept in state.current().cached_outputs.values())
     )
     case.run(pipe)
     assert get_tgate_report(pipe).peak_bytes == sum(sizes.values()) // 2 + 2 * differences[0]
@@ -510,7 +510,9 @@ def test_it_says_nothing(caplog):
 def test_the_estimate_is_what_a_run_takes(name, settings):
     case = BY_NAME[name]
     pipe = case.build()
-    cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, guidance=True, batch_size=2, **sizes(case))
+    cost = estimate_cost(
+        pipe, TGateSchedule(**settings), STEPS, do_classifier_free_guidance=True, batch_size=2, **sizes(case)
+    )
     assert cost.without_tgate == taken(pipe, case, [0, 1])
     assert cost.with_tgate == taken(apply_tgate(pipe, **settings), case, [0, 1])
     report = get_tgate_report(pipe)

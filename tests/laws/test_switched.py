@@ -12,7 +12,9 @@ from tests.zoo.sequential import TWO_CALLS
 from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
 from tests.zoo.z_image import Z_IMAGE
 from tgate_processors import apply_tgate, get_tgate_report
-from tgate_processors._internal.run.call import _keeps_scale
+from tgate_processors._internal.families import resolve_pipeline
+from tgate_processors._internal.install.pipeline_call import call_of
+from tgate_processors._internal.run.scale_source import uses_given_scale
 
 STEPS = 5
 CASES = [*HOSTS, *AROUND, *AROUND_JOINT, *AROUND_TWO, *Z_IMAGE, *JOINT, *GUIDED, *KINDS, *TWO_CALLS]
@@ -101,5 +103,9 @@ def test_guidance_that_comes_on_again_begins_with_full_steps(name, guidance):
 def test_errors_are_measured_with_the_scale_that_the_loop_has(name, keeps):
     """Some multiply with what they were given, others with what a callback may have set."""
     pipe = case_of(name).build()
-    assert _keeps_scale(type(pipe)) is keeps
-    assert _keeps_scale(type(apply_tgate(pipe, cross_attention=False))) is keeps
+    assert uses_given_scale(type(pipe)) is keeps
+    assert uses_given_scale(type(apply_tgate(pipe, cross_attention=False))) is keeps
+    pipe._guidance_scale = 2.0
+    assert call_of(resolve_pipeline(pipe, False), pipe, {"guidance_scale": 5.0}).guidance_scale() == (
+        5.0 if keeps else 2.0
+    )

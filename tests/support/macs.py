@@ -72,7 +72,7 @@ COSTS = {
     "sana_video": {"max_sequence_length": TOKENS, "num_frames": 5},
     "audioldm2": {"max_sequence_length": TOKENS, "height": 64, "width": 16},
     "latte": {"max_sequence_length": TOKENS, "num_frames": 2},
-    "ltx2": {"max_sequence_length": TOKENS, "further_calls": []},
+    "ltx2": {"max_sequence_length": TOKENS, "extra_forwards": []},
     "any_flow": {"max_sequence_length": TOKENS},
     "text_to_video": {"max_sequence_length": TOKENS},
     "controlnet_xs": {"max_sequence_length": TOKENS, "height": SIZE, "width": SIZE},

@@ -131,8 +131,16 @@ ODD = [
 ]
 SCHEDULED = [field.name for field in dataclasses.fields(TGateSchedule)]
 APPLIED = [*SCHEDULED, "cfg_half", "cross_attention", "max_memory", "custom_processors", "deepcache"]
-COUNTED = ["num_inference_steps", "guidance", "height", "width", "batch_size", "max_sequence_length", "num_frames"]
-COUNTED += ["vae_scale_factor", "dtype", "cross_attention", "max_memory", "further_calls"]
+COUNTED = [
+    "num_inference_steps",
+    "do_classifier_free_guidance",
+    "height",
+    "width",
+    "batch_size",
+    "max_sequence_length",
+    "num_frames",
+]
+COUNTED += ["vae_scale_factor", "dtype", "cross_attention", "max_memory", "extra_forwards"]
 
 
 @pytest.fixture(scope="module")

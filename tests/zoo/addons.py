@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from inspect import signature
-from typing import Any
+from typing import Any, get_type_hints
 
 import diffusers
 import torch
@@ -247,7 +247,7 @@ def wider_unet(source: tuple[str, str], in_channels: int, **config: Any) -> Any:
     return wide.eval()
 
 
-def _vision() -> Any:
+def _vision(kind: Any = CLIPVisionModelWithProjection) -> Any:
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=32,
@@ -258,7 +258,7 @@ def _vision() -> Any:
         intermediate_size=37,
         patch_size=16,
     )
-    return CLIPVisionModelWithProjection(config).eval()
+    return kind(config).eval()
 
 
 def _latent_upscaler() -> Any:
@@ -515,6 +515,21 @@ HOSTS = [
         no_inputs,
         image=True,
         row="image variation",
+    ),
+    Case(
+        "paint_by_example",
+        lambda: other(
+            *GOLDEN_SD,
+            "PaintByExamplePipeline",
+            unet=wider_unet(GOLDEN_SD, 9),
+            image_encoder=_vision(get_type_hints(diffusers.PaintByExamplePipeline.__init__)["image_encoder"]),
+            feature_extractor=CLIPImageProcessor(size=32, crop_size=32),
+        ),
+        with_inputs(no_inputs, example_image=lambda prompts, guided: images([prompt + 60 for prompt in prompts])),
+        image=True,
+        mask=True,
+        row="inpainting by an example",
+        tier="thorough",
     ),
     Case(
         "depth2img",

@@ -65,7 +65,7 @@ REFUSED = {
     """,
     "it has no callback_on_step_end, no num_timesteps, no do_classifier_free_guidance": """
         BlipDiffusionControlNet BlipDiffusion CycleDiffusion DreamLiteMobile DreamLite LDMTextToImage
-        MarigoldDepth MarigoldIntrinsics MarigoldNormals PaintByExample StableDiffusionAttendAndExcite
+        MarigoldDepth MarigoldIntrinsics MarigoldNormals StableDiffusionAttendAndExcite
         StableDiffusionDiffEdit StableDiffusionGLIGENTextImage StableDiffusionInpaintPipelineLegacy.
         StableDiffusionModelEditing StableDiffusionParadigms StableDiffusionPipelineSafe.
         StableDiffusionPix2PixZero StableDiffusionSAG TextToVideoZero

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, SupportsIndex, TypeVar
 
-import diffusers
-import torch
-
-from .attention.budget import checked_memory, within
+from .attention.budget import gates_cross_attention, validate_max_memory
 from .attention.layers import CustomProcessors
-from .caches.deepcache import DeepCacheAdapter, check_helper
-from .caches.foreign_forwards import CustomForwards, checked_forwards
-from .families import check_guidance, check_half, check_own, resolve_pipeline
-from .install.callback import StepClock, checked_half
-from .install.guiders import GuiderInstallation, check_settings, has_guider, is_modular
+from .attention.state import TGateState
+from .caches.deepcache import DeepCacheAdapter, validate_helper
+from .caches.foreign_forwards import CustomForwards, validate_custom_forwards
+from .families import ResolvedPipeline, check_guidance, check_half, check_own, resolve_pipeline
+from .install.callback import validate_cfg_half
+from .install.guiders import GuiderInstallation, has_guider, validate_guider_settings
 from .install.installation import Installation
 from .install.pipeline import install, installed, uninstall
-from .install.recompile_limit import give_back_room
+from .install.pipeline_check import validate_pipeline
+from .install.recompile_limit import restore_recompile_limit
 from .logs import logger
 from .plan.report import TGateReport
-from .plan.schedule import CFGHalf, GuidanceMode, TGateSchedule
-from .plan.validation import Auto, check_switch, checked_names, is_choice, shown
+from .plan.schedule import GuidanceMode, TGateSchedule
+from .plan.step_plan import CFGHalf
+from .plan.validation import Auto, is_choice, shown, validate_names, validate_switch
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -103,11 +102,11 @@ def apply_tgate(
             `"conditional"`. Guidance of more or other
             parts (InstructPix2Pix, perturbed-attention guidance) stays on whole, and then there is nothing to choose.
         cross_attention (`bool`, *optional*):
-            Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True`, but to `False` for video
-            families whose guidance is two calls of the denoiser (Wan, SkyReels V2, Cosmos): there the kept
-            cross-attention takes gigabytes and saves little; the report says how many bytes. Where attention is joint
-            (Stable Diffusion 3, Qwen-Image) there is none to keep, so it has to be `False`. Where guidance is a guider,
-            as in modular pipelines, it cannot be `True`.
+            Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True` where the model has
+            cross-attention, but to `False` for video families whose guidance is two calls of the denoiser (Wan,
+            SkyReels V2, Cosmos): there the kept cross-attention takes gigabytes and saves little; the report says how
+            many bytes. Where attention is joint (Stable Diffusion 3, Qwen-Image, Flux) there is none to keep, so
+            guidance alone is gated, and it cannot be `True`; nor where guidance is a guider, as in modular pipelines.
         max_memory (`int` or `str`, *optional*):
             Most bytes that kept cross-attention takes, as an `int` or a string such as `"2GB"` or `"500MiB"`. Of the
             layers those are kept that save most for each byte, by the shapes seen in the run. The others compute in
@@ -152,40 +151,31 @@ def apply_tgate(
 
     Source: T-GATE (https://arxiv.org/abs/2404.02747).
     """
-    check_pipeline(pipe, gate_step)
+    validate_pipeline(pipe, gate_step)
     # The schedule turns numbers of every kind, numpy's too, into ints and floats.
     schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance)  # type: ignore[arg-type]
-    half = checked_half(cfg_half)
-    check_switch("cross_attention", cross_attention)
-    most = checked_memory(max_memory, cross_attention)
-    cross_attention = within(cross_attention, most)
+    half = validate_cfg_half(cfg_half)
+    validate_switch("cross_attention", cross_attention)
+    max_bytes = validate_max_memory(max_memory, cross_attention)
+    cross_attention = gates_cross_attention(cross_attention, max_bytes)
     if not is_choice("custom_processors", custom_processors, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
-    forwards = checked_forwards(custom_forwards)
-    clock, found = StepClock(schedule, most), None
-    own = checked_names("batch_arguments", batch_arguments)
+    forwards = validate_custom_forwards(custom_forwards)
+    own = validate_names("batch_arguments", batch_arguments)
+    state, found = TGateState(schedule, max_bytes, by_hand=False), None
     if has_guider(pipe):
-        if own:
-            raise ValueError(
-                f"batch_arguments={batch_arguments!r} has no effect: {type(pipe).__name__} guides by calls of their "
-                "own, and no batch is halved. Leave it out."
-            )
-        check_settings(pipe, schedule, half, cross_attention, most, deepcache)
-        installation: Installation = GuiderInstallation(clock, custom=custom_processors, custom_forwards=forwards)
+        validate_guider_settings(pipe, schedule, half, cross_attention, max_bytes, deepcache, own)
+        installation: Installation = GuiderInstallation(
+            state, custom_processors=custom_processors, custom_forwards=forwards
+        )
     else:
-        found = resolve_pipeline(pipe, cross_attention)
-        check_half(pipe, found, half)
-        check_guidance(pipe, found, schedule, cross_attention)
-        check_own(pipe, found, own)
-        order = None
-        if deepcache is not None:
-            check_helper(deepcache, pipe)
-            order = DeepCacheAdapter(deepcache, halves=schedule.predicts)
-        installation = Installation(clock, half, custom_processors, order, cross_attention, forwards, own)
+        found = _checked_pipeline(pipe, schedule, half, cross_attention, own)
+        order = _checked_deepcache(deepcache, pipe, schedule)
+        installation = Installation(state, half, custom_processors, order, cross_attention, forwards, own)
     before = installed(pipe)
     remove_tgate(pipe)
     try:
-        install(pipe, installation)
+        install(pipe, installation, found)
     except BaseException:
         if before is not None:
             install(pipe, before)
@@ -197,6 +187,29 @@ def apply_tgate(
             type(pipe).__name__,
         )
     return pipe
+
+
+def _checked_pipeline(
+    pipe: Any,
+    schedule: TGateSchedule,
+    half: CFGHalf | None,
+    cross_attention: bool | None,
+    own: tuple[str, ...] | None,
+) -> ResolvedPipeline:
+    """What a pipeline is resolved to, if it can be gated so."""
+    found = resolve_pipeline(pipe, cross_attention)
+    check_half(pipe, found, half)
+    check_guidance(pipe, found, schedule, cross_attention)
+    check_own(pipe, found, own)
+    return found
+
+
+def _checked_deepcache(helper: Any, pipe: Any, schedule: TGateSchedule) -> DeepCacheAdapter | None:
+    """The order of a DeepCache helper of this pipeline, if there is one."""
+    if helper is None:
+        return None
+    validate_helper(helper, pipe)
+    return DeepCacheAdapter(helper, halves_cache=schedule.predicts)
 
 
 def remove_tgate(pipe: Pipeline) -> Pipeline:
@@ -225,9 +238,9 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     False
     ```
     """
-    check_pipeline(pipe)
+    validate_pipeline(pipe)
     uninstall(pipe)
-    give_back_room()
+    restore_recompile_limit()
     return pipe
 
 
@@ -253,7 +266,7 @@ def is_tgate_applied(pipe: DiffusionPipeline | _PipelineStub) -> bool:
     False
     ```
     """
-    check_pipeline(pipe)
+    validate_pipeline(pipe)
     return installed(pipe) is not None
 
 
@@ -281,7 +294,7 @@ def get_tgate_report(pipe: DiffusionPipeline | _PipelineStub) -> TGateReport:
     15
     ```
     """
-    check_pipeline(pipe)
+    validate_pipeline(pipe)
     installation = installed(pipe)
     if installation is None:
         raise ValueError(f"T-GATE is not applied to this {type(pipe).__name__}: call apply_tgate(pipe) before the run.")
@@ -289,20 +302,3 @@ def get_tgate_report(pipe: DiffusionPipeline | _PipelineStub) -> TGateReport:
     if not report.num_inference_steps:
         logger.warning("T-GATE: %s has not run since apply_tgate: the report is empty.", type(pipe).__name__)
     return report
-
-
-def check_pipeline(pipe: Any, gate_step: Any = None) -> None:
-    """Refuse what is not a pipeline, and say what it is."""
-    if isinstance(pipe, diffusers.DiffusionPipeline) or is_modular(pipe):
-        return
-    if isinstance(gate_step, diffusers.DiffusionPipeline) or is_modular(gate_step):
-        raise TypeError(f"the arguments are swapped: write apply_tgate(pipe, gate_step={pipe!r}).")
-    if isinstance(pipe, type):
-        what, remedy = f"the class {pipe.__name__}", f"make a pipeline of it, {pipe.__name__}.from_pretrained(...)"
-    elif isinstance(pipe, (str, os.PathLike)):
-        what, remedy = f"the name {str(pipe)!r}", f"load it, DiffusionPipeline.from_pretrained({str(pipe)!r})"
-    elif isinstance(pipe, torch.nn.Module):
-        what, remedy = f"of type {type(pipe).__name__}", "give the DiffusionPipeline that it is a part of"
-    else:
-        what, remedy = f"{shown(pipe)}, of type {type(pipe).__name__}", "give a DiffusionPipeline"
-    raise TypeError(f"pipe is {what}, not a diffusers pipeline: {remedy}.")

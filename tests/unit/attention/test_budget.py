@@ -53,7 +53,9 @@ def layers_of(pipe, case):
     """The layers with cross-attention, in the order of the denoiser."""
     denoiser = getattr(pipe, case.denoiser)
     layout = family_of(denoiser).layout
-    return {name: layer for name, layer in attention_modules(denoiser).items() if layout.is_cross(name, layer)}
+    return {
+        name: layer for name, layer in attention_modules(denoiser).items() if layout.is_cross_attention(name, layer)
+    }
 
 
 def watch(layers):
@@ -126,7 +128,7 @@ def test_the_layers_that_save_most_for_each_byte_are_kept_and_no_other(case: Cas
     whole = run(case, pipe, **settings, cross_attention=True)[1].peak_bytes - beside
     most, most_held = whole * 3 // 5, []
     apply_tgate(pipe, **settings, max_memory=most)
-    state = vars(pipe)["_tgate"].callback.state
+    state = vars(pipe)["_tgate"].state
     for layer in layers.values():
         layer.register_forward_hook(lambda module, args, output: most_held.append(state.nbytes))
     keys.clear()
@@ -232,7 +234,7 @@ def test_compiled_code_keeps_the_same_layers(case: Case, gate_step, compile_it):
     whole = run(case, pipe, gate_step=gate_step, cross_attention=True)[1].peak_bytes
     expected, report = run(case, pipe, gate_step=gate_step, max_memory=whole * 3 // 5)
     compile_it(pipe, case, counter := CompileCounter())
-    state, filled = vars(pipe)["_tgate"].callback.state, []
+    state, filled = vars(pipe)["_tgate"].state, []
     if compile_it is compile_blocks:
         # At the end of the denoiser, which is not in a block.
         last = getattr(getattr(pipe, case.denoiser), "conv_out" if case.denoiser == "unet" else "proj_out")
@@ -258,7 +260,7 @@ def test_the_choice_does_not_depend_on_the_order_in_which_layers_are_met():
             draw.shuffle(layers)
             budget, held = MemoryBudget(most), {}
             for key, saved, nbytes, place in layers:
-                if budget.meet(key, saved, nbytes, place):
+                if budget.offer(key, saved, nbytes, place):
                     held[key] = nbytes
                 # What is out stays out.
                 held = {key: nbytes for key, nbytes in held.items() if key in budget}

@@ -12,7 +12,7 @@ from diffusers.models import attention_processor as ap
 from tests.zoo.core import BY_NAME
 from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, remove_tgate
 from tgate_processors._internal.measure.macs import RecordingCache
-from tgate_processors._internal.plan.schedule import Action
+from tgate_processors._internal.plan.step_plan import Action
 
 
 def gate(original):
@@ -160,6 +160,6 @@ def test_attending_to_itself_is_self_attention_whatever_the_argument_is_called()
     hidden_states = torch.randn(1, 3, 8)
     with state.entered(run):
         for action in (Action.STORE, Action.REUSE, Action.REUSE):
-            run.signals.set(action, Action.COMPUTE)
+            run.actions.set(action, Action.COMPUTE)
             attn(hidden_states, encoder_hidden_states=hidden_states)
     assert len(runs) == 3

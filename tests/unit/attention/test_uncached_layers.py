@@ -47,7 +47,7 @@ def test_layers_that_do_not_call_their_processors_are_named(case, which):
         ValueError, match=rf"{len(patched)} cross-attention layers, {patched[0][0]} among them, keep no"
     ):
         case.run(pipe)
-    assert vars(pipe)["_tgate"].callback.state.nbytes == 0
+    assert vars(pipe)["_tgate"].state.nbytes == 0
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
     for _, layer in patched:
         del layer.forward

@@ -13,6 +13,7 @@ from tests.support.paths import ROOT
 from tests.zoo.case import STEPS, slow
 from tests.zoo.core import BY_NAME
 from tests.zoo.cross_attention import KINDS
+from tests.zoo.joint import BY_JOINT
 from tests.zoo.sequential import TWO_CALLS
 from tgate_processors import (
     TGateAttnProcessor,
@@ -367,17 +368,21 @@ def test_full_steps_are_those_that_the_cache_computes():
 
 def test_where_they_do_not_go_together_it_is_said():
     pair = Pair("pixart_alpha", "taylorseer").put_in()
-    with pytest.raises(ValueError, match=r"cannot reuse self-attention \(sp_interval=2, fi_interval=1\) beside Taylor"):
+    with pytest.raises(
+        ValueError, match=r"cannot reuse self-attention \(sp_interval=2, fi_interval=1\) together with Taylor"
+    ):
         apply_tgate(pair.pipe, GATE, sp_interval=2)
     clock, sd = TGateCallback(TGateSchedule(GATE)), Pair("sd", "taylorseer").put_in()
     before = sd.pipe.unet.attn_processors
     sd.pipe.unet.set_attn_processor({name: TGateAttnProcessor(each, clock.state) for name, each in before.items()})
     with pytest.raises(ValueError, match=r"TaylorSeerCacheHook .* a callback alone cannot tell it where the batch"):
         sd.run(callback_on_step_end=clock)
-    with pytest.raises(ValueError, match=r"cannot run beside MagCacheHeadHook .* two calls of the denoiser"):
+    with pytest.raises(ValueError, match=r"cannot run together with MagCacheHeadHook .* two calls of the denoiser"):
         apply_tgate(Pair("wan", "mag").put_in().pipe, GATE)
     ltx = Pair("ltx", "sea").put_in().pipe
-    with pytest.raises(ValueError, match=r"cannot run beside SeaCacheRootHook .* in one batch, and what that cache"):
+    with pytest.raises(
+        ValueError, match=r"cannot run together with SeaCacheRootHook .* in one batch, and what that cache"
+    ):
         apply_tgate(ltx, GATE)
 
 
@@ -388,13 +393,33 @@ def test_a_cache_on_a_controlnet_is_refused(name):
     hooks.apply_taylorseer_cache(
         pipe.controlnet, hooks.TaylorSeerCacheConfig(cache_interval=2, cache_identifiers=[r".*attn1"])
     )
-    with pytest.raises(ValueError, match="cannot run beside TaylorSeerCacheHook on ControlNetModel: it keeps tensors"):
+    with pytest.raises(
+        ValueError, match="cannot run together with TaylorSeerCacheHook on ControlNetModel: it keeps tensors"
+    ):
         case.run(pipe)
     for module in pipe.controlnet.modules():
         if "_diffusers_hook" in vars(module):
             for hook in list(module._diffusers_hook.hooks):
                 module._diffusers_hook.remove_hook(hook, recurse=False)
     assert torch.equal(case.run(pipe), case.gated(2))
+
+
+@pytest.mark.parametrize("wrapped", [lambda module: module, slow(torch.compile)], ids=["eager", "compiled"])
+def test_cache_dit_on_a_controlnet_is_refused(wrapped):
+    cache_dit = pytest.importorskip("cache_dit", reason="cache-dit wants newer versions than the oldest")
+    pipe = BY_JOINT["sd3_controlnet"].build()
+    net, pattern = pipe.controlnet, cache_dit.ForwardPattern.Pattern_1
+    adapter = cache_dit.BlockAdapter(transformer=net, blocks=net.transformer_blocks, forward_pattern=pattern)
+    logging.disable(logging.CRITICAL)
+    try:
+        cache_dit.enable_cache(adapter, cache_config=cache_dit.DBCacheConfig(**SETTINGS["cache_dit"]))
+    finally:
+        logging.disable(logging.NOTSET)
+    pipe.controlnet = wrapped(net)
+    with pytest.raises(ValueError, match="cannot run together with cache-dit on SD3ControlNetModel: it keeps tensors"):
+        apply_tgate(pipe, GATE, cross_attention=False)
+    cache_dit.disable_cache(net)
+    apply_tgate(pipe, GATE, cross_attention=False)
 
 
 @pytest.mark.parametrize("gate", [2, GATE])
@@ -458,7 +483,7 @@ def test_beside_fastercache_what_is_about_guidance_is_refused():
         ({"gate_step": GATE, "cfg_half": "conditional"}, "cfg_half='conditional'"),
     ):
         with pytest.raises(
-            ValueError, match=rf"cannot run beside FasterCache.* so {what} has no effect. Give a number"
+            ValueError, match=rf"cannot run together with FasterCache.* so {what} has no effect. Give a number"
         ):
             apply_tgate(pipe, **settings)
     with pytest.raises(ValueError, match="nothing but guidance would be gated here"):
@@ -542,10 +567,10 @@ def test_whether_a_step_was_repeated_is_told_by_the_calls_that_ran(cache):
     # First Block always computes the first one.
     layer = pair.denoiser.blocks[-1].attn1.to_q
     layer.register_forward_hook(lambda module, args, output: computed.__setitem__(-1, True))
-    state, step = vars(pair.pipe)["_tgate"].callback.state, pair.pipe.scheduler.step
+    state, step = vars(pair.pipe)["_tgate"].state, pair.pipe.scheduler.step
 
     def look(*args, **kwargs):
-        told.append(state.current()._adapters.repeated())
+        told.append(state.current()._caches.was_hit())
         return step(*args, **kwargs)
 
     pair.pipe.scheduler.step = look
@@ -584,12 +609,12 @@ def test_what_grows_evenly_is_extrapolated_rightly_after_half_steps(kept):
         for step in range(12):
             module.step = step
             if step == 4:
-                cache.halve(kept)
+                cache.on_half_batch(kept)
             if step == 9:
-                cache.double()
+                cache.on_full_batch()
             rows = one if 4 <= step < 9 else both
             output = module(rows)
-            cache.settle()
+            cache.on_step_end()
             # One difference is needed before there is a slope.
             if step >= 2:
                 torch.testing.assert_close(output, step * module.pace[rows])
@@ -601,7 +626,7 @@ def test_a_call_that_was_left_out_catches_up():
         for step in range(14):
             module.step = step
             if step == 8:
-                cache.catch_up()
+                cache.on_resume_second_call()
             for row, name in enumerate(("cond", "uncond")):
                 if name == "uncond" and 4 <= step < 8:
                     continue
@@ -609,7 +634,7 @@ def test_a_call_that_was_left_out_catches_up():
                 output = module(torch.tensor([row]))
                 if step >= 2:
                     torch.testing.assert_close(output, step * module.pace[[row]])
-            cache.settle()
+            cache.on_step_end()
         states = cache.states
         assert [state.current_step for state in states] == [13, 13]
         assert len({state.last_update_step for state in states}) == 1
@@ -622,7 +647,7 @@ def test_more_states_than_calls_have_halves_are_refused():
             in_context(name)
             module(torch.arange(2))
         with pytest.raises(ValueError, match=r"TaylorSeerCacheHook keeps 2 states, where one is expected"):
-            cache.halve(0)
+            cache.on_half_batch(0)
     assert not cache.states
 
 
@@ -759,7 +784,7 @@ def test_what_of_cache_dit_is_not_known_is_refused():
     )
     static = {"steps_computation_mask": [1, 1, 1, 0, 1, 0], "steps_computation_policy": "static"}
     assert 'full steps of T-GATE have to be computed: give "dynamic"' in refused(pixart.put_in(**static))
-    assert "cannot reuse self-attention (sp_interval=2, fi_interval=1) beside cache-dit" in refused(
+    assert "cannot reuse self-attention (sp_interval=2, fi_interval=1) together with cache-dit" in refused(
         pixart.put_in(), sp_interval=2
     )
     wan = DitPair("wan", "cache_dit")

@@ -496,7 +496,7 @@ def test_paraattention_is_named(first):
 
 @pytest.mark.slow
 def test_every_class_of_diffusers_has_a_forward_of_its_own():
-    from tgate_processors._internal.caches.foreign_forwards import _foreign_of_class
+    from tgate_processors._internal.caches.forward_origin import foreign_of_class
 
     for name in dir(diffusers):
         with contextlib.suppress(ImportError, RuntimeError, AttributeError):
@@ -508,4 +508,4 @@ def test_every_class_of_diffusers_has_a_forward_of_its_own():
         pending += found
     ours = [kind for kind in kinds if kind.__module__.split(".")[0] in {"diffusers", "transformers", "torch", "peft"}]
     assert len(ours) > 500
-    assert not [kind for kind in ours if _foreign_of_class(kind) is not None]
+    assert not [kind for kind in ours if foreign_of_class(kind) is not None]

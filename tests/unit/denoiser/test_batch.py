@@ -7,7 +7,13 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 
-from tgate_processors._internal.denoiser.batch import double, halve, slice_arguments, stacked, unstacked
+from tgate_processors._internal.denoiser.batch import (
+    complete_batch,
+    slice_arguments,
+    slice_half,
+    stack_samples,
+    unstack_samples,
+)
 from tgate_processors._internal.denoiser.inputs import get_latents
 from tgate_processors._internal.denoiser.spec import DENOISER_ARGUMENTS, Layout
 
@@ -86,7 +92,7 @@ def test_what_is_foreign_is_handed_on_as_the_object_that_it_is():
     ids=lambda output: type(output).__name__,
 )
 def test_an_output_of_any_kind_is_given_back_as_both_halves(output):
-    doubled = double(output, 2)
+    doubled = complete_batch(output, 2)
     assert type(doubled) is type(output)
     sample = doubled if isinstance(doubled, torch.Tensor) else getattr(doubled, "sample", None)
     sample = doubled[0] if sample is None else sample
@@ -108,7 +114,7 @@ def test_a_batch_that_is_a_list_is_halved_by_its_entries(kept, half):
         "control_context": rows(4, 5),
         "conditioning": [rows(4, 5)],
     }
-    names = Layout(entries=("x", "cap_feats", "siglip_feats", "image_noise_mask", "control_context")).of_denoiser
+    names = Layout(entries=("x", "cap_feats", "siglip_feats", "image_noise_mask", "control_context")).denoiser_arguments
     halved = slice_arguments(given, names, 4, kept)
     for name in ("x", "cap_feats", "siglip_feats", "image_noise_mask"):
         assert [*map(id, halved[name])] == [*map(id, given[name][half])]
@@ -121,8 +127,8 @@ def test_a_batch_that_is_a_list_is_halved_by_its_entries(kept, half):
 
 @pytest.mark.parametrize("output", [([rows(4, 3)] * 2, "other"), UNet2DConditionOutput(sample=[rows(4, 3)] * 2)])
 def test_an_output_that_is_a_list_is_given_back_as_one_of_both_halves(output):
-    difference = torch.ones(2, 4, 3)
-    doubled = unstacked(double(stacked(output), 2, difference, "unconditional"))
+    difference = [torch.ones(2, 4, 3)]
+    doubled = unstack_samples(complete_batch(stack_samples(output), 2, difference, "unconditional"))
     assert type(doubled) is type(output)
     assert type(doubled[0]) is list
     assert [entry[0, 0].item() for entry in doubled[0]] == [0, 0, 1, 1]
@@ -131,4 +137,4 @@ def test_an_output_that_is_a_list_is_given_back_as_one_of_both_halves(output):
 
 def test_halves_are_views():
     batch = torch.randn(4, 3)
-    assert halve(batch, 4, "conditional").data_ptr() == batch[2:].data_ptr()
+    assert slice_half(batch, 4, "conditional").data_ptr() == batch[2:].data_ptr()

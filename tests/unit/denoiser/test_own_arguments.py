@@ -14,6 +14,7 @@ from tgate_processors._internal.families import resolve_pipeline
 from tgate_processors._internal.install.pipeline_call import call_of
 
 CASE = BY_NAME["sd"]
+NEEDS_EXPERTS = pytest.mark.skipif(not BY_KIND["wan_experts"].is_there, reason="this diffusers has no Wan 2.2")
 
 
 class Dressed(diffusers.UNet2DConditionModel):
@@ -98,7 +99,7 @@ def test_names_have_no_effect_where_guidance_is_two_calls():
         apply_tgate(BY_KIND["wan"].build(), 3, batch_arguments=("hidden_states",))
 
 
-@pytest.mark.skipif(not BY_KIND["wan_experts"].is_there, reason="this diffusers has no Wan")
+@NEEDS_EXPERTS
 def test_a_second_denoiser_alone_is_gated():
     kind = BY_KIND["wan_experts"]
     parts = {**kind.build().components, "transformer": None}
@@ -111,7 +112,7 @@ def test_a_second_denoiser_alone_is_gated():
     assert get_tgate_report(pipe).half_batch_forwards == 3
     assert not torch.equal(gated, plain)
     # Another scale than that of the one that is not there.
-    assert call_of(resolve_pipeline(pipe), pipe, {"guidance_scale_2": 3.0}).scale() == 3.0
+    assert call_of(resolve_pipeline(pipe), pipe, {"guidance_scale_2": 3.0}).guidance_scale() == 3.0
 
 
 class Engine:
@@ -132,6 +133,7 @@ class Engine:
         (BY_NAME["pixart_alpha"], "transformer"),
         (BY_JOINT["sd3"], "transformer"),
         (BY_NAME["sd_controlnet"], "controlnet"),
+        pytest.param(BY_KIND["wan_experts"], "transformer_2", marks=NEEDS_EXPERTS),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -143,9 +145,18 @@ def test_an_engine_is_refused_by_name(case, name, alone):
     assert not is_tgate_applied(pipe)
 
 
-def test_a_traced_graph_is_refused_by_name():
+def unflattened(module, example):
+    return torch.export.unflatten(torch.export.export(module, (example,)))
+
+
+@pytest.mark.parametrize(
+    "graph_of",
+    [torch.jit.trace, lambda module, example: torch.fx.symbolic_trace(module), slow(unflattened)],
+    ids=["jit", "fx", "export"],
+)
+def test_a_traced_graph_is_refused_by_name(graph_of):
     pipe = CASE.build()
-    vars(pipe)["unet"] = torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+    vars(pipe)["unet"] = graph_of(torch.nn.Linear(2, 2), torch.zeros(1, 2))
     with pytest.raises(ValueError, match="which is a graph that was traced or exported"):
         apply_tgate(pipe, 3)
 
@@ -160,3 +171,19 @@ def test_layers_to_skip_may_be_none(layers):
     pipe = apply_tgate(case.build(), 3, cross_attention=False)
     assert case.run(pipe, **given).isfinite().all()
     assert get_tgate_report(pipe).half_batch_forwards == 3
+
+
+@pytest.mark.parametrize("wrapper", ["DataParallel", "DistributedDataParallel"])
+def test_a_denoiser_that_is_wrapped_for_several_devices_is_refused_with_what_to_do(wrapper, tmp_path):
+    pipe = CASE.build()
+    baseline = CASE.run(pipe)
+    denoiser = pipe.unet
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        vars(pipe)["unet"] = getattr(torch.nn.parallel, wrapper)(denoiser)
+        with pytest.raises(ValueError, match=rf"is wrapped in {wrapper}, .* pipe.unet = pipe.unet.module.*fully_shard"):
+            apply_tgate(pipe, 3)
+        vars(pipe)["unet"] = pipe.unet.module
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(CASE.run(apply_tgate(pipe, 99)), baseline)

@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from tests.support.paths import ROOT
 from tests.zoo.case import IS_OLD
 from tests.zoo.inventory import AS_ANOTHER, exported, refused, shell, with_rows
 from tgate_processors import apply_tgate, remove_tgate
@@ -20,13 +19,6 @@ def test_every_pipeline_is_tested_or_as_another_or_refused():
     for name in exported():
         assert [group for group, members in known.items() if name in members] != [], f"{name} is new: see inventory.py"
     assert sum(map(len, known.values())) == len(set.union(*known.values()))
-
-
-def test_the_page_says_as_which_other_one_a_pipeline_is_accepted():
-    page = (ROOT / "docs/pipelines.md").read_text()
-    page = page[page.index("## As another one") :]
-    page = page[: page.index("\n## ", 1)]
-    assert dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", page, flags=re.MULTILINE)) == AS_ANOTHER
 
 
 @pytest.mark.slow

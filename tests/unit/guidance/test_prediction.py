@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tgate_processors._internal.guidance.prediction import CFGDifference, predict, relative_error
-from tgate_processors._internal.plan.adaptive import LONGEST_GAP, AdaptiveController
+from tgate_processors._internal.plan.adaptive import MAX_HALF_STEPS, AdaptiveController
 
 
 def sample(seed=0, shape=(2, 4, 5, 3)):
@@ -126,11 +126,11 @@ def plan(tolerance, errors, interval=1):
     A cache repeats all steps, `r`, but each `interval`-th.
     """
     pace, steps, left = AdaptiveController(tolerance), "", list(errors)
-    while left or not pace.full:
+    while left or not pace.is_full_step:
         if len(steps) % interval:
             steps += "r"
             pace.end_half_step(computed=False)
-        elif not pace.full:
+        elif not pace.is_full_step:
             steps += "."
             pace.end_half_step()
         else:
@@ -141,7 +141,7 @@ def plan(tolerance, errors, interval=1):
 
 def test_the_gap_grows_while_the_prediction_is_right():
     assert plan(0.2, [0.0] * 6) == "FFF.F..F...F....F....F...."
-    assert LONGEST_GAP == 4
+    assert MAX_HALF_STEPS == 4
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_the_manual_wiring_gives_the_same_picture_and_the_same_report(case, sett
     gate_step, *rest = settings
     names = ("sp_interval", "fi_interval", "warm_up")
     expected = case.run(apply_tgate(pipe, gate_step, **dict(zip(names, rest, strict=False))))
-    report = vars(pipe)["_tgate"].callback.state.report
+    report = vars(pipe)["_tgate"].state.report
     remove_tgate(pipe)
     callback, before = wire(pipe, *settings)
     for _ in range(2):

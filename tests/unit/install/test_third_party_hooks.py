@@ -255,7 +255,9 @@ def test_a_cache_that_is_not_known_is_refused_by_name_whichever_came_first(first
         registry = diffusers_hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)
         registry.register_hook(Remembers(), "remembers")
 
-    message = r"T-GATE cannot run beside Remembers \('remembers'\) on the same.*\(diffusers .*remove_hook\('\w+'\)"
+    message = (
+        r"T-GATE cannot run together with Remembers \('remembers'\) on the same.*\(diffusers .*remove_hook\('\w+'\)"
+    )
     if first == "cache":
         cache()
         with pytest.raises(ValueError, match=message):
@@ -293,12 +295,14 @@ def test_merged_tokens_go_with_what_is_not_reused(name):
     assert not torch.equal(merged, plain)
     assert get_tgate_report(pipe).half_batch_forwards == STEPS - GATE
     remove_tgate(pipe)
-    with pytest.raises(ValueError, match=r"T-GATE cannot reuse self-attention \(sp_interval=2, fi_interval=1\) beside"):
+    with pytest.raises(
+        ValueError, match=r"T-GATE cannot reuse self-attention \(sp_interval=2, fi_interval=1\) together with"
+    ):
         apply_tgate(pipe, GATE, sp_interval=2)
     apply_tgate(pipe, GATE)
     tomesd.remove_patch(pipe)
     tomesd.apply_patch(pipe, ratio=0.5, max_downsample=8, merge_crossattn=True)
-    with pytest.raises(ValueError, match=r"T-GATE cannot run beside ToMe with merge_crossattn=True"):
+    with pytest.raises(ValueError, match=r"T-GATE cannot run together with ToMe with merge_crossattn=True"):
         case.run(pipe)
     tomesd.remove_patch(pipe)
     assert torch.equal(case.run(pipe), plain)
@@ -354,7 +358,9 @@ def test_tiles_go_with_what_is_not_reused():
             singles.append(case.run(pipe, [prompt]))
     with tiled(pipe.unet):
         assert distance(case.run(pipe, [0, 1]), torch.cat(singles)) < 1e-5
-        with pytest.raises(ValueError, match=r"cannot reuse self-attention \(sp_interval=1, fi_interval=2\) beside Hy"):
+        with pytest.raises(
+            ValueError, match=r"cannot reuse self-attention \(sp_interval=1, fi_interval=2\) together with Hy"
+        ):
             apply_tgate(pipe, GATE, fi_interval=2)
     remove_tgate(pipe)
     with tiled(pipe.unet):

@@ -39,7 +39,9 @@ def check(pipe, case, settings, prompts, guidance, **call):
     """The estimate is what the run takes, to the last MAC and the last byte."""
     steps = call.get("num_inference_steps", STEPS)
     schedule = TGateSchedule(**settings)
-    cost = estimate_cost(pipe, schedule, steps, guidance=guidance, batch_size=len(prompts), **sizes(case))
+    cost = estimate_cost(
+        pipe, schedule, steps, do_classifier_free_guidance=guidance, batch_size=len(prompts), **sizes(case)
+    )
     if type(pipe.scheduler) is type(case.build().scheduler):
         assert cost.without_tgate == taken_without_tgate(case.name, tuple(prompts), tuple(call.items()))
     else:
@@ -80,9 +82,17 @@ def test_the_estimate_of_animatediff():
 def test_guidance_of_other_parts_is_up_to_the_caller():
     host = HOSTS_BY_NAME["pix2pix"]
     pipe = host.build()
-    with pytest.raises(ValueError, match="give its denoiser, guidance=False, and the pictures times the parts"):
+    with pytest.raises(
+        ValueError, match="give its denoiser, do_classifier_free_guidance=False, and the pictures times the parts"
+    ):
         estimate_cost(pipe, TGateSchedule(2), STEPS)
-    size = {"height": SIZE, "width": SIZE, "max_sequence_length": 7, "guidance": False, "batch_size": 3}
+    size = {
+        "height": SIZE,
+        "width": SIZE,
+        "max_sequence_length": 7,
+        "do_classifier_free_guidance": False,
+        "batch_size": 3,
+    }
     cost = estimate_cost(pipe.unet, TGateSchedule(2), STEPS, **size)
     assert cost.without_tgate == taken(pipe, host, [0])
     assert cost.with_tgate == taken(apply_tgate(pipe, 2), host, [0])
@@ -239,21 +249,26 @@ def _with_another_layer():
         (None, {"num_inference_steps": 2.5}, TypeError, "num_inference_steps=2.5 is of type float: give an int"),
         (None, {"num_inference_steps": 0}, ValueError, "num_inference_steps=0 is too small"),
         (None, {"batch_size": 0}, ValueError, "batch_size=0 is too small"),
-        (None, {"guidance": 7.5}, TypeError, "guidance=7.5 is of type float: give True or False"),
+        (
+            None,
+            {"do_classifier_free_guidance": 7.5},
+            TypeError,
+            "do_classifier_free_guidance=7.5 is of type float: give True or False",
+        ),
         (None, {"height": 63}, ValueError, "height=63 is not a multiple of 8: give one"),
         (None, {"width": 0}, ValueError, "width=0 is too small: give an int of at least 8"),
         (None, {"vae_scale_factor": 0}, ValueError, "vae_scale_factor=0 is too small"),
         (None, {"max_sequence_length": 0}, ValueError, "max_sequence_length=0 is too small"),
         (None, {"num_frames": 3}, ValueError, "num_frames=3 means nothing for a UNet2DConditionModel: leave it out"),
-        (None, {"further_calls": [{"a": 1}]}, ValueError, "means nothing for a UNet2DConditionModel: leave it out"),
+        (None, {"extra_forwards": [{"a": 1}]}, ValueError, "means nothing for a UNet2DConditionModel: leave it out"),
         (None, {"dtype": "float16"}, TypeError, "dtype='float16' is of type str: give a torch.dtype"),
         (None, {"dtype": torch.int8}, ValueError, "dtype=torch.int8 is not a floating-point type"),
         (lambda: BY_NAME["svd"].build(), {"max_sequence_length": 3}, ValueError, "max_sequence_length=3 means nothing"),
         (
             lambda: BY_NAME["lcm"].build(),
-            {"guidance": True},
+            {"do_classifier_free_guidance": True},
             ValueError,
-            "guidance=True, but this UNet2D",
+            "do_classifier_free_guidance=True, but this UNet2D",
         ),
         (lambda: _other_conditions(attention_type="gated"), {}, ValueError, "config.attention_type='gated', and"),
         (lambda: _other_conditions(sample_size=None), {}, ValueError, "no config.sample_size: give `height`"),
@@ -336,7 +351,7 @@ def test_the_command_computes_any_other_row(tmp_path):
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(json.loads(config.read_text()))
     schedule = TGateSchedule(0.5, sp_interval=2, fi_interval=3, warm_up=1)
-    cost = estimate_cost(unet, schedule, 12, guidance=False, batch_size=2, dtype=torch.float16)
+    cost = estimate_cost(unet, schedule, 12, do_classifier_free_guidance=False, batch_size=2, dtype=torch.float16)
     assert (row["gate_step"], row["peak_bytes"]) == (6, cost.report.peak_bytes)
     assert row["with_tgate_macs"] == cost.with_tgate.layers
     assert row["with_tgate_total_macs"] == cost.with_tgate.total
@@ -379,7 +394,7 @@ def test_a_model_that_the_script_does_not_have_is_named():
 
 
 def test_an_estimate_without_guidance_says_whose_it_is(caplog):
-    estimate_cost(BY_NAME["sd"].build(), TGateSchedule(), 6, guidance=False)
+    estimate_cost(BY_NAME["sd"].build(), TGateSchedule(), 6, do_classifier_free_guidance=False)
     assert "this call of the denoiser has no guidance" in caplog.text
     caplog.clear()
     pipe = BY_NAME["sd"].build()

@@ -36,10 +36,10 @@ TOLD = {
     **{name: {"max_sequence_length": 512} for name in ("wan_image", "wan_animate", "chronoedit", "skyreels_image")},
     **{name: {"num_frames": 8} for name in ("stable_audio3", "stable_audio3_audio", "stable_audio3_inpaint")},
     **{name: {"num_frames": 5} for name in ("wan_video", "cogvideox_video", "cogvideox_control")},
-    "ltx2": {"further_calls": []},
-    "ltx2_image": {"further_calls": []},
-    "ltx2_condition": {"further_calls": []},
-    "ltx2_hdr": {"further_calls": []},
+    "ltx2": {"extra_forwards": []},
+    "ltx2_image": {"extra_forwards": []},
+    "ltx2_condition": {"extra_forwards": []},
+    "ltx2_hdr": {"extra_forwards": []},
     "hunyuan_controlnet": {"max_sequence_length": None},
     "audioldm2": {"height": 64, "width": 16},
     "ernie": {"max_sequence_length": 3},
@@ -118,7 +118,9 @@ def tier_of(kind):
 )
 def test_the_estimate_is_what_the_layers_take(kind):
     alone = {} if kind.way["cross_attention"] else kind.way
-    negative = {"guidance": True} if distilled_by(kind.build().transformer) and kind.is_guided else {}
+    negative = (
+        {"do_classifier_free_guidance": True} if distilled_by(kind.build().transformer) and kind.is_guided else {}
+    )
     pipe = kind.build()
     taken = layers_of(pipe)
     kind.run(pipe)
@@ -137,5 +139,7 @@ def test_latte_has_as_many_frames_as_its_configuration():
 
 def test_guidance_of_a_call_that_has_none_is_refused():
     pipe = next(kind for kind in ALL if kind.name == "stable_audio3_audio").build()
-    with pytest.raises(ValueError, match="guidance=True, but the call of StableAudio3AudioToAudioPipeline takes no"):
-        estimate_cost(pipe, TGateSchedule(GATE), STEPS, guidance=True)
+    with pytest.raises(
+        ValueError, match="do_classifier_free_guidance=True, but the call of StableAudio3AudioToAudioPipeline takes no"
+    ):
+        estimate_cost(pipe, TGateSchedule(GATE), STEPS, do_classifier_free_guidance=True)

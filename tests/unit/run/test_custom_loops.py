@@ -33,7 +33,7 @@ def refused(case, pipe, message, prompts=None, error=ValueError, **settings):
     apply_tgate(pipe, **{"gate_step": GATE, **settings})
     with pytest.raises(error, match=message):
         case.run(pipe, prompts)
-    assert vars(pipe)["_tgate"].callback.state.nbytes == 0
+    assert vars(pipe)["_tgate"].state.nbytes == 0
     assert torch.equal(case.run(remove_tgate(pipe), prompts), baseline)
 
 

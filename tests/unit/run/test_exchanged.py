@@ -92,7 +92,7 @@ def test_copies_of_one_picture_stay_equal(name, way):
     if name != "wan_experts":
         # There the second one takes over in between.
         assert get_tgate_report(pipe).full_steps == FULL[way]
-    assert vars(pipe)["_tgate"].callback.state.nbytes == 0
+    assert vars(pipe)["_tgate"].state.nbytes == 0
 
 
 @pytest.mark.parametrize("way", ["drop", *map(slow, ("predict", "auto", "reuse"))])

@@ -1,4 +1,4 @@
-"""Which layers keep their cross-attention within so many bytes: those that save most for each byte."""
+"""Which layers cache their cross-attention within so many bytes: those that save most for each byte."""
 
 from __future__ import annotations
 
@@ -12,137 +12,136 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from ..plan.validation import as_int, shown
 
 Key = TypeVar("Key", bound=Hashable)
-# What works on the tokens of the picture; all other projections work on those of the text.
-_OF_PICTURE = ("to_q", "to_out", "out_layer")
+# The projections of the image's tokens; all others work on those of the text.
+_IMAGE_PROJECTIONS = ("to_q", "to_out", "out_layer")
 
 
-def checked_memory(value: Any, cross_attention: bool | None) -> int | None:
+def validate_max_memory(value: Any, cross_attention: bool | None) -> int | None:
     """Validate `max_memory`: bytes as an int, or a string with a unit."""
     if value is None:
         return None
     # Nobody else should wait for the import.
     from accelerate.utils import convert_file_size_to_int  # type: ignore[import-untyped]
 
-    remedy = 'give bytes as an int of at least 0, or a string with a unit such as "2GB" or "500MiB"'
+    hint = 'give bytes as an int of at least 0, or a string with a unit such as "2GB" or "500MiB"'
     size = value if isinstance(value, str) else as_int(value)
     if size is None:
-        raise TypeError(f"max_memory={shown(value)} is of type {type(value).__name__}: {remedy}.")
+        raise TypeError(f"max_memory={shown(value)} is of type {type(value).__name__}: {hint}.")
     try:
-        most: int = 0 if isinstance(size, str) and size.strip() == "0" else convert_file_size_to_int(size)
+        max_bytes: int = 0 if isinstance(size, str) and size.strip() == "0" else convert_file_size_to_int(size)
     except (ValueError, OverflowError):
-        most = -1
-    if not 0 <= most <= sys.maxsize:
-        raise ValueError(f"max_memory={shown(value)} is not a size: {remedy}.")
+        max_bytes = -1
+    if not 0 <= max_bytes <= sys.maxsize:
+        raise ValueError(f"max_memory={shown(value)} is not a size: {hint}.")
     if cross_attention is False:
         raise ValueError(
             f"max_memory={shown(value)} is for kept cross-attention, and cross_attention=False keeps none: leave one "
             "of them out."
         )
-    return most
+    return max_bytes
 
 
-def within(cross_attention: bool | None, most: int | None) -> bool | None:
-    """Whether cross-attention is gated where so many bytes are given for it."""
-    return cross_attention if most is None else most > 0
+def gates_cross_attention(cross_attention: bool | None, max_bytes: int | None) -> bool | None:
+    """Whether cross-attention is gated, where `max_memory` may say so."""
+    return cross_attention if max_bytes is None else max_bytes > 0
 
 
 class LayerSizes(NamedTuple):
-    """Shapes of what a layer was given, the text included, and of what it gave out; bytes of each number of that."""
+    """The shapes of a layer's input, text and output, and the bytes of each number of the output."""
 
-    given: Sequence[int]
-    text: Sequence[int]
-    output: Sequence[int]
+    input_shape: Sequence[int]
+    text_shape: Sequence[int]
+    output_shape: Sequence[int]
     itemsize: int
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it gave out."""
-        return math.prod(self.output) * self.itemsize
+        """Bytes of the output."""
+        return math.prod(self.output_shape) * self.itemsize
 
 
-def sizes_of(hidden_states: Any, context: Any, output: Any) -> LayerSizes:
+def measure_layer(hidden_states: Any, context: Any, output: Any) -> LayerSizes:
     """The sizes of one call of a layer with cross-attention."""
-    # An IP-Adapter brings its pictures beside the text.
+    # With an IP-Adapter, the images come together with the text.
     text = context[0] if isinstance(context, (tuple, list)) else context
     return LayerSizes(hidden_states.shape, text.shape, output.shape, output.element_size())
 
 
 def saved_macs(attn: Any, sizes: LayerSizes) -> int:
     """Multiply-accumulates of a call of a layer with cross-attention, by its projections and attention's products."""
-    tokens, of_text = math.prod(sizes.given[:-1]), math.prod(sizes.text[:-1])
+    tokens, text_tokens = math.prod(sizes.input_shape[:-1]), math.prod(sizes.text_shape[:-1])
     taken = 0
     for name, part in attn.named_modules():
         # Quantised layers and those with LoRA have these two as well.
         if not hasattr(part, "in_features") or "lora" in name or name.endswith("base_layer"):
             continue
-        of_picture = name.startswith(_OF_PICTURE)
-        taken += (tokens if of_picture else of_text) * part.in_features * part.out_features
-        if of_picture and not name.startswith(_OF_PICTURE[1:]):
-            taken += 2 * tokens * sizes.text[-2] * part.out_features
+        is_image = name.startswith(_IMAGE_PROJECTIONS)
+        taken += (tokens if is_image else text_tokens) * part.in_features * part.out_features
+        if is_image and not name.startswith(_IMAGE_PROJECTIONS[1:]):
+            taken += 2 * tokens * sizes.text_shape[-2] * part.out_features
     return taken
 
 
 class MemoryBudget(Generic[Key]):
     """
-    Who keeps an output within so many bytes: the best in the order of what is saved for each byte, until one of them
-    does not fit. So whoever is out stays out when more is known of others, and the choice does not depend on the order
-    in which they are met.
+    Selects the layers whose outputs fit into so many bytes: the best by what is saved for each byte, until one of them
+    does not fit. So a layer that is out stays out when others are offered, and the order of offers does not matter.
 
     Args:
-        most (`int`): So many bytes.
+        max_bytes (`int`): Most bytes of all outputs together.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._offers: dict[Key, tuple[tuple[Fraction, int], int]] = {}
-        self._chosen: frozenset[Key] = frozenset()
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._candidates: dict[Key, tuple[tuple[Fraction, int], int]] = {}
+        self._selected: frozenset[Key] = frozenset()
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._chosen
+        return key in self._selected
 
-    def forget(self) -> None:
-        """Know of no layer."""
-        self._offers.clear()
-        self._chosen = frozenset()
-
-    @property
-    def known(self) -> Collection[Key]:
-        """The layers that were met."""
-        return self._offers.keys()
+    def reset(self) -> None:
+        """Remove all candidates."""
+        self._candidates.clear()
+        self._selected = frozenset()
 
     @property
-    def least(self) -> int:
-        """The bytes of the best."""
-        return min(self._offers.values())[1]
+    def candidates(self) -> Collection[Key]:
+        """The layers that were offered."""
+        return self._candidates.keys()
 
-    def meet(self, key: Key, saved: int, nbytes: int, place: int) -> bool:
+    @property
+    def min_bytes(self) -> int:
+        """The bytes of the best layer."""
+        return min(self._candidates.values())[1]
+
+    def offer(self, key: Key, saved: int, nbytes: int, index: int) -> bool:
         """
-        A layer is met.
+        Offer a layer.
 
         Args:
-            key: It.
-            saved (`int`): What it saves in a step.
-            nbytes (`int`): Bytes of what it keeps.
-            place (`int`): Its place among all, for those that save as much.
+            key: The layer.
+            saved (`int`): Multiply-accumulates that it saves in a step.
+            nbytes (`int`): Bytes of its output.
+            index (`int`): Its place among all layers, which decides between two that save as much.
 
         Returns:
-            `bool`: Whether it keeps its output, as far as is known by now.
+            `bool`: Whether it is selected for now.
         """
-        offer = ((-Fraction(saved, max(nbytes, 1)), place), nbytes)
-        if self._offers.get(key) != offer:
-            if key in self._offers:
-                # Other latents: what is known of the others holds no more.
-                self.forget()
-            self._offers[key] = offer
-            self._chosen = self._choose()
-        return key in self._chosen
+        offer = ((-Fraction(saved, max(nbytes, 1)), index), nbytes)
+        if self._candidates.get(key) != offer:
+            if key in self._candidates:
+                # The size of the latents has changed: the other candidates are out of date.
+                self.reset()
+            self._candidates[key] = offer
+            self._selected = self._select()
+        return key in self._selected
 
-    def _choose(self) -> frozenset[Key]:
-        """The best that fit together."""
-        chosen, held = set(), 0
-        for key, (_, nbytes) in sorted(self._offers.items(), key=operator.itemgetter(1)):
+    def _select(self) -> frozenset[Key]:
+        """Select the best candidates that fit together."""
+        selected, held = set(), 0
+        for key, (_, nbytes) in sorted(self._candidates.items(), key=operator.itemgetter(1)):
             held += nbytes
-            if held > self._most:
+            if held > self._max_bytes:
                 break
-            chosen.add(key)
-        return frozenset(chosen)
+            selected.add(key)
+        return frozenset(selected)

@@ -1,4 +1,4 @@
-"""The attention processor that stands in front of another one and stores or reuses its output."""
+"""The attention processor that wraps another one and stores or reuses its output."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..plan.schedule import Action
-from .budget import sizes_of
-from .state import CachedPart, Slot, TGateState
+from ..plan.forward_plan import CachedPart
+from ..plan.step_plan import Action
+from .budget import measure_layer
+from .state import Slot, TGateState
 
 
 class TGateAttnProcessor:
@@ -54,7 +55,7 @@ class TGateAttnProcessor:
     original: Any
     slot: Slot
     state: TGateState
-    tgate_base: ClassVar[type]
+    wrapped_class: ClassVar[type]
 
     def __new__(cls, original: Any, state: TGateState) -> TGateAttnProcessor:
         if not callable(original) or inspect.isclass(original) or inspect.isbuiltin(original):
@@ -64,8 +65,8 @@ class TGateAttnProcessor:
             )
         if not isinstance(state, TGateState):
             raise TypeError(f"state={state!r} is of type {type(state).__name__}: give the `state` of a TGateCallback.")
-        base = type(original).tgate_base if isinstance(original, TGateAttnProcessor) else type(original)
-        processor: TGateAttnProcessor = object.__new__(_gated_class(base))
+        base = type(original).wrapped_class if isinstance(original, TGateAttnProcessor) else type(original)
+        processor: TGateAttnProcessor = object.__new__(_gated_processor_class(base))
         slot = state.new_slot(is_diffusers_processor(original))
         # Not by plain assignment: a module among the processors would register `original` as a part of itself.
         attributes = {"original": original, "state": state, "slot": slot}
@@ -76,7 +77,7 @@ class TGateAttnProcessor:
         return processor
 
     def __init__(self, original: Any, state: TGateState) -> None:
-        # The `__init__` of the class behind has run already, on `original`.
+        # The `__init__` of the wrapped class has run already, on `original`.
         pass
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -85,7 +86,7 @@ class TGateAttnProcessor:
         return TGateAttnProcessor, (self.original, self.state)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Some of the classes behind define their own.
+        # Some of the wrapped classes define their own.
         return self.__reduce__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -97,7 +98,7 @@ class TGateAttnProcessor:
 
 
 class _AttributeProxy:
-    """In front of what cannot be subclassed (a function, an object with slots): hands attributes on to it."""
+    """Passes attributes on to a processor that cannot be subclassed: a function, an object with slots."""
 
     __slots__ = ()
 
@@ -112,25 +113,27 @@ class _AttributeProxy:
 
 
 def _as_it_is(original: Any) -> Any:
-    """What a gate is in a pickle: the processor behind. A gated pipeline that is unpickled puts in gates of its own."""
+    """What a gate is in a pickle: its original. A gated pipeline that is unpickled puts in gates of its own."""
     return original
 
 
 def is_diffusers_processor(processor: Any) -> bool:
     """Whether a processor is diffusers' own, which never mixes the samples of a batch and does not count its calls."""
-    return type(_behind(processor)).__module__.split(".")[0] == "diffusers"
+    return type(_unwrap(processor)).__module__.split(".")[0] == "diffusers"
 
 
 def is_plain_callable(processor: Any) -> bool:
     """Whether a processor is a mere callable (a function, an object with slots), which tells nothing of itself."""
-    behind = _behind(processor)
-    if is_diffusers_processor(behind):
+    unwrapped = _unwrap(processor)
+    if is_diffusers_processor(unwrapped):
         return False
-    return inspect.isroutine(behind) or isinstance(behind, functools.partial) or not hasattr(behind, "__dict__")
+    return (
+        inspect.isroutine(unwrapped) or isinstance(unwrapped, functools.partial) or not hasattr(unwrapped, "__dict__")
+    )
 
 
-def _behind(processor: Any) -> Any:
-    """The processor behind all gates."""
+def _unwrap(processor: Any) -> Any:
+    """The processor inside all gates."""
     while isinstance(processor, TGateAttnProcessor):
         processor = processor.original
     return processor
@@ -141,53 +144,53 @@ def _gated_call(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, *
     if getattr(attn, "residual_connection", False):
         # The output holds the residual, which is another one in every step.
         return self.original(attn, hidden_states, *args, **kwargs)
-    # Stable Audio 3 has another word for it.
+    # Stable Audio 3 calls it `context`.
     context = kwargs.get("encoder_hidden_states", kwargs.get("context", args[0] if args else None))
     # The layer's own flag is missing or wrong in several models; what it attends to is not.
     is_self = context is None or context is hidden_states
     if torch.compiler.is_compiling():
         return _compiled_call(self, None if is_self else context, attn, hidden_states, args, kwargs)
-    run = self.state.current()
+    run = self.state.current() or self.state.first_step_cache
     if run is None:
         return self.original(attn, hidden_states, *args, **kwargs)
-    outputs = run.outputs
-    action = outputs.signals.self_attention if is_self else outputs.signals.cross_attention
+    cache = run.attention_cache
+    action = cache.actions.self_attention if is_self else cache.actions.cross_attention
     if action is Action.REUSE:
-        kept = outputs.reused(self.slot, attn, hidden_states, is_self)
-        if kept is not None:
-            return kept
+        cached = cache.get(self.slot, attn, hidden_states, is_self)
+        if cached is not None:
+            return cached
     output = self.original(attn, hidden_states, *args, **kwargs)
-    outputs.computed(self.slot, attn, output, action, is_self, hidden_states, context)
+    cache.put(self.slot, attn, output, action, is_self, hidden_states, context)
     return output
 
 
 def _compiled_call(self: Any, context: Any, attn: Any, hidden_states: torch.Tensor, args: Any, kwargs: Any) -> Any:
-    """The same in compiled code, which cannot ask for its thread and would be compiled anew for whatever it counts."""
-    signals, slot = self.state.compiled, self.slot
+    """`_gated_call` in compiled code, which cannot ask for its thread, and is compiled anew if it counts anything."""
+    actions, slot = self.state.compiled_actions, self.slot
     is_self = context is None
-    action = signals.self_attention if is_self else slot.action or signals.cross_attention
+    action = actions.self_attention if is_self else slot.action or actions.cross_attention
     if action is Action.REUSE:
         if slot.tensor is not None and slot.tensor.shape[:2] == hidden_states.shape[:2]:
             return slot.tensor
-        if signals.half and not is_self:
-            raise ValueError(UNFIT)
+        if actions.on_half_batch and not is_self:
+            raise ValueError(MISMATCH_MESSAGE)
     output = self.original(attn, hidden_states, *args, **kwargs)
     if not is_self and slot.action is not None:
-        slot.sizes = sizes_of(hidden_states, context, output)
+        slot.sizes = measure_layer(hidden_states, context, output)
     if action is not Action.COMPUTE:
-        slot.tensor = part_of(output, signals.part)
+        slot.tensor = select_part(output, actions.part)
     return output
 
 
-UNFIT = (
+MISMATCH_MESSAGE = (
     "a cross-attention layer would have to compute on half of the batch, which holds half of the text, because what it "
     "keeps does not fit: blocks that change their size inside the denoiser cannot be gated. Call remove_tgate(pipe) to "
     "use this pipeline."
 )
 
 
-def part_of(output: torch.Tensor, part: CachedPart) -> torch.Tensor:
-    """What is kept of an output: itself, or a tensor of its own."""
+def select_part(output: torch.Tensor, part: CachedPart) -> torch.Tensor:
+    """The part of an output that is cached: the output itself, or a new tensor."""
     if part is CachedPart.ALL:
         return output
     if part is CachedPart.MEAN:
@@ -203,8 +206,8 @@ def mean_of_halves(output: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _gated_class(base: type) -> type:
-    """The class of the gated processors that stand in front of a `base`."""
+def _gated_processor_class(base: type) -> type:
+    """The class of the gated processors that wrap a `base`."""
 
     # `Attention.forward` drops the keyword arguments that this signature does not name.
     def __call__(self: Any, attn: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -213,13 +216,13 @@ def _gated_class(base: type) -> type:
     functools.update_wrapper(__call__, base.__call__)
     __call__.__signature__ = inspect.signature(base.__call__)  # type: ignore[attr-defined]
 
-    # diffusers re-creates processors as `type(processor)()`: what it wants then is a processor of the type behind.
+    # diffusers re-creates processors as `type(processor)()`: what it wants then is one of the wrapped type.
     def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
         return base(*args, **kwargs)
 
-    # The name holds that of the type behind, because diffusers looks for "XFormers" and the like in it.
+    # The name holds that of the wrapped type, because diffusers looks for "XFormers" and the like in it.
     name = f"{TGateAttnProcessor.__name__}[{base.__name__}]"
-    body = {"__slots__": (), "__call__": __call__, "__new__": __new__, "tgate_base": base, "__doc__": base.__doc__}
+    body = {"__slots__": (), "__call__": __call__, "__new__": __new__, "wrapped_class": base, "__doc__": base.__doc__}
     if not base.__dictoffset__:
         return type(name, (_AttributeProxy, TGateAttnProcessor), body)
     try:

@@ -1,4 +1,4 @@
-"""What runs beside T-GATE on the same denoiser and keeps tensors of its batch: told where the batch changes."""
+"""Adapters for caches of others on the same denoiser: each is told where T-GATE changes the batch."""
 
 from __future__ import annotations
 
@@ -8,58 +8,58 @@ from collections.abc import Callable, Sequence
 
 class CacheAdapter:
     """
-    A cache of somebody else's, for the time of one call.
+    Adapts a cache of another library to T-GATE, for the time of one call.
 
     Attributes:
-        computes_gate (`bool`): Whether every layer runs in the gate step, whatever the cache has.
-        keeps_guidance (`bool`): Whether it leaves out half of the batch itself, inside the denoiser.
+        computes_gate_step (`bool`): Whether every layer runs in the gate step, whatever is cached.
+        owns_cfg (`bool`): Whether the cache skips half of the batch itself, inside the denoiser.
     """
 
-    computes_gate = False
-    keeps_guidance = False
+    computes_gate_step = False
+    owns_cfg = False
 
     def begin_call(self) -> None:
-        """A call starts: start afresh, whatever was before."""
-        self.start()
+        """A call starts: reset the cache, whatever was before."""
+        self.reset()
 
     def end_call(self) -> None:
         """The call has ended, however it ended. May come twice, and before `begin_call`."""
-        self.start()
+        self.reset()
 
-    def start(self) -> None:
-        """Forget what is kept."""
+    def reset(self) -> None:
+        """Release cached tensors, so that the next step is computed."""
         raise NotImplementedError
 
-    def at_gate(self) -> None:
-        """A step begins whose outputs T-GATE keeps."""
+    def on_gate_step(self) -> None:
+        """A step begins whose outputs T-GATE caches."""
 
-    def halve(self, kept: int) -> None:
+    def on_half_batch(self, active_half: int) -> None:
         """
-        A forward begins that runs on half of the batch, where the last one ran on all of it.
+        A forward begins that runs on half of the batch, after one that ran on all of it.
 
         Args:
-            kept (`int`): The half that runs, 0 or 1.
+            active_half (`int`): The half that runs, 0 or 1.
         """
         raise NotImplementedError
 
-    def double(self) -> None:
-        """The inverse of `halve`: both halves run again, and what the other half has kept is old by now."""
+    def on_full_batch(self) -> None:
+        """A forward begins that runs on all of the batch, after half steps. What is cached of the other half is old."""
         raise NotImplementedError
 
-    def catch_up(self) -> None:
-        """A full step begins after half steps, where guidance is two calls and the second one was left out."""
+    def on_resume_second_call(self) -> None:
+        """A full step begins after half steps, with sequential CFG: its second call runs again."""
 
-    def leave_out(self) -> None:
-        """The second call of guidance comes now, and does not run."""
+    def on_skip_second_call(self) -> None:
+        """With sequential CFG, the second call of this step is skipped."""
 
-    def settle(self) -> None:
+    def on_step_end(self) -> None:
         """A step has ended."""
 
-    def repeats(self) -> bool:
-        """Whether it is known that the next forward, as the batch is, hardly computes anything anew."""
+    def will_hit(self) -> bool:
+        """Whether the next forward, on the present batch, is known to compute hardly anything anew."""
         return False
 
-    def repeated(self) -> bool:
+    def was_hit(self) -> bool:
         """Whether the last forward hardly computed anything anew."""
         return False
 
@@ -70,102 +70,102 @@ class CacheAdapters:
 
     Args:
         adapters (`Sequence`): Those of each denoiser.
-        calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance is made of.
+        calls_per_step (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance is made of.
     """
 
-    def __init__(self, adapters: Sequence[Sequence[CacheAdapter]] = (), calls: int = 1) -> None:
+    def __init__(self, adapters: Sequence[Sequence[CacheAdapter]] = (), calls_per_step: int = 1) -> None:
         self._by_denoiser = dict(enumerate(adapters))
         self._all = self._by_denoiser.get(0, ())
-        self._calls = calls
-        self._half = False
-        self._rows: int | None = None
+        self._calls_per_step = calls_per_step
+        self._is_half_step = False
+        self._batch_size: int | None = None
 
     def __bool__(self) -> bool:
         return bool(self._all)
 
     @property
-    def skip_the_gate(self) -> bool:
-        """Whether layers may not run in the gate step, so that what they give is to be kept in every step before."""
-        return not all(each.computes_gate for each in self._all)
+    def may_skip_gate_step(self) -> bool:
+        """Whether layers may not run in the gate step, so that T-GATE caches their outputs in every step before it."""
+        return not all(each.computes_gate_step for each in self._all)
 
     @property
-    def keep_guidance(self) -> bool:
-        """Whether the layers may find half of the batch that the denoiser was given, the second one."""
-        return any(each.keeps_guidance for each in self._all)
+    def owns_cfg(self) -> bool:
+        """Whether a cache skips half of the guidance itself, so that layers may get the second half of the batch."""
+        return any(each.owns_cfg for each in self._all)
 
     def begin_call(self, undo: Callable[[Callable[[], object]], None]) -> None:
         """
         A call starts.
 
         Args:
-            undo (`Callable`): Is told what has to be called when the call has ended.
+            undo (`Callable`): Registers what has to be called when the call has ended.
         """
         for each in itertools.chain.from_iterable(self._by_denoiser.values()):
             undo(each.end_call)
             each.begin_call()
 
-    def take_over(self, number: int) -> None:
-        """Another denoiser runs from now on, with full steps at first. What its caches keep is of no other one."""
-        self.end_loop()
-        self._all = self._by_denoiser.get(number, ())
+    def on_denoiser_switch(self, index: int) -> None:
+        """Another denoiser runs from now on, with full steps at first and with caches of its own."""
+        self.on_loop_end()
+        self._all = self._by_denoiser.get(index, ())
 
     @property
-    def half(self) -> bool:
-        """Whether one half of guidance was left out in the last step."""
-        return self._half
+    def was_half_step(self) -> bool:
+        """Whether one half of guidance was skipped in the last step."""
+        return self._is_half_step
 
-    def repeats(self) -> bool:
-        """Whether it is known that the next forward, as the batch is, hardly computes anything anew."""
-        return any(each.repeats() for each in self._all)
+    def will_hit(self) -> bool:
+        """Whether the next forward, on the present batch, is known to compute hardly anything anew."""
+        return any(each.will_hit() for each in self._all)
 
-    def repeated(self) -> bool:
+    def was_hit(self) -> bool:
         """Whether the last forward hardly computed anything anew."""
-        return any(each.repeated() for each in self._all)
+        return any(each.was_hit() for each in self._all)
 
-    def begin_step(self, rows: int, *, half: bool, kept: int, at_gate: bool) -> None:
+    def on_step_begin(self, batch_size: int, *, is_half_step: bool, active_half: int, is_gate_step: bool) -> None:
         """
         A step begins.
 
         Args:
-            rows (`int`): The batch that the denoiser runs on in it.
-            half (`bool`): Whether one half of guidance is left out in it.
-            kept (`int`): The half that would, 0 or 1.
-            at_gate (`bool`): Whether T-GATE keeps what the layers give.
+            batch_size (`int`): The batch that the denoiser runs on in it.
+            is_half_step (`bool`): Whether one half of guidance is skipped in it.
+            active_half (`int`): The half that runs in a half step, 0 or 1.
+            is_gate_step (`bool`): Whether T-GATE caches the outputs of the layers.
         """
-        before, self._rows = self._rows, rows
-        was_half, self._half = self._half, half
+        before, self._batch_size = self._batch_size, batch_size
+        was_half, self._is_half_step = self._is_half_step, is_half_step
         for each in self._all:
-            if at_gate:
-                each.at_gate()
-            if self._calls == 1 and half and not was_half and before == 2 * rows:
-                each.halve(kept)
-            elif self._calls == 1 and was_half and rows == 2 * (before or 0):
-                each.double()
-            elif before not in (None, rows):
-                # Guidance was switched, or there are other pictures: what is kept fits neither.
-                each.start()
-            elif self._calls > 1 and was_half and not half:
-                each.catch_up()
+            if is_gate_step:
+                each.on_gate_step()
+            if self._calls_per_step == 1 and is_half_step and not was_half and before == 2 * batch_size:
+                each.on_half_batch(active_half)
+            elif self._calls_per_step == 1 and was_half and batch_size == 2 * (before or 0):
+                each.on_full_batch()
+            elif before not in (None, batch_size):
+                # Guidance was switched, or the number of samples has changed: what is cached fits neither.
+                each.reset()
+            elif self._calls_per_step > 1 and was_half and not is_half_step:
+                each.on_resume_second_call()
 
-    def leave_out(self) -> None:
-        """The second call of guidance comes now, and does not run."""
+    def on_skip_second_call(self) -> None:
+        """With sequential CFG, the second call of this step is skipped."""
         for each in self._all:
-            each.leave_out()
+            each.on_skip_second_call()
 
-    def end_step(self) -> None:
+    def on_step_end(self) -> None:
         """The last forward of a step has ended."""
         for each in self._all:
-            each.settle()
+            each.on_step_end()
 
-    def begin_afresh(self) -> None:
-        """The next step computes everything, on the whole batch."""
+    def reset(self) -> None:
+        """Reset all caches: the next step computes everything, on the whole batch."""
         for each in self._all:
-            each.start()
-        self._half, self._rows = False, None
+            each.reset()
+        self._is_half_step, self._batch_size = False, None
 
-    def end_loop(self) -> None:
-        """A denoiser has no more steps: if it comes back, it is not with the half of its last one."""
-        if self._half:
+    def on_loop_end(self) -> None:
+        """The denoiser has no more steps in this loop: reset its caches if they hold one half of the batch."""
+        if self._is_half_step:
             for each in self._all:
-                each.start()
-        self._half, self._rows = False, None
+                each.reset()
+        self._is_half_step, self._batch_size = False, None

@@ -1,4 +1,4 @@
-"""cache-dit's DBCache: if the first blocks give about what they gave, the residual of the middle ones is kept."""
+"""cache-dit's DBCache: if the output of the first blocks has changed little, the middle ones are skipped."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from .adapter import CacheAdapter
-from .foreign_forwards import comes_from
-from .split import split
+from .forward_origin import comes_from
+from .split import split_halves
 
-# What a context has to have, to be one that is known here. `pruned_blocks` is that of another kind of cache.
-_NEEDS = (
+# The attributes of a supported context. `pruned_blocks` is an attribute of another kind of cache.
+_REQUIRED = (
     "buffers",
     "cached_steps",
     "cfg_cached_steps",
@@ -24,29 +24,30 @@ _NEEDS = (
     "has_calibrators",
     "mark_step_begin",
 )
-_UNKNOWN = ("pruned_blocks",)
+_UNSUPPORTED = ("pruned_blocks",)
 
 
-def is_there(denoiser: torch.nn.Module) -> bool:
+def is_enabled(denoiser: torch.nn.Module) -> bool:
     """Whether cache-dit is enabled for a denoiser."""
     # ParaAttention, from which it is descended, leaves the first of these marks too.
     marked = bool(vars(denoiser).get("_is_cached")) and not comes_from(denoiser, "para_attn")
     return marked or "_context_manager" in vars(denoiser)
 
 
-def why_not(denoiser: torch.nn.Module, calls: int) -> str | None:
-    """Why cache-dit does not run together with T-GATE on a denoiser, if so."""
-    config = getattr(_probe(denoiser), "cache_config", None)
+def incompatibility(denoiser: torch.nn.Module, calls_per_step: int) -> str | None:
+    """Why cache-dit cannot run together with T-GATE on a denoiser, if it cannot."""
+    config = getattr(_sample_context(denoiser), "cache_config", None)
     if config is None or not all(hasattr(config, name) for name in ("enable_separate_cfg", "steps_computation_policy")):
         return (
             f"how it keeps tensors of the batch, which T-GATE halves, is not known here (cache-dit {_version()}); "
             "DBCache of cache-dit 1.5 is"
         )
-    if bool(config.enable_separate_cfg) is not (calls > 1):
+    if bool(config.enable_separate_cfg) is not (calls_per_step > 1):
         kinds = ("one call of the denoiser", "two calls of the denoiser, one after the other")
         return (
-            f"guidance of this pipeline is {kinds[calls > 1]}, which enable_separate_cfg={config.enable_separate_cfg} "
-            f"contradicts: give DBCacheConfig(enable_separate_cfg={calls > 1})"
+            f"guidance of this pipeline is {kinds[calls_per_step > 1]}, which "
+            f"enable_separate_cfg={config.enable_separate_cfg} contradicts: give "
+            f"DBCacheConfig(enable_separate_cfg={calls_per_step > 1})"
         )
     if config.steps_computation_policy == "static":
         return (
@@ -58,11 +59,11 @@ def why_not(denoiser: torch.nn.Module, calls: int) -> str | None:
 
 class DBCacheAdapter(CacheAdapter):
     """
-    The contexts of a denoiser, one for each list of blocks.
+    Adapts the contexts of a denoiser, one for each list of blocks.
 
-    A full step after half steps is computed, so nothing is laid aside of the half that was left out. Calibrators start
-    afresh where the batch changes. Where guidance is two calls, they are told apart by counting, so one that is left
-    out is counted too.
+    A full step after half steps is computed, so nothing of the skipped half is stashed. Calibrators are reset where the
+    batch changes. With sequential CFG, cache-dit tells the two calls apart by counting, so skipped ones are counted
+    too.
 
     Args:
         denoiser (`torch.nn.Module`): The denoiser.
@@ -70,11 +71,11 @@ class DBCacheAdapter(CacheAdapter):
 
     def __init__(self, denoiser: torch.nn.Module) -> None:
         self._denoiser: Any = denoiser
-        self._left_out = -1
+        self._skipped_step = -1
 
     @property
     def contexts(self) -> list[Any]:
-        """What has been kept in this call; before the first one there is none."""
+        """The contexts of this call; before the first forward there are none."""
         there = self._manager._cached_context_manager
         return [there[name] for name in self._denoiser._context_names if name in there]
 
@@ -83,12 +84,11 @@ class DBCacheAdapter(CacheAdapter):
         self._begin()
 
     def end_call(self) -> None:
-        """Hold nothing."""
-        # It may have been disabled in the call.
-        if is_there(self._denoiser):
+        """Release cached tensors, if the cache was not disabled in the call."""
+        if is_enabled(self._denoiser):
             self._begin()
 
-    def start(self) -> None:
+    def reset(self) -> None:
         """Have the next step computed."""
         for context in self.contexts:
             context.clear_buffers()
@@ -96,52 +96,52 @@ class DBCacheAdapter(CacheAdapter):
                 if calibrator is not None:
                     calibrator.reset_cache()
 
-    def halve(self, kept: int) -> None:
-        """Keep the half that runs."""
+    def on_half_batch(self, active_half: int) -> None:
+        """Leave the active half in the cache."""
         if any(context.has_calibrators() for context in self.contexts):
-            self.start()
+            self.reset()
         for context in self.contexts:
-            context.buffers, _ = split(context.buffers, kept)
+            context.buffers, _ = split_halves(context.buffers, active_half)
 
-    def double(self) -> None:
+    def on_full_batch(self) -> None:
         """Have the next step computed."""
-        self.start()
+        self.reset()
 
-    def catch_up(self) -> None:
+    def on_resume_second_call(self) -> None:
         """Have both calls of the next step computed."""
-        self.start()
+        self.reset()
 
-    def leave_out(self) -> None:
-        """Count the call that is left out."""
+    def on_skip_second_call(self) -> None:
+        """Count the skipped call."""
         for context in self.contexts:
             context.mark_step_begin()
-            self._left_out = context.get_current_step()
+            self._skipped_step = context.get_current_step()
 
-    def repeated(self) -> bool:
+    def was_hit(self) -> bool:
         """Whether the middle blocks were skipped in the last step, in each of its calls that ran."""
         contexts = self.contexts
-        return bool(contexts) and all(self._repeated(context) for context in contexts)
+        return bool(contexts) and all(self._was_hit(context) for context in contexts)
 
-    def _repeated(self, context: Any) -> bool:
-        """Whether it was so with one list of blocks."""
+    def _was_hit(self, context: Any) -> bool:
+        """Whether the middle blocks of one list were skipped in the last step."""
         step = context.get_current_step()
-        both = bool(context.cache_config.enable_separate_cfg) and step != self._left_out
+        both = bool(context.cache_config.enable_separate_cfg) and step != self._skipped_step
         return step in context.cached_steps and (not both or step in context.cfg_cached_steps)
 
     @property
     def _manager(self) -> Any:
-        """What has the contexts."""
+        """cache-dit's manager of the contexts."""
         return self._denoiser._context_manager
 
     def _begin(self) -> None:
         """Make the contexts anew."""
-        self._left_out = -1
+        self._skipped_step = -1
         for context in self.contexts:
             self._manager.reset_context(context.name, *context._init_args, **context._init_kwargs)
 
 
-def _probe(denoiser: Any) -> Any:
-    """A context as the denoiser's manager makes them, if it is of a kind that is known here."""
+def _sample_context(denoiser: Any) -> Any:
+    """A context made by the denoiser's manager, if it is of a supported kind."""
     manager: Any = getattr(denoiser, "_context_manager", None)
     asked = ("_cached_context_manager", "new_context", "reset_context")
     if not all(hasattr(manager, name) for name in asked) or not hasattr(denoiser, "_context_names"):
@@ -149,12 +149,14 @@ def _probe(denoiser: Any) -> Any:
     aside = copy.copy(manager)
     aside._cached_context_manager = {}
     context = aside.new_context(**getattr(denoiser, "_context_kwargs", {}))
-    known = all(hasattr(context, name) for name in _NEEDS) and not any(hasattr(context, name) for name in _UNKNOWN)
+    known = all(hasattr(context, name) for name in _REQUIRED) and not any(
+        hasattr(context, name) for name in _UNSUPPORTED
+    )
     return context if known and hasattr(context, "_init_kwargs") else None
 
 
 def _version() -> str:
-    """Which cache-dit is installed."""
+    """The version of cache-dit that is installed."""
     try:
         return importlib.metadata.version("cache-dit")
     except importlib.metadata.PackageNotFoundError:

@@ -8,11 +8,11 @@ import torch
 
 from ..plan.validation import shown
 from .adapter import CacheAdapter
-from .split import split
+from .split import split_halves
 
 
-def check_helper(helper: Any, pipe: Any) -> None:
-    """Refuse what is not a parametrised helper of this pipeline."""
+def validate_helper(helper: Any, pipe: Any) -> None:
+    """Validate `deepcache`: a helper of this pipeline, with its parameters set."""
     if isinstance(helper, type) or not all(
         callable(getattr(helper, name, None)) for name in ("enable", "disable", "set_params")
     ):
@@ -30,93 +30,95 @@ def check_helper(helper: Any, pipe: Any) -> None:
             f"deepcache={helper!r} has no parameters: call its set_params(cache_interval=3, cache_branch_id=0) first."
         )
     if getattr(pipe, "unet", None) is None:
-        raise ValueError(f"{type(pipe).__name__} has no UNet, and DeepCache knows nothing else: leave out `deepcache`.")
+        raise ValueError(
+            f"{type(pipe).__name__} has no UNet, and DeepCache supports nothing else: leave out `deepcache`."
+        )
 
 
 class DeepCacheAdapter(CacheAdapter):
     """
-    When a DeepCache helper starts afresh.
+    Adapts a DeepCache helper.
 
-    Its cached tensors have the batch of the step that made them. Where guidance is dropped, it starts afresh where the
-    batch changes, and in the gate step too, in which every layer is computed: that is the published order. Where
+    Its cached tensors have the batch of the step that made them. Where guidance is dropped, the helper is reset where
+    the batch changes, and in the gate step too, in which every layer is computed: that is the published order. Where
     guidance is predicted, the batch changes often, so what is cached is halved with it. A helper that is not enabled is
     enabled for the call only.
 
     Args:
         helper (`DeepCacheSDHelper`): The user's helper.
-        halves (`bool`, *optional*, defaults to `False`): Whether what is cached is halved with the batch.
+        halves_cache (`bool`, *optional*, defaults to `False`): Whether what is cached is halved with the batch.
     """
 
-    def __init__(self, helper: Any, *, halves: bool = False) -> None:
+    def __init__(self, helper: Any, *, halves_cache: bool = False) -> None:
         self.helper = helper
-        self.computes_gate = not halves
-        self._given: _Given | None = None
+        self.computes_gate_step = not halves_cache
+        self._before_call: _HelperBeforeCall | None = None
 
     def begin_call(self) -> None:
-        """Have the helper enabled."""
+        """Enable the helper, or reset it if it is enabled."""
         if getattr(self.helper, "function_dict", None):
-            self.start()
+            self.reset()
             return
         modules = list(self.helper.pipe.unet.modules())
         forwards = {module: module.__dict__["forward"] for module in modules if "forward" in module.__dict__}
-        self._given = _Given(dict(vars(self.helper)), modules, forwards)
+        self._before_call = _HelperBeforeCall(dict(vars(self.helper)), modules, forwards)
         self.helper.enable()
 
     def end_call(self) -> None:
-        """Have the helper as it was before the call."""
-        if self._given is None:
-            self.start()
+        """Restore the helper as it was before the call."""
+        if self._before_call is None:
+            self.reset()
         else:
-            self._disable(self._given)
-            self._given = None
+            self._disable(self._before_call)
+            self._before_call = None
 
-    def start(self) -> None:
+    def reset(self) -> None:
         """Make the next step a full one."""
         self.helper.start_timestep = None
         self.helper.cached_output = {}
 
-    def at_gate(self) -> None:
-        """Every layer has to run."""
-        if self.computes_gate:
-            self.start()
+    def on_gate_step(self) -> None:
+        """Reset the helper where every layer has to run."""
+        if self.computes_gate_step:
+            self.reset()
 
-    def halve(self, kept: int) -> None:
-        """Start afresh, or keep the half that runs."""
-        if self.computes_gate:
-            self.start()
+    def on_half_batch(self, active_half: int) -> None:
+        """Reset the helper, or leave the active half in its cache."""
+        if self.computes_gate_step:
+            self.reset()
         else:
-            self.helper.cached_output, _ = split(self.helper.cached_output, kept)
+            self.helper.cached_output, _ = split_halves(self.helper.cached_output, active_half)
 
-    def double(self) -> None:
-        """Start afresh."""
-        self.start()
+    def on_full_batch(self) -> None:
+        """Reset the helper."""
+        self.reset()
 
-    def repeats(self) -> bool:
+    def will_hit(self) -> bool:
         """Whether the next forward skips the inner blocks."""
         helper = self.helper
-        if self.computes_gate or not helper.cached_output:
+        if self.computes_gate_step or not helper.cached_output:
             return False
         helper.cur_timestep += 1
         skips = helper.is_skip_step(0, 0, "mid")
         helper.cur_timestep -= 1
         return bool(skips)
 
-    def repeated(self) -> bool:
+    def was_hit(self) -> bool:
         """Whether the last forward skipped the inner blocks."""
-        return not self.computes_gate and bool(self.helper.is_skip_step(0, 0, "mid"))
+        return not self.computes_gate_step and bool(self.helper.is_skip_step(0, 0, "mid"))
 
-    def _disable(self, given: _Given) -> None:
+    def _disable(self, before: _HelperBeforeCall) -> None:
         """Disable the helper; its own `disable()` leaves a `forward` on every module that it has touched."""
-        for module in given.modules:
+        for module in before.modules:
             module.__dict__.pop("forward", None)
-            if module in given.forwards:
-                module.__dict__["forward"] = given.forwards[module]
-        for name in [name for name in vars(self.helper) if name not in given.attributes]:
+            if module in before.forwards:
+                module.__dict__["forward"] = before.forwards[module]
+        for name in [name for name in vars(self.helper) if name not in before.attributes]:
             delattr(self.helper, name)
-        vars(self.helper).update(given.attributes)
+        vars(self.helper).update(before.attributes)
 
 
-class _Given(NamedTuple):
+class _HelperBeforeCall(NamedTuple):
     """A helper that is not enabled, and the modules of its denoiser, before a call."""
 
     attributes: dict[str, Any]

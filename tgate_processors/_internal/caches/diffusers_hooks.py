@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 
 from .adapter import CacheAdapter
-from .split import join, split
+from .split import join_halves, split_halves
 
 
 def stateful_hooks(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, str, Any]]:
-    """The hooks of a denoiser's modules that keep something from one forward to the next: module, name and hook."""
+    """The hooks of a denoiser's modules that have a state: module, name and hook."""
     for module in modules:
         registry = vars(module).get("_diffusers_hook")
         for name, hook in getattr(registry, "hooks", {}).items():
@@ -22,37 +22,37 @@ def stateful_hooks(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[torch.n
 
 class DiffusersHookAdapter(CacheAdapter):
     """
-    One hook of a cache, whose state is one of a manager's, by the context that the pipeline is in, or the hook's own.
+    Adapts one hook of a cache, with a state for each context in its manager, or a state of its own.
 
     Args:
         hook (`ModelHook`): The hook.
 
     Attributes:
-        batch (`tuple` of `str`): The attributes of a state that hold rows of the batch.
-        needs (`tuple` of `str`): All that a state has to have, to be one that is known here.
-        calls (`tuple` of `int`): Calls that guidance may be made of.
-        is_most (`bool`): Whether the modules with such hooks hold most weights of the denoiser.
+        batched_attributes (`tuple` of `str`): The attributes of a state that hold rows of the batch.
+        required_attributes (`tuple` of `str`): All other attributes that a state of this kind has.
+        supported_calls_per_step (`tuple` of `int`): Calls of the denoiser that guidance may be made of.
+        covers_most_weights (`bool`): Whether the modules with such hooks hold most weights of the denoiser.
     """
 
-    batch: ClassVar[tuple[str, ...]]
-    needs: ClassVar[tuple[str, ...]]
-    calls: ClassVar[tuple[int, ...]] = (1,)
+    batched_attributes: ClassVar[tuple[str, ...]]
+    required_attributes: ClassVar[tuple[str, ...]]
+    supported_calls_per_step: ClassVar[tuple[int, ...]] = (1,)
 
     def __init__(self, hook: Any) -> None:
         self.hook = hook
-        self.is_most = False
-        self._other: dict[str, Any] = {}
-        self._kept = 0
-        self._left_out = False
+        self.covers_most_weights = False
+        self._stashed_half: dict[str, Any] = {}
+        self._active_half = 0
+        self._second_skipped = False
 
     @classmethod
-    def knows(cls, hook: Any) -> bool:
-        """Whether it is a hook of this kind."""
+    def matches(cls, hook: Any) -> bool:
+        """Whether a hook is of this kind."""
         manager = _manager_of(hook)
         if manager is None:
             return False
         state = manager._state_cls(*manager._init_args, **manager._init_kwargs)
-        return all(hasattr(state, name) for name in (*cls.batch, *cls.needs))
+        return all(hasattr(state, name) for name in (*cls.batched_attributes, *cls.required_attributes))
 
     @property
     def states(self) -> list[Any]:
@@ -71,43 +71,43 @@ class DiffusersHookAdapter(CacheAdapter):
         return states[0] if states else None
 
     @property
-    def ran(self) -> list[Any]:
-        """The states of the calls that ran in the last step, where guidance may be two."""
-        return self.states[:1] if self._left_out else self.states
+    def active_states(self) -> list[Any]:
+        """The states of the calls that ran in the last step; two with sequential CFG, unless the second was skipped."""
+        return self.states[:1] if self._second_skipped else self.states
 
-    def start(self) -> None:
-        """Forget what is kept; the context that the pipeline or its user is in stays."""
+    def reset(self) -> None:
+        """Release cached tensors; the context that the pipeline or its user is in stays."""
         _manager_of(self.hook)._state_cache.clear()
-        self._other = {}
-        self._left_out = False
+        self._stashed_half = {}
+        self._second_skipped = False
 
-    def catch_up(self) -> None:
-        """Both calls of guidance run again."""
-        self._left_out = False
+    def on_resume_second_call(self) -> None:
+        """Both calls of a step run again."""
+        self._second_skipped = False
 
-    def leave_out(self) -> None:
-        """The second call of guidance comes now, and does not run."""
-        self._left_out = True
+    def on_skip_second_call(self) -> None:
+        """The second call of this step is skipped."""
+        self._second_skipped = True
 
-    def halve(self, kept: int) -> None:
-        """Keep the half that runs, and lay the other one aside."""
-        self._kept = kept
+    def on_half_batch(self, active_half: int) -> None:
+        """Leave the active half in the cache, and stash the other one."""
+        self._active_half = active_half
         state = self.state
-        for name in self.batch if state is not None else ():
-            stayed, self._other[name] = split(getattr(state, name), kept)
-            setattr(state, name, stayed)
+        for name in self.batched_attributes if state is not None else ():
+            active, self._stashed_half[name] = split_halves(getattr(state, name), active_half)
+            setattr(state, name, active)
 
-    def double(self) -> None:
-        """Put both halves together again, if both are there."""
-        state, other = self.state, self._other
-        if not other:
-            self.start()
+    def on_full_batch(self) -> None:
+        """Join both halves again, if both are there."""
+        state, stashed = self.state, self._stashed_half
+        if not stashed:
+            self.reset()
             return
-        for name in self.batch if state is not None else ():
-            setattr(state, name, join(getattr(state, name), other[name], self._kept))
-        self._other = {}
+        for name in self.batched_attributes if state is not None else ():
+            setattr(state, name, join_halves(getattr(state, name), stashed[name], self._active_half))
+        self._stashed_half = {}
 
 
 def _manager_of(hook: Any) -> Any:
-    """What keeps the states of a hook."""
+    """The state manager of a hook."""
     return next((value for value in vars(hook).values() if hasattr(value, "_state_cache")), None)

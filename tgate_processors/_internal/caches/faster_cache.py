@@ -1,4 +1,4 @@
-"""FasterCache: it leaves out the unconditional half itself, inside the denoiser, and skips self-attention there."""
+"""FasterCache: it skips the unconditional half itself, inside the denoiser, and self-attention there."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from .diffusers_hooks import DiffusersHookAdapter
 
 class FasterCacheAdapter(DiffusersHookAdapter):
     """
-    The hook of the denoiser, or that of an attention layer; their states are their own.
+    Adapts the hook of the denoiser or of an attention layer, each with a state of its own.
 
-    Guidance is its own affair, so T-GATE leaves the batch whole, and gates cross-attention alone.
+    FasterCache owns guidance, so T-GATE leaves the batch whole and gates cross-attention alone.
     """
 
-    keeps_guidance = True
-    computes_gate = True
+    owns_cfg = True
+    computes_gate_step = True
 
     @classmethod
-    def knows(cls, hook: Any) -> bool:
-        """Whether it is a hook of either kind."""
+    def matches(cls, hook: Any) -> bool:
+        """Whether a hook is of either kind."""
         state = getattr(hook, "state", None)
         names = set(vars(state) if state is not None else ())
         of_denoiser = {"iteration", "low_frequency_delta", "high_frequency_delta"}
         return names in (of_denoiser, {"iteration", "batch_size", "cache"})
 
     @classmethod
-    def why_not(cls, schedule: TGateSchedule, *, gates_cross: bool, cfg_half: str | None) -> str | None:
-        """Why T-GATE with these settings has nothing to do beside it, if so."""
+    def incompatibility(cls, schedule: TGateSchedule, *, gates_cross: bool, cfg_half: str | None) -> str | None:
+        """Why T-GATE with these settings has no effect together with FasterCache, if it has none."""
         asked = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"' if schedule.predicts else None
         asked = asked or (f"cfg_half={cfg_half!r}" if cfg_half is not None else None)
         if not gates_cross:
@@ -40,6 +40,6 @@ class FasterCacheAdapter(DiffusersHookAdapter):
             "else, apply_tgate(pipe, 10), to gate cross-attention alone"
         )
 
-    def start(self) -> None:
-        """Forget what is kept."""
+    def reset(self) -> None:
+        """Release cached tensors."""
         self.hook.state.reset()

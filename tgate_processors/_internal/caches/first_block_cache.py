@@ -1,4 +1,4 @@
-"""First Block Cache: if the first block gives about what it gave, the others are skipped and their residual kept."""
+"""First Block Cache: if the output of the first block has changed little, the others are skipped."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from .diffusers_hooks import DiffusersHookAdapter
 
 class FirstBlockCacheAdapter(DiffusersHookAdapter):
     """
-    The hook of the first block, which decides.
+    Adapts the hook of the first block, which decides.
 
-    The cache goes by what has changed since it last computed. Of the half that was left out that is more than usual, so
-    a full step after half steps is one that it rather computes. Where guidance is two calls, it does so for each.
+    The cache goes by what has changed since it last computed. For the skipped half that is more than usual, so it tends
+    to compute a full step after half steps. With sequential CFG, it decides for each call.
     """
 
-    calls = (1, 2)
+    supported_calls_per_step = (1, 2)
 
-    batch = ("head_block_residual", "tail_block_residuals")
-    needs = ("should_compute", "head_block_output")
+    batched_attributes = ("head_block_residual", "tail_block_residuals")
+    required_attributes = ("should_compute", "head_block_output")
 
-    def repeated(self) -> bool:
-        """Whether all blocks but the first were skipped."""
-        ran = self.ran
-        return bool(ran) and not any(state.should_compute for state in ran)
+    def was_hit(self) -> bool:
+        """Whether all blocks but the first were skipped in the last step."""
+        states = self.active_states
+        return bool(states) and not any(state.should_compute for state in states)

@@ -6,17 +6,17 @@ from .diffusers_hooks import DiffusersHookAdapter
 
 
 class MagCacheAdapter(DiffusersHookAdapter):
-    """The hook of the first block, which decides."""
+    """Adapts the hook of the first block, which decides."""
 
-    batch = ("previous_residual",)
-    needs = ("accumulated_err", "accumulated_ratio", "accumulated_steps", "should_compute", "step_index")
+    batched_attributes = ("previous_residual",)
+    required_attributes = ("accumulated_err", "accumulated_ratio", "accumulated_steps", "should_compute", "step_index")
 
-    def double(self) -> None:
-        """The residual of one half alone is none for both: the next step is computed."""
-        super().double()
+    def on_full_batch(self) -> None:
+        """Have the next step computed, as the residual of one half alone cannot serve both."""
+        super().on_full_batch()
         if self.state is not None:
             self.state.previous_residual = None
 
-    def repeated(self) -> bool:
-        """Whether all blocks were skipped."""
+    def was_hit(self) -> bool:
+        """Whether all blocks were skipped in the last forward."""
         return self.state is not None and not self.state.should_compute

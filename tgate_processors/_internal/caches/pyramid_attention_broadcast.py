@@ -1,4 +1,4 @@
-"""Pyramid Attention Broadcast: the output of an attention layer is given out again for some steps."""
+"""Pyramid Attention Broadcast: the output of an attention layer is reused for some steps."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from .diffusers_hooks import DiffusersHookAdapter
 
 
 class PyramidAttentionBroadcastAdapter(DiffusersHookAdapter):
-    """The hook of one attention layer; its state is its own."""
+    """Adapts the hook of one attention layer, which has a state of its own."""
 
-    batch = ("cache",)
+    batched_attributes = ("cache",)
 
     @classmethod
-    def knows(cls, hook: Any) -> bool:
-        """Whether it is a hook of this kind."""
+    def matches(cls, hook: Any) -> bool:
+        """Whether a hook is of this kind."""
         state = getattr(hook, "state", None)
         return set(vars(state) if state is not None else ()) == {"cache", "iteration"}
 
     @property
     def states(self) -> list[Any]:
-        """The state."""
+        """The one state of the hook."""
         return [self.hook.state]
 
-    def start(self) -> None:
-        """Forget what is kept."""
+    def reset(self) -> None:
+        """Release cached tensors."""
         self.hook.state.reset()
-        self._other = {}
+        self._stashed_half = {}
 
-    def double(self) -> None:
-        """The output of one half alone is none for both: the layer is computed."""
-        super().double()
+    def on_full_batch(self) -> None:
+        """Have the layer computed, as the output of one half alone cannot serve both."""
+        super().on_full_batch()
         self.state.cache = None

@@ -7,23 +7,23 @@ from .diffusers_hooks import DiffusersHookAdapter
 
 class SeaCacheAdapter(DiffusersHookAdapter):
     """
-    The hook of the denoiser, which decides.
+    Adapts the hook of the denoiser, which decides.
 
-    It compares a step with the one before, and warns of a gap. Of diffusers' pipelines, only those whose guidance is
-    two calls tell it the step.
+    The hook compares a step with the one before, and warns of a gap. Of diffusers' pipelines, only those with
+    sequential CFG pass it the step.
     """
 
-    calls = (2,)
-    batch = ("history",)
-    needs = ("gate_should_compute", "previous_indicator", "reset_trajectory")
+    supported_calls_per_step = (2,)
+    batched_attributes = ("history",)
+    required_attributes = ("gate_should_compute", "previous_indicator", "reset_trajectory")
 
-    def catch_up(self) -> None:
+    def on_resume_second_call(self) -> None:
         """Have the next step computed, in each of its calls."""
-        super().catch_up()
+        super().on_resume_second_call()
         for state in self.states:
             state.reset_trajectory()
 
-    def repeated(self) -> bool:
+    def was_hit(self) -> bool:
         """Whether all blocks were skipped in the last step."""
-        ran = self.ran
-        return bool(ran) and not any(state.gate_should_compute for state in ran)
+        states = self.active_states
+        return bool(states) and not any(state.gate_should_compute for state in states)

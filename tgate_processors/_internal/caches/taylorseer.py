@@ -9,89 +9,89 @@ from .diffusers_hooks import DiffusersHookAdapter
 
 class TaylorSeerAdapter(DiffusersHookAdapter):
     """
-    The hook of one module.
+    Adapts the hook of one module.
 
-    A full step after half steps is computed, whatever the interval says. The output of the half that was left out was
-    last computed longer ago than the other's, so its slope is over a longer time than the cache takes it to be. Where
-    guidance is two calls, the one that was left out has not been counted, and catches up.
+    A full step after half steps is computed, whatever the interval says. The output of the skipped half was last
+    computed longer ago than the other's, so its slope is over a longer time than the cache takes it to be. With
+    sequential CFG, skipped calls were not counted by the cache, so the count is set right.
     """
 
-    calls = (1, 2)
-    batch = ("taylor_factors", "inactive_shapes")
-    needs = ("current_step", "last_update_step")
+    supported_calls_per_step = (1, 2)
+    batched_attributes = ("taylor_factors", "inactive_shapes")
+    required_attributes = ("current_step", "last_update_step")
 
     def __init__(self, hook: Any) -> None:
         super().__init__(hook)
-        self._left_at: int | None = None
-        self._interval: int | None = None
-        self._share: float | None = None
+        self._half_since: int | None = None
+        self._saved_interval: int | None = None
+        self._slope_ratio: float | None = None
 
     @classmethod
-    def knows(cls, hook: Any) -> bool:
-        """Whether it is a hook of this kind."""
+    def matches(cls, hook: Any) -> bool:
+        """Whether a hook is of this kind."""
         asked = ("cache_interval", "_measure_should_compute")
-        return super().knows(hook) and all(hasattr(hook, name) for name in asked)
+        return super().matches(hook) and all(hasattr(hook, name) for name in asked)
 
-    def start(self) -> None:
-        """Forget what is kept, also of a forward that was broken off."""
-        super().start()
-        self._release()
+    def reset(self) -> None:
+        """Release cached tensors, and undo what a forward that failed has left."""
+        super().reset()
+        self._restore_interval()
 
-    def halve(self, kept: int) -> None:
-        """Keep the half that runs, and lay the other one aside."""
-        super().halve(kept)
-        self._left_at = None if self.state is None else self.state.last_update_step
+    def on_half_batch(self, active_half: int) -> None:
+        """Leave the active half in the cache, and stash the other one."""
+        super().on_half_batch(active_half)
+        self._half_since = None if self.state is None else self.state.last_update_step
 
-    def double(self) -> None:
-        """Put both halves together again, and have the next step computed."""
-        super().double()
+    def on_full_batch(self) -> None:
+        """Join both halves again, and have the next step computed."""
+        super().on_full_batch()
         state = self.state
-        if state is None or state.last_update_step is None or self._left_at is None:
+        if state is None or state.last_update_step is None or self._half_since is None:
             return
         now = state.current_step + 1
-        self._share = (now - state.last_update_step) / (now - self._left_at)
-        self._compute()
+        self._slope_ratio = (now - state.last_update_step) / (now - self._half_since)
+        self._force_compute()
 
-    def catch_up(self) -> None:
-        """Count the calls that were left out, and have the next step computed."""
-        super().catch_up()
+    def on_resume_second_call(self) -> None:
+        """Count the skipped calls, and have the next step computed."""
+        super().on_resume_second_call()
         now = max((state.current_step for state in self.states), default=None)
         for state in self.states:
             state.current_step = now
-        self._compute()
+        self._force_compute()
 
-    def settle(self) -> None:
-        """The computed step is over: correct the slope of the half that was left out."""
-        if self._interval is None:
+    def on_step_end(self) -> None:
+        """The computed step is over: correct the slope of the half that was skipped."""
+        if self._saved_interval is None:
             return
-        self._release()
-        share, self._share = self._share, None
-        for factors in self.state.taylor_factors.values() if share is not None else ():
+        self._restore_interval()
+        ratio, self._slope_ratio = self._slope_ratio, None
+        for factors in self.state.taylor_factors.values() if ratio is not None else ():
             for order in range(1, len(factors)):
-                rows = factors[order].chunk(2)[1 - self._kept]
-                # Beyond the slope, nothing is known of it.
-                rows.mul_(share if order == 1 else 0)
+                rows = factors[order].chunk(2)[1 - self._active_half]
+                # Of higher orders, nothing is known.
+                rows.mul_(ratio if order == 1 else 0)
 
-    def _compute(self) -> None:
+    def _force_compute(self) -> None:
         """Have the next step computed."""
-        self._interval, self.hook.cache_interval = self.hook.cache_interval, 1
+        self._saved_interval, self.hook.cache_interval = self.hook.cache_interval, 1
 
-    def _release(self) -> None:
-        """Give the hook its interval back."""
-        if self._interval is not None:
-            self.hook.cache_interval, self._interval = self._interval, None
+    def _restore_interval(self) -> None:
+        """Restore the interval of the hook."""
+        if self._saved_interval is not None:
+            self.hook.cache_interval, self._saved_interval = self._saved_interval, None
 
-    def repeats(self) -> bool:
+    def will_hit(self) -> bool:
         """Whether the next forward extrapolates."""
-        if not self.states or not self.is_most:
+        if not self.states or not self.covers_most_weights:
             return False
         computes, state = self.hook._measure_should_compute()
-        # As if it had not been asked.
+        # `_measure_should_compute` has counted a step.
         state.current_step -= 1
         return not computes
 
-    def repeated(self) -> bool:
+    def was_hit(self) -> bool:
         """Whether the last forward extrapolated."""
-        ran = self.ran
-        repeated = all(state.last_update_step != state.current_step for state in ran)
-        return self.is_most and bool(ran) and repeated
+        states = self.active_states
+        repeated = all(state.last_update_step != state.current_step for state in states)
+        return self.covers_most_weights and bool(states) and repeated

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 # Arguments whose tensors have the guidance batch, or so many rows for each sample of it, as their first dimension.
 # `None`: all tensors inside; a mapping: only those of these keys, since the rest of the container is not ours; a
 # number: the dimension that it is instead; "each": a list (or a tensor) that has an entry for each sample, whatever
@@ -57,17 +59,13 @@ class Layout:
         beside (`tuple` of `str`): Arguments that tell further calls in a step, which are about the conditional half.
             They run as without T-GATE.
         before (`Callable`, *optional*): Whether a call with these arguments prepares the loop, and runs likewise.
-        several (`bool`): Whether the denoiser gives several tensors that are guided (video, sound).
         scales (`tuple` of `str`): Where a pipeline has its guidance scales, if there is one for each of them.
         part_of (`Mapping`): Parts of the names of layers that run only where an argument is given, and its name.
         given_last (`bool`): Whether the tokens of a given picture follow those of the latents. The pipeline does not
             read what the denoiser makes of them.
-        tail (`str`, *optional*): The argument that tells that the last frame of the latents is a given picture,
-            likewise.
         remembers (`bool`): Whether guidance remembers that of the steps before, so that two equal halves do not end it.
-        reads (`Callable`, *optional*): How much of the output's second dimension the pipeline reads, by the arguments
-            of the call, where that is not all of it.
-        reads_end (`bool`): Whether that is its end, and not its beginning.
+        guided (`Callable`, *optional*): The parts of the output that are guided, as views of its tensors, by these and
+            the arguments of the call. By default its first tensor, without a variance.
         scale_beyond (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
             counted from the unconditional half.
         asks_scale (`bool`): Whether loops that do not tell their guidance ask `guidance_scale` anew in every step.
@@ -82,7 +80,6 @@ class Layout:
     never: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     before: Callable[[Mapping[str, Any]], bool] | None = None
-    several: bool = False
     scales: tuple[str, ...] = ()
     conditional_first: bool = False
     mean: bool = True
@@ -93,15 +90,13 @@ class Layout:
     joint: bool = False
     given_last: bool = False
     part_of: Mapping[str, str] = field(default_factory=dict)
-    tail: str | None = None
     remembers: bool = False
-    reads: Callable[[Mapping[str, Any]], int] | None = None
-    reads_end: bool = False
+    guided: Callable[[list[torch.Tensor], Mapping[str, Any]], list[torch.Tensor]] | None = None
     asks_scale: bool = False
     own: BatchArguments = field(default_factory=dict)
 
     def with_own(self, names: Sequence[str]) -> Layout:
-        """The same with more arguments that have the guidance batch, those inside others as `argument.key`."""
+        """A copy with more arguments that have the guidance batch, those inside others as `argument.key`."""
         own: dict[str, Any] = {}
         for name in names:
             argument, _, key = name.partition(".")
@@ -114,17 +109,17 @@ class Layout:
         return replace(self, own=own)
 
     @property
-    def of_denoiser(self) -> BatchArguments:
+    def denoiser_arguments(self) -> BatchArguments:
         """The denoiser's arguments with the guidance batch, those that a ControlNet gives left out."""
-        return self._more(DENOISER_ARGUMENTS)
+        return self._with_family_arguments(DENOISER_ARGUMENTS)
 
     @property
-    def of_controlnet(self) -> BatchArguments:
+    def controlnet_arguments(self) -> BatchArguments:
         """The ControlNet's arguments with the guidance batch."""
-        return self._more(CONTROLNET_ARGUMENTS)
+        return self._with_family_arguments(CONTROLNET_ARGUMENTS)
 
-    def _more(self, names: BatchArguments) -> BatchArguments:
-        """These, and the arguments with the guidance batch that other families do not have."""
+    def _with_family_arguments(self, names: BatchArguments) -> BatchArguments:
+        """Add the arguments with the guidance batch that other families do not have."""
         others: BatchArguments = {**dict.fromkeys(self.entries, "each"), **dict.fromkeys(self.in_second, 1)}
         more = {**names, **dict.fromkeys(self.arguments), **others}
         for name, inner in self.own.items():
@@ -133,23 +128,23 @@ class Layout:
             more[name] = {**known, **inner} if both else inner  # type: ignore[dict-item]
         return more
 
-    def is_beside(self, given: Mapping[str, Any]) -> bool:
+    def is_auxiliary_call(self, given: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments is a further one, and no part of guidance by the two halves."""
         # An empty list of layers to skip makes a further call too.
         values = [given.get(name) for name in self.beside]
         told = any(value is not None and value is not False for value in values)
         return told or (self.before is not None and self.before(given))
 
-    def is_absent(self, name: str, given: Mapping[str, Any]) -> bool:
+    def is_inactive(self, name: str, given: Mapping[str, Any]) -> bool:
         """Whether the layer of this name does not run in a call with these arguments."""
         return any(part in name and given.get(argument) is None for part, argument in self.part_of.items())
 
-    def is_gated(self, name: str) -> bool:
+    def is_gateable(self, name: str) -> bool:
         """Whether the layer of this name may be gated."""
         return not self.joint and not any(part in name for part in self.never)
 
-    def is_cross(self, name: str, layer: Any) -> bool:
+    def is_cross_attention(self, name: str, layer: Any) -> bool:
         """Whether the layer of this name attends to the text."""
         if self.cross:
-            return self.is_gated(name) and name.removesuffix(".processor").endswith(self.cross)
-        return self.is_gated(name) and bool(getattr(layer, "is_cross_attention", False))
+            return self.is_gateable(name) and name.removesuffix(".processor").endswith(self.cross)
+        return self.is_gateable(name) and bool(getattr(layer, "is_cross_attention", False))

@@ -4,38 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .audio import AUDIO
-from .cosmos import COSMOS
+from .cross_attention import CROSS_ATTENTION
 from .family import Family
-from .hunyuan import HUNYUAN
 from .joint import JOINT
-from .kandinsky import KANDINSKY
-from .latte import LATTE
-from .ltx import LTX
-from .lumina import LUMINA
-from .pictures import PICTURES
-from .pixart import PIXART
-from .sana import SANA
 from .unets import UNETS
-from .wan import WAN
-from .z_image import Z_IMAGE
 
-FAMILIES: tuple[Family, ...] = (
-    *UNETS,
-    *PIXART,
-    *SANA,
-    *LTX,
-    *HUNYUAN,
-    *LATTE,
-    *LUMINA,
-    *KANDINSKY,
-    *AUDIO,
-    *WAN,
-    *COSMOS,
-    *JOINT,
-    *Z_IMAGE,
-    *PICTURES,
-)
+FAMILIES: tuple[Family, ...] = (*UNETS, *CROSS_ATTENTION, *JOINT)
 
 
 def family_of(denoiser: torch.nn.Module) -> Family | None:

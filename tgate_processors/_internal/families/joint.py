@@ -1,229 +1,112 @@
-"""Denoisers with joint attention, of which guidance alone is gated."""
+"""Transformers with joint attention, of which guidance alone is gated."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..denoiser.spec import Layout
-from .family import Family, InputShapes, InputSize, Shapes
-
-# Tokens of CLIP, before those of T5.
-_CLIP = 77
-_ERNIE = ("text_bth", "text_lens")
-_COGVIEW = ("original_size", "target_size", "crop_coords")
+from .family import Family
 
 
-def _sd3(config: Any, batch: int, size: InputSize) -> Shapes:
-    return {
-        "hidden_states": (batch, config.in_channels, size.height, size.width),
-        "timestep": (batch,),
-        "encoder_hidden_states": (batch, _CLIP + size.tokens, config.joint_attention_dim),
-        "pooled_projections": (batch, config.pooled_projection_dim),
-    }
-
-
-def _qwen(config: Any, batch: int, size: InputSize) -> Shapes:
-    sides = size.height // 2, size.width // 2
-    return {
-        "hidden_states": (batch, sides[0] * sides[1], config.in_channels),
-        "timestep": (batch,),
-        "encoder_hidden_states": (batch, size.tokens, config.joint_attention_dim),
-        "img_shapes": [[(1, *sides)]] * batch,
-    }
-
-
-def _cogvideox(config: Any, batch: int, size: InputSize) -> Shapes:
-    shapes: Shapes = {
-        "hidden_states": (batch, size.frames, config.in_channels, size.height, size.width),
-        "timestep": (batch,),
-        "encoder_hidden_states": (batch, size.tokens, config.text_embed_dim),
-    }
-    if config.use_rotary_positional_embeddings:
-        patches = size.frames // (config.patch_size_t or 1) * size.height * size.width // config.patch_size**2
-        table = torch.empty(patches, config.attention_head_dim, device="meta")
-        shapes["image_rotary_emb"] = [table, table]
-    return shapes
-
-
-def flux_shapes(config: Any, batch: int, size: InputSize) -> Shapes:
-    """What Flux takes, and those that are built like it."""
-    patches = size.height * size.width // 4
-    shapes: Shapes = {
-        "hidden_states": (batch, patches, config.in_channels),
-        "timestep": (batch,),
-        "encoder_hidden_states": (batch, size.tokens, config.joint_attention_dim),
-        "img_ids": (patches, 3),
-        "txt_ids": (size.tokens, 3),
-    }
-    if getattr(config, "pooled_projection_dim", None):
-        shapes["pooled_projections"] = (batch, config.pooled_projection_dim)
-    if getattr(config, "guidance_embeds", False):
-        shapes["guidance"] = (batch,)
-    return shapes
-
-
-def _bria(config: Any, batch: int, size: InputSize) -> Shapes:
-    # Its pipeline counts pixels of the picture for a patch of the latent.
-    return flux_shapes(config, batch, replace(size, height=2 * size.height, width=2 * size.width))
-
-
-def _flux2(config: Any, batch: int, size: InputSize) -> Shapes:
-    shapes = flux_shapes(config, batch, size)
-    return shapes | {"img_ids": (shapes["hidden_states"][1], 4), "txt_ids": (size.tokens, 4)}
-
-
-def _krea2(config: Any, batch: int, size: InputSize) -> Shapes:
-    patches = size.height * size.width // 4
-    return {
-        "hidden_states": (batch, patches, config.in_channels),
-        "encoder_hidden_states": (batch, size.tokens, config.num_text_layers, config.text_hidden_dim),
-        "timestep": (batch,),
-        "position_ids": (size.tokens + patches, 3),
-    }
-
-
-def _prx(config: Any, batch: int, size: InputSize) -> Shapes:
-    return {
-        "hidden_states": (batch, config.in_channels, size.height, size.width),
-        "timestep": (batch,),
-        "encoder_hidden_states": (batch, size.tokens, config.context_in_dim),
-        "attention_mask": torch.empty(batch, size.tokens, dtype=torch.bool, device="meta"),
-    }
-
-
-def _easy_animate(config: Any, batch: int, size: InputSize) -> Shapes:
-    return {
-        "hidden_states": (batch, config.in_channels, size.frames, size.height, size.width),
-        "timestep": (batch,),
-        "encoder_hidden_states": (batch, size.tokens, config.text_embed_dim),
-    }
-
-
-def _ernie(config: Any, batch: int, size: InputSize) -> Shapes:
-    return {
-        "hidden_states": (batch, config.in_channels, size.height, size.width),
-        "timestep": (batch,),
-        "text_bth": (batch, size.tokens, config.text_in_dim),
-        "text_lens": torch.empty(batch, dtype=torch.long, device="meta"),
-    }
-
-
-def _ernie_places(part: Any, ids: torch.Tensor) -> torch.Tensor:
-    """The table of places of ERNIE-Image, which opens an autocast for its device."""
-    return ids.new_empty((*ids.shape[:-1], 1, sum(part.axes_dim)), dtype=torch.float32)
-
-
-def _hunyuan_video(config: Any, batch: int, size: InputSize) -> Shapes:
-    shapes: Shapes = {
-        "hidden_states": (batch, config.in_channels, size.frames, size.height, size.width),
-        "timestep": (batch,),
-        "encoder_hidden_states": (batch, size.tokens, config.text_embed_dim),
-        "encoder_attention_mask": (batch, size.tokens),
-        "pooled_projections": (batch, config.pooled_projection_dim),
-    }
-    if config.guidance_embeds:
-        shapes["guidance"] = (batch,)
-    return shapes
-
-
-def by_values(config: Any, batch: int, size: InputSize) -> Shapes:
-    """Refuse to count a denoiser that does not run without values."""
-    raise ValueError(
-        "this denoiser reads values of its inputs, and there are none without weights, so its cost cannot be counted. "
-        "Gated guidance takes (N + F) / 2N of a run, with F full ones among N steps."
-    )
-
-
-def _aura_flow(config: Any, batch: int, size: InputSize) -> Shapes:
-    return {
-        "hidden_states": (batch, config.in_channels, size.height, size.width),
-        "timestep": (batch,),
-        "encoder_hidden_states": (batch, size.tokens, config.joint_attention_dim),
-    }
-
-
-def _cogview(config: Any, batch: int, size: InputSize) -> Shapes:
-    return {
-        "hidden_states": (batch, config.in_channels, size.height, size.width),
-        "timestep": (batch,),
-        "encoder_hidden_states": (batch, size.tokens, config.text_embed_dim),
-        **dict.fromkeys(_COGVIEW, (batch, 2)),
-    }
-
-
-def joint_family(
-    name: str, inputs: InputShapes, pipelines_without_callback: tuple[str, ...] = (), **layout: Any
+def _family(
+    denoiser_class: str, models: str, pipelines_without_callback: tuple[str, ...] = (), **layout: Any
 ) -> Family:
     """A row, with the pipelines that keep their guidance to themselves, but are known to guide by `guidance_scale`."""
-    layout_of = Layout(joint=True, keeps_cross=False, **layout)
-    return Family(
-        name,
-        "transformer",
-        "conditional",
-        inputs,
-        layout_of,
-        pipelines_without_callback=dict.fromkeys(pipelines_without_callback),
-    )
+    joint = Layout(joint=True, keeps_cross=False, **layout)
+    return Family(denoiser_class, models, joint, pipelines_without_callback=pipelines_without_callback)
 
+
+def _of_latents(tensors: list[torch.Tensor], given: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Tokens of the latents, which LongCat-Image numbers apart from those of a given picture."""
+    kinds = given["img_ids"][:, 0]
+    return [tensors[0][:, : len(kinds) if kinds.is_meta else int((kinds == kinds[0]).sum())]]
+
+
+def _of_last(tensors: list[torch.Tensor], given: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Tokens of the last picture, the one that is drawn; before them stand the text, and pictures that are given."""
+    return [tensors[0][:, -math.prod(given["img_shapes"][0][-1]) :]]
+
+
+def _last(tensors: list[torch.Tensor], given: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The picture that is drawn; those that are given stand before it."""
+    return [tensors[0][:, -1:]]
+
+
+def _reads_given(given: Mapping[str, Any]) -> bool:
+    """Whether GLM-Image reads a given picture, whose keys it keeps."""
+    caches = given.get("kv_caches")
+    return caches is not None and caches[0].mode == "write"
+
+
+_Z_IMAGE = ("x", "cap_feats", "control_context", "siglip_feats", "image_noise_mask")
+_COGVIDEOX = tuple(f"CogVideoX{kind}Pipeline" for kind in ("", "ImageToVideo", "VideoToVideo", "FunControl"))
 
 JOINT = (
-    joint_family(
+    _family(
         "SD3Transformer2DModel",
-        InputShapes(_sd3, tokens=256),
+        "Stable Diffusion 3",
         arguments=("pooled_projections",),
         residuals={"block_controlnet_hidden_states": None},
         beside=("skip_layers",),
     ),
-    joint_family("QwenImageTransformer2DModel", InputShapes(_qwen, tokens=512), calls=2, given_last=True),
-    joint_family(
-        "CogVideoXTransformer3DModel",
-        InputShapes(_cogvideox, tokens=226, frames=49, frame_scale=4),
-        pipelines_without_callback=tuple(
-            f"CogVideoX{name}Pipeline" for name in ("", "ImageToVideo", "VideoToVideo", "FunControl")
-        ),
-    ),
-    joint_family("MochiTransformer3DModel", InputShapes(by_values, tokens=256, frames=19, frame_scale=6)),
-    joint_family("Lumina2Transformer2DModel", InputShapes(by_values, tokens=256), calls=2),
-    joint_family("ChromaTransformer2DModel", InputShapes(flux_shapes, tokens=512), calls=2),
-    joint_family(
-        "HunyuanVideoTransformer3DModel", InputShapes(_hunyuan_video, tokens=256, frames=129, frame_scale=4), calls=2
-    ),
-    joint_family("HunyuanVideoFramepackTransformer3DModel", InputShapes(by_values, tokens=256, frames=33), calls=2),
-    joint_family("FluxTransformer2DModel", InputShapes(flux_shapes, tokens=512), calls=2, given_last=True),
-    joint_family(
-        "AuraFlowTransformer2DModel",
-        InputShapes(_aura_flow, tokens=256),
-        pipelines_without_callback=("AuraFlowPipeline",),
-    ),
-    joint_family("CogView3PlusTransformer2DModel", InputShapes(_cogview, tokens=224), arguments=_COGVIEW),
-    joint_family("CogView4Transformer2DModel", InputShapes(_cogview, tokens=1024), calls=2),
+    _family("QwenImageTransformer2DModel", "Qwen-Image", calls=2, given_last=True),
+    _family("CogVideoXTransformer3DModel", "CogVideoX", _COGVIDEOX),
+    _family("MochiTransformer3DModel", "Mochi"),
+    _family("Lumina2Transformer2DModel", "Lumina 2", calls=2),
+    _family("ChromaTransformer2DModel", "Chroma", calls=2),
+    _family("HunyuanVideoTransformer3DModel", "HunyuanVideo", calls=2),
+    _family("HunyuanVideoFramepackTransformer3DModel", "Framepack", calls=2),
+    _family("FluxTransformer2DModel", "Flux 1", calls=2, given_last=True),
+    _family("AuraFlowTransformer2DModel", "AuraFlow", ("AuraFlowPipeline",)),
+    _family("CogView3PlusTransformer2DModel", "CogView 3", arguments=("original_size", "target_size", "crop_coords")),
+    _family("CogView4Transformer2DModel", "CogView 4", calls=2),
     # Version 2 itself is distilled; its small ones guide.
-    joint_family("Flux2Transformer2DModel", InputShapes(_flux2, tokens=512, scale=16), calls=2, given_last=True),
-    joint_family("Krea2Transformer2DModel", InputShapes(_krea2, tokens=512), calls=2, scale_beyond=1.0),
-    joint_family(
-        "OvisImageTransformer2DModel",
-        InputShapes(flux_shapes, tokens=256),
-        pipelines_without_callback=("OvisImagePipeline",),
+    _family("Flux2Transformer2DModel", "Flux 2 Klein", calls=2, given_last=True),
+    _family("Krea2Transformer2DModel", "Krea 2", calls=2, scale_beyond=1.0),
+    _family("OvisImageTransformer2DModel", "Ovis-Image", ("OvisImagePipeline",), calls=2),
+    _family("BriaTransformer2DModel", "Bria"),
+    _family("PRXTransformer2DModel", "PRX", ("PRXPipeline", "PRXPixelPipeline")),
+    _family(
+        "ErnieImageTransformer2DModel", "ERNIE-Image", ("ErnieImagePipeline",), arguments=("text_bth", "text_lens")
+    ),
+    _family("EasyAnimateTransformer3DModel", "EasyAnimate", arguments=("inpaint_latents", "control_latents")),
+    # Its batch is a list with an entry for each sample.
+    _family(
+        "ZImageTransformer2DModel",
+        "Z-Image",
+        arguments=("t",),
+        entries=_Z_IMAGE,
+        residuals={"controlnet_block_samples": None},
+        conditional_first=True,
+        scale_beyond=1.0,
+    ),
+    _family(
+        "LongCatImageTransformer2DModel",
+        "LongCat-Image",
+        ("LongCatImagePipeline", "LongCatImageEditPipeline"),
         calls=2,
+        guided=_of_latents,
     ),
-    joint_family("BriaTransformer2DModel", InputShapes(_bria, tokens=128, scale=16)),
-    joint_family(
-        "PRXTransformer2DModel",
-        InputShapes(_prx, tokens=256),
-        pipelines_without_callback=("PRXPipeline", "PRXPixelPipeline"),
+    _family(
+        "HiDreamImageTransformer2DModel",
+        "HiDream",
+        arguments=("timesteps", "encoder_hidden_states_t5", "pooled_embeds"),
+        in_second=("encoder_hidden_states_llama3",),
     ),
-    joint_family(
-        "ErnieImageTransformer2DModel",
-        InputShapes(_ernie, tokens=256, instead={"pos_embed": _ernie_places}),
-        ("ErnieImagePipeline",),
-        arguments=_ERNIE,
+    _family(
+        "BriaFiboTransformer2DModel",
+        "Bria Fibo",
+        ("BriaFiboPipeline", "BriaFiboEditPipeline"),
+        arguments=("text_encoder_layers",),
+        given_last=True,
     ),
-    joint_family(
-        "EasyAnimateTransformer3DModel",
-        InputShapes(_easy_animate, tokens=256, frames=49, frame_scale=4),
-        arguments=("inpaint_latents", "control_latents"),
-    ),
+    _family("QwenImage21Transformer2DModel", "Qwen-Image 2.1", calls=2, guided=_of_last),
+    _family("GlmImageTransformer2DModel", "GLM-Image", calls=2, before=_reads_given),
+    _family("BriaFibo2Transformer2DModel", "Bria Fibo 2", calls=2),
+    _family("NucleusMoEImageTransformer2DModel", "Nucleus-Image", ("NucleusMoEImagePipeline",), calls=2),
+    _family("JoyImageEditTransformer3DModel", "JoyImage-Edit", calls=2, guided=_last),
 )

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..plan.schedule import CFGHalf, TGateSchedule
+from ..plan.schedule import TGateSchedule
+from ..plan.step_plan import CFGHalf
 from .catalog import family_of, known
 from .family import Family
 from .unsupported import (
@@ -41,7 +42,7 @@ class ResolvedPipeline:
     `family` says what is known of its denoiser, `second` is another one that takes over in the loop. `kept_half` is
     the half of guidance that stays (`None`: all of it), `controlnet` what else runs in a step. `is_diffusers_loop` says
     whether the tables here hold for the loop, `counts_forwards` whether a pipeline without step callbacks calls its
-    denoiser once for each of `scheduler.timesteps`, `guides` whether it can have guidance of two halves, and
+    denoiser once for each of `scheduler.timesteps`, `supports_cfg` whether it can have guidance of two halves, and
     `attribute` where the pipeline has the denoiser.
     """
 
@@ -51,7 +52,7 @@ class ResolvedPipeline:
     controlnet: torch.nn.Module | None
     is_diffusers_loop: bool
     counts_forwards: bool
-    guides: bool = True
+    supports_cfg: bool = True
     second: torch.nn.Module | None = None
     attribute: str = ""
 
@@ -85,7 +86,7 @@ def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> Resolved
     if family.layout.joint and (embedded or not tells):
         if not (embedded or is_diffusers_loop):
             # A loop of someone else's may well guide, and not say so.
-            _check_loop(type(pipe), ticks, subject, guides=True)
+            _check_loop(type(pipe), ticks, subject, supports_cfg=True)
         raise ValueError(why_distilled(denoiser, subject))
     attribute, second = _places(pipe, family)
     controlnet = getattr(pipe, "controlnet", None)
@@ -104,8 +105,9 @@ def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> Resolved
             f"cannot be told. Use the pipeline of diffusers that it derives from. {INSTEAD}"
         )
     if not legacy:
-        _check_loop(type(pipe), ticks, subject, guides=not embedded and not by_negative)
-    kept_half: CFGHalf | None = (family.pipelines_without_callback[legacy[0]] if legacy else None) or family.kept_half
+        _check_loop(type(pipe), ticks, subject, supports_cfg=not embedded and not by_negative)
+    names = {base.__name__ for base in type(pipe).__mro__}
+    kept_half: CFGHalf | None = "conditional" if names & {*family.conditional_in} else family.kept_half
     if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
         kept_half = None
     return ResolvedPipeline(
@@ -115,7 +117,7 @@ def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> Resolved
         controlnet,
         is_diffusers_loop,
         counts_forwards=not ticks,
-        guides=not embedded,
+        supports_cfg=not embedded,
         second=second,
         attribute=attribute,
     )
@@ -187,12 +189,17 @@ def check_guidance(
 ) -> None:
     """Refuse to predict guidance that has no two halves, or to gate it alone, and to reuse what is joint."""
     joint = found.family.layout.joint
-    if cross_attention is False and found.kept_half is None:
-        raise ValueError(
-            f"cross_attention=False gates guidance alone, and that of {type(pipe).__name__} is not two halves, so all "
-            f"of it stays on. {INSTEAD if joint else 'Leave cross_attention out.'}"
+    if (joint or cross_attention is False) and found.kept_half is None:
+        alone = (
+            "where attention is joint, guidance alone is gated"
+            if joint
+            else "cross_attention=False gates guidance alone"
         )
-    if found.guides:
+        raise ValueError(
+            f"{alone}, and that of {type(pipe).__name__} is not two halves, so all of it stays on. "
+            f"{INSTEAD if joint else 'Leave cross_attention out.'}"
+        )
+    if found.supports_cfg:
         check_dropped(type(pipe).__name__, found.family.layout, schedule)
     check_self_attention(found.denoiser, type(pipe).__name__, found.family.layout, schedule)
     if schedule.predicts and found.kept_half is None:
@@ -227,14 +234,14 @@ def _find_denoiser(pipe: Any, subject: str, cross_attention: bool | None) -> tup
     )
 
 
-def _check_loop(pipeline_class: type, ticks: bool, subject: str, *, guides: bool) -> None:
+def _check_loop(pipeline_class: type, ticks: bool, subject: str, *, supports_cfg: bool) -> None:
     """Refuse a pipeline that does not tell its steps or its guidance."""
     missing = [
         name
         for name, there in (
             ("callback_on_step_end", ticks),
             ("num_timesteps", hasattr(pipeline_class, "num_timesteps")),
-            (_GUIDES, not guides or hasattr(pipeline_class, _GUIDES)),
+            (_GUIDES, not supports_cfg or hasattr(pipeline_class, _GUIDES)),
         )
         if not there
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -75,10 +76,10 @@ def why_no_denoiser(pipe: Any) -> str:
 def check_attention(
     denoiser: torch.nn.Module, subject: str, layout: Layout | None = None, cross_attention: bool | None = None
 ) -> None:
-    """Refuse a denoiser that has no cross-attention of its own to keep, unless guidance alone is gated."""
+    """Refuse a denoiser that has no cross-attention of its own to keep, where it is to be kept."""
     layout = layout or Layout()
     if layout.joint:
-        if cross_attention is not False:
+        if cross_attention:
             raise ValueError(_why_joint(denoiser, subject, layout))
         return
     modules = list(attention_modules(denoiser).values())
@@ -99,7 +100,7 @@ def check_self_attention(denoiser: torch.nn.Module, subject: str, layout: Layout
         return
     if layout.joint:
         why = f"which {subject} has not apart from its text, so there is nothing to keep"
-    elif all(layout.is_cross(name, layer) for name, layer in attention_modules(denoiser).items()):
+    elif all(layout.is_cross_attention(name, layer) for name, layer in attention_modules(denoiser).items()):
         why = f"and no layer of {type(getattr(denoiser, '_orig_mod', denoiser)).__name__} that T-GATE can reach has it"
     else:
         return
@@ -141,12 +142,26 @@ def check_module(part: Any, attribute: str, subject: str) -> None:
         what = "no torch module (an engine of ONNX Runtime, TensorRT or OpenVINO?)"
     elif isinstance(part, (torch.jit.ScriptModule, torch.fx.GraphModule)) or hasattr(part, "graph_signature"):
         what = "a graph that was traced or exported, and no module of diffusers"
+    elif (wrapper := _parallel_wrapper(part)) is not None:
+        raise ValueError(
+            f"{subject} cannot be gated: its {attribute} is wrapped in {wrapper}, so T-GATE cannot reach its attention "
+            f"layers, nor its batch. Give what is inside, pipe.{attribute} = pipe.{attribute}.module. To share its "
+            f"weights among devices, use torch.distributed.fsdp.fully_shard(pipe.{attribute}), which wraps nothing."
+        )
     else:
         return
     raise ValueError(
         f"{subject} cannot be gated: its {attribute} is of type {type(part).__name__}, which is {what}, so T-GATE "
         "cannot reach its attention layers, nor its batch. Load the module of diffusers in its place."
     )
+
+
+def _parallel_wrapper(part: torch.nn.Module) -> str | None:
+    """The name of what wraps a denoiser to run it on several devices, if anything does."""
+    # Whoever has wrapped it has imported this.
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    parallel = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    return type(part).__name__ if isinstance(part, (parallel, fsdp)) else None
 
 
 def check_denoiser(denoiser: torch.nn.Module, subject: str) -> None:
@@ -181,17 +196,17 @@ def _why_joint(denoiser: torch.nn.Module, subject: str, layout: Layout) -> str:
     """Why a denoiser with joint attention is refused, and what to do."""
     inner: Any = getattr(denoiser, "_orig_mod", denoiser)
     distilled = getattr(getattr(inner, "config", None), "guidance_embeds", False)
-    more = ", and its guidance is distilled into it, so there is no half to leave out" if distilled else ""
-    instead = (
-        "What helps there are diffusers' own caches, where the model has them "
-        "(pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
+    what = (
+        f"{type(inner).__name__} has joint attention (text and image share one softmax), so there is no "
+        "cross-attention output to keep"
     )
     if layout.joint:
-        what = "guidance by a negative prompt (true_cfg_scale above 1)" if distilled else "guidance alone"
-        instead = f"apply_tgate(pipe, cross_attention=False) gates {what}."
+        guidance = "guidance by a negative prompt (true_cfg_scale above 1)" if distilled else "guidance alone"
+        return f"cross_attention=True is not possible: {what}. Leave it out: apply_tgate(pipe) gates {guidance}."
+    more = ", and its guidance is distilled into it, so there is no half to leave out" if distilled else ""
     return (
-        f"{subject} cannot be gated: {type(inner).__name__} has joint attention (text and image share one softmax), so "
-        f"there is no cross-attention output to keep{more}. {instead}"
+        f"{subject} cannot be gated: {what}{more}. What helps there are diffusers' own caches, where the model has "
+        "them (pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
     )
 
 

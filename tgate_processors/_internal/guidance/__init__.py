@@ -1,5 +1,5 @@
 """
-What the halves of guidance differ by: noted in full steps, predicted in half steps, and checked against the batch.
+What the halves of guidance differ by, recorded in full steps and predicted in half steps; the forms of guidance.
 
-Imports `plan`, `denoiser` and `caches`.
+Imports `plan` and `denoiser`.
 """

@@ -1,4 +1,4 @@
-"""How many pictures a run is for, and whether the denoiser's batch is what guidance makes of them."""
+"""How many samples a run is for, and whether the denoiser's batch is what guidance makes of them."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from typing import Any, Protocol
 
 import torch
 
-from ..denoiser.inputs import DenoiserInputs, unconditional_first
+from ..denoiser.inputs import DenoiserInputs, is_unconditional_first
 from ..denoiser.spec import Layout
 
 
 class Reporting(Protocol):
-    """What a call of a pipeline reports of its batch."""
+    """A call of a pipeline, as far as it reports its batch."""
 
     is_diffusers_loop: bool
 
     @property
-    def subject(self) -> str:
+    def pipeline_name(self) -> str:
         """What errors call the pipeline."""
 
-    def told(self, callback_tensors: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The embeddings of the negative prompt and of the prompt, where the pipeline tells them."""
+    def prompt_embeds_pair(self, callback_tensors: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The embeddings of the negative prompt and of the prompt, where the pipeline reports them."""
 
 
 class CFGBatchCheck:
     """
-    The batch of a run: what the latents of the last step lead to, compared with what the denoiser gets.
+    The batch of a run: checks that the denoiser gets what the latents of the last step lead to.
 
     Args:
-        call (`Reporting`): What the pipeline tells.
-        layout (`Layout`): What the batch of its denoiser is.
+        call (`Reporting`): What the pipeline reports.
+        layout (`Layout`): The batch of its denoiser.
 
     Attributes:
         unconditional_first (`bool`): Whether the first half of a guided batch is the unconditional one.
@@ -40,76 +40,78 @@ class CFGBatchCheck:
         self.unconditional_first = not layout.conditional_first
         self._layout = layout
         self._call = call
-        self._pictures: int | None = None
-        # diffusers' own loops need no look.
-        self._looked_at = call.is_diffusers_loop
+        self._num_samples: int | None = None
+        # The order is known in diffusers' own loops.
+        self._order_checked = call.is_diffusers_loop
 
-    def expect(self, pictures: int | None) -> None:
-        """Note how many pictures are asked for, if the arguments say."""
-        if self._pictures is None:
-            self._pictures = pictures
+    def set_num_samples(self, num_samples: int | None) -> None:
+        """Set the number of samples from the arguments of the call, if they say it."""
+        if self._num_samples is None:
+            self._num_samples = num_samples
 
-    def forget(self) -> None:
-        """A loop has ended, and the next one may be for others."""
-        self._pictures = None
+    def reset(self) -> None:
+        """A loop has ended, and the next one may have another number of samples."""
+        self._num_samples = None
 
-    def holds_halves(self, seen: DenoiserInputs) -> bool | None:
-        """Whether the denoiser is given both halves of guidance, by the latents of the last step, if that tells."""
-        if self._pictures is None:
+    def has_both_halves(self, inputs: DenoiserInputs) -> bool | None:
+        """Whether a batch has both halves of guidance, compared with the last step's latents; `None` if unclear."""
+        if self._num_samples is None:
             return None
-        return {self._pictures: False, 2 * self._pictures: True}.get(seen.batch)
+        return {self._num_samples: False, 2 * self._num_samples: True}.get(inputs.batch_size)
 
-    def check(self, seen: DenoiserInputs, guided: bool) -> None:
+    def validate(self, inputs: DenoiserInputs, guided: bool) -> None:
         """
-        A forward begins: check that its batch fits the number of pictures.
+        A forward begins: check that its batch fits the number of samples.
 
         Raises:
-            ValueError: If it is not.
+            ValueError: If it does not.
         """
-        if self._pictures is not None:
-            self._compare(seen.batch, self._pictures, guided)
+        if self._num_samples is not None:
+            self._validate_size(inputs.batch_size, self._num_samples, guided)
 
-    def settle(self, seen: DenoiserInputs | None, guided: bool, told: dict[str, Any], latents: Any) -> None:
+    def on_step_end(
+        self, inputs: DenoiserInputs | None, guided: bool, callback_tensors: dict[str, Any], latents: Any
+    ) -> None:
         """
-        A step has ended: compare its batch with its latents, and know how many pictures the next one is for.
+        A step has ended: compare its batch with its latents, and set the number of samples of the next one.
 
         Args:
-            seen (`DenoiserInputs`, *optional*): What the denoiser was given.
+            inputs (`DenoiserInputs`, *optional*): What the denoiser was given.
             guided (`bool`): Whether it was given both halves of guidance.
-            told (`dict`): What the pipeline has told its callback.
+            callback_tensors (`dict`): What the pipeline has passed to its callback.
             latents (`torch.Tensor`, *optional*): The latents of the next step, if the user's callback gave others.
 
         Raises:
             ValueError: If the batch is not what guidance makes of the latents, or the halves are not what they seem.
         """
-        before = told.get("latents")
-        if seen is not None:
+        before = callback_tensors.get("latents")
+        if inputs is not None:
             # Where the text of both halves meets latents without guidance, a loop of diffusers makes two rows of one.
-            fits = self._call.is_diffusers_loop and self.holds_halves(seen) is guided
+            fits = self._call.is_diffusers_loop and self.has_both_halves(inputs) is guided
             if isinstance(before, torch.Tensor) and not fits:
-                self._compare(seen.batch, int(before.shape[0]), guided)
-            if guided and not self._looked_at:
+                self._validate_size(inputs.batch_size, int(before.shape[0]), guided)
+            if guided and not self._order_checked:
                 # The one wait for the device, and only for a loop that is not diffusers' own.
-                self._looked_at = True
-                negative, positive = self._call.told(told)
-                self.unconditional_first = unconditional_first(
-                    seen, self._layout.of_denoiser, negative, positive, self._call.subject
+                self._order_checked = True
+                negative, positive = self._call.prompt_embeds_pair(callback_tensors)
+                self.unconditional_first = is_unconditional_first(
+                    inputs, self._layout.denoiser_arguments, negative, positive, self._call.pipeline_name
                 )
         after = latents if isinstance(latents, torch.Tensor) else before
         if isinstance(after, torch.Tensor):
-            self._pictures = int(after.shape[0])
-        elif seen is not None:
-            self.expect(seen.batch // (2 if guided else 1))
+            self._num_samples = int(after.shape[0])
+        elif inputs is not None:
+            self.set_num_samples(inputs.batch_size // (2 if guided else 1))
 
     @staticmethod
-    def _compare(batch: int, pictures: int, guided: bool) -> None:
-        """Two halves with guidance, else one."""
-        expected = pictures * (2 if guided else 1)
+    def _validate_size(batch: int, num_samples: int, guided: bool) -> None:
+        """Check that a batch is two halves with guidance, else one."""
+        expected = num_samples * (2 if guided else 1)
         if batch == expected:
             return
-        ended = " Its loop seems to end guidance by itself." if guided and batch == pictures else ""
+        ended = " Its loop seems to end guidance by itself." if guided and batch == num_samples else ""
         raise ValueError(
-            f"T-GATE: the denoiser got a batch of {batch} for {pictures} latents with classifier-free guidance "
+            f"T-GATE: the denoiser got a batch of {batch} for {num_samples} latents with classifier-free guidance "
             f"{'on' if guided else 'off'}, where T-GATE expects {expected}: the guidance of this pipeline is not two "
             f"halves of one batch in every step.{ended} Call remove_tgate(pipe) to use it."
         )

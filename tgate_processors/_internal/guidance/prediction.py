@@ -24,9 +24,9 @@ class CFGDifference(NamedTuple):
     value: torch.Tensor
 
 
-def predict(known: Sequence[CFGDifference], position: int) -> torch.Tensor:
+def predict(history: Sequence[CFGDifference], position: int) -> torch.Tensor:
     r"""
-    Predict the difference of a later pass from the last two that are known.
+    Predict the difference of a later pass from the last two of a history.
 
     Let `a` and `b` be these two, `h` passes apart, and `k` the passes from `b` to the one to predict. The result is the
     mean of two predictions, made for each sample separately:
@@ -35,38 +35,38 @@ def predict(known: Sequence[CFGDifference], position: int) -> torch.Tensor:
       to `b`;
     - damped trend, `b + (b - a) / h * (d + d**2 + ... + d**k)` with `d = 0.7`, no longer than `b`.
 
-    If only one difference is known, it is the prediction.
+    If the history has only one difference, that is the prediction.
 
     Args:
-        known (`Sequence` of `CFGDifference`): The last one or two, in order.
+        history (`Sequence` of `CFGDifference`): The last one or two, in order.
         position (`int`): The pass.
 
     Returns:
-        `torch.Tensor`: The difference, of the shape and type of those that are known.
+        `torch.Tensor`: The difference, of the shape and type of those in the history.
     """
-    last = known[-1]
-    if len(known) == 1:
+    last = history[-1]
+    if len(history) == 1:
         return last.value
-    before = known[-2]
+    before = history[-2]
     of_before, of_last = _weights(before.value, last.value, last.position - before.position, position - last.position)
-    predicted = _times(last.value, of_last) + _times(before.value, of_before)
+    predicted = _scale_samples(last.value, of_last) + _scale_samples(before.value, of_before)
     return predicted.to(last.value.dtype)
 
 
-def guided_output(halves: Sequence[torch.Tensor], unconditional: int, scale: Any) -> torch.Tensor:
+def apply_cfg(halves: Sequence[torch.Tensor], uncond_index: int, scale: Any) -> torch.Tensor:
     """
-    What the pipeline makes of both halves.
+    Apply classifier-free guidance to both halves, as the pipeline does.
 
     Args:
         halves (`Sequence` of `torch.Tensor`): The two halves.
-        unconditional (`int`): Which of them is the unconditional one, 0 or 1.
+        uncond_index (`int`): Which of them is the unconditional one, 0 or 1.
         scale (`float` or `torch.Tensor`): Guidance scale.
 
     Returns:
         `torch.Tensor`: The unconditional half, plus `scale` times the conditional half minus the unconditional one.
     """
-    start = halves[unconditional]
-    guided: torch.Tensor = start + scale * (halves[1 - unconditional] - start)
+    start = halves[uncond_index]
+    guided: torch.Tensor = start + scale * (halves[1 - uncond_index] - start)
     return guided
 
 
@@ -88,7 +88,7 @@ def relative_error(predicted: torch.Tensor, computed: torch.Tensor, guided: torc
 
 
 def _weights(a: torch.Tensor, b: torch.Tensor, h: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """How much of the last two differences makes up the prediction, for every sample."""
+    """The weights of the last two differences in the prediction, for every sample."""
     tiny = torch.finfo(torch.float32).tiny
     aa, ab, bb = _dot(a, a), _dot(a, b), _dot(b, b)
     decay = (ab / aa.clamp_min(tiny)).clamp(0, 1) ** (k / h)
@@ -99,7 +99,7 @@ def _weights(a: torch.Tensor, b: torch.Tensor, h: int, k: int) -> tuple[torch.Te
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Scalar product of every sample, in `float32`: half precision overflows."""
+    """Dot product of every sample, in `float32`: half precision overflows."""
     return (a.float() * b.float()).flatten(1).sum(1)
 
 
@@ -108,6 +108,6 @@ def _norm(a: torch.Tensor) -> torch.Tensor:
     return _dot(a, a).sqrt()
 
 
-def _times(value: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Every sample with its own weight."""
+def _scale_samples(value: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Multiply every sample by its own weight."""
     return value.float() * weights.view(-1, *[1] * (value.dim() - 1))

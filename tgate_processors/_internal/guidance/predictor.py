@@ -1,120 +1,108 @@
-"""The guidance of one loop: what its two halves differ by, noted in full steps and predicted in half steps."""
+"""What the two halves of guidance differ by: recorded in full steps, predicted in half steps."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-from ..plan.adaptive import LEAD
-from ..plan.schedule import TGateSchedule
-from ..plan.steps import StepCounter, Timeline
-from .prediction import CFGDifference, guided_output, predict, relative_error
+from ..plan.adaptive import MIN_HISTORY
+from .prediction import CFGDifference, apply_cfg, predict, relative_error
 
 
-class Guidance:
+class GuidedPart(NamedTuple):
     """
-    The difference of the two halves of a denoiser's output, in the last full steps of a loop.
+    A part of an output (video, sound) of which both halves were computed.
 
     Args:
-        measures (`bool`, *optional*, defaults to `False`): Whether predictions are compared with what is computed.
-
-    Attributes:
-        error (`float`, *optional*): The largest error that was measured in this step.
+        difference (`torch.Tensor`): Second half minus first half.
+        guided (`torch.Tensor`): The guided output.
+        scale (`float` or `torch.Tensor`): Guidance scale.
     """
 
-    def __init__(self, *, measures: bool = False) -> None:
-        self._measures = measures
-        self.error: float | None = None
-        self._known: list[CFGDifference] = []
-        self._tokens: int | None = None
+    difference: torch.Tensor
+    guided: torch.Tensor
+    scale: Any
+
+
+class GuidancePredictor:
+    """
+    The difference of the two halves of a denoiser's output, in the last full steps of a loop, for each of its parts.
+
+    Args:
+        measures_errors (`bool`, *optional*, defaults to `False`): Whether errors of predictions are measured.
+    """
+
+    def __init__(self, *, measures_errors: bool = False) -> None:
+        self._measures_errors = measures_errors
+        # Of each full step, the differences of the parts of the output.
+        self._history: list[list[CFGDifference]] = []
+        self._num_tokens: int | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(difference.value.nbytes for difference in self._known)
+        return sum(difference.value.nbytes for parts in self._history for difference in parts)
 
     @property
-    def judges(self) -> bool:
+    def has_history(self) -> bool:
         """Whether the next difference that is computed has a prediction to be compared with."""
-        return len(self._known) >= LEAD
+        return len(self._history) >= MIN_HISTORY
 
-    def read(self, tokens: int) -> None:
-        """The pipeline reads so many tokens of an output, the first ones: others say nothing of guidance."""
-        self._tokens = tokens
-        self._known = [
-            CFGDifference(known.position, known.value[:, :tokens].clone()) if known.value.shape[1] > tokens else known
-            for known in self._known
+    def limit_tokens(self, tokens: int) -> None:
+        """Keep the first tokens of each difference: the pipeline does not read the others."""
+        self._num_tokens = tokens
+        self._history = [
+            [CFGDifference(at, part[:, :tokens].clone() if part.shape[1] > tokens else part) for at, part in parts]
+            for parts in self._history
         ]
 
-    def note(self, position: int, halves: tuple[torch.Tensor, torch.Tensor], unconditional: int, scale: Any) -> None:
+    def record(
+        self, position: int, halves: Sequence[Sequence[torch.Tensor]], uncond_index: int, scale: Any = None
+    ) -> torch.Tensor | None:
         """
-        Both halves were computed.
+        Record both halves of a full step.
 
         Args:
             position (`int`): The pass of the loop.
-            halves (`tuple` of `torch.Tensor`): The halves of the output.
-            unconditional (`int`): Which of them is the unconditional one, 0 or 1.
-            scale (`float` or `torch.Tensor`): Guidance scale; only needed where errors are measured.
+            halves (`Sequence`): The two halves, of each part of the output.
+            uncond_index (`int`): Which of them is the unconditional one, 0 or 1.
+            scale (`float` or `list`, *optional*):
+                Guidance scale, or one for each part; only needed where errors are measured.
+
+        Returns:
+            `torch.Tensor`, *optional*: How far off the predictions for each part and sample were, if there were any.
         """
-        halves = halves[0][:, : self._tokens], halves[1][:, : self._tokens]
-        computed = halves[1] - halves[0]
-        if self._known and self._known[-1].value.shape != computed.shape:
-            self._known.clear()
-        if self._known and self._known[-1].position == position:
+        halves = [[half[:, : self._num_tokens] for half in pair] for pair in halves]
+        differences = [second - first for first, second in halves]
+        if not self._measures_errors:
+            return self._add_to_history(position, differences)
+        scales = scale if isinstance(scale, list) else [scale] * len(halves)
+        guided = [apply_cfg(pair, uncond_index, own) for pair, own in zip(halves, scales, strict=True)]
+        return self.record_parts(position, [*map(GuidedPart, differences, guided, scales)])
+
+    def record_parts(self, position: int, parts: Sequence[GuidedPart]) -> torch.Tensor | None:
+        """Record the parts of an output whose differences and guided outputs are computed already."""
+        return self._add_to_history(position, [part.difference for part in parts], parts)
+
+    def predict(self, position: int) -> list[torch.Tensor]:
+        """Predict the second half minus the first, in a later pass, of each part of the output."""
+        return [predict(known, position) for known in zip(*self._history, strict=True)]
+
+    def _add_to_history(
+        self, position: int, differences: Sequence[torch.Tensor], parts: Sequence[GuidedPart] = ()
+    ) -> torch.Tensor | None:
+        """Add differences to the history, and measure how far off their predictions were."""
+        shapes = [each.shape for each in differences]
+        if self._history and [each.value.shape for each in self._history[-1]] != shapes:
+            self._history.clear()
+        if self._history and self._history[-1][0].position == position:
             # Calls before the loop count as part of its first pass.
-            self._known.pop()
-        if self._measures and self.judges:
-            guided = guided_output(halves, unconditional, scale)
-            self._measure(relative_error(predict(self._known, position), computed, guided, scale))
-        self._known = [*self._known[1 - LEAD :], CFGDifference(position, computed)]
-
-    def predicted(self, position: int) -> torch.Tensor:
-        """The second half minus the first, in a later pass."""
-        return predict(self._known, position)
-
-    def _measure(self, errors: torch.Tensor) -> None:
-        """The one wait for the device in a full step: the sample with the largest error decides for all."""
-        # Without values, as in `estimate_cost`, every prediction is right, which gives the fewest full steps.
-        error = 0.0 if errors.is_meta else float(errors.detach().max())
-        if self.error is None or not error <= self.error:
-            self.error = error
-
-
-class GuidedStepCounter(StepCounter):
-    """
-    A loop, and what the halves of its guidance differ by.
-
-    Args:
-        schedule (`TGateSchedule`): When attention is computed, stored and reused.
-        timeline (`Timeline`): What the pipeline says of the loop.
-        calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance of two halves is made of.
-
-    Attributes:
-        guidance (`Guidance`, *optional*): What the halves of guidance differ by, if that is predicted.
-    """
-
-    def __init__(self, schedule: TGateSchedule, timeline: Timeline, calls: int = 1) -> None:
-        self.guidance: Guidance | None = None
-        super().__init__(schedule, timeline, calls)
-
-    @property
-    def judges(self) -> bool:
-        """Whether what the next full step computes has a prediction to be compared with."""
-        return self.guidance is not None and self.guidance.judges
-
-    @property
-    def error(self) -> float | None:
-        """How far off a prediction was in the step that runs now, if one was compared."""
-        return None if self.guidance is None else self.guidance.error
-
-    def begin_guidance(self) -> None:
-        """Start with nothing known of guidance: at the beginning, and when another denoiser takes over."""
-        super().begin_guidance()
-        self.guidance = Guidance(measures=self.controller is not None) if self._schedule.predicts else None
-
-    def end_guided_step(self, *, full: bool, computed: bool) -> None:
-        """A step of the loop has ended."""
-        super().end_guided_step(full=full, computed=computed)
-        if self.guidance is not None:
-            self.guidance.error = None
+            self._history.pop()
+        errors = None
+        if parts and self.has_history:
+            compared = zip(self.predict(position), parts, strict=True)
+            errors = torch.cat([relative_error(predicted, *part) for predicted, part in compared])
+        self._history = [*self._history[1 - MIN_HISTORY :], [CFGDifference(position, each) for each in differences]]
+        return errors

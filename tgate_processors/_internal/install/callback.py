@@ -2,74 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 
+from ..attention.cache import AttentionCache
 from ..attention.layers import GatedLayers
 from ..attention.state import TGateState
-from ..caches.detect import check_others
-from ..caches.foreign_forwards import CustomForwards, ForeignForwards, checked_forwards
+from ..caches.detect import detect_caches
+from ..caches.foreign_forwards import CustomForwards, ForeignForwards, validate_custom_forwards
 from ..denoiser.lock import exclusively
-from ..families import check_guidance, check_half, resolve_pipeline
-from ..plan.schedule import CFGHalf, TGateSchedule
+from ..families import ResolvedPipeline, check_guidance, check_half, resolve_pipeline
+from ..plan.schedule import TGateSchedule, first_step
+from ..plan.step_plan import CFGHalf
 from ..plan.validation import is_choice, shown
-from ..run.call import PipelineCall
 from ..run.run import PipelineRun
-from .gradient_checkpointing import replay, stop_replaying
+from .gradient_checkpointing import replay_checkpoints, stop_replaying_checkpoints
 from .hooks import DenoiserHooks
 from .pipeline_call import call_of
 
-# Until the number of steps is known, the first step is planned as that of a long run.
-_LONG_RUN = 1000
 
-
-class StepClock:
-    """
-    Tells the run of the current thread that a step has ended. Without a run it does nothing.
-
-    Args:
-        schedule (`TGateSchedule`): When attention is computed, stored and reused.
-        max_memory (`int`, *optional*): Most bytes of kept cross-attention.
-    """
-
-    # Whether the user puts the processors in.
-    _by_hand: ClassVar[bool] = False
-
-    def __init__(self, schedule: TGateSchedule, max_memory: int | None = None) -> None:
-        if not isinstance(schedule, TGateSchedule):
-            raise TypeError(
-                f"schedule={shown(schedule)} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
-            )
-        self.state = TGateState(schedule, max_memory, by_hand=self._by_hand)
-
-    def __call__(
-        self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """One pass of the pipeline's loop has ended."""
-        self.tick(step_index, callback_kwargs)
-        return callback_kwargs
-
-    def tick(
-        self, step_index: int, tensors: dict[str, Any], latents: Any = None, exchanged: Collection[str] = ()
-    ) -> None:
-        """
-        One pass of the loop has ended.
-
-        Args:
-            step_index (`int`): The pipeline's number of the pass.
-            tensors (`dict`): What the pipeline has told.
-            latents (`torch.Tensor`, *optional*): The latents of the next pass, if the user's callback gave others.
-            exchanged (`Collection` of `str`, *optional*): The names of what the user's callback gave others of.
-        """
-        run = self.state.current()
-        if run is not None:
-            run.tick(step_index, latents, tensors, exchanged)
-
-
-class TGateCallback(StepClock):
+class TGateCallback:
     r"""
     Step-counting `callback_on_step_end`: the clock of T-GATE, for wiring it by hand.
 
@@ -113,7 +67,6 @@ class TGateCallback(StepClock):
     """
 
     tensor_inputs: ClassVar[list[str]] = []
-    _by_hand = True
 
     def __init__(
         self,
@@ -122,95 +75,101 @@ class TGateCallback(StepClock):
         cfg_half: CFGHalf | None = None,
         custom_forwards: CustomForwards | None = None,
     ) -> None:
-        super().__init__(schedule)
-        self._custom_forwards = checked_forwards(custom_forwards)
-        self.cfg_half = checked_half(cfg_half)
+        if not isinstance(schedule, TGateSchedule):
+            raise TypeError(
+                f"schedule={shown(schedule)} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
+            )
+        self.state = TGateState(schedule)
+        self._custom_forwards = validate_custom_forwards(custom_forwards)
+        self.cfg_half = validate_cfg_half(cfg_half)
         self._run: PipelineRun | None = None
-        self._place = ExitStack()
-        self._wait()
+        self._attached = ExitStack()
+        self._await_first_step()
 
     def __call__(
         self, pipeline: Any, step_index: int, timestep: Any, callback_kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """One pass of the pipeline's loop has ended."""
         try:
-            if self._run is None:
-                self._take_place(pipeline)
-            super().__call__(pipeline, step_index, timestep, callback_kwargs)
+            run = self._run or self._attach(pipeline)
+            # In a callback of another thread there is no run of this one.
+            if self.state.current() is run:
+                run.on_step_end(step_index, tensors=callback_kwargs)
         except BaseException:
             self.reset()
             raise
-        if self._run is not None and self._run.between_loops:
-            self._run.close()
+        if run.is_between_loops:
+            run.finish()
             self.reset()
         return callback_kwargs
 
     def reset(self) -> None:
         """Release everything that a run holds, for example after an exception or an interrupt."""
-        self._place.close()
+        self._attached.close()
         self._run = None
-        self._wait()
+        self._await_first_step()
 
-    def _wait(self) -> None:
-        """Be ready for the first step of a call, which nobody announces."""
-        self.state.waiting = waiting = PipelineRun(
-            self.state, _Nobody(), GatedLayers(None, self.state), droppable=False
-        )
-        waiting.prime(self.state.schedule.plan(_LONG_RUN)[0])
+    def _await_first_step(self) -> None:
+        """Have the layers do what they do in the first step of a call, which nobody announces."""
+        self.state.first_step_cache = cache = AttentionCache(self.state, GatedLayers(None, self.state))
+        plan = first_step(self.state.schedule)
+        cache.actions.set(plan.cross_attention, plan.self_attention)
+        self.state.compiled_actions.copy_from(cache.actions)
 
-    def _take_place(self, pipeline: Any) -> None:
+    def _attach(self, pipeline: Any) -> PipelineRun:
         """Begin the run at the end of its first pass, the first that a callback alone sees."""
-        self._place.close()
+        self._attached.close()
         found = resolve_pipeline(pipeline)
+        self._check(pipeline, found)
+        layout = found.family.layout
+        layers = GatedLayers(found.denoiser, self.state, "gate", layout)
+        layers.discover()
+        call = call_of(found, pipeline)
+        run = PipelineRun(self.state, call, layers, can_skip_half=found.kept_half is not None)
+        first, self.state.first_step_cache = self.state.first_step_cache, None
+        assert isinstance(first, AttentionCache)
+        self._run = run
+        hooks = DenoiserHooks(self.state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
+        watch = found.denoiser.register_forward_pre_hook(self._reset_stale_run)
+        exclusively(hooks.install)
+        self._attached.callback(watch.remove)
+        self._attached.callback(lambda: exclusively(hooks.uninstall))
+        self._attached.callback(stop_replaying_checkpoints, found.denoiser, self)
+        replay_checkpoints(found.denoiser, self.state, self)
+        self.state.enter(run)
+        self._attached.callback(self.state.leave)
+        run.adopt_first_pass(first)
+        if call.do_cfg_now() and run.gates_first_step:
+            raise ValueError(
+                "T-GATE: gate_step is the first step, and a callback first runs when that is over: use "
+                "apply_tgate(pipe, ...), or a gate_step of at least 2."
+            )
+        return run
+
+    def _check(self, pipeline: Any, found: ResolvedPipeline) -> None:
+        """Refuse what a callback alone cannot gate."""
+        schedule = self.state.schedule
         check_half(pipeline, found, self.cfg_half)
-        check_guidance(pipeline, found, self.state.schedule)
+        check_guidance(pipeline, found, schedule)
         if found.family.layout.calls > 1:
             raise ValueError(
                 f"T-GATE: the guidance of {type(pipeline).__name__} is two calls of its denoiser, and a callback alone "
                 "cannot leave one out: use apply_tgate(pipe, ...)."
             )
-        alone = "a callback alone cannot tell it where the batch changes: use apply_tgate(pipe, ...)"
-        check_others(found.denoiser, self.state.schedule, alone=alone)
+        reason = "a callback alone cannot tell it where the batch changes: use apply_tgate(pipe, ...)"
+        detect_caches(found.denoiser, schedule, reason=reason)
         ForeignForwards([found.denoiser], self._custom_forwards).check()
-        layout = found.family.layout
-        layers = GatedLayers(found.denoiser, self.state, "gate", layout)
-        layers.look()
-        self._run, self.state.waiting = self.state.waiting, None
-        assert self._run is not None
-        hooks = DenoiserHooks(self.state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
-        forget = found.denoiser.register_forward_pre_hook(self._forget_a_broken_run)
-        exclusively(hooks.install)
-        self._place.callback(forget.remove)
-        self._place.callback(lambda: exclusively(hooks.remove))
-        self._place.callback(stop_replaying, found.denoiser, self)
-        replay(found.denoiser, self.state, self)
-        self.state.enter(self._run)
-        self._place.callback(self.state.leave)
-        call = call_of(found, pipeline)
-        self._run.adopt(call, layers, droppable=found.kept_half is not None)
-        if call.guided() and self._run.gates_first_step:
-            raise ValueError(
-                "T-GATE: gate_step is the first step, and a callback first runs when that is over: use "
-                "apply_tgate(pipe, ...), or a gate_step of at least 2."
-            )
 
-    def _forget_a_broken_run(self, module: torch.nn.Module, args: Any) -> None:
+    def _reset_stale_run(self, module: torch.nn.Module, args: Any) -> None:
         """Start afresh if the denoiser is called by a later call than the one that was begun."""
-        if self._run is not None and self._run.call.is_over():
+        if self._run is not None and self._run.call.timesteps.is_stale():
             # The hooks stay for this forward, which torch has begun with them.
             self._run = None
             self.state.leave()
-            self._wait()
+            self._await_first_step()
 
 
-class _Nobody(PipelineCall):
-    """Before any call is known."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-
-
-def checked_half(cfg_half: CFGHalf | None) -> CFGHalf | None:
+def validate_cfg_half(cfg_half: CFGHalf | None) -> CFGHalf | None:
     """Validate `cfg_half`."""
     if not is_choice("cfg_half", cfg_half, "unconditional", "conditional"):
         raise ValueError(f'cfg_half must be "unconditional" or "conditional", not {shown(cfg_half)}.')

@@ -1,4 +1,4 @@
-"""What is put in place for one call, and how all of it goes again, wherever an interrupt may come."""
+"""Undoes at the end of a call all that was set up for it, wherever an interrupt may come."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class Cleanup:
     """
     What has to be undone at the end of a call.
 
-    Each part is noted before it is done, and can be undone twice. So `end` runs in two `finally` blocks, one inside the
-    other: an interrupt in the first one leaves the rest to the second. `contextlib.ExitStack` loses the part that it is
-    at.
+    Each part is added before it is done, and can be undone twice. So `run` is called in two `finally` blocks, one
+    inside the other: an interrupt in the first one leaves the rest to the second. `contextlib.ExitStack` loses the
+    part that it is at.
 
     Attributes:
         completed (`bool`): Whether the call has come to its end.
@@ -21,11 +21,11 @@ class Cleanup:
         self.completed = False
         self._undo: list[Callable[[], object]] = []
 
-    def undo(self, part: Callable[[], object]) -> None:
-        """Note how a part is undone that is done next. The last one is undone first."""
+    def add(self, part: Callable[[], object]) -> None:
+        """Add how the part that is done next is undone. The last one is undone first."""
         self._undo.append(part)
 
-    def end(self) -> None:
+    def run(self) -> None:
         """Undo all parts."""
         while self._undo:
             self._undo[-1]()

@@ -12,8 +12,8 @@ _HOOKS = {
     "_forward_pre_hooks": "_forward_pre_hooks_with_kwargs",
     "_forward_hooks": "_forward_hooks_with_kwargs",
 }
-# Copies and pickles ask an object for its state by this name.
-_PLACE = "__getstate__"
+# Copies and pickles call this to get the state of an object.
+_GETSTATE = "__getstate__"
 
 
 def remove_hooks(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
@@ -26,23 +26,23 @@ def remove_hooks(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
             vars(module)[notes].pop(number, None)
 
 
-def leave_out_of_copies(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
-    """Have copies of a module made without these hooks, which would serve nobody and could not be taken out."""
+def exclude_from_copies(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
+    """Have copies of a module made without these hooks, which would have no effect and could not be removed."""
 
     def state() -> Any:
         module_class: Any = type(module)
         kept = dict(module_class.__getstate__(module))
-        kept.pop(_PLACE, None)
+        kept.pop(_GETSTATE, None)
         for name, notes in _HOOKS.items():
             gone = {number for number, hook in list(kept[name].items()) if which(hook)}
             for part in (name, notes):
                 kept[part] = type(kept[part])((n, value) for n, value in list(kept[part].items()) if n not in gone)
         return kept
 
-    vars(module).setdefault(_PLACE, state)
+    vars(module).setdefault(_GETSTATE, state)
 
 
-def put_back_into_copies(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
-    """The inverse of `leave_out_of_copies`, when none of these hooks is left."""
+def include_in_copies(module: torch.nn.Module, which: Callable[[Any], bool]) -> None:
+    """The inverse of `exclude_from_copies`, when none of these hooks is left."""
     if not any(which(hook) for name in _HOOKS for hook in list(vars(module)[name].values())):
-        vars(module).pop(_PLACE, None)
+        vars(module).pop(_GETSTATE, None)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what is computed again in `backward` does what it did in the forward."""
+"""Gradient checkpointing: blocks that are computed again in `backward` do what they did in the forward."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ..attention.cache import CachedOutput
     from ..run.run import PipelineRun
 
-# Where a block has the function that checkpoints it.
-_PLACE = "_gradient_checkpointing_func"
+# The attribute of a block with the function that checkpoints it.
+_CHECKPOINT_FUNC = "_gradient_checkpointing_func"
 
 
 class ReplayCache:
@@ -23,13 +23,13 @@ class ReplayCache:
     A forward of a run, for the blocks that are computed again when the run is over.
 
     Args:
-        run (`PipelineRun`): The run, whose present signals and kept outputs are remembered.
+        run (`PipelineRun`): The run, whose present actions and cached outputs are remembered.
     """
 
     def __init__(self, run: PipelineRun) -> None:
-        self.signals = LayerActions()
-        self.signals.take(run.outputs.signals)
-        self._kept: dict[Slot, CachedOutput] = dict(run.outputs.kept)
+        self.actions = LayerActions()
+        self.actions.copy_from(run.attention_cache.actions)
+        self._cached: dict[Slot, CachedOutput] = dict(run.attention_cache.cached)
 
     @property
     def nbytes(self) -> int:
@@ -37,17 +37,17 @@ class ReplayCache:
         return 0
 
     @property
-    def outputs(self) -> ReplayCache:
-        """What the gates talk to, as of a run."""
+    def attention_cache(self) -> ReplayCache:
+        """Itself: it takes the place of a run."""
         return self
 
-    def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
-        """What the layer gave out in the forward, if it was a kept output."""
-        kept = self._kept.get(slot)
-        return kept.tensor if kept is not None and kept.tensor.shape[:2] == hidden_states.shape[:2] else None
+    def get(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
+        """The output of the layer in the forward, if it was a cached one."""
+        cached = self._cached.get(slot)
+        return cached.tensor if cached is not None and cached.tensor.shape[:2] == hidden_states.shape[:2] else None
 
-    def computed(self, *told: Any) -> None:
-        """Nothing is kept twice."""
+    def put(self, *args: Any) -> None:
+        """Nothing is cached twice."""
 
 
 class _RecomputedBlock:
@@ -67,82 +67,81 @@ class _RecomputedBlock:
             return self._block(*args)
 
 
-class _Replaying:
-    """Stands in front of the function that checkpoints a block, for all runs of its denoiser."""
+class _CheckpointReplayer:
+    """Wraps the function that checkpoints a block, for all runs of its denoiser."""
 
-    def __init__(self, behind: Any) -> None:
-        self.behind = behind
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
         self.states: dict[object, TGateState] = {}
 
     def __call__(self, block: Any, *args: Any) -> Any:
         state = next((state for state in tuple(self.states.values()) if state.current() is not None), None)
-        return self.behind(block if state is None else _RecomputedBlock(block, state), *args)
+        return self.wrapped(block if state is None else _RecomputedBlock(block, state), *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy has no runs.
-        return _as_it_is, (self.behind,)
+        return _as_it_is, (self.wrapped,)
 
 
 def _as_it_is(function: Any) -> Any:
-    """What stands behind, in a copy."""
+    """The wrapped function, for copies."""
     return function
 
 
-def replay(denoiser: torch.nn.Module, state: TGateState, run: object) -> None:
-    """Have the checkpointed blocks of a denoiser replay their forward, while a run is on."""
+def replay_checkpoints(denoiser: torch.nn.Module, state: TGateState, run: object) -> None:
+    """Have the checkpointed blocks of a denoiser replay their forward of a run."""
     blocks = [module for module in denoiser.modules() if getattr(module, "gradient_checkpointing", False)]
 
     def put_in() -> None:
-        for block in filter(_has_function, blocks):
-            found = vars(block)[_PLACE]
-            if not isinstance(found, _Replaying):
-                found = vars(block)[_PLACE] = _Replaying(found)
+        for block in filter(_has_checkpoint_func, blocks):
+            found = vars(block)[_CHECKPOINT_FUNC]
+            if not isinstance(found, _CheckpointReplayer):
+                found = vars(block)[_CHECKPOINT_FUNC] = _CheckpointReplayer(found)
             found.states[run] = state
 
     if blocks:
         exclusively(put_in)
 
 
-def stop_replaying(denoiser: torch.nn.Module, run: object) -> None:
-    """The inverse of `replay`."""
-    found = [block for block in denoiser.modules() if isinstance(vars(block).get(_PLACE), _Replaying)]
+def stop_replaying_checkpoints(denoiser: torch.nn.Module, run: object) -> None:
+    """The inverse of `replay_checkpoints`."""
+    found = [
+        block for block in denoiser.modules() if isinstance(vars(block).get(_CHECKPOINT_FUNC), _CheckpointReplayer)
+    ]
 
     def take_out() -> None:
         for block in found:
-            replaying = vars(block)[_PLACE]
-            if isinstance(replaying, _Replaying):
+            replaying = vars(block)[_CHECKPOINT_FUNC]
+            if isinstance(replaying, _CheckpointReplayer):
                 replaying.states.pop(run, None)
                 if not replaying.states:
-                    vars(block)[_PLACE] = replaying.behind
+                    vars(block)[_CHECKPOINT_FUNC] = replaying.wrapped
 
     if found:
         exclusively(take_out)
 
 
-def cannot_replay(denoiser: torch.nn.Module) -> bool:
-    """Whether blocks are computed again out of reach, as in older versions of diffusers."""
+def has_unpatchable_checkpointing(denoiser: torch.nn.Module) -> bool:
+    """Whether the function that checkpoints blocks cannot be replaced, as in older versions of diffusers."""
     return torch.is_grad_enabled() and any(
-        getattr(module, "gradient_checkpointing", False) and not _has_function(module) for module in denoiser.modules()
+        getattr(module, "gradient_checkpointing", False) and not _has_checkpoint_func(module)
+        for module in denoiser.modules()
     )
 
 
 class WholeDenoiserCheckpointGuard:
-    """The inputs of gated forwards that gradients go back through: nobody may compute one again as a whole."""
+    """Refuses to compute a gated forward again as a whole, recognised by its input."""
 
     def __init__(self) -> None:
         self._samples = WeakTensorKeyDictionary()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy has seen nothing.
-        return WholeDenoiserCheckpointGuard, ()
-
-    def note(self, sample: torch.Tensor) -> None:
-        """A gated forward begins."""
+    def record(self, sample: torch.Tensor) -> None:
+        """Remember the input of a gated forward."""
         if torch.is_grad_enabled():
             self._samples[sample] = True
 
     def check(self, sample: Any) -> None:
-        """A forward begins that belongs to no run: refuse it if `backward` computes a gated one again."""
+        """Refuse a forward outside a run in which `backward` computes a gated one again."""
         if isinstance(sample, torch.Tensor) and sample in self._samples and torch._C._current_graph_task_id() != -1:
             raise ValueError(
                 "T-GATE: the whole denoiser is checkpointed, and `backward` computes it again when the run is over and "
@@ -151,6 +150,6 @@ class WholeDenoiserCheckpointGuard:
             )
 
 
-def _has_function(block: torch.nn.Module) -> bool:
+def _has_checkpoint_func(block: torch.nn.Module) -> bool:
     """Whether a block is checkpointed by a function that can be exchanged."""
-    return callable(vars(block).get(_PLACE))
+    return callable(vars(block).get(_CHECKPOINT_FUNC))

@@ -1,24 +1,24 @@
-"""The hooks of a denoiser: they tell the run of every forward, halve what goes in and double what comes out."""
+"""The hooks of a denoiser: they notify the run of every forward, slice its inputs and complete its output."""
 
 from __future__ import annotations
 
-import functools
-import types
+import weakref
 from typing import Any
 
 import torch
 
 from ..attention.state import TGateState
-from ..denoiser.batch import double, slice_arguments, stacked, unstacked
-from ..denoiser.inputs import DenoiserInputs, batch_size_of, get_latents, read_inputs, unknown_batches
+from ..denoiser.batch import complete_batch, guided_parts, slice_arguments, stack_samples, unstack_samples
+from ..denoiser.inputs import DenoiserInputs, batch_size_of, get_latents, read_inputs, unknown_batch_arguments
 from ..denoiser.lock import exclusively
 from ..denoiser.spec import BatchArguments, Layout
-from ..plan.schedule import CFGHalf
-from .copies import leave_out_of_copies, put_back_into_copies, remove_hooks
-from .gradient_checkpointing import WholeDenoiserCheckpointGuard, cannot_replay
+from ..plan.step_plan import CFGHalf
+from .gradient_checkpointing import WholeDenoiserCheckpointGuard, has_unpatchable_checkpointing
+from .hook_memory import HookMemory, OriginalArguments
+from .ordered_hooks import OrderedHooks
 
 
-class DenoiserHooks:
+class DenoiserHooks(OrderedHooks):
     """
     The forward hooks of a denoiser, and of what the pipeline calls before it in every step.
 
@@ -34,12 +34,12 @@ class DenoiserHooks:
         state (`TGateState`): What the gates of the pipeline share.
         denoiser (`torch.nn.Module`): The module that the pipeline calls in every step.
         controlnet (`torch.nn.Module`, *optional*): What it calls before the denoiser in every step.
-        kept (`str`, *optional*): The half that stays, `"unconditional"` or `"conditional"`.
-        default (`str`, *optional*): The half that stays if none is given and guidance is dropped; with a ControlNet
+        cfg_half (`str`, *optional*): The active half that the user has chosen, `"unconditional"` or `"conditional"`.
+        default_half (`str`, *optional*): The active half if none is chosen and guidance is dropped; with a ControlNet
             that sees the conditional half only (`guess_mode`) it is that one, because the other has no control.
         layout (`Layout`, *optional*): What the batch is.
-        told (`bool`, *optional*, defaults to `False`):
-            Whether the user has said which arguments that the denoiser alone has are a batch.
+        batch_is_known (`bool`, *optional*, defaults to `False`):
+            Whether the user has given the `batch_arguments` of the denoiser.
     """
 
     def __init__(
@@ -47,251 +47,170 @@ class DenoiserHooks:
         state: TGateState,
         denoiser: torch.nn.Module,
         controlnet: torch.nn.Module | None = None,
-        kept: CFGHalf | None = None,
-        default: CFGHalf | None = None,
+        cfg_half: CFGHalf | None = None,
+        default_half: CFGHalf | None = None,
         layout: Layout | None = None,
-        told: bool = False,
+        batch_is_known: bool = False,
     ) -> None:
+        super().__init__(denoiser, controlnet)
         self._state = state
-        self._told = told
-        self._denoiser = denoiser
-        self._controlnet = controlnet
-        self._kept = kept
-        self._default = default
+        self._batch_is_known = batch_is_known
+        self._cfg_half = cfg_half
+        self._default_half = default_half
         self._layout = layout or Layout()
-        self._differentiated = WholeDenoiserCheckpointGuard()
-
-    @property
-    def _modules(self) -> list[torch.nn.Module]:
-        """What has hooks."""
-        return [module for module in (self._denoiser, self._controlnet) if module is not None]
-
-    def install(self) -> None:
-        """Register the hooks that are not there, and stand next to the forward."""
-        for module in self._modules:
-            leave_out_of_copies(module, _is_ours)
-        register = self._denoiser.register_forward_pre_hook, self._denoiser.register_forward_hook
-        self._register(self._denoiser._forward_pre_hooks, register[0], "before")
-        self._register(self._denoiser._forward_hooks, register[1], "after")
-        if self._controlnet is not None:
-            self._register(self._denoiser._forward_pre_hooks, register[0], "before_all")
-            register_controlnet = self._controlnet.register_forward_pre_hook
-            self._register(self._controlnet._forward_pre_hooks, register_controlnet, "before_controlnet")
-        self._stand_inside()
-
-    def remove(self) -> None:
-        """Take the hooks out again."""
-        for module in self._modules:
-            # By looking, as an interrupt may have come between a hook and its handle.
-            remove_hooks(module, lambda hook: getattr(hook, "__self__", None) is self)
-            put_back_into_copies(module, _is_ours)
-
-    def _register(self, hooks: Any, register: Any, method: str) -> None:
-        """Register a hook if it is not there."""
-        if self._number(hooks, method) is None:
-            register(self._hook(method), with_kwargs=True)
-
-    def _stand_inside(self) -> None:
-        """
-        Stand next to the forward: last of those before it, first of those after it.
-
-        Other threads may be calling the denoiser, so nothing is moved that stands where it should.
-        """
-        before: Any = self._denoiser._forward_pre_hooks
-        after: Any = self._denoiser._forward_hooks
-        for hooks, name, last in ((before, "before", True), (before, "before_all", False), (after, "after", False)):
-            number = self._number(hooks, name)
-            if number is not None and not _is_at_end(hooks, number, last=last):
-                hooks.move_to_end(number, last=last)
-
-    def _hook(self, method: str) -> types.MethodType:
-        """A hook: a bound method, which torch's compiler knows for such hooks."""
-        return types.MethodType(_eager(method), self)
-
-    def _number(self, hooks: Any, method: str) -> int | None:
-        """The number of one of our hooks, if it is there."""
-        wanted = self._hook(method)
-        return next((number for number, hook in list(hooks.items()) if hook == wanted), None)
-
-    def _is_innermost(self) -> bool:
-        """Whether nobody but other pipelines' T-GATE reads the batch after us."""
-        number = self._number(self._denoiser._forward_pre_hooks, "before")
-        return number is not None and _is_at_end(self._denoiser._forward_pre_hooks, number, last=True)
+        self._checkpoint_guard = WholeDenoiserCheckpointGuard()
+        self._memories: weakref.WeakKeyDictionary[Any, HookMemory] = weakref.WeakKeyDictionary()
 
     def _before_all(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """A forward begins whose ControlNet has run on one half."""
-        run = self._run(kwargs)
-        if run is None or not run.control.halved:
+        run = self._current_run(kwargs)
+        if run is None or not self._memory(run).ran_on_half:
             return None
-        run.control.announced = True
-        return self._enter(run, module, args, kwargs or {})
+        self._memory(run).is_announced = True
+        return self._begin_forward(run, module, args, kwargs or {})
 
     def _before(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """A forward begins."""
-        run = self._run(kwargs)
+        run = self._current_run(kwargs)
         if run is None:
             if torch.is_grad_enabled():
-                self._differentiated.check(get_latents({"sample": args[0]} if args else kwargs or {}))
+                self._checkpoint_guard.check(get_latents({"sample": args[0]} if args else kwargs or {}))
             return None
-        if run.control.announced:
-            run.control.announced = False
+        memory = self._memory(run)
+        if memory.is_announced:
+            memory.is_announced = False
             return None
-        return self._enter(run, module, args, kwargs or {})
+        return self._begin_forward(run, module, args, kwargs or {})
 
-    def _run(self, kwargs: dict[str, Any] | None) -> Any:
+    def _current_run(self, kwargs: dict[str, Any] | None) -> Any:
         """The run that a hook serves. Without keyword arguments torch calls what was removed when it had listed it."""
-        run = None if kwargs is None else self._state.current()
-        return None if run is None or run.waiting else run
+        return None if kwargs is None else self._state.current()
 
-    def _enter(self, run: Any, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Tell the run of a forward, and halve the batch if it says so."""
-        if cannot_replay(self._denoiser):
+    def _memory(self, run: Any) -> HookMemory:
+        """The memory of these hooks for a run."""
+        memory = self._memories.get(run)
+        if memory is None:
+            memory = self._memories[run] = HookMemory()
+        return memory
+
+    def _begin_forward(self, run: Any, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Notify the run of a forward, and slice the batch if the run says so."""
+        if has_unpatchable_checkpointing(self._denoiser):
             raise ValueError(
                 "T-GATE: with gradients on, this version of diffusers computes checkpointed blocks again where T-GATE "
                 "cannot reach them. Call disable_gradient_checkpointing() on the denoiser, or update diffusers."
             )
-        seen = read_inputs(module, args, kwargs)
-        self._differentiated.note(seen.sample)
-        if self._layout.is_beside(seen.given):
-            run.control.announced = False
-            self._state.stand_aside()
+        inputs = read_inputs(module, args, kwargs)
+        self._checkpoint_guard.record(inputs.sample)
+        memory = self._memory(run)
+        if self._layout.is_auxiliary_call(inputs.arguments):
+            memory.is_announced = False
+            self._state.suspend()
             return None
         innermost = self._is_innermost()
         # For the hooks after this forward, and for the next one: some may have come since the last.
-        exclusively(self._stand_inside)
-        may_halve = innermost or run.control.halved or self._layout.calls > 1
-        run.before_forward(seen, self._kept_half(run), may_halve=may_halve, denoiser=module)
-        if run.guided and run.will_halve:
-            self._check_own(module, seen, self._layout.of_denoiser)
+        exclusively(self._move_innermost)
+        is_halved = memory.ran_on_half
+        may_halve = innermost or is_halved or self._layout.calls > 1
+        run.before_forward(inputs, self._active_half(run), may_halve=may_halve, is_halved=is_halved, denoiser=module)
+        if run.guided and run.may_halve_batch:
+            self._reject_unknown_batches(module, inputs, self._layout.denoiser_arguments)
         if not run.halves_batch:
-            run.control.see(batch_size_of([seen.given.get(name) for name in self._layout.residuals]))
-            if run.control.halved:
+            memory.read_residuals(batch_size_of([inputs.arguments.get(name) for name in self._layout.residuals]))
+            if is_halved:
                 raise ValueError(
                     "T-GATE: the ControlNet ran on half of the batch, but the denoiser has to run on all of it, "
                     "because its latents have changed. Change their size before the gate, or call remove_tgate(pipe)."
                 )
             return None
-        return self._halved(run, seen.batch, args, kwargs, list(seen.given))
+        return self._slice_inputs(run, inputs, args, kwargs)
 
-    def _halved(self, run: Any, batch: int, args: Any, kwargs: dict[str, Any], names: list[str]) -> Any:
-        """The half of the arguments that stays. The user's hooks after the forward find the whole ones again."""
-        layout = self._layout
+    def _slice_inputs(self, run: Any, inputs: DenoiserInputs, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Slice the arguments to the active half. They are restored for the user's hooks after the forward."""
+        layout, memory, batch = self._layout, self._memory(run), inputs.batch_size
         wanted: BatchArguments = (
-            layout.of_denoiser if run.control.halved else {**layout.of_denoiser, **layout.residuals}
+            layout.denoiser_arguments if memory.ran_on_half else {**layout.denoiser_arguments, **layout.residuals}
         )
-        kept = self._kept_half(run)
-        positional = dict(zip(names, args, strict=False))
-        new_args = list(slice_arguments(positional, wanted, batch, kept).values())
-        new_kwargs = slice_arguments(kwargs, wanted, batch, kept)
-        run.whole = _OriginalArguments(batch // 2, kept, args, kwargs, new_args, new_kwargs)
-        run.control.halved = False
+        active_half = self._active_half(run)
+        positional = dict(zip(inputs.arguments, args, strict=False))
+        new_args = list(slice_arguments(positional, wanted, batch, active_half).values())
+        new_kwargs = slice_arguments(kwargs, wanted, batch, active_half)
+        memory.original = OriginalArguments(inputs, active_half, args, kwargs, new_args, new_kwargs)
+        memory.ran_on_half = False
         return new_args, new_kwargs
 
-    def _check_own(self, module: torch.nn.Module, seen: DenoiserInputs, names: BatchArguments) -> None:
-        """Refuse arguments that diffusers does not know, if they may be a batch of which one half is to go."""
-        if self._told:
+    def _reject_unknown_batches(self, module: torch.nn.Module, inputs: DenoiserInputs, names: BatchArguments) -> None:
+        """Refuse arguments that diffusers does not have, if they may hold the batch that is to be sliced."""
+        if self._batch_is_known:
             return
-        for name, tensor in unknown_batches(module, seen, {**names, **self._layout.residuals}):
+        for name, tensor in unknown_batch_arguments(module, inputs, {**names, **self._layout.residuals}):
             raise ValueError(
                 f"T-GATE: {type(module).__name__} has an argument {name!r} of its own, here of shape "
-                f"{tuple(tensor.shape)} with a guided batch of {seen.batch}, where T-GATE has to know whether it is a "
-                f"part of that batch, to leave one half of it out. Say that it is, apply_tgate(pipe, ..., "
+                f"{tuple(tensor.shape)} with a guided batch of {inputs.batch_size}, where T-GATE has to know whether "
+                f"it is a part of that batch, to leave one half of it out. Say that it is, apply_tgate(pipe, ..., "
                 f"batch_arguments=({name!r},)), or that none is, batch_arguments=(), or call remove_tgate(pipe) to "
                 "use this pipeline."
             )
 
-    def _kept_half(self, run: Any) -> CFGHalf:
-        """The half that stays, in the order of this pipeline's batch."""
+    def _active_half(self, run: Any) -> CFGHalf:
+        """The active half, in the order of this pipeline's batch."""
         # Cross-attention that is computed anew on one half of the text belongs to that half.
-        conditional = run.control.conditional_only or self._state.schedule.predicts or run.computes_cross
-        kept = self._kept or ("conditional" if conditional else self._default)
+        conditional = self._memory(run).guess_mode or self._state.schedule.predicts or run.computes_cross_attention
+        half = self._cfg_half or ("conditional" if conditional else self._default_half)
         if run.batch.unconditional_first:
-            return kept  # type: ignore[return-value]
-        return "unconditional" if kept == "conditional" else "conditional"
+            return half  # type: ignore[return-value]
+        return "unconditional" if half == "conditional" else "conditional"
 
     def _before_controlnet(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Halve the batch if the denoiser's will be, unless it is one half already."""
-        run = self._run(kwargs)
+        """Slice the ControlNet's batch if the denoiser's will be sliced, unless it is one half already."""
+        run = self._current_run(kwargs)
         if run is None or kwargs is None:
             return None
-        seen = read_inputs(module, args, kwargs)
-        run.control.enter(seen.batch)
-        if run.control.conditional_only or not run.halves_next(seen.shape):
+        inputs = read_inputs(module, args, kwargs)
+        memory = self._memory(run)
+        memory.before_controlnet(inputs.batch_size)
+        if memory.guess_mode or not run.halves_next_forward(inputs.sample_shape):
             return None
-        self._check_own(module, seen, self._layout.of_controlnet)
-        run.control.halved = True
-        kept = self._kept_half(run)
-        names = list(seen.given)
+        self._reject_unknown_batches(module, inputs, self._layout.controlnet_arguments)
+        memory.ran_on_half = True
+        active_half = self._active_half(run)
+        names = list(inputs.arguments)
         positional = dict(zip(names, args, strict=False))
-        names_of_batch = self._layout.of_controlnet
-        new_args = list(slice_arguments(positional, names_of_batch, seen.batch, kept).values())
-        return new_args, slice_arguments(kwargs, names_of_batch, seen.batch, kept)
+        names_of_batch = self._layout.controlnet_arguments
+        new_args = list(slice_arguments(positional, names_of_batch, inputs.batch_size, active_half).values())
+        return new_args, slice_arguments(kwargs, names_of_batch, inputs.batch_size, active_half)
 
     def _after(self, module: torch.nn.Module, args: Any, *rest: Any) -> Any:
-        """A forward has ended: tell the run, and give the output of the half back as both halves."""
+        """A forward has ended: notify the run, and complete the output of one half to both halves."""
         kwargs, output = rest if len(rest) > 1 else (None, rest[0])
         if self._state.current() is None:
-            self._state.come_back()
+            self._state.resume()
             return None
-        run = self._run(kwargs)
+        run = self._current_run(kwargs)
         if run is None:
             return None
-        whole, run.whole = run.whole, None
+        memory = self._memory(run)
+        original, memory.original = memory.original, None
         difference = run.after_forward(output)
-        if whole is None:
+        if original is None:
             return None
         if self._layout.entries:
-            output = stacked(output)
+            output = stack_samples(output)
         rows = batch_size_of(output)
-        if rows != whole.rows:
+        if rows != original.rows:
             raise ValueError(
                 f"T-GATE: {type(module).__name__} gave {rows} rows for half of the batch, where T-GATE "
-                f"expects {whole.rows}: one of its arguments is of the whole batch and unknown to T-GATE. Call "
+                f"expects {original.rows}: one of its arguments is of the whole batch and unknown to T-GATE. Call "
                 "remove_tgate(pipe) to use this pipeline."
             )
-        whole.give_back()
-        doubled = double(output, whole.rows, difference, whole.kept, several=self._layout.several)
-        return unstacked(doubled) if self._layout.entries else doubled
-
-
-class _OriginalArguments:
-    """The whole arguments of a forward that runs on half of them."""
-
-    def __init__(
-        self, rows: int, kept: CFGHalf, args: Any, kwargs: dict[str, Any], now_args: list[Any], now_kwargs: Any
-    ) -> None:
-        self.rows = rows
-        self.kept = kept
-        self._args, self._kwargs = args, kwargs
-        self._now_args, self._now_kwargs = now_args, now_kwargs
-
-    def give_back(self) -> None:
-        """Put them back where the user's forward hooks look."""
-        self._now_args[:] = self._args
-        self._now_kwargs.update(self._kwargs)
-
-
-@functools.cache
-def _eager(method: str) -> Any:
-    """A method that is not compiled with the denoiser."""
-    # Here and not as a decorator, which would load the compiler with this package.
-    return torch.compiler.disable(getattr(DenoiserHooks, f"_{method}"))  # type: ignore[no-untyped-call]
-
-
-def _is_ours(hook: Any) -> bool:
-    """Whether a hook is that of a pipeline with T-GATE."""
-    return isinstance(getattr(hook, "__self__", None), DenoiserHooks)
-
-
-def _is_at_end(hooks: Any, number: int, *, last: bool) -> bool:
-    """Whether a hook is the last one, or the first one, but for those of other pipelines with T-GATE."""
-    # A copy made at once: other threads may add and remove hooks meanwhile.
-    there = list(hooks.items())
-    for other, hook in reversed(there) if last else there:
-        if other == number:
-            return True
-        if not _is_ours(hook):
-            return False
-    return False
+        original.restore()
+        doubled = complete_batch(
+            output,
+            original.rows,
+            difference,
+            original.active_half,
+            lambda both: guided_parts(both, original.inputs, self._layout),
+        )
+        return unstack_samples(doubled) if self._layout.entries else doubled

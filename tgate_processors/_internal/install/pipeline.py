@@ -9,22 +9,22 @@ from typing import Any
 
 from ..attention.state import ActiveRun, TGateState
 from ..caches.adapter import CacheAdapters
-from ..caches.detect import adapters_of
+from ..families import ResolvedPipeline
 from ..run.run import PipelineRun
-from .call_interceptor import stand_in_front, step_back
-from .callback_chain import chain, suspend_legacy
-from .class_proxy import base_of, call_now, front, give_back, is_front, plain_call
+from .call_interceptor import intercept_calls, stop_intercepting
+from .callback_chain import chain_callback, suspend_in_legacy_callback
+from .class_proxy import current_call, is_proxy_class, make_proxy_class, restore_class, unwrapped_call, wrapped_class_of
 from .cleanup import Cleanup
-from .gradient_checkpointing import replay, stop_replaying
+from .gradient_checkpointing import replay_checkpoints, stop_replaying_checkpoints
 from .guiders import GuiderInstallation
 from .installation import Installation
 from .pipeline_call import call_of
 from .recompile_limit import RaisedRecompileLimit
 
-# In the `__dict__` of a pipeline with T-GATE: its installation.
-_ATTRIBUTE = "_tgate"
+# The attribute of a pipeline with T-GATE that holds its installation.
+_TGATE_ATTRIBUTE = "_tgate"
 # The published package takes these settings in the call, and some pipelines swallow them. How `apply_tgate` takes them.
-_SETTINGS = {
+_MISPLACED_SETTINGS = {
     **{name: f"{name}={{!r}}" for name in ("gate_step", "fi_interval")},
     **{name: f"10, {name}={{!r}}" for name in ("sp_interval", "warm_up", "guidance")},
     "cfg_interval": '10, guidance="predict", cfg_interval={!r}',
@@ -34,17 +34,17 @@ _SETTINGS = {
 
 def installed(pipe: Any) -> Installation | None:
     """What is installed in a pipeline, if all of it is."""
-    found: Installation | None = vars(pipe).get(_ATTRIBUTE)
-    return found if is_front(type(pipe)) else None
+    found: Installation | None = vars(pipe).get(_TGATE_ATTRIBUTE)
+    return found if is_proxy_class(type(pipe)) else None
 
 
-def install(pipe: Any, installation: Installation) -> None:
-    """Put T-GATE into a pipeline, or nothing of it if that fails."""
+def install(pipe: Any, installation: Installation, found: ResolvedPipeline | None = None) -> None:
+    """Install T-GATE into a pipeline, or nothing of it if that fails; `found` is given if it was resolved already."""
     try:
-        # The first that comes and the last that goes: whatever is there by an interrupt is taken out by it.
-        vars(pipe)[_ATTRIBUTE] = installation
-        installation.enter(pipe)
-        pipe.__class__ = _gated_class(base_of(type(pipe)))
+        # Set first and deleted last, so that after an interrupt it can uninstall whatever was installed.
+        vars(pipe)[_TGATE_ATTRIBUTE] = installation
+        installation.attach(pipe, found)
+        pipe.__class__ = _gated_pipeline_class(wrapped_class_of(type(pipe)))
     except BaseException:
         uninstall(pipe)
         raise
@@ -52,20 +52,20 @@ def install(pipe: Any, installation: Installation) -> None:
 
 def uninstall(pipe: Any) -> None:
     """The inverse of `install`, also of a part of it."""
-    installation = vars(pipe).get(_ATTRIBUTE)
+    installation = vars(pipe).get(_TGATE_ATTRIBUTE)
     if installation is None:
         return
     if installation.is_running(pipe):
         raise RuntimeError(
             f"T-GATE: {type(pipe).__name__} is running: call apply_tgate and remove_tgate between two calls."
         )
-    installation.remove(pipe)
-    pipe.__class__ = give_back(type(pipe))
-    del vars(pipe)[_ATTRIBUTE]
+    installation.uninstall(pipe)
+    pipe.__class__ = restore_class(type(pipe))
+    del vars(pipe)[_TGATE_ATTRIBUTE]
 
 
 @functools.cache
-def _gated_class(pipeline_class: Any) -> Any:
+def _gated_pipeline_class(pipeline_class: Any) -> Any:
     """The class of a pipeline with T-GATE: under the same name, with a `__call__` that runs gated."""
 
     def __reduce_ex__(self: Any, protocol: Any) -> tuple[Any, ...]:
@@ -76,60 +76,60 @@ def _gated_class(pipeline_class: Any) -> Any:
         vars(self).update(state)
         installation = installed(self)
         if installation is not None:
-            installation.come_along(self)
+            installation.attach_copy(self)
 
     def __repr__(self: Any) -> str:
         installation, plain = installed(self), pipeline_class.__repr__(self)
-        return plain if installation is None else f"{plain}\nwith T-GATE: {installation.callback.state.schedule!r}"
+        return plain if installation is None else f"{plain}\nwith T-GATE: {installation.state.schedule!r}"
 
-    gated = _gated(plain_call(pipeline_class), pipeline_class)
+    gated = _make_call(unwrapped_call(pipeline_class), pipeline_class)
     copying = {"__reduce_ex__": __reduce_ex__, "__setstate__": __setstate__}
-    return front(pipeline_class, {"__call__": gated, "__repr__": __repr__, **copying})
+    return make_proxy_class(pipeline_class, {"__call__": gated, "__repr__": __repr__, **copying})
 
 
 def _rebuild(pipeline_class: Any) -> Any:
     """An empty pipeline with T-GATE, to be filled from a pickle or a copy."""
-    gated = _gated_class(pipeline_class)
+    gated = _gated_pipeline_class(pipeline_class)
     return gated.__new__(gated)
 
 
-def _gated(call: Callable[..., Any], base: Any = None) -> Callable[..., Any]:
-    """The call of a pipeline, and what it wraps (the one with gradients), gated; with what others wrap around it."""
+def _make_call(call: Callable[..., Any], base: Any = None) -> Callable[..., Any]:
+    """Make the gated call of a pipeline, within the wrappers of others; also of the call that it wraps itself."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = _bind(self, call, args, kwargs)
+        bound = _bind_call(self, call, args, kwargs)
         if bound is None:
             return call(self, *args, **kwargs)
-        now = call if base is None else call_now(base, __call__, call)
+        now = call if base is None else current_call(base, __call__, call)
         if inspect.isgeneratorfunction(call):
-            return _step_by_step(self, now, bound)
-        ending = Cleanup()
+            return _drive_generator(self, now, bound)
+        cleanup = Cleanup()
         # Twice, for an interrupt in the first.
         try:
             try:
-                state, run = _begin(self, bound, ending, wrapped=now is not call)
-                ending.undo(functools.partial(state.leave, state.current()))
+                state, run = _begin_run(self, bound, cleanup, wrapped=now is not call)
+                cleanup.add(functools.partial(state.leave, state.current()))
                 state.enter(run)
                 output = now(*bound.args, **bound.kwargs)
-                ending.completed = True
+                cleanup.completed = True
                 return output
             finally:
-                ending.end()
+                cleanup.run()
         finally:
-            ending.end()
+            cleanup.run()
 
     functools.update_wrapper(__call__, call)
     __call__.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
     del __call__.__wrapped__  # type: ignore[attr-defined]
     if hasattr(call, "__wrapped__"):
-        __call__.__wrapped__ = _gated(call.__wrapped__)  # type: ignore[attr-defined]
+        __call__.__wrapped__ = _make_call(call.__wrapped__)  # type: ignore[attr-defined]
     return __call__
 
 
-def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> inspect.BoundArguments | None:
-    """The arguments of a call by name; nothing if they do not fit, as the pipeline's own error names itself."""
+def _bind_call(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> inspect.BoundArguments | None:
+    """Bind the arguments of a call; `None` if they do not fit, so that the pipeline raises its own error."""
     installation = installed(pipe)
-    if installation is None or installation.comes_back(pipe):
+    if installation is None or installation.is_reentrant_call(pipe):
         return None
     if inspect.iscoroutinefunction(call) or inspect.isasyncgenfunction(call):
         raise ValueError(
@@ -137,7 +137,7 @@ def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
             "from their start to their end. Await it in a plain function, or call remove_tgate(pipe) to use it."
         )
     signature = inspect.signature(call)
-    for name, form in _SETTINGS.items():
+    for name, form in _MISPLACED_SETTINGS.items():
         if name in kwargs and name not in signature.parameters:
             raise TypeError(
                 f"{name}={kwargs[name]!r} is not an argument of the call: set it beforehand, for all calls, with "
@@ -154,57 +154,54 @@ def _bind(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str, Any]
         return None
 
 
-def _begin(
-    pipe: Any, bound: inspect.BoundArguments, ending: Cleanup, *, wrapped: bool = False
+def _begin_run(
+    pipe: Any, bound: inspect.BoundArguments, cleanup: Cleanup, *, wrapped: bool = False
 ) -> tuple[TGateState, ActiveRun]:
-    """Have a run for a call, whose arguments get the clock."""
+    """Begin the run of a call, and chain its step callback into the arguments."""
     installation = installed(pipe)
     assert installation is not None
-    state = installation.callback.state
-    installation.begin_call(pipe, ending, wrapped=wrapped)
+    state = installation.state
+    installation.begin_call(pipe, cleanup, wrapped=wrapped)
     if isinstance(installation, GuiderInstallation):
         if bound.arguments.get("callback_on_step_end") is not None:
-            chain(pipe, installation.callback, bound, is_diffusers_loop=True)
-        return state, installation.guide(pipe, ending)
-    found, layers = installation.follow(pipe)
-    call = call_of(found, pipe, _given(bound))
+            chain_callback(pipe, installation.state, bound, is_diffusers_loop=True)
+        return state, installation.gate_guiders(pipe, cleanup)
+    found, layers, caches, forwards = installation.refresh(pipe)
+    call = call_of(found, pipe, _all_arguments(bound))
     if not found.counts_forwards:
-        chain(pipe, installation.callback, bound, is_diffusers_loop=found.is_diffusers_loop)
-    suspend_legacy(state, bound)
-    caches = [adapters_of(denoiser) for denoiser in found.denoisers]
-    if installation.deepcache is not None:
-        caches[0].insert(0, installation.deepcache)
+        chain_callback(pipe, installation.state, bound, is_diffusers_loop=found.is_diffusers_loop)
+    suspend_in_legacy_callback(state, bound)
     adapters = CacheAdapters(caches, found.family.layout.calls)
     run = PipelineRun(
         state,
         call,
         layers,
-        droppable=found.kept_half is not None and not adapters.keep_guidance,
+        can_skip_half=found.kept_half is not None and not adapters.owns_cfg,
         counts_forwards=found.counts_forwards,
-        adapters=adapters,
+        caches=adapters,
         cross_attention=installation.cross_attention,
-        forwards=installation.forwards(found),
+        forwards=forwards,
     )
-    ending.undo(lambda: installation.end_run(pipe, run, layers, completed=ending.completed))
+    cleanup.add(lambda: installation.end_run(pipe, run, layers, completed=cleanup.completed))
     room = RaisedRecompileLimit()
-    ending.undo(room.close)
+    cleanup.add(room.close)
     room.open()
     for denoiser in found.denoisers:
-        ending.undo(functools.partial(stop_replaying, denoiser, run))
-        replay(denoiser, state, run)
+        cleanup.add(functools.partial(stop_replaying_checkpoints, denoiser, run))
+        replay_checkpoints(denoiser, state, run)
         if found.family.layout.calls > 1:
-            ending.undo(functools.partial(step_back, denoiser, run))
-            stand_in_front(denoiser, state, run)
-    adapters.begin_call(ending.undo)
+            cleanup.add(functools.partial(stop_intercepting, denoiser, run))
+            intercept_calls(denoiser, state, run)
+    adapters.begin_call(cleanup.add)
     return state, run
 
 
-def _step_by_step(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArguments) -> Generator[Any, Any, Any]:
-    """Run a call that yields: T-GATE steps aside whenever the consumer runs."""
-    ending = Cleanup()
+def _drive_generator(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArguments) -> Generator[Any, Any, Any]:
+    """Drive a call that yields: the thread is in no run while the consumer runs."""
+    cleanup = Cleanup()
     try:
         try:
-            state, run = _begin(pipe, bound, ending)
+            state, run = _begin_run(pipe, bound, cleanup)
             inner = call(*bound.args, **bound.kwargs)
             resume, value = inner.send, None
             while True:
@@ -213,7 +210,7 @@ def _step_by_step(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArgum
                     with state.entered(run):
                         item = resume(value)
                 except StopIteration as stop:
-                    ending.completed = True
+                    cleanup.completed = True
                     return stop.value
                 try:
                     resume, value = inner.send, (yield item)
@@ -223,17 +220,17 @@ def _step_by_step(pipe: Any, call: Callable[..., Any], bound: inspect.BoundArgum
                 except BaseException as error:
                     resume, value = inner.throw, error
         finally:
-            ending.end()
+            cleanup.run()
     finally:
-        ending.end()
+        cleanup.run()
 
 
-def _given(bound: inspect.BoundArguments) -> dict[str, Any]:
+def _all_arguments(bound: inspect.BoundArguments) -> dict[str, Any]:
     """All arguments of a call by name, those that it swallows too, with their defaults."""
     parameters = bound.signature.parameters
-    given = {name: parameter.default for name, parameter in parameters.items()}
-    given.update(bound.arguments)
+    arguments = {name: parameter.default for name, parameter in parameters.items()}
+    arguments.update(bound.arguments)
     swallowing = [name for name, p in parameters.items() if p.kind is inspect.Parameter.VAR_KEYWORD]
     for name in swallowing:
-        given.update(bound.arguments.get(name, {}))
-    return given
+        arguments.update(bound.arguments.get(name, {}))
+    return arguments

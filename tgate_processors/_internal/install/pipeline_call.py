@@ -1,4 +1,4 @@
-"""What a pipeline that was found to be gated tells of the call that it is in."""
+"""How a call of a resolved pipeline is read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from ..run.call import PipelineCall
 
 
 def call_of(found: ResolvedPipeline, pipe: Any, arguments: Mapping[str, Any] | None = None) -> PipelineCall:
-    """What a pipeline tells of the call that it is in."""
+    """Read a call of a resolved pipeline."""
     layout = found.family.layout
-    scales: dict[str, Any] = {"scale_beyond": layout.scale_beyond, "scales": layout.scales}
-    scales |= {"asks_scale": layout.asks_scale, "first_expert": int(found.attribute == found.family.second)}
-    return PipelineCall(pipe, arguments, is_diffusers_loop=found.is_diffusers_loop, guides=found.guides, **scales)
+    scales: dict[str, Any] = {"scale_offset": layout.scale_beyond, "scales": layout.scales}
+    scales |= {"rereads_scale": layout.asks_scale, "first_denoiser_index": int(found.attribute == found.family.second)}
+    return PipelineCall(
+        pipe, arguments, is_diffusers_loop=found.is_diffusers_loop, supports_cfg=found.supports_cfg, **scales
+    )

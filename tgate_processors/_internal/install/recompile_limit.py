@@ -8,12 +8,12 @@ from collections import defaultdict
 from typing import Any
 
 from ..denoiser.lock import exclusively
-from ..plan.schedule import Action
+from ..plan.step_plan import Action
 
 # Each kind of attention computes, stores or reuses.
-_GRAPHS_FOR_EACH = len(Action) ** 2
+_GRAPHS_PER_FUNCTION = len(Action) ** 2
 _open: set[RaisedRecompileLimit] = set()
-_kept_for = 0
+_graphs_left = 0
 
 
 class _Limit:
@@ -24,15 +24,15 @@ class _Limit:
     """
 
     def __init__(self) -> None:
-        self._users = 0
-        self._ours: tuple[int, ...] = ()
+        self._user_limit = 0
+        self._set_by_us: tuple[int, ...] = ()
 
-    def wanted(self, now: int) -> int:
-        """What it has to be, where it is `now`."""
-        if now not in self._ours:
-            self._users = now
-        limit = self._users * (_GRAPHS_FOR_EACH if _open else 1) + _kept_for
-        self._ours = (now, limit)
+    def value_for(self, now: int) -> int:
+        """The value that the limit has to have, where it is `now`."""
+        if now not in self._set_by_us:
+            self._user_limit = now
+        limit = self._user_limit * (_GRAPHS_PER_FUNCTION if _open else 1) + _graphs_left
+        self._set_by_us = (now, limit)
         return limit
 
 
@@ -51,7 +51,7 @@ class RaisedRecompileLimit:
     """
 
     def __init__(self) -> None:
-        # Anyone who compiles has loaded it; nobody else should wait for the import.
+        # It is loaded where anything is compiled; others should not wait for the import.
         self._dynamo: Any = sys.modules.get("torch._dynamo")
         self._before: dict[int, int] = {}
 
@@ -65,13 +65,13 @@ class RaisedRecompileLimit:
 
     def close(self) -> None:
         """The call has ended. May come twice."""
-        global _kept_for
+        global _graphs_left
         if self._dynamo is None:
             return
         # Not where an interrupt has come before `open`: which graphs there were is not known then.
         if self in _open:
             made = (count for code, count in _graphs(self._dynamo).items() if count > self._before.get(code, 0))
-            _kept_for = max(_kept_for, *made, 0)
+            _graphs_left = max(_graphs_left, *made, 0)
         _open.discard(self)
         exclusively(self._set_limits)
 
@@ -80,12 +80,12 @@ class RaisedRecompileLimit:
         _set_limits(self._dynamo.config)
 
 
-def give_back_room() -> None:
-    """Put the limit back, if all graphs have gone (`torch._dynamo.reset()`)."""
-    global _kept_for
+def restore_recompile_limit() -> None:
+    """Restore the limit, if all graphs are gone (`torch._dynamo.reset()`)."""
+    global _graphs_left
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and _kept_for and not _open and not any(_graphs(dynamo).values()):
-        _kept_for = 0
+    if dynamo is not None and _graphs_left and not _open and not any(_graphs(dynamo).values()):
+        _graphs_left = 0
         exclusively(lambda: _set_limits(dynamo.config))
 
 
@@ -93,10 +93,10 @@ def _set_limits(config: Any) -> None:
     """Set the limit for all threads, and that which this thread has for itself."""
     entry: Any = getattr(config, "_config", {}).get("recompile_limit")
     if isinstance(getattr(entry, "default", None), int):
-        entry.default = _limits[None].wanted(entry.default)
+        entry.default = _limits[None].value_for(entry.default)
         if config.recompile_limit == entry.default:
             return
-    config.recompile_limit = _limits[threading.get_ident()].wanted(config.recompile_limit)
+    config.recompile_limit = _limits[threading.get_ident()].value_for(config.recompile_limit)
 
 
 def _graphs(dynamo: Any) -> dict[int, int]:

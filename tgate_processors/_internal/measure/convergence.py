@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..api import check_pipeline, remove_tgate
+from ..api import remove_tgate
 from ..attention.layers import attention_modules
-from ..denoiser.batch import sample_of
+from ..attention.state import TGateState
+from ..denoiser.batch import noise_prediction_of
 from ..denoiser.inputs import read_inputs
 from ..families import resolve_pipeline
-from ..install.callback import StepClock
 from ..install.guiders import has_guider
 from ..install.installation import Installation
 from ..install.pipeline import install, installed
+from ..install.pipeline_check import validate_pipeline
 from ..plan.schedule import TGateSchedule
-from ..plan.validation import checked_tolerance, shown
+from ..plan.validation import shown, validate_tolerance
 from .cost import estimate_cost
 from .probe import ConvergenceProbe
 
@@ -125,7 +126,7 @@ def measure_convergence(
     """
     import pandas as pd
 
-    check_pipeline(pipe)
+    validate_pipeline(pipe)
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(
             f"prompts={shown(prompts)} is of type {type(prompts).__name__}: give a list, with a prompt for each call."
@@ -139,7 +140,7 @@ def measure_convergence(
         raise TypeError(
             f"tolerances={shown(tolerances)} is of type {type(tolerances).__name__}: give a list of numbers."
         )
-    schedules = [TGateSchedule("auto", tolerance=checked_tolerance(each, "tolerances")) for each in tolerances]
+    schedules = [TGateSchedule("auto", tolerance=validate_tolerance(each, "tolerances")) for each in tolerances]
     calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
     if has_guider(pipe) or resolve_pipeline(pipe).family.layout.calls > 1:
         raise ValueError(
@@ -170,18 +171,19 @@ def _watched(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
     remove_tgate(pipe)
     found = resolve_pipeline(pipe)
     # A gate that no run reaches. Guidance with a memory cannot be dropped, not even then.
-    clock = StepClock(TGateSchedule(10**9, guidance="predict" if found.family.layout.remembers else None))
-    clock.state.warned.add("late")
+    schedule = TGateSchedule(10**9, guidance="predict" if found.family.layout.remembers else None)
+    state = TGateState(schedule, by_hand=False)
+    state.warned.add("late")
     handles = []
     try:
         # Processors of any kind can be gated here, since nothing is reused.
-        install(pipe, Installation(clock, custom="gate"))
+        install(pipe, Installation(state, custom_processors="gate"))
         denoiser, layout = found.denoiser, found.family.layout
         for name, layer in attention_modules(denoiser).items():
-            if layout.is_cross(name, layer):
+            if layout.is_cross_attention(name, layer):
                 probe.layers.append(name.removesuffix(".processor"))
-                handles.append(layer.register_forward_hook(_layer_hook(probe, probe.layers[-1], clock)))
-        handles.append(denoiser.register_forward_hook(_denoiser_hook(probe, clock), with_kwargs=True))
+                handles.append(layer.register_forward_hook(_layer_hook(probe, probe.layers[-1], state)))
+        handles.append(denoiser.register_forward_hook(_denoiser_hook(probe, state), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -191,24 +193,24 @@ def _watched(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
             install(pipe, before)
 
 
-def _layer_hook(probe: ConvergenceProbe, name: str, clock: StepClock) -> Any:
+def _layer_hook(probe: ConvergenceProbe, name: str, state: TGateState) -> Any:
     """Tell the probe what a layer gives out."""
 
     def hook(module: Any, args: Any, output: Any) -> None:
-        run = clock.state.current()
+        run = state.current()
         if run is not None:
             probe.layer(name, run, output)
 
     return hook
 
 
-def _denoiser_hook(probe: ConvergenceProbe, clock: StepClock) -> Any:
+def _denoiser_hook(probe: ConvergenceProbe, state: TGateState) -> Any:
     """Tell the probe what the denoiser gives out."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        run = clock.state.current()
+        run = state.current()
         if run is not None and run.guided:
-            probe.both_halves(sample_of(output, read_inputs(module, args, kwargs).shape).detach(), run)
+            probe.both_halves(noise_prediction_of(output, read_inputs(module, args, kwargs).sample_shape).detach(), run)
 
     return hook
 

@@ -1,153 +1,197 @@
-"""A run without a network: T-GATE's own run and processors, over layers of which is known what they take."""
+"""A run without a network: the plan of every forward, and what a denoiser of known layers takes for it."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
-
-from ..attention.budget import LayerSizes
-from ..attention.layers import GatedLayers
-from ..attention.state import Slot, TGateState
-from ..denoiser.inputs import DenoiserInputs
-from ..denoiser.spec import Layout
+from ..attention.budget import MemoryBudget
+from ..plan.adaptive import MIN_HISTORY
+from ..plan.forward_plan import CachedPart, CacheKey, ForwardContext, ForwardPlan, plan_forward
 from ..plan.report import TGateReport
+from ..plan.report_builder import ReportBuilder
 from ..plan.schedule import TGateSchedule
-from ..plan.steps import Timeline
-from ..run.call import PipelineCall
-from ..run.run import PipelineRun
+from ..plan.step_plan import Action
+from ..plan.steps import StepCounter, Timeline
 from .macs import DenoiserProfile, MACs
 
 
-class _Layer(torch.nn.Module):
-    """An attention layer, or several in one: it gives out as much as they do together."""
+@dataclass
+class _Cached:
+    """What the layers of a denoiser hold: rows of each layer with cross-attention, and of self-attention."""
 
-    def __init__(self, width: int, *, cross: bool, saved: int = 0) -> None:
-        super().__init__()
-        self.is_cross_attention = cross
-        self.ran = False
-        self.saved = saved
-        self._width = width
-        self.processor: Any = self._compute
-
-    def _compute(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: Any = None) -> torch.Tensor:
-        self.ran = True
-        return hidden_states.new_empty(len(hidden_states), 1, self._width)
-
-    def get_processor(self) -> Any:
-        """As every attention layer of diffusers."""
-        return self.processor
-
-    def set_processor(self, processor: Any) -> None:
-        """Likewise."""
-        self.processor = processor
-
-    def forward(self, picture: torch.Tensor, text: torch.Tensor | None) -> None:
-        """Run what stands in the layer."""
-        self.ran = False
-        self.processor(self, picture, encoder_hidden_states=text)
+    cross: dict[int, int] = field(default_factory=dict)
+    beyond_budget: set[int] = field(default_factory=set)
+    self_rows: int | None = None
+    key: CacheKey | None = None
 
 
-class _Denoiser(torch.nn.Module):
-    """A denoiser of attention layers alone, with those for self-attention in one."""
+class _SimulatedDenoiser:
+    """A denoiser of which is known what its layers take and give out."""
 
-    def __init__(self, profile: DenoiserProfile) -> None:
-        super().__init__()
-        self.own = _Layer(profile.self_width, cross=False)
-        self.cross = torch.nn.ModuleList(_Layer(layer.width, cross=True, saved=layer.saved) for layer in profile.cross)
+    def __init__(
+        self, profile: DenoiserProfile, *, itemsize: int, gates_cross: bool, joint: bool, max_memory: int | None
+    ) -> None:
         self._profile = profile
-
-    def forward(self, picture: torch.Tensor) -> MACs:
-        """Run all layers, and tell what such a forward takes for one picture."""
-        self.own(picture, None)
-        text = torch.empty_like(picture)
-        for layer in self.cross:
-            layer(picture, text)
-        ran = [counted.macs for layer, counted in zip(self.cross, self._profile.cross, strict=True) if layer.ran]
-        reuses = len(ran) < len(self.cross)
-        return sum(ran if reuses else (), start=self._profile.forwards[reuses, not self.own.ran].macs)
-
-
-class _Layers(GatedLayers):
-    """The layers of such a denoiser, which know what they save."""
-
-    def saved(self, slot: Slot, sizes: LayerSizes) -> int:
-        """What the layer of a gate saves."""
-        saved: int = self.of(slot).saved
-        return saved
-
-
-class _Announced(PipelineCall):
-    """A call of which everything is known beforehand."""
-
-    def __init__(self, timeline: Timeline, *, guided: bool, pictures: int) -> None:
-        super().__init__(None, {"prompt": [""] * pictures})
-        self._timeline = timeline
-        self._guides = guided
+        self._itemsize = itemsize
+        self._joint = joint
+        self._gates_cross = gates_cross and not joint
+        self._budget: MemoryBudget[int] | None = None if max_memory is None else MemoryBudget(max_memory)
+        self.cached = _Cached()
+        self.uncached_bytes = 0
+        self.counts = ((False, False), (False, False))
 
     @property
-    def subject(self) -> str:
-        """Whose call it is, for messages."""
-        return "the denoiser"
+    def nbytes(self) -> int:
+        """Bytes held."""
+        cached = self.cached
+        cross = sum(self._profile.cross[index].width * rows for index, rows in cached.cross.items())
+        return (cross + self._profile.self_width * (cached.self_rows or 0)) * self._itemsize
 
-    def timeline(self) -> Timeline:
-        """The steps."""
-        return self._timeline
+    @property
+    def cached_layer_counts(self) -> tuple[int, int]:
+        """How many layers hold cross-attention, and how many would without a budget."""
+        return len(self.cached.cross), len(self.cached.cross) + len(self.cached.beyond_budget)
 
-    def guides(self) -> bool:
-        """Whether guidance is on."""
-        return self._guides
+    @property
+    def min_bytes(self) -> int | None:
+        """The bytes that the first layer needs, if any is beyond the budget."""
+        return self._budget.min_bytes if self._budget is not None and self.cached.beyond_budget else None
 
-    def scale(self, expert: int = 0) -> float:
-        """It is all the same without values."""
-        return 1.0
+    def release(self) -> None:
+        """Another denoiser takes over, or the run has ended."""
+        self.cached = _Cached()
+        if self._budget is not None:
+            self._budget.reset()
+
+    def forward(self, plan: ForwardPlan, rows: int) -> MACs:
+        """Run a forward, and tell what it takes for so many rows."""
+        cached_rows = rows if plan.part is CachedPart.ALL else rows // 2
+        reuses_own = not self._joint and plan.self_attention is Action.REUSE and self.cached.self_rows == rows
+        computed = list(range(len(self._profile.cross)))
+        if plan.cross_attention is Action.REUSE and self._gates_cross:
+            computed = [index for index in computed if index not in self.cached.cross]
+        elif plan.cross_attention is Action.STORE and self._gates_cross:
+            self._store_cross(cached_rows)
+        else:
+            self.cached.cross.clear()
+        if not reuses_own and not self._joint:
+            self.cached.self_rows = None if plan.self_attention is Action.COMPUTE else cached_rows
+        widths = sum(self._profile.cross[index].width for index in computed)
+        is_uncached = plan.cross_attention is Action.COMPUTE and not self._joint
+        self.uncached_bytes = widths * rows * self._itemsize if is_uncached else 0
+        if not self._joint:
+            reused = len(computed) < len(self._profile.cross)
+            self.counts = (len(computed) > 0, reused), (not reuses_own, reuses_own)
+        return self._macs(computed, reuses_own=reuses_own) * rows
+
+    def _store_cross(self, rows: int) -> None:
+        """Every layer caches its output, as far as the budget goes."""
+        widths = {index: layer.width * rows * self._itemsize for index, layer in enumerate(self._profile.cross)}
+        if self._budget is not None:
+            for index, nbytes in widths.items():
+                self._budget.offer(index, self._profile.cross[index].saved, nbytes, index)
+            self.cached.beyond_budget = {index for index in widths if index not in self._budget}
+        self.cached.cross = {index: rows for index in widths if index not in self.cached.beyond_budget}
+
+    def _macs(self, computed: list[int], *, reuses_own: bool) -> MACs:
+        """What a forward takes for one sample, in which these layers compute cross-attention."""
+        reuses = len(computed) < len(self._profile.cross)
+        apart = [self._profile.cross[index].macs for index in computed] if reuses else []
+        return sum(apart, start=self._profile.forwards[reuses, reuses_own].macs)
 
 
-def run_schedule(
+@dataclass(frozen=True)
+class DryRun:
+    """
+    What a run takes.
+
+    Args:
+        macs (`MACs`): Multiply-accumulates of all forwards.
+        report (`TGateReport`): What T-GATE says of the run.
+        least (`int`, *optional*): The bytes that the first layer needs, if `max_memory` is too little for it.
+    """
+
+    macs: MACs
+    report: TGateReport
+    least: int | None
+
+
+def simulate_schedule(
     profile: DenoiserProfile,
     schedule: TGateSchedule,
     timeline: Timeline,
     *,
     batch_size: int,
     guided: bool,
-    dtype: torch.dtype,
+    itemsize: int,
     cross_attention: bool = True,
     joint: bool = False,
     max_memory: int | None = None,
     takes_over: int | None = None,
-) -> tuple[MACs, TGateReport]:
+) -> DryRun:
     """
-    Go through a run, step by step, with T-GATE's own run and processors and these layers.
+    Go through a run, step by step, by the plans of its forwards. Every prediction is right in it, which gives the
+    fewest full steps.
 
     Args:
         profile (`DenoiserProfile`): The denoiser.
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
         timeline (`Timeline`): Passes of the loop, passes per step, and first passes that repeat step 0.
-        batch_size (`int`): Number of pictures.
+        batch_size (`int`): Number of samples.
         guided (`bool`): Whether classifier-free guidance is on.
-        dtype (`torch.dtype`): The type of what is stored.
+        itemsize (`int`): Bytes of each number that is stored.
         cross_attention (`bool`, *optional*, defaults to `True`): Whether cross-attention is reused.
         joint (`bool`, *optional*, defaults to `False`): Whether no layer is gated.
         max_memory (`int`, *optional*): Most bytes of kept cross-attention.
         takes_over (`int`, *optional*): The pass from which another denoiser of the same size runs.
 
     Returns:
-        `tuple` of `MACs` and `TGateReport`: What the run takes, and what T-GATE says of it.
+        `DryRun`: What the run takes, and what T-GATE says of it.
     """
-    state = TGateState(schedule, max_memory)
-    denoisers = [_Denoiser(profile) for _ in range(1 if takes_over is None else 2)]
-    layers = [_Layers(denoiser, state, "gate", Layout(joint=joint)) for denoiser in denoisers]
-    for each in layers:
-        each.follow()
-    call = _Announced(timeline, guided=guided, pictures=batch_size)
-    run = PipelineRun(state, call, layers, droppable=True, counts_forwards=True, cross_attention=cross_attention)
-    whole = torch.empty((2 if guided else 1) * batch_size, profile.width, 1, dtype=dtype, device="meta")
-    taken = MACs()
-    with state.entered(run):
-        for index in range(timeline.passes):
-            denoiser = denoisers[0 if takes_over is None or index < takes_over else 1]
-            run.before_forward(DenoiserInputs(len(whole), tuple(whole.shape[1:]), {"sample": whole}), denoiser=denoiser)
-            picture = whole[:batch_size] if run.half else whole
-            taken += denoiser(picture[:, :1]) * len(picture)
-            run.after_forward(picture)
-    return taken, run.report
+    denoiser = _SimulatedDenoiser(
+        profile, itemsize=itemsize, gates_cross=cross_attention, joint=joint, max_memory=max_memory
+    )
+    counter, builder, taken = StepCounter(schedule, timeline), ReportBuilder(is_auto=schedule.is_auto), MACs()
+    rows = (2 if guided else 1) * batch_size
+    part = CachedPart.MEAN if guided else CachedPart.ALL
+    # How many differences of guidance are known, and the errors of their predictions.
+    known, switched, least = 0, False, None
+    for index in range(timeline.passes):
+        if index == takes_over:
+            denoiser.release()
+            counter.restart_controller()
+            known, switched = 0, index > 0
+        has_history = known >= MIN_HISTORY
+        context = ForwardContext(
+            batch_size=rows,
+            sample_shape=(profile.width,),
+            guided=guided,
+            may_skip=not (switched and schedule.predicts) or has_history,
+            active_part=part,
+            cached=denoiser.cached.key,
+            gates_cross=cross_attention,
+        )
+        plan = plan_forward(counter.current_plan(has_history=has_history), context)
+        taken += denoiser.forward(plan, batch_size if plan.halves_batch else rows)
+        if plan.marks_cache:
+            denoiser.cached.key = CacheKey(
+                rows if plan.part is CachedPart.ALL else rows // 2, (profile.width,), plan.part
+            )
+        step, error = counter.step_index, None
+        if guided and schedule.predicts and not plan.is_half_step and counter.has_half_steps_left:
+            error = 0.0 if has_history and schedule.is_auto else None
+            known = min(known + 1, MIN_HISTORY)
+        if error is not None:
+            builder.add_error(step, error)
+        counter.begin_forward()
+        counter.end_pass(full=not plan.is_half_step, error=error)
+        held = denoiser.nbytes + known * profile.width * batch_size * itemsize
+        is_half, kept = plan.is_half_step, denoiser.cached_layer_counts
+        builder.add_pass(
+            counter, step, is_half_step=is_half, counts=denoiser.counts, cached_bytes=held, cached_layers=kept
+        )
+        if not cross_attention and not is_half:
+            builder.add_uncached_bytes(denoiser.uncached_bytes // (2 if plan.caches_one_half else 1))
+        if denoiser.min_bytes is not None and not builder.report.kept_layers:
+            least = denoiser.min_bytes
+    return DryRun(taken, builder.report, least)

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..attention.budget import saved_macs, sizes_of
+from ..attention.budget import measure_layer, saved_macs
 from ..attention.layers import attention_modules
 from ..attention.processor import TGateAttnProcessor
 from ..attention.state import LayerActions, Slot, TGateState
-from ..denoiser.batch import prediction_of
+from ..denoiser.batch import guided_parts
 from ..denoiser.inputs import read_inputs
 from ..denoiser.spec import Layout
 from ..families import family_of
-from ..families.family import InputSize
-from ..plan.schedule import Action, TGateSchedule
+from ..plan.schedule import TGateSchedule
+from ..plan.step_plan import Action
+from .inputs import InputSize
 from .meta_model import make_inputs
 
 # The layers that published MACs count.
@@ -87,36 +88,36 @@ class DenoiserProfile:
 
 
 class RecordingCache:
-    """Takes the place of a run, for forwards that belong to none: does as told and keeps what it is given."""
+    """Takes the place of a run, for forwards that belong to none: does as told and records what it is given."""
 
     def __init__(self) -> None:
-        self.signals = LayerActions()
+        self.actions = LayerActions()
         # The layers with cross-attention: the numbers that they give out, and what they save.
         self.cross: dict[Any, tuple[int, int]] = {}
-        self._kept: dict[Slot, torch.Tensor] = {}
+        self._cached: dict[Slot, torch.Tensor] = {}
 
     @property
-    def outputs(self) -> RecordingCache:
-        """What the gates talk to, as of a run."""
+    def attention_cache(self) -> RecordingCache:
+        """Itself: it takes the place of a run."""
         return self
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(tensor.nbytes for tensor in self._kept.values())
+        return sum(tensor.nbytes for tensor in self._cached.values())
 
-    def reused(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
-        """The kept output of a layer."""
-        return self._kept.get(slot)
+    def get(self, slot: Slot, attn: Any, hidden_states: torch.Tensor, is_self: bool) -> torch.Tensor | None:
+        """The cached output of a layer."""
+        return self._cached.get(slot)
 
-    def computed(self, slot: Slot, attn: Any, output: torch.Tensor, action: Action, is_self: bool, *given: Any) -> None:
+    def put(self, slot: Slot, attn: Any, output: torch.Tensor, action: Action, is_self: bool, *given: Any) -> None:
         """A layer has computed its output."""
         if not is_self:
-            self.cross[attn] = output.numel(), saved_macs(attn, sizes_of(given[0], given[1], output))
+            self.cross[attn] = output.numel(), saved_macs(attn, measure_layer(given[0], given[1], output))
         if action is Action.STORE:
-            self._kept[slot] = output
+            self._cached[slot] = output
         else:
-            self._kept.pop(slot, None)
+            self._cached.pop(slot, None)
 
 
 def count_forwards(
@@ -140,10 +141,10 @@ def count_forwards(
     state, recorder = TGateState(TGateSchedule()), RecordingCache()
     layers = attention_modules(module)
     for name, layer in layers.items():
-        if layout is None or layout.is_gated(name):
+        if layout is None or layout.is_gateable(name):
             layer.set_processor(TGateAttnProcessor(layer.processor, state))
     for cross, own in ways:
-        recorder.signals.set(cross, own)
+        recorder.actions.set(cross, own)
         with state.entered(recorder):
             forward = count_forward(module, make(), layers)
         yield forward, recorder
@@ -164,7 +165,7 @@ def measure(meta_model: Any, size: InputSize) -> DenoiserProfile:
     layout = family.layout
 
     def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        given.append(prediction_of(output, read_inputs(module, args, kwargs), layout).numel())
+        given.append(sum(part.numel() for part in guided_parts(output, read_inputs(module, args, kwargs), layout)))
 
     handle = meta_model.register_forward_hook(note, with_kwargs=True)
     counted = count_forwards(meta_model, lambda: make_inputs(meta_model, 1, size), ways, layout)

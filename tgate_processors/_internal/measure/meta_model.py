@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..families import family_of
-from ..families.family import InputShapes, InputSize, Shapes
-from ..plan.validation import checked_int, shown
+from ..plan.validation import shown, validate_int
+from .inputs import INPUTS, InputShapes, InputSize, fill
 
 # Settings that may need an input which is not among these shapes, with the values that do not.
 _KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
@@ -24,19 +24,20 @@ _KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
 # What pipelines call the number of frames.
 _FRAMES = ("num_frames", "video_length", "frames", "segment_frame_length")
 # More steps, pictures or pixels than anyone counts.
-MOST_OF_ALL = 10**6
+MAX_SIZE = 10**6
 
 
 def family_inputs(denoiser: torch.nn.Module) -> InputShapes:
     """The inputs of a denoiser of a known family."""
     family = family_of(denoiser)
     assert family is not None
-    if family.inputs is None:
+    inputs = INPUTS.get(family.denoiser_class)
+    if inputs is None:
         raise ValueError(
-            f"{type(denoiser).__name__} does not run on the meta device, so its cost cannot be estimated. Count what a "
-            "run takes with torch.utils.flop_counter.FlopCounterMode."
+            f"{type(denoiser).__name__} does not run on the meta device with any inputs that T-GATE knows, so its cost "
+            "cannot be estimated. Count what a run takes with torch.utils.flop_counter.FlopCounterMode."
         )
-    return family.inputs
+    return inputs
 
 
 def input_size(
@@ -59,14 +60,14 @@ def input_size(
         if value is not None and senseless:
             raise ValueError(f"{argument}={shown(value)} means nothing for a {name}: leave it out.")
     factor = _scale(pipe, inputs) if vae_scale_factor is None else vae_scale_factor
-    factor = checked_int("vae_scale_factor", factor, 1, most=MOST_OF_ALL)
+    factor = validate_int("vae_scale_factor", factor, 1, maximum=MAX_SIZE)
     sides = []
     for axis, (argument, value) in enumerate((("height", height), ("width", width))):
         if not inputs.sized:
             value = factor
         if value is None:
             value = _call_default(pipe, argument) or _sample_size(denoiser, axis, argument) * factor
-        value = checked_int(argument, value, factor, most=MOST_OF_ALL)
+        value = validate_int(argument, value, factor, maximum=MAX_SIZE)
         if value % factor:
             raise ValueError(f"{argument}={shown(value)} is not a multiple of {factor}: give one.")
         sides.append(value // factor)
@@ -77,14 +78,14 @@ def input_size(
     frames = num_frames
     if frames is None and inputs.frames is not None:
         frames = _frames(pipe, denoiser, inputs)
-    frames = checked_int("num_frames", 1 if frames is None else frames, 1, most=MOST_OF_ALL)
+    frames = validate_int("num_frames", 1 if frames is None else frames, 1, maximum=MAX_SIZE)
     places = getattr(denoiser.config, "video_length", None)
     if places is not None and frames not in (1, places):
         raise ValueError(f"num_frames={frames}, but this {name} has places for {places}: leave num_frames out.")
     return InputSize(
         height=sides[0],
         width=sides[1],
-        tokens=checked_int("max_sequence_length", tokens, 1, most=MOST_OF_ALL),
+        tokens=validate_int("max_sequence_length", tokens, 1, maximum=MAX_SIZE),
         frames=(frames - 1) // _frame_scale(pipe, inputs) + 1,
         picture=_picture_tokens(pipe),
         given=_is_given_parts(pipe, inputs),
@@ -189,16 +190,4 @@ def check_parameters(denoiser: torch.nn.Module, names: Set[str]) -> None:
 
 def make_inputs(meta_model: Any, batch: int, size: InputSize) -> dict[str, Any]:
     """Make the arguments of its forward."""
-    return _filled(family_inputs(meta_model).shapes(meta_model.config, batch, size), meta_model.dtype)
-
-
-def _filled(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:
-    """Tensors on meta in place of shapes."""
-    return {
-        name: _filled(shape, dtype)
-        if isinstance(shape, dict)
-        else torch.empty(shape, dtype=dtype, device="meta")
-        if isinstance(shape, tuple)
-        else shape
-        for name, shape in shapes.items()
-    }
+    return fill(family_inputs(meta_model), meta_model, batch, size)

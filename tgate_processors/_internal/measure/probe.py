@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..guidance.prediction import CFGDifference, guided_output, predict, relative_error
+from ..guidance.prediction import CFGDifference, apply_cfg, predict, relative_error
+from ..guidance.predictor import GuidancePredictor, GuidedPart
 from ..plan.adaptive import AdaptiveController
 from ..plan.schedule import TGateSchedule
 from ..run.run import PipelineRun
@@ -42,11 +43,11 @@ class ConvergenceProbe:
     def layer(self, name: str, run: PipelineRun, output: torch.Tensor) -> None:
         """A layer with cross-attention has given its output."""
         step = run.step_index
-        if run.passes < self._now[1]:
+        if run.pass_index < self._now[1]:
             # Another loop of the call begins (FreeInit).
             self._before.clear()
             self._loops.append([])
-        self._now = (step, run.passes)
+        self._now = (step, run.pass_index)
         self.steps = max(self.steps, step + 1)
         before = self._before.get(name)
         if before is not None and before.shape == output.shape:
@@ -59,9 +60,9 @@ class ConvergenceProbe:
         """The denoiser has given both halves of guidance."""
         (step, number), halves = self._now, prediction.chunk(2)
         difference = CFGDifference(number, halves[1] - halves[0])
-        scale = run.call.scale()
+        scale = run.call.guidance_scale()
         now = GuidedForward(
-            step, difference, guided_output(halves, 0 if run.batch.unconditional_first else 1, scale), scale
+            step, difference, apply_cfg(halves, 0 if run.batch.unconditional_first else 1, scale), scale
         )
         passes = self._loops[-1]
         if passes and passes[-1].difference.position == number:
@@ -96,19 +97,16 @@ class ConvergenceProbe:
     def _half_steps(schedule: TGateSchedule, passes: Sequence[GuidedForward]) -> list[int]:
         """The steps of a loop that would have been half ones."""
         assert schedule.tolerance is not None
-        controller, halves = AdaptiveController(schedule.tolerance), []
-        known: list[CFGDifference] = []
+        controller, predictor = AdaptiveController(schedule.tolerance), GuidancePredictor(measures_errors=True)
+        halves = []
         for step in sorted({each.step for each in passes}):
-            if not controller.full:
+            if not controller.is_full_step:
                 halves.append(step)
                 controller.end_half_step()
                 continue
-            errors = []
-            for each in (each for each in passes if each.step == step):
-                if len(known) > 1:
-                    errors.append(each.error(known))
-                known = [*known[-1:], each.difference]
-            controller.end_full_step(max(errors, default=None))
+            full = [each for each in passes if each.step == step]
+            measured = [predictor.record_parts(each.difference.position, [each.part]) for each in full]
+            controller.end_full_step(max((float(each.max()) for each in measured if each is not None), default=None))
         return halves
 
 
@@ -120,6 +118,11 @@ class GuidedForward:
     difference: CFGDifference
     guided: torch.Tensor
     scale: Any
+
+    @property
+    def part(self) -> GuidedPart:
+        """What a predictor is told of it."""
+        return GuidedPart(self.difference.value, self.guided, self.scale)
 
     def error(self, known: Sequence[CFGDifference]) -> float:
         """How far off a prediction would have been, for the worst picture of the batch."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 # Half steps in a row, at most.
-LONGEST_GAP = 4
-# A prediction takes this many differences of the two halves, so as many are computed before one is judged.
-LEAD = 2
+MAX_HALF_STEPS = 4
+# A prediction takes this many differences of the two halves, so it is measured once as many have been computed.
+MIN_HISTORY = 2
 
 
 class AdaptiveController:
@@ -16,8 +16,8 @@ class AdaptiveController:
     steps is one longer than the last. If it is below twice `tolerance`, the gap is one shorter. Otherwise there is no
     gap.
 
-    Beside a cache that hardly computes anything in some steps, a gap of two steps or more lasts until one of its steps
-    was computed.
+    Together with a cache that hardly computes anything in some steps, a gap of two steps or more lasts until one of its
+    steps was computed.
 
     Args:
         tolerance (`float`): Accepted error of the guided output, relative to that output.
@@ -25,19 +25,19 @@ class AdaptiveController:
 
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
-        self._gap = 0
-        self._left = 0
+        self._interval = 0
+        self._remaining = 0
         self._computed = False
 
     @property
-    def may_open(self) -> bool:
+    def can_skip(self) -> bool:
         """Whether any error is small enough for a half step."""
         return self._tolerance > 0
 
     @property
-    def full(self) -> bool:
+    def is_full_step(self) -> bool:
         """Whether the step that runs now computes both halves."""
-        return self._left == 0
+        return self._remaining == 0
 
     def end_full_step(self, error: float | None) -> None:
         """
@@ -48,12 +48,12 @@ class AdaptiveController:
         """
         # NaN counts as above every tolerance.
         if error is not None and error < self._tolerance:
-            self._gap = min(self._gap + 1, LONGEST_GAP)
+            self._interval = min(self._interval + 1, MAX_HALF_STEPS)
         elif error is not None and error < 2 * self._tolerance:
-            self._gap = max(self._gap - 1, 0)
+            self._interval = max(self._interval - 1, 0)
         else:
-            self._gap = 0
-        self._left = self._gap
+            self._interval = 0
+        self._remaining = self._interval
         self._computed = False
 
     def end_half_step(self, *, computed: bool = True) -> None:
@@ -64,5 +64,5 @@ class AdaptiveController:
             computed (`bool`, *optional*, defaults to `True`): Whether it was computed, not repeated by a cache.
         """
         self._computed = self._computed or computed
-        waits = self._gap > 1 and not self._computed
-        self._left = max(self._left - 1, int(waits))
+        waits = self._interval > 1 and not self._computed
+        self._remaining = max(self._remaining - 1, int(waits))

@@ -2,41 +2,15 @@
 
 from __future__ import annotations
 
-import enum
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .adaptive import LEAD, AdaptiveController
-from .validation import Auto, checked_gate_step, checked_int, checked_tolerance, is_choice, shown
+from .adaptive import MIN_HISTORY, AdaptiveController
+from .step_plan import Action, Phase, StepPlan
+from .validation import Auto, is_choice, shown, validate_gate_step, validate_int, validate_tolerance
 
-CFGHalf = Literal["unconditional", "conditional"]
 GuidanceMode = Literal["drop", "predict"]
-
-
-class Action(enum.Enum):
-    """What an attention layer does in one step."""
-
-    COMPUTE = "compute"
-    STORE = "store"
-    REUSE = "reuse"
-
-
-class Phase(enum.Enum):
-    """The part of the run that a step belongs to (in the words of https://arxiv.org/abs/2404.02747)."""
-
-    SEMANTICS_PLANNING = "semantics planning"
-    GATE = "gate"
-    FIDELITY_IMPROVING = "fidelity improving"
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What happens in one inference step."""
-
-    phase: Phase
-    cross_attention: Action
-    self_attention: Action
 
 
 @dataclass(frozen=True)
@@ -101,19 +75,19 @@ class TGateSchedule:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        checked: dict[str, object] = {"gate_step": checked_gate_step(self.gate_step)}
-        for name, least in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
-            checked[name] = checked_int(name, getattr(self, name), least)
+        checked: dict[str, object] = {"gate_step": validate_gate_step(self.gate_step)}
+        for name, minimum in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
+            checked[name] = validate_int(name, getattr(self, name), minimum)
         if not is_choice("guidance", self.guidance, "drop", "predict"):
             raise ValueError(f'guidance={shown(self.guidance)} is unknown: give "drop" or "predict".')
         checked["guidance"] = self.guidance or ("predict" if self.is_auto else "drop")
         if self.cfg_interval is not None:
-            checked["cfg_interval"] = checked_int("cfg_interval", self.cfg_interval, 1)
+            checked["cfg_interval"] = validate_int("cfg_interval", self.cfg_interval, 1)
         if self.is_auto or self.tolerance is not None:
-            checked["tolerance"] = checked_tolerance(self.tolerance)
+            checked["tolerance"] = validate_tolerance(self.tolerance)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        self._check_together()
+        self._check_combinations()
 
     @property
     def is_auto(self) -> bool:
@@ -135,7 +109,7 @@ class TGateSchedule:
         Returns:
             `int`: The first step of the fidelity-improving phase; with `"auto"` the first one that it can be.
         """
-        num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 0)
+        num_inference_steps = validate_int("num_inference_steps", num_inference_steps, 0)
         if isinstance(self.gate_step, str):
             halves = (i for i, step in enumerate(self.plan(num_inference_steps)) if step.phase is _HALF)
             return next(halves, num_inference_steps)
@@ -156,43 +130,28 @@ class TGateSchedule:
         Returns:
             `tuple` of `StepPlan`: One entry per step.
         """
-        num_inference_steps = checked_int("num_inference_steps", num_inference_steps, 0)
+        num_inference_steps = validate_int("num_inference_steps", num_inference_steps, 0)
         if isinstance(self.gate_step, str):
-            return self._shortest_plan(num_inference_steps)
-        gate = self.resolve_gate_step(num_inference_steps)
+            return self._optimistic_plan(num_inference_steps)
+        return self._plan_with_gate(self.resolve_gate_step(num_inference_steps), num_inference_steps)
+
+    def _plan_with_gate(self, gate: int, num_inference_steps: int) -> tuple[StepPlan, ...]:
+        """The plan of every step for a gate that is known."""
         steps = range(num_inference_steps)
-        cross = _without_idle_stores([self._cross_attention(step, gate) for step in steps])
-        own = _without_idle_stores([self._self_attention(step, gate) for step in steps])
+        cross = _drop_unused_stores([self._cross_attention(step, gate) for step in steps])
+        own = _drop_unused_stores([self._self_attention(step, gate) for step in steps])
         return tuple(StepPlan(self._phase(step, gate), cross[step], own[step]) for step in steps)
 
-    def decided(self, step: int, *, full: bool, keeps: bool) -> StepPlan:
-        """
-        Give the plan of a step that the run decides on (`gate_step="auto"`).
-
-        Args:
-            step (`int`): The step.
-            full (`bool`): Whether both halves of guidance are computed.
-            keeps (`bool`): Whether the next step may be a half step, if this one is full.
-
-        Returns:
-            `StepPlan`: What happens in it.
-        """
-        if not full:
-            return StepPlan(Phase.FIDELITY_IMPROVING, Action.REUSE, self._after_gate(step))
-        if not keeps:
-            return StepPlan(Phase.SEMANTICS_PLANNING, Action.COMPUTE, Action.COMPUTE)
-        own = Action.STORE if self.fi_interval > 1 else Action.COMPUTE
-        return StepPlan(Phase.GATE, Action.STORE, own)
-
-    def _shortest_plan(self, steps: int) -> tuple[StepPlan, ...]:
+    def _optimistic_plan(self, steps: int) -> tuple[StepPlan, ...]:
         """The plan of a run in which every prediction is right."""
         assert self.tolerance is not None
         controller, plan = AdaptiveController(self.tolerance), []
         for step in range(steps):
-            full, judged = controller.full, step >= LEAD
-            plan.append(self.decided(step, full=full, keeps=controller.may_open and judged and step < steps - 1))
+            full, has_history = controller.is_full_step, step >= MIN_HISTORY
+            stores = controller.can_skip and has_history and step < steps - 1
+            plan.append(adaptive_step(self, step, full=full, stores=stores))
             if full:
-                controller.end_full_step(0.0 if judged else None)
+                controller.end_full_step(0.0 if has_history else None)
             else:
                 controller.end_half_step()
         return tuple(plan)
@@ -219,13 +178,7 @@ class TGateSchedule:
             return Action.COMPUTE
         return Action.STORE if step == self.warm_up or step % self.sp_interval == 0 else Action.REUSE
 
-    def _after_gate(self, step: int) -> Action:
-        """Self-attention in a half step that the run decides on."""
-        if self.fi_interval == 1:
-            return Action.COMPUTE
-        return Action.STORE if step % self.fi_interval == 0 else Action.REUSE
-
-    def _check_together(self) -> None:
+    def _check_combinations(self) -> None:
         """Refuse settings that have no meaning together."""
         if self.is_auto and self.guidance == "drop":
             raise ValueError(
@@ -259,7 +212,37 @@ _BY_PHASE = {
 }
 
 
-def _without_idle_stores(actions: list[Action]) -> list[Action]:
+def adaptive_step(schedule: TGateSchedule, step: int, *, full: bool, stores: bool) -> StepPlan:
+    """
+    Give the plan of a step that the run decides on (`gate_step="auto"`).
+
+    Args:
+        schedule (`TGateSchedule`): The schedule.
+        step (`int`): The step.
+        full (`bool`): Whether both halves of guidance are computed.
+        stores (`bool`): Whether the next step may be a half step, if this one is full.
+
+    Returns:
+        `StepPlan`: What happens in it.
+    """
+    reuses_own = schedule.fi_interval > 1
+    if not full:
+        between = Action.STORE if step % schedule.fi_interval == 0 else Action.REUSE
+        return StepPlan(_HALF, Action.REUSE, between if reuses_own else Action.COMPUTE)
+    if not stores:
+        return StepPlan(Phase.SEMANTICS_PLANNING, Action.COMPUTE, Action.COMPUTE)
+    return StepPlan(Phase.GATE, Action.STORE, Action.STORE if reuses_own else Action.COMPUTE)
+
+
+def first_step(schedule: TGateSchedule) -> StepPlan:
+    """The plan of the first step of a run that is not known to be short."""
+    # Whatever comes later than the third step has no say in it.
+    latest = 3
+    gate = min(schedule.gate_step, latest) if isinstance(schedule.gate_step, int) else latest
+    return schedule.plan(latest)[0] if schedule.is_auto else schedule._plan_with_gate(gate, latest + 1)[0]
+
+
+def _drop_unused_stores(actions: list[Action]) -> list[Action]:
     """Turn every store that nothing reuses into a plain compute."""
     reused = False
     for step in reversed(range(len(actions))):

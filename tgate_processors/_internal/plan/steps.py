@@ -1,32 +1,33 @@
-"""The steps of a denoising loop: what the pipeline says of them, checked against what is seen."""
+"""The steps of a denoising loop: what the pipeline reports, checked against what is seen."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from .adaptive import AdaptiveController
-from .schedule import Phase, StepPlan, TGateSchedule
+from .schedule import TGateSchedule, adaptive_step
+from .step_plan import Phase, StepPlan
 
 
 class Timeline(NamedTuple):
     """
-    What a pipeline and its scheduler say of a loop.
+    The steps of a loop, as its pipeline and scheduler report them.
 
     Args:
         passes (`int`): Passes of the loop.
         order (`int`): Passes per step.
-        repeats (`int`): First passes that belong to step 0 beyond its own (PNDM).
-        told (`bool`): Whether the pipeline says so itself; if not, it is what the scheduler has prepared.
+        warmup_passes (`int`): First passes that belong to step 0 beyond its own (PNDM).
+        is_reported (`bool`): Whether the pipeline reports them itself; if not, the scheduler has prepared them.
     """
 
     passes: int
     order: int = 1
-    repeats: int = 0
-    told: bool = True
+    warmup_passes: int = 0
+    is_reported: bool = True
 
     def step_of(self, index: int) -> int:
         """Inference step of a pass: the ticks that the progress bar shows by then."""
-        return max(0, index - self.repeats) // self.order
+        return max(0, index - self.warmup_passes) // self.order
 
     @property
     def steps(self) -> int:
@@ -36,31 +37,31 @@ class Timeline(NamedTuple):
 
 class StepCounter:
     """
-    One denoising loop of a call: it counts, and raises where what it sees is not what it was told.
+    One denoising loop of a call: counts its steps, and raises where they are not those that the pipeline reports.
 
     Calls before the loop (an inversion) look like a part of its first pass, so that one may have several forwards.
 
     Args:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
-        timeline (`Timeline`): What the pipeline says of the loop.
-        calls (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance of two halves is made of.
+        timeline (`Timeline`): The steps that the pipeline reports.
+        calls_per_step (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance of two halves is made of.
 
     Attributes:
-        controller (`AdaptiveController`, *optional*): What says which steps are full, if the run decides.
+        controller (`AdaptiveController`, *optional*): Decides which steps are full, with `gate_step="auto"`.
     """
 
-    def __init__(self, schedule: TGateSchedule, timeline: Timeline, calls: int = 1) -> None:
+    def __init__(self, schedule: TGateSchedule, timeline: Timeline, calls_per_step: int = 1) -> None:
         self._schedule = schedule
-        self._calls = calls
-        self.begin_guidance()
+        self._calls_per_step = calls_per_step
+        self.restart_controller()
         self._pass = 0
         self._forwards = 0
         self.last_index: int | None = None
-        self.follow(timeline)
+        self.set_timeline(timeline)
 
-    def follow(self, timeline: Timeline) -> None:
-        """Plan the steps to come by what the pipeline says now; some say it when the loop has begun."""
-        if not timeline.told and isinstance(self._schedule.gate_step, float):
+    def set_timeline(self, timeline: Timeline) -> None:
+        """Plan the steps to come by what the pipeline reports now; some report it only when the loop has begun."""
+        if not timeline.is_reported and isinstance(self._schedule.gate_step, float):
             raise ValueError(
                 f"T-GATE: gate_step={self._schedule.gate_step} is a share of the steps, but the pipeline does not say "
                 "how many it runs (it never sets `num_timesteps`): give gate_step as a number of steps."
@@ -70,8 +71,8 @@ class StepCounter:
         self.gate_step = self._schedule.resolve_gate_step(timeline.steps)
 
     @property
-    def passes(self) -> int:
-        """Passes that have ended."""
+    def pass_index(self) -> int:
+        """The pass that runs now: so many have ended."""
         return self._pass
 
     @property
@@ -79,70 +80,53 @@ class StepCounter:
         """Inference step that runs now."""
         return min(self.timeline.step_of(self._pass), max(0, len(self.plan) - 1))
 
-    def planned(self, *, repeats: bool = False, half: bool = False) -> StepPlan:
+    def current_plan(self, *, has_history: bool, cache_hit: bool = False, was_half: bool = False) -> StepPlan:
         """
         Give the plan of the step that runs now.
 
         Args:
-            repeats (`bool`, *optional*, defaults to `False`):
+            has_history (`bool`): Whether what a full step computes has a prediction to be compared with.
+            cache_hit (`bool`, *optional*, defaults to `False`):
                 Whether a cache hardly computes anything in it. If the run decides, it then goes on as it was.
-            half (`bool`, *optional*, defaults to `False`): Whether it was on half of the batch.
+            was_half (`bool`, *optional*, defaults to `False`): Whether the step before was on half of the batch.
         """
         if self.controller is None:
             return self.plan[self.step_index]
-        keeps = self.controller.may_open and self.judges and self.step_index < len(self.plan) - 1
-        full = not half if repeats else self.controller.full
-        return self._schedule.decided(self.step_index, full=full, keeps=keeps)
+        stores = self.controller.can_skip and has_history and self.step_index < len(self.plan) - 1
+        full = not was_half if cache_hit else self.controller.is_full_step
+        return adaptive_step(self._schedule, self.step_index, full=full, stores=stores)
 
     @property
-    def may_halve(self) -> bool:
-        """Whether a step to come may run on half of the batch."""
+    def can_halve_batch(self) -> bool:
+        """Whether the batch of a guided step of this loop may be halved."""
+        return self.has_half_steps_left and (self.controller is None or self.controller.can_skip)
+
+    @property
+    def has_half_steps_left(self) -> bool:
+        """Whether a step to come may be a half step."""
         rest = self.plan[self.step_index :]
         return self._schedule.is_auto or any(step.phase is Phase.FIDELITY_IMPROVING for step in rest)
 
     @property
-    def over(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether all passes have ended."""
         return self._pass >= self.timeline.passes
 
     @property
-    def forwards(self) -> int:
+    def forwards_in_pass(self) -> int:
         """Calls of the denoiser in this pass."""
         return self._forwards
 
-    @property
-    def judges(self) -> bool:
-        """Whether what the next full step computes has a prediction to be compared with."""
-        return False
-
-    @property
-    def error(self) -> float | None:
-        """How far off a prediction was in the step that runs now, if one was compared."""
-        return None
-
-    def begin_guidance(self) -> None:
-        """Start with nothing known of guidance: at the beginning, and when another denoiser takes over."""
+    def restart_controller(self) -> None:
+        """Begin with full steps: at the start, and when what is known of guidance no longer holds."""
         tolerance = self._schedule.tolerance
         self.controller = None if tolerance is None else AdaptiveController(tolerance)
 
-    def end_guided_step(self, *, full: bool, computed: bool) -> None:
-        """
-        A step of the loop has ended.
-
-        Args:
-            full (`bool`): Whether both halves of guidance were computed in it.
-            computed (`bool`): Whether anything was, and not repeated by a cache.
-        """
-        if self.controller is not None and full:
-            self.controller.end_full_step(self.error)
-        elif self.controller is not None:
-            self.controller.end_half_step(computed=computed)
-
-    def forward(self, *, guided: bool = False) -> None:
+    def begin_forward(self, *, guided: bool = False) -> None:
         """The denoiser is called."""
         self._forwards += 1
-        if self._calls > 1:
-            self._check_calls(guided)
+        if self._calls_per_step > 1:
+            self._check_call_count(guided)
             return
         if self._forwards > 1 and self._pass > 0:
             raise ValueError(
@@ -151,17 +135,29 @@ class StepCounter:
                 "callback_on_step_end does not come after every step. Call remove_tgate(pipe) to use this pipeline."
             )
 
-    def tick(self, index: int | None = None, *, full: bool = True, computed: bool = True, guided: bool = False) -> None:
+    def end_pass(
+        self,
+        index: int | None = None,
+        *,
+        full: bool = True,
+        computed: bool = True,
+        guided: bool = False,
+        error: float | None = None,
+    ) -> bool:
         """
         A pass has ended.
 
         Args:
             index (`int`, *optional*): The pipeline's own number of the pass.
             full (`bool`, *optional*, defaults to `True`): Whether both halves of guidance were computed in it.
-            computed (`bool`, *optional*, defaults to `True`): Whether anything was, and not repeated by a cache.
-            guided (`bool`, *optional*, defaults to `False`): Whether it had both halves of guidance.
+            computed (`bool`, *optional*, defaults to `True`): Whether a cache did not repeat all of it.
+            guided (`bool`, *optional*, defaults to `False`): Whether guidance was on.
+            error (`float`, *optional*): How far off a prediction was in this step, if one was compared.
+
+        Returns:
+            `bool`: Whether its step has ended too.
         """
-        if self._calls > 1 and guided and self._forwards == 1:
+        if self._calls_per_step > 1 and guided and self._forwards == 1:
             raise ValueError(
                 f"T-GATE: step {self.step_index} ended with one call of the denoiser, where T-GATE expects two with "
                 "classifier-free guidance, the conditional one first. Call remove_tgate(pipe) to use this pipeline."
@@ -181,12 +177,17 @@ class StepCounter:
         self._forwards = 0
         ended = self.step_index
         self._pass += 1
-        if self.over or self.step_index != ended:
-            self.end_guided_step(full=full, computed=computed)
+        if not self.is_finished and self.step_index == ended:
+            return False
+        if self.controller is not None and full:
+            self.controller.end_full_step(error)
+        elif self.controller is not None:
+            self.controller.end_half_step(computed=computed)
+        return True
 
-    def _check_calls(self, guided: bool) -> None:
+    def _check_call_count(self, guided: bool) -> None:
         """Refuse more calls in a step than guidance is made of."""
-        expected = self._calls if guided else 1
+        expected = self._calls_per_step if guided else 1
         if self._forwards > expected:
             raise ValueError(
                 f"T-GATE: the denoiser was called {self._forwards} times in step {self.step_index}, where T-GATE "

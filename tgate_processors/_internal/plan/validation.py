@@ -11,44 +11,44 @@ Auto = Literal["auto"]
 
 DEFAULT_TOLERANCE = 0.6
 # What numpy's types stand for: complex numbers, times, texts and objects are not numbers of steps.
-_NO_NUMBERS = "cmMSUO"
-_LONGEST = 200
+_NON_NUMERIC_KINDS = "cmMSUO"
+_MAX_SHOWN_LENGTH = 200
 # Beyond what anyone means, and within what torch counts with.
-_MOST = 2**31 - 1
+_MAX_INT = 2**31 - 1
 
 
-def checked_gate_step(value: object) -> int | float | Auto:
+def validate_gate_step(value: object) -> int | float | Auto:
     """Validate `gate_step`."""
     if isinstance(value, str) and value == "auto":
         return "auto"
-    remedy = (
+    hint = (
         "give a number of steps (an int of at least 1), a share of the steps (a float between 0 and 1), or "
         '"auto" to have the run decide'
     )
     share = _as_float(value) if as_int(value) is None else None
     if share is None:
-        return checked_int("gate_step", value, 1, remedy)
+        return validate_int("gate_step", value, 1, hint)
     if not 0.0 < share < 1.0:
-        raise ValueError(f"gate_step={shown(value)} is not a share of the steps: {remedy}.")
+        raise ValueError(f"gate_step={shown(value)} is not a share of the steps: {hint}.")
     return share
 
 
-def checked_tolerance(value: object, name: str = "tolerance") -> float:
+def validate_tolerance(value: object, name: str = "tolerance") -> float:
     """Validate `tolerance`."""
     if value is None:
         return DEFAULT_TOLERANCE
-    remedy = "give the relative error to accept, a number of at least 0 such as 0.6"
+    hint = "give the relative error to accept, a number of at least 0 such as 0.6"
     tolerance = _as_float(value)
     if tolerance is None:
-        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: {remedy}.")
+        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: {hint}.")
     if not 0 <= tolerance < math.inf:
-        raise ValueError(f"{name}={shown(value)} is out of range: {remedy}.")
+        raise ValueError(f"{name}={shown(value)} is out of range: {hint}.")
     return tolerance
 
 
 def _as_float(value: object) -> float | None:
-    """A number as a float; infinite if it is too large for one, and none if it is no number."""
-    if _is_no_number(value) or not hasattr(value, "__float__"):
+    """A number as a float: infinite if it is too large for one, `None` if it is not a number."""
+    if _is_bool_or_array(value) or not hasattr(value, "__float__"):
         return None
     try:
         return float(value)
@@ -63,7 +63,7 @@ def _as_float(value: object) -> float | None:
 
 def as_int(value: object) -> int | None:
     """A number of an integer type, numpy's and torch's too."""
-    if _is_no_number(value):
+    if _is_bool_or_array(value):
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
@@ -71,37 +71,37 @@ def as_int(value: object) -> int | None:
         return None
 
 
-def _is_no_number(value: object) -> bool:
+def _is_bool_or_array(value: object) -> bool:
     """Whether a value is a bool, a text, a type or an array, which Python may accept as a number."""
     dtype = getattr(value, "dtype", "")
-    other = getattr(dtype, "kind", " ") in _NO_NUMBERS or any(word in str(dtype) for word in ("bool", "complex"))
+    other = getattr(dtype, "kind", " ") in _NON_NUMERIC_KINDS or any(word in str(dtype) for word in ("bool", "complex"))
     return isinstance(value, (bool, str, bytes, type)) or bool(getattr(value, "ndim", 0)) or other
 
 
-def checked_int(name: str, value: object, least: int, remedy: str | None = None, most: int = _MOST) -> int:
+def validate_int(name: str, value: object, minimum: int, hint: str | None = None, maximum: int = _MAX_INT) -> int:
     """Validate an integer setting."""
-    remedy = remedy or f"give an int of at least {least}"
+    hint = hint or f"give an int of at least {minimum}"
     number = as_int(value)
     if number is None:
-        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: {remedy}.")
-    if number < least:
-        raise ValueError(f"{name}={shown(value)} is too small: {remedy}.")
-    if number > most:
-        raise ValueError(f"{name}={shown(value)} is too large: {remedy}, and of at most {most}.")
+        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: {hint}.")
+    if number < minimum:
+        raise ValueError(f"{name}={shown(value)} is too small: {hint}.")
+    if number > maximum:
+        raise ValueError(f"{name}={shown(value)} is too large: {hint}, and of at most {maximum}.")
     return number
 
 
 def is_choice(name: str, value: object, *choices: str) -> bool:
-    """Whether a setting is one of these, or left out; what is no text is of the wrong kind."""
+    """Whether a setting is one of these choices or left out; raises `TypeError` where it is not a string."""
     if value is None:
         return True
     if not isinstance(value, str):
-        remedy = " or ".join(f'"{choice}"' for choice in choices)
-        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: give {remedy}.")
+        hint = " or ".join(f'"{choice}"' for choice in choices)
+        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: give {hint}.")
     return value in choices
 
 
-def check_switch(name: str, value: object) -> None:
+def validate_switch(name: str, value: object) -> None:
     """Refuse anything but `True`, `False` and `None`."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(
@@ -116,10 +116,10 @@ def shown(value: object) -> str:
     except Exception:
         # An int of more digits than Python writes out.
         return "..."
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= _MAX_SHOWN_LENGTH else f"{text[:_MAX_SHOWN_LENGTH]}..."
 
 
-def checked_names(name: str, value: object) -> tuple[str, ...] | None:
+def validate_names(name: str, value: object) -> tuple[str, ...] | None:
     """Validate a setting that is a sequence of names."""
     if value is None:
         return None

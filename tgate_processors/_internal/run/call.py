@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dis
-import functools
-import inspect
-import types
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from ..plan.steps import Timeline
+from .scale_source import uses_given_scale
+from .timesteps import TimestepReader
 
 # Arguments that give the step in which a pipeline exchanges its text embeddings.
-_EXCHANGING = ("start_merge_step",)
+_EMBEDS_SWAP_ARGUMENTS = ("start_merge_step",)
 # The share of the noise schedule that is guided, as its begin and its end.
-_INTERVAL = {"start": 0.0, "end": 1.0}
+_CFG_INTERVAL_DEFAULTS = {"start": 0.0, "end": 1.0}
 
 
 class PipelineCall:
@@ -28,15 +25,18 @@ class PipelineCall:
         arguments (`Mapping`, *optional*):
             The arguments of the call, for pipelines that keep in local variables what others have as attributes.
         is_diffusers_loop (`bool`, *optional*, defaults to `True`):
-            Whether the loop is diffusers' own, so that the tables here hold for it.
-        guides (`bool`, *optional*, defaults to `True`):
-            Whether it can have guidance of two halves at all.
-        scale_beyond (`float`, *optional*, defaults to 0):
+            Whether the loop is diffusers' own, so that what is known of its class holds for it.
+        supports_cfg (`bool`, *optional*, defaults to `True`):
+            Whether the pipeline can have guidance of two halves at all.
+        scale_offset (`float`, *optional*, defaults to 0):
             What is added to the scale before guidance multiplies the difference of its halves with it.
         scales (`tuple` of `str`, *optional*): Where the pipeline has several scales.
-        asks_scale (`bool`, *optional*, defaults to `False`):
-            Whether a loop that does not tell its guidance asks for the scale anew in every step.
-        first_expert (`int`, *optional*, defaults to 0): The place of the first denoiser that the pipeline has.
+        rereads_scale (`bool`, *optional*, defaults to `False`):
+            Whether a loop that does not report its guidance reads the scale anew in every step.
+        first_denoiser_index (`int`, *optional*, defaults to 0): The place of the first denoiser that the pipeline has.
+
+    Attributes:
+        timesteps (`TimestepReader`): What the pipeline and its scheduler report of the loop.
     """
 
     def __init__(
@@ -45,129 +45,67 @@ class PipelineCall:
         arguments: Mapping[str, Any] | None = None,
         *,
         is_diffusers_loop: bool = True,
-        guides: bool = True,
-        scale_beyond: float = 0.0,
+        supports_cfg: bool = True,
+        scale_offset: float = 0.0,
         scales: tuple[str, ...] = (),
-        asks_scale: bool = False,
-        first_expert: int = 0,
+        rereads_scale: bool = False,
+        first_denoiser_index: int = 0,
     ) -> None:
         self._pipe = pipe
         self._arguments = dict(arguments or {})
         self.is_diffusers_loop = is_diffusers_loop
-        self._guides = guides
-        self._scale_beyond = scale_beyond
+        self._supports_cfg = supports_cfg
+        self._scale_offset = scale_offset
         self._scales = scales
-        self._asks_scale = asks_scale
-        self._first_expert = first_expert
-        self._guided: bool | None = None
-        self._seen_scale: Any = None
-        self._timesteps: Any = None
-        self._until: int | None = None
+        self._rereads_scale = rereads_scale
+        self._first_denoiser_index = first_denoiser_index
+        self._do_cfg: bool | None = None
+        self._last_scale: Any = None
+        self.timesteps = TimestepReader(pipe, self._arguments)
 
     @property
-    def subject(self) -> str:
-        """What errors call the pipeline."""
+    def pipeline_name(self) -> str:
+        """The name of the pipeline in messages."""
         return type(self._pipe).__name__
 
-    def timeline(self) -> Timeline:
-        """What the pipeline says of its loop now."""
-        scheduler = self._pipe.scheduler
-        if scheduler.timesteps is not self._timesteps:
-            self._timesteps, self._until = scheduler.timesteps, None
-        scheduled = self._scheduled()
-        order = getattr(scheduler, "order", 1)
-        steps = getattr(scheduler, "num_inference_steps", None) or scheduled
-        # The same difference as in the pipelines' `num_warmup_steps`; a shortened loop keeps it.
-        repeats = max(0, scheduled - steps * order)
-        passes, told = self._passes(), True
-        if passes is None:
-            passes, told = scheduled, False
-        return Timeline(passes, order, repeats, told)
+    def do_cfg_now(self) -> bool:
+        """Whether the step that runs now has classifier-free guidance of two halves."""
+        return self.do_cfg_ever() and self._in_cfg_interval()
 
-    def _scheduled(self) -> int:
-        """Passes that the scheduler has prepared; in one kind the last timestep is only the end of the last pass."""
-        scheduler = self._pipe.scheduler
-        return len(scheduler.timesteps) - (type(scheduler).__name__ == "SCMScheduler")
+    def do_cfg_ever(self) -> bool:
+        """Whether some step of this call has classifier-free guidance of two halves."""
+        self._reject_audio_cover()
+        supports_cfg = self._supports_cfg and self._pipeline_does_cfg()
+        if supports_cfg:
+            self._reject_cfg_truncation()
+        return supports_cfg
 
-    def _passes(self) -> int | None:
-        """Passes of the loop, if the pipeline says how many."""
-        if hasattr(type(self._pipe), "num_timesteps"):
-            # A custom loop may never set what it inherits.
-            told = getattr(self._pipe, "_num_timesteps", None) or getattr(self._pipe, "num_timesteps", None)
-            return self._scheduled() if told is not None and self._is_only_asked(told) else told
-        if self._until is None:
-            self._until = self._cut_off(self._arguments.get("denoising_end")) - self._left_out()
-        return self._until
-
-    def _is_only_asked(self, told: int) -> bool:
-        """Whether the pipeline tells the steps it was asked for, although `timesteps` gives others (ACE-Step)."""
-        given, asked = self._arguments.get("timesteps"), self._arguments.get("num_inference_steps")
-        return given is not None and told == asked != len(given) and "strength" not in self._arguments
-
-    def _left_out(self) -> int:
-        """Timesteps that do not run, because a video is given that is noised in part."""
-        strength, steps = self._arguments.get("strength"), self._arguments.get("num_inference_steps")
-        if strength is None or steps is None:
-            return 0
-        return int(steps - min(int(steps * strength), steps)) * int(getattr(self._pipe.scheduler, "order", 1))
-
-    def _cut_off(self, denoising_end: Any) -> int:
-        """Number of timesteps up to a share of the noise schedule, as SDXL's pipelines cut it off."""
-        timesteps = self._pipe.scheduler.timesteps
-        if not isinstance(denoising_end, float) or not 0 < denoising_end < 1:
-            return self._scheduled()
-        trained = self._pipe.scheduler.config.num_train_timesteps
-        return int((timesteps >= round(trained - denoising_end * trained)).sum())
-
-    @property
-    def has_no_steps(self) -> bool:
-        """Whether the pipeline says that there is no pass of its loop at all (a strength near zero)."""
-        timesteps = getattr(getattr(self._pipe, "scheduler", None), "timesteps", None)
-        nothing = timesteps is not None and len(timesteps) == 0
-        return nothing or getattr(self._pipe, "_num_timesteps", None) == 0
-
-    def is_over(self) -> bool:
-        """Whether the scheduler was set up anew since the loop began: another call has started."""
-        return self._pipe.scheduler.timesteps is not self._timesteps
-
-    def guided(self) -> bool:
-        """Whether the denoiser's batch holds both halves of classifier-free guidance now."""
-        return self.guides() and self._is_within()
-
-    def guides(self) -> bool:
-        """Whether it does in some step of this call."""
-        self._check_cover()
-        guides = self._guides and self._asks()
-        if guides:
-            self._check_end()
-        return guides
-
-    def _asks(self) -> bool:
-        """Whether the pipeline, or else the call, asks for guidance now."""
-        if not self._tells_guidance:
-            return self._guided_by_argument()
+    def _pipeline_does_cfg(self) -> bool:
+        """Whether the pipeline, or else its arguments, ask for guidance now."""
+        if not self._reports_cfg:
+            return self._arguments_do_cfg()
         # Callbacks may change the scale between two steps. Where it is a tensor (SVD), asking the pipeline waits for
         # the device, so ask only when it is another one.
         scale = getattr(self._pipe, "_guidance_scale", None)
-        if self._guided is None or scale is not self._seen_scale or not self.is_diffusers_loop:
+        if self._do_cfg is None or scale is not self._last_scale or not self.is_diffusers_loop:
             try:
-                self._guided = bool(self._pipe.do_classifier_free_guidance)
+                self._do_cfg = bool(self._pipe.do_classifier_free_guidance)
             except AttributeError:
                 # A custom loop may never set what the inherited property reads.
-                self._guided = self._guided_by_argument()
-            self._seen_scale = scale
-        return self._guided
+                self._do_cfg = self._arguments_do_cfg()
+            self._last_scale = scale
+        return self._do_cfg
 
-    def scale(self, expert: int = 0) -> Any:
+    def guidance_scale(self, denoiser_index: int = 0) -> Any:
         """
-        What guidance multiplies the difference of its halves with now: a number, a tensor, or a list of numbers, one
-        for each tensor that the denoiser gives.
+        The factor of the difference of the halves in guidance now: a number, a tensor, or a list of numbers, one for
+        each tensor of the denoiser's output.
 
         Args:
-            expert (`int`, *optional*, defaults to 0): Which of several denoisers runs, as each may have a scale.
+            denoiser_index (`int`, *optional*, defaults to 0): The denoiser that runs, as each may have a scale.
 
         Raises:
-            ValueError: If the pipeline does not tell it.
+            ValueError: If the pipeline does not report it.
         """
         if self._scales:
             first, *others = self._scales
@@ -175,98 +113,102 @@ class PipelineCall:
             return [getattr(self._pipe, first), *(getattr(self._pipe, name, 0.0) for name in others)]
         if self._arguments.get("use_dynamic_cfg"):
             raise ValueError(
-                f"T-GATE: use_dynamic_cfg=True changes the guidance scale of {self.subject} in every step, after its "
-                'denoiser has run, and gate_step="auto" measures by it: leave it out, or give gate_step as a number of '
-                'steps, apply_tgate(pipe, 20, guidance="predict", cross_attention=False).'
+                f"T-GATE: use_dynamic_cfg=True changes the guidance scale of {self.pipeline_name} in every step, after "
+                'its denoiser has run, and gate_step="auto" measures by it: leave it out, or give gate_step as a '
+                'number of steps, apply_tgate(pipe, 20, guidance="predict", cross_attention=False).'
             )
-        if self._is_true:
+        if self._uses_true_cfg:
             return self._arguments["true_cfg_scale"]
-        expert += self._first_expert
-        names = [*([f"guidance_scale_{expert + 1}"] if expert else []), "guidance_scale"]
+        denoiser_index += self._first_denoiser_index
+        names = [*([f"guidance_scale_{denoiser_index + 1}"] if denoiser_index else []), "guidance_scale"]
         asked = [getattr(self._pipe, f"_{name}", None) for name in names]
         given = [self._arguments.get(name) for name in names]
-        # A callback may have set another one, which only those loops see that ask for it.
-        keeps = self.is_diffusers_loop and "guidance_scale" in self._arguments and _keeps_scale(type(self._pipe))
-        scale = next((scale for scale in (given + asked if keeps else asked + given) if scale is not None), None)
+        # A callback may have set another one, which only some loops read.
+        uses_given = (
+            self.is_diffusers_loop and "guidance_scale" in self._arguments and uses_given_scale(type(self._pipe))
+        )
+        scale = next((scale for scale in (given + asked if uses_given else asked + given) if scale is not None), None)
         if scale is None:
             raise ValueError(
-                f'T-GATE: {self.subject} does not tell its guidance scale, which gate_step="auto" measures with: it '
-                "needs a `guidance_scale` in its call, or `_guidance_scale` set on the pipeline. Give gate_step as a "
-                "number of steps."
+                f'T-GATE: {self.pipeline_name} does not report its guidance scale, which gate_step="auto" measures '
+                "with: it needs a `guidance_scale` in its call, or `_guidance_scale` set on the pipeline. Give "
+                "gate_step as a number of steps."
             )
-        return scale + self._scale_beyond
+        return scale + self._scale_offset
 
-    def _guided_by_argument(self) -> bool:
-        """Whether the call asks for guidance."""
-        if self._is_true:
-            return self._arguments["true_cfg_scale"] > 1 and self._has_negative()
+    def _arguments_do_cfg(self) -> bool:
+        """Whether the arguments of the call ask for guidance."""
+        if self._uses_true_cfg:
+            return self._arguments["true_cfg_scale"] > 1 and self._has_negative_prompt()
         scale = self._arguments.get("guidance_scale")
-        if self._asks_scale and self._may_begin_to_guide(scale):
+        if self._rereads_scale and self._can_enable_cfg(scale):
             scale = getattr(self._pipe, "_guidance_scale", scale)
         if scale is None and not self.is_diffusers_loop:
             raise ValueError(
-                f"T-GATE: {self.subject} has a loop of its own that does not say whether it guides: it needs a "
+                f"T-GATE: {self.pipeline_name} has a loop of its own that does not say whether it guides: it needs a "
                 "`guidance_scale` in its call, or `_guidance_scale` set on the pipeline. Call remove_tgate(pipe) to "
                 "use it as it is."
             )
         return scale is not None and bool(scale > 1)
 
-    def _may_begin_to_guide(self, scale: Any) -> bool:
-        """Whether there is a negative prompt for guidance that comes on later: those that encode it do so if asked."""
+    def _can_enable_cfg(self, scale: Any) -> bool:
+        """Whether guidance may come on later: loops that encode a negative prompt do so only if it is on at first."""
         given = [value for name, value in self._arguments.items() if name.startswith("negative_prompt_embeds")]
         return (scale is not None and scale > 1) or not given or any(value is not None for value in given)
 
     @property
-    def guides_by(self) -> str:
-        """What a call needs to guide, for messages."""
-        return "true_cfg_scale above 1 and a negative prompt" if self._is_true else "guidance_scale above 1"
+    def cfg_hint(self) -> str:
+        """How to enable guidance in a call, for messages."""
+        return "true_cfg_scale above 1 and a negative prompt" if self._uses_true_cfg else "guidance_scale above 1"
 
     @property
-    def _tells_guidance(self) -> bool:
-        """Whether the pipeline says itself whether it guides."""
+    def _reports_cfg(self) -> bool:
+        """Whether the pipeline reports whether it guides."""
         return hasattr(type(self._pipe), "do_classifier_free_guidance")
 
     @property
-    def _is_true(self) -> bool:
-        """Whether guidance is by a negative prompt and a scale of its own, beside one that the denoiser is told."""
-        return not self._tells_guidance and "true_cfg_scale" in self._arguments
+    def _uses_true_cfg(self) -> bool:
+        """Whether guidance has a negative prompt and a scale apart from the one that is an input of the denoiser."""
+        return not self._reports_cfg and "true_cfg_scale" in self._arguments
 
-    def _has_negative(self) -> bool:
-        """Whether the call has a negative prompt, or all of its embeddings."""
+    def _has_negative_prompt(self) -> bool:
+        """Whether the call has a negative prompt or all of its embeddings."""
         embeds = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
         given = [self._arguments[name] is not None for name in embeds if name in self._arguments]
         return self._arguments.get("negative_prompt") is not None or (bool(given) and all(given))
 
-    def _is_within(self) -> bool:
-        """Whether the step that runs now is one of those that are guided, where the call says which (ACE-Step)."""
-        start, end = (self._arguments.get(f"cfg_interval_{name}", all_of_it) for name, all_of_it in _INTERVAL.items())
-        if (start, end) == tuple(_INTERVAL.values()):
+    def _in_cfg_interval(self) -> bool:
+        """Whether the step that runs now is in the interval of guidance, where the call gives one (ACE-Step)."""
+        start, end = (
+            self._arguments.get(f"cfg_interval_{name}", all_of_it) for name, all_of_it in _CFG_INTERVAL_DEFAULTS.items()
+        )
+        if (start, end) == tuple(_CFG_INTERVAL_DEFAULTS.values()):
             return True
         scheduler = self._pipe.scheduler
         return bool(start <= 1.0 - float(scheduler.timesteps[scheduler.step_index or 0]) <= end)
 
-    def _check_end(self) -> None:
+    def _reject_cfg_truncation(self) -> None:
         """Refuse a call that ends guidance by itself (Lumina 2, Z-Image)."""
         for name in ("cfg_trunc_ratio", "cfg_truncation"):
             ratio = self._arguments.get(name)
             if ratio is not None and ratio < 1:
                 raise ValueError(
-                    f"T-GATE: {name}={ratio} ends the guidance of {self.subject} by itself, where T-GATE expects both "
-                    "of its halves in every step: leave it out, or call remove_tgate(pipe) to use it."
+                    f"T-GATE: {name}={ratio} ends the guidance of {self.pipeline_name} by itself, where T-GATE expects "
+                    "both of its halves in every step: leave it out, or call remove_tgate(pipe) to use it."
                 )
 
-    def _check_cover(self) -> None:
+    def _reject_audio_cover(self) -> None:
         """Refuse a call that mixes two songs (ACE-Step)."""
         strength = self._arguments.get("audio_cover_strength", 1.0)
         if strength < 1:
             raise ValueError(
-                f"T-GATE: audio_cover_strength={strength} calls the denoiser of {self.subject} a second time in every "
-                "step, without the song that is covered, and what a layer keeps cannot serve both. Leave it out, or "
-                "call remove_tgate(pipe) to use it."
+                f"T-GATE: audio_cover_strength={strength} calls the denoiser of {self.pipeline_name} a second time in "
+                "every step, without the song that is covered, and what a layer keeps cannot serve both. Leave it out, "
+                "or call remove_tgate(pipe) to use it."
             )
 
-    def pictures(self) -> int | None:
-        """Number of pictures that the call asks for, if its arguments say so."""
+    def num_samples(self) -> int | None:
+        """Number of samples that the call asks for, if its arguments say so."""
         prompt, embeds = self._arguments.get("prompt"), self._arguments.get("prompt_embeds")
         if isinstance(embeds, torch.Tensor):
             prompts = int(embeds.shape[0])
@@ -277,52 +219,14 @@ class PipelineCall:
         each = (self._arguments.get(f"num_{kind}_per_prompt") for kind in ("images", "videos", "waveforms"))
         return prompts * next((number for number in each if isinstance(number, int)), 1)
 
-    def told(self, callback_tensors: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The embeddings of the negative prompt and of the prompt, where the pipeline tells them."""
+    def prompt_embeds_pair(self, callback_tensors: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The embeddings of the negative prompt and of the prompt, where the pipeline reports them."""
         negative = self._arguments.get("negative_prompt_embeds")
         if negative is None:
             negative = callback_tensors.get("negative_prompt_embeds")
         return negative, self._arguments.get("prompt_embeds")
 
-    def exchanges_text_at(self) -> int | None:
+    def embeds_swap_step(self) -> int | None:
         """The step in which this kind of pipeline exchanges its text embeddings (PhotoMaker, ConsistentID)."""
-        steps = [self._arguments.get(name) for name in _EXCHANGING]
+        steps = [self._arguments.get(name) for name in _EMBEDS_SWAP_ARGUMENTS]
         return next((step for step in steps if isinstance(step, int)), None)
-
-    def check_timestep(self, timestep: Any, index: int) -> None:
-        """For a custom loop without step callbacks: check that this forward belongs to the pass that is counted."""
-        timesteps = self._pipe.scheduler.timesteps
-        expected = timesteps[index] if index < len(timesteps) else None
-        value = timestep.flatten()[0] if isinstance(timestep, torch.Tensor) and timestep.numel() else timestep
-        if expected is None or value is None or float(value) != float(expected):
-            raise ValueError(
-                f"T-GATE: {self.subject} has a loop of its own without callback_on_step_end, so T-GATE counts the "
-                f"calls of its denoiser: call {index} should be for timestep "
-                f"{None if expected is None else float(expected)}, but is for {None if value is None else float(value)}"
-                ". Call callback_on_step_end in that loop, or call remove_tgate(pipe) to use it."
-            )
-
-
-def _keeps_scale(pipeline_class: Any) -> bool:
-    """Whether a loop of diffusers guides with the scale that it was given, and does not ask the pipeline for it."""
-    # Behind our own call, and those of others.
-    calls = [inspect.unwrap(vars(base)["__call__"]) for base in pipeline_class.__mro__ if "__call__" in vars(base)]
-    codes = [call.__code__ for call in calls if call.__globals__["__name__"].split(".")[0] == "diffusers"]
-    return bool(codes) and _ends_with_variable(codes[0])
-
-
-@functools.cache
-def _ends_with_variable(code: types.CodeType) -> bool:
-    """Whether the last that reads `guidance_scale`, which is the arithmetic of guidance, reads a variable."""
-    kinds = [
-        step.opname
-        for step in dis.get_instructions(code)
-        # Two variables may be loaded at once.
-        if step.opname.startswith("LOAD_") and "guidance_scale" in (step.argval, *_several(step.argval))
-    ]
-    return bool(kinds) and not kinds[-1].startswith("LOAD_ATTR")
-
-
-def _several(names: Any) -> tuple[Any, ...]:
-    """What an instruction with more than one operand names."""
-    return names if isinstance(names, tuple) else ()

@@ -1,21 +1,14 @@
-"""The denoisers of a run, most often one: what each keeps, by the calls that guidance is made of."""
+"""The denoisers of a run, most often one, and the attention caches of each: one for each call of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..attention.cache import AttentionCache
 from ..attention.layers import GatedLayers
-from ..attention.state import CachedPart, TGateState
-
-
-class CacheKey(NamedTuple):
-    """The forward that kept cross-attention: rows of what is kept, shape of a sample, and what part of it is kept."""
-
-    rows: int
-    shape: tuple[int, ...]
-    part: CachedPart
+from ..attention.state import TGateState
+from ..plan.forward_plan import CacheKey
 
 
 class DenoiserCache:
@@ -25,29 +18,29 @@ class DenoiserCache:
     Args:
         state (`TGateState`): What the gates of the pipeline share.
         layers (`GatedLayers`): Its attention layers.
-        number (`int`, *optional*, defaults to 0): Its place among the denoisers of the pipeline.
+        index (`int`, *optional*, defaults to 0): Its place among the denoisers of the pipeline.
 
     Attributes:
-        by_call (`tuple` of `AttentionCache`): What its layers keep, by the calls of a step.
-        stored (`CacheKey`, *optional*): The forward that kept cross-attention.
+        per_call (`tuple` of `AttentionCache`): The outputs of its layers, for each call of a step.
+        cache_key (`CacheKey`, *optional*): The forward that cached cross-attention.
     """
 
-    def __init__(self, state: TGateState, layers: GatedLayers, number: int = 0) -> None:
+    def __init__(self, state: TGateState, layers: GatedLayers, index: int = 0) -> None:
         self.layers = layers
-        self.number = number
-        self.by_call = tuple(AttentionCache(state, layers) for _ in range(layers.layout.calls))
-        self.stored: CacheKey | None = None
+        self.index = index
+        self.per_call = tuple(AttentionCache(state, layers) for _ in range(layers.layout.calls))
+        self.cache_key: CacheKey | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(outputs.nbytes for outputs in self.by_call)
+        return sum(cache.nbytes for cache in self.per_call)
 
-    def forget(self) -> None:
-        """Hold nothing."""
-        self.stored = None
-        for outputs in self.by_call:
-            outputs.forget()
+    def reset(self) -> None:
+        """Release cached tensors."""
+        self.cache_key = None
+        for cache in self.per_call:
+            cache.reset()
 
 
 class DenoiserCaches:
@@ -59,77 +52,76 @@ class DenoiserCaches:
         layers (`Sequence` of `GatedLayers`): Their attention layers.
 
     Attributes:
-        now (`DenoiserCache`): The one that runs now.
-        call (`int`): Which of the calls of the step it is that runs now.
-        took_over (`bool`): Whether it has taken over from another one in this loop.
+        active (`DenoiserCache`): The one that runs now.
+        call_index (`int`): Which of the calls of the step it is that runs now.
+        switched (`bool`): Whether it has taken over from another one in this loop.
     """
 
     def __init__(self, state: TGateState, layers: Sequence[GatedLayers]) -> None:
-        self._all = tuple(DenoiserCache(state, each, number) for number, each in enumerate(layers))
-        self.now = self._all[0]
-        self.call = 0
-        self.took_over = False
+        self._all = tuple(DenoiserCache(state, each, index) for index, each in enumerate(layers))
+        self.active = self._all[0]
+        self.call_index = 0
+        self.switched = False
 
     @property
-    def outputs(self) -> AttentionCache:
-        """What the layers that run now keep."""
-        return self.now.by_call[self.call]
+    def attention_cache(self) -> AttentionCache:
+        """The cached outputs of the layers that run now."""
+        return self.active.per_call[self.call_index]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(expert.nbytes for expert in self._all)
+        return sum(each.nbytes for each in self._all)
 
-    def halved_inside(self, halved: bool) -> None:
-        """Say whether the layers may find the second half of a batch that was given whole."""
-        for expert in self._all:
-            for outputs in expert.by_call:
-                outputs.halved_inside = halved
+    def set_sees_half_inside(self, halved: bool) -> None:
+        """Set whether layers may get the second half of a batch that the denoiser was given whole."""
+        for each in self._all:
+            for cache in each.per_call:
+                cache.sees_half_inside = halved
 
-    def begin(self, denoiser: Any) -> bool:
+    def activate(self, denoiser: Any) -> bool:
         """
         The first call of a step begins.
 
         Returns:
-            `bool`: Whether another denoiser takes over. What the one before has kept is released.
+            `bool`: Whether another denoiser takes over. The outputs of the one before are released.
         """
-        self.call = 0
-        expert = next((each for each in self._all if each.layers.denoiser is denoiser), self.now)
-        if expert is self.now:
+        self.call_index = 0
+        found = next((each for each in self._all if each.layers.denoiser is denoiser), self.active)
+        if found is self.active:
             return False
-        self.now.forget()
-        self.now = expert
+        self.active.reset()
+        self.active = found
         return True
 
-    def settle(self) -> list[str]:
-        """The loop starts: gate what the call itself has set, and tell the layers that leave guidance whole."""
-        return [name for expert in self._all for name in expert.layers.settle()]
+    def regate_replaced(self) -> list[str]:
+        """The loop starts: wrap processors that the call has set; return the layers that leave guidance whole."""
+        return [name for each in self._all for name in each.layers.regate_replaced()]
 
-    def limit(self, most: int | None, *, shared: bool) -> None:
-        """Cross-attention keeps so many bytes at most, for all calls of a step together if each keeps its own."""
-        for expert in self._all:
-            for outputs in expert.by_call:
-                outputs.limit(most // len(expert.by_call) if most is not None and shared else most)
+    def set_budget(self, max_bytes: int | None, *, shared: bool) -> None:
+        """Set the most bytes of cached cross-attention, for all calls of a step together if each has its own."""
+        for each in self._all:
+            for cache in each.per_call:
+                cache.set_budget(max_bytes // len(each.per_call) if max_bytes is not None and shared else max_bytes)
 
     @property
-    def layers_kept(self) -> tuple[int, int]:
-        """How many layers hold cross-attention, and how many would without a budget."""
-        kept = sum(outputs.cross_kept for outputs in self.now.by_call)
-        return kept, kept + sum(len(outputs.declined) for outputs in self.now.by_call)
+    def cached_layer_counts(self) -> tuple[int, int]:
+        """How many layers have cross-attention cached, and how many would without a budget."""
+        kept = sum(cache.num_cached_cross for cache in self.active.per_call)
+        return kept, kept + sum(len(cache.over_budget) for cache in self.active.per_call)
 
-    def check(self) -> None:
+    def check_not_replaced(self) -> None:
         """Refuse processors that were exchanged between two steps."""
-        self.now.layers.check()
+        self.active.layers.check_not_replaced()
 
-    def adopt(self, layers: GatedLayers) -> None:
-        """The layers are known now (hand wiring)."""
-        self.now.layers = layers
-        for outputs in self.now.by_call:
-            outputs.layers = layers
+    def adopt(self, first: AttentionCache) -> None:
+        """Go on with what the layers have cached before the run was there."""
+        first.layers = self.active.layers
+        self.active.per_call = (first,)
 
-    def forget(self) -> None:
-        """Hold nothing."""
-        self.took_over = False
-        self.call = 0
-        for expert in self._all:
-            expert.forget()
+    def reset(self) -> None:
+        """Release cached tensors of all denoisers."""
+        self.switched = False
+        self.call_index = 0
+        for each in self._all:
+            each.reset()

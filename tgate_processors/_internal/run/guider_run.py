@@ -1,4 +1,4 @@
-"""One call of a pipeline whose guidance is a guider: its steps as the guider is told of them, and what it is given."""
+"""One call of a pipeline whose guidance is a guider: the steps and the predictions that the guider gets."""
 
 from __future__ import annotations
 
@@ -9,80 +9,64 @@ import torch
 
 from ..attention.state import TGateState
 from ..caches.foreign_forwards import ForeignForwards
-from ..denoiser.batch import second_of
-from ..denoiser.inputs import is_another, is_picture
-from ..guidance.predictor import GuidedStepCounter
-from ..plan.report import TGateReport
-from ..plan.report_builder import ReportBuilder
-from ..plan.schedule import Phase
-from ..plan.steps import Timeline
+from ..denoiser.batch import complete_second_call
+from ..denoiser.inputs import differs, is_latents
+from ..guidance.cfg_forms import GuiderCFG
+from ..plan.step_plan import Phase
+from ..plan.steps import StepCounter, Timeline
+from .base import Run
 from .call import PipelineCall
 from .messages import warn_exchanged_in_every_step, warn_gate_too_late, warn_no_cfg, warn_nothing_gated
 
 # No attention layer is gated: none computes, and none reuses, what could be counted.
-_NO_LAYERS = ((False, False), (False, False))
+_NO_LAYER_COUNTS = ((False, False), (False, False))
 
 
 class GuiderPipelineCall(PipelineCall):
-    """What messages say of a call that a guider guides."""
+    """A call of a pipeline whose guidance is a guider, as messages describe it."""
 
-    def guided(self) -> bool:
-        """Whether guidance is on; only asked in steps in which it is."""
+    def do_cfg_now(self) -> bool:
+        """Whether guidance is on: asked only in steps in which it is."""
         return True
 
     @property
-    def guides_by(self) -> str:
+    def cfg_hint(self) -> str:
         """What a call needs to guide."""
         return "a guider that is enabled and has a guidance_scale other than 1"
 
 
-class GuiderRun:
+class GuiderRun(Run[GuiderCFG]):
     """
     One call of a pipeline. It is made anew for every call, and nothing of it outlives the call but the report.
 
     Args:
         state (`TGateState`): The settings, and where the report goes.
-        call (`PipelineCall`): What messages say of the call.
+        call (`PipelineCall`): The call, for messages.
         forwards (`ForeignForwards`): What its denoisers do when they are called.
-        droppable (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be left out.
+        can_skip_half (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be skipped.
     """
 
     def __init__(
-        self, state: TGateState, call: PipelineCall, forwards: ForeignForwards, *, droppable: bool = True
+        self, state: TGateState, call: PipelineCall, forwards: ForeignForwards, *, can_skip_half: bool = True
     ) -> None:
-        self._state = state
+        super().__init__(state, GuiderCFG(state.schedule), forwards, can_skip_half=can_skip_half)
         self._call = call
-        self._forwards = forwards
-        self._droppable = droppable
-        self._report_builder = ReportBuilder(is_auto=state.schedule.is_auto)
-        self._loop: GuidedStepCounter | None = None
         self._guider: Any = None
-        self._half = self._running = False
-        self._ever_guided = self._took_over = False
-        # Whether something was exchanged, and whether a step was full because of that.
-        self._exchanged = self._lost = False
+        self._is_half_step = self._in_step = False
+        self._saw_cfg = self._switched = False
+        # Whether something was exchanged, and whether any step was full only because of that.
+        self._exchanged = self._lost_half_step = False
         self._conditions: list[Any] = []
         # Guided steps of this loop in which the present guider had both halves.
-        self._computed = 0
+        self._full_steps = 0
 
-    @property
-    def report(self) -> TGateReport:
-        """What has been done so far."""
-        return self._report_builder.report
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in differences of the halves of guidance."""
-        guidance = None if self._loop is None else self._loop.guidance
-        return 0 if guidance is None else guidance.nbytes
-
-    def halves(self, guider: Any) -> bool:
+    def skips_unconditional(self, guider: Any) -> bool:
         """Whether the step that runs now asks this guider for the conditional half alone."""
-        return self._half and guider is self._guider
+        return self._is_half_step and guider is self._guider
 
     def begin_step(self, guider: Any, step: int, steps: int, *, guided: bool) -> None:
         """
-        A guider is told of a step.
+        A guider's step begins.
 
         Args:
             guider (`BaseGuidance`): The guider.
@@ -94,102 +78,104 @@ class GuiderRun:
             ValueError: If it is not the step that comes next.
         """
         loop = self._begin_loop(steps) if step == 0 else self._loop
-        expected = None if loop is None else loop.passes
-        if loop is None or self._running or step != expected:
+        expected = None if loop is None else loop.pass_index
+        if loop is None or self._in_step or step != expected:
             raise ValueError(
-                f"T-GATE: {self._call.subject} tells its guider of step {step}, where T-GATE expects "
-                f"{'the guided output of the step before' if self._running else f'step {expected or 0}'}: every step "
+                f"T-GATE: {self._call.pipeline_name} tells its guider of step {step}, where T-GATE expects "
+                f"{'the guided output of the step before' if self._in_step else f'step {expected or 0}'}: every step "
                 "has to call the guider's set_state once, with the steps of a loop counted from 0, and then the guider "
                 "itself. Call remove_tgate(pipe) to use this pipeline."
             )
         if guider is not self._guider:
-            self._take_over(guider, loop)
-        self._running = True
-        self._ever_guided = self._ever_guided or guided
-        loop.forward()
-        improving = loop.planned().phase is Phase.FIDELITY_IMPROVING
-        may_halve = guided and self._droppable
-        self._half = may_halve and improving and self._knows_guidance(loop)
-        self._lost = self._lost or (self._exchanged and may_halve and bool(improving or self._state.schedule.tolerance))
+            self._switch_guider(guider, loop)
+        self._in_step = True
+        self._saw_cfg = self._saw_cfg or guided
+        loop.begin_forward()
+        improving = self._phase(loop) is Phase.FIDELITY_IMPROVING
+        may_halve = guided and self._can_skip_half
+        self._is_half_step = may_halve and improving and self._has_history()
+        lost = self._exchanged and may_halve and bool(improving or self._state.schedule.tolerance)
+        self._lost_half_step = self._lost_half_step or lost
         self._exchanged = False
 
-    def meet(self, conditions: Mapping[str, Any]) -> None:
+    def set_conditions(self, conditions: Mapping[str, Any]) -> None:
         """
-        A guider is given the conditions of the step that runs now: others make it a full step.
+        Set the conditions of the step that runs now: new ones make it a full step.
 
         Args:
-            conditions (`Mapping`): What the halves have of their own, as tuples, the conditional one first.
+            conditions (`Mapping`): The inputs in which the halves differ, as tuples, the conditional one first.
         """
         own = {name: pair for name, pair in conditions.items() if isinstance(pair, tuple) and name != "hidden_states"}
         before, self._conditions = self._conditions, [*own.values()]
         loop = self._loop
-        if loop is None or loop.guidance is None or not before or loop.planned().phase is Phase.SEMANTICS_PLANNING:
+        if loop is None or not self._state.schedule.predicts or not before:
             return
-        if is_another(before, self._conditions):
-            self.exchange(("text",))
-            self._half = self._exchanged = False
-            self._lost = True
+        if self._phase(loop) is Phase.SEMANTICS_PLANNING:
+            return
+        if differs(before, self._conditions):
+            self.invalidate(("text",))
+            self._is_half_step = self._exchanged = False
+            self._lost_half_step = True
 
-    def exchange(self, names: Collection[str]) -> None:
+    def invalidate(self, names: Collection[str]) -> None:
         """
-        Something is another one from now on: the next step is a full one.
+        Some inputs are exchanged: the next step is a full one.
 
         Args:
-            names (`Collection` of `str`): What pipelines call it.
+            names (`Collection` of `str`): Their names in pipelines.
         """
-        if self._loop is not None and (any(map(is_picture, names)) or (names and self._loop.guidance is not None)):
-            self._loop.begin_guidance()
-            self._computed, self._exchanged = 0, True
+        if self._loop is not None and (any(map(is_latents, names)) or (names and self._state.schedule.predicts)):
+            self._restart_guidance(self._loop)
+            self._full_steps, self._exchanged = 0, True
 
-    def tick(self, index: int, latents: Any, tensors: dict[str, Any], exchanged: Collection[str]) -> None:
-        """The pipeline's step callback has run; the guider has told of the step already."""
-        self.exchange(exchanged)
+    def on_step_end(self, index: int, latents: Any, tensors: dict[str, Any], exchanged: Collection[str]) -> None:
+        """The pipeline's step callback has run, after the guider has ended the step."""
+        self.invalidate(exchanged)
 
-    def unconditional(self, conditional: Any) -> torch.Tensor:
+    def make_unconditional(self, conditional: Any) -> torch.Tensor:
         """
-        What stands for the half that was left out.
+        Make the unconditional half of a half step.
 
         Args:
             conditional (`torch.Tensor`): The half that was computed.
 
         Returns:
-            `torch.Tensor`: It, plus the predicted difference; as it is where guidance is dropped.
+            `torch.Tensor`: The computed half, plus the predicted difference if guidance is predicted.
 
         Raises:
-            ValueError: If what is known is of another size.
+            ValueError: If the predicted difference has another size.
         """
         loop = self._loop
         assert loop is not None
-        difference = None if loop.guidance is None else loop.guidance.predicted(loop.passes)
-        if difference is not None and difference.shape != conditional.shape:
+        difference = self._cfg.predict(loop.pass_index)
+        if difference is not None and difference[0].shape != conditional.shape:
             raise ValueError(
                 f"T-GATE: the denoiser's output has the shape {tuple(conditional.shape)} in step {loop.step_index}, "
-                f"and had {tuple(difference.shape)} in the full steps before: guidance of another size cannot be "
+                f"and had {tuple(difference[0].shape)} in the full steps before: guidance of another size cannot be "
                 "predicted. Call remove_tgate(pipe) to use this pipeline."
             )
-        other: torch.Tensor = second_of(conditional, len(conditional), difference)
+        other: torch.Tensor = complete_second_call(conditional, difference, lambda whole: [whole])
         return other
 
-    def note(self, halves: tuple[Any, Any], scale: Any) -> None:
+    def record(self, halves: tuple[Any, Any], scale: Any) -> None:
         """
-        Both halves were computed.
+        Record both halves of a full step.
 
         Args:
             halves (`tuple` of `torch.Tensor`): The conditional half, and the unconditional one.
             scale (`float`): What guidance multiplies their difference with.
         """
         loop = self._loop
-        self._forwards.after(len(halves[0]))
-        self._computed += 1
-        if loop is None or loop.guidance is None or not (self._droppable and loop.may_halve):
+        self._forwards.after_forward(len(halves[0]))
+        self._full_steps += 1
+        if loop is None or not (self._can_skip_half and loop.has_half_steps_left):
             return
-        loop.guidance.note(loop.passes, halves, 1, scale)
-        if loop.guidance.error is not None:
-            self._report_builder.measured(loop.step_index, loop.guidance.error)
+        self._cfg.record(loop.pass_index, [halves], 1, scale)
+        self._record_error(loop)
 
     def end_step(self, *, guided: bool) -> None:
         """
-        The guider has given the output of the step.
+        The guider has computed the guided output of the step.
 
         Args:
             guided (`bool`): Whether guidance was on.
@@ -198,52 +184,57 @@ class GuiderRun:
             ValueError: If no step has begun.
         """
         loop = self._loop
-        if loop is None or not self._running:
+        if loop is None or not self._in_step:
             raise ValueError(
-                f"T-GATE: {self._call.subject} calls its guider without a step, where T-GATE expects its set_state "
-                "before every call (windows, several predictions). Call remove_tgate(pipe) to use this pipeline."
+                f"T-GATE: {self._call.pipeline_name} calls its guider without a step, where T-GATE expects its "
+                "set_state before every call (windows, several predictions). Call remove_tgate(pipe) to use this "
+                "pipeline."
             )
-        # Where a step is two passes (Heun), guiders are told of passes, and guide in none beyond the number of steps.
-        half, step, counts = self._half, loop.step_index, not loop.over
-        self._running = self._half = False
-        loop.tick(full=not half)
-        if loop.over:
-            loop.begin_guidance()
+        # Where a step is two passes (Heun), guiders count passes, and guide in none beyond the number of steps.
+        half, step, counts = self._is_half_step, loop.step_index, not loop.is_finished
+        self._in_step = self._is_half_step = False
+        if loop.end_pass(full=not half, error=self._cfg.error):
+            self._cfg.error = None
+        if loop.is_finished:
+            self._restart_guidance(loop)
         if counts:
-            self._report_builder.add(loop, step, half=half, did=_NO_LAYERS, held=self.nbytes)
-        if guided and self._droppable:
+            self._report_builder.add_pass(
+                loop, step, is_half_step=half, counts=_NO_LAYER_COUNTS, cached_bytes=self.nbytes
+            )
+        if guided and self._can_skip_half:
             warn_gate_too_late(self._state, self._call, loop, gates_cross=False)
 
-    def close(self, *, completed: bool = True) -> None:
-        """The call has ended, however it ended: hold nothing, leave the report."""
-        self._state.report = report = self._report_builder.report
-        self._loop = self._guider = None
-        self._conditions = []
-        if completed and self._lost and not (report.half_batch_forwards or report.prediction_errors):
+    def finish(self, *, completed: bool = True) -> None:
+        """The call has ended, however it ended: release cached tensors, store the report."""
+        report = self._release()
+        self._guider, self._conditions = None, []
+        if completed and self._lost_half_step and not (report.half_batch_forwards or report.prediction_errors):
             warn_exchanged_in_every_step(self._state, self._call)
         elif completed and not report.num_inference_steps:
             warn_nothing_gated(self._call, steps_seen=False)
-        elif completed and not self._ever_guided:
+        elif completed and not self._saw_cfg:
             warn_no_cfg(self._state, self._call, gates_cross=False, joint=True)
 
-    def _begin_loop(self, steps: int) -> GuidedStepCounter:
+    def _begin_loop(self, steps: int) -> StepCounter:
         """A loop begins, the first one of the call or another."""
-        if self._loop is not None and not self._running:
+        if self._loop is not None and not self._in_step:
             self._report_builder.end_loop(self._loop)
         self._guider = None
-        self._forwards.begin()
-        self._loop = loop = GuidedStepCounter(self._state.schedule, Timeline(steps))
-        return loop
+        return self._begin_counting(Timeline(steps))
 
-    def _take_over(self, guider: Any, loop: GuidedStepCounter) -> None:
-        """Another guider comes with another denoiser, whose guidance is not known yet."""
-        self._took_over = self._guider is not None
-        if self._took_over:
-            loop.begin_guidance()
-        self._guider, self._computed = guider, 0
+    def _phase(self, loop: StepCounter) -> Phase:
+        """The phase of the step that runs now."""
+        return loop.current_plan(has_history=self._cfg.has_history).phase
 
-    def _knows_guidance(self, loop: GuidedStepCounter) -> bool:
-        """Whether enough is known to leave a half out; a guider that takes over begins with full steps."""
-        if self._took_over and loop.guidance is not None:
-            return loop.guidance.judges
-        return self._computed > 0
+    def _switch_guider(self, guider: Any, loop: StepCounter) -> None:
+        """Another guider comes with another denoiser, whose guidance has no history yet."""
+        self._switched = self._guider is not None
+        if self._switched:
+            self._restart_guidance(loop)
+        self._guider, self._full_steps = guider, 0
+
+    def _has_history(self) -> bool:
+        """Whether a half step is possible yet; a guider that takes over begins with full steps."""
+        if self._switched and self._state.schedule.predicts:
+            return self._cfg.has_history
+        return self._full_steps > 0

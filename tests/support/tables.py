@@ -1,0 +1,105 @@
+"""The tables that say what is supported. `nox -s tables` writes them into the pages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from tests.zoo.addons import HOSTS
+from tests.zoo.cross_attention import KINDS
+from tests.zoo.inventory import AS_ANOTHER
+from tests.zoo.joint import JOINT
+from tests.zoo.sequential import TWO_CALLS
+from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
+from tgate_processors._internal.families import FAMILIES
+from tgate_processors._internal.families.family import Family
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", ROOT / "docs/pipelines.md")
+CALLS = {1: "one batch", 2: "two calls"}
+
+
+def table(*headings: str, rows: Iterable[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [" | ".join(row) for row in (headings, *rows)]
+    return "\n".join([f"| {lines[0]} |", "|" + "---|" * len(headings), *(f"| {line} |" for line in lines[1:])])
+
+
+def pipelines(*headings: str, rows: Mapping[str, str]) -> str:
+    """A table with a row for each pipeline class, by their names."""
+    return table(*headings, rows=((f"`{name}`", rows[name]) for name in sorted(rows, key=str.lower)))
+
+
+def after_the_gate(family: Family) -> str:
+    """What becomes of guidance, in the words of the README."""
+    if family.layout.joint:
+        alone = "[guidance alone](docs/pipelines.md#guidance-alone)"
+        return f"predicted, or dropped: {alone} is gated"
+    return "predicted, or dropped" + (": the second call is left out" if family.layout.calls > 1 else "")
+
+
+def models() -> str:
+    """Families by how they are gated."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for family in FAMILIES:
+        groups.setdefault((f"`{family.attribute}`", after_the_gate(family)), []).append(family.models)
+    rows = ((", ".join(names), *group) for group, names in groups.items())
+    return table("models", "denoiser", "guidance after the gate", rows=rows)
+
+
+def denoisers() -> str:
+    """Every family."""
+    gated = {True: "cross-attention and guidance", False: "guidance; cross-attention too if you ask for it"}
+    rows = (
+        (
+            family.models,
+            f"`{family.denoiser_class}`",
+            CALLS[family.layout.calls],
+            "guidance alone" if family.layout.joint else gated[family.layout.keeps_cross],
+        )
+        for family in FAMILIES
+    )
+    return table("models", "class of the denoiser", "guidance", "what is gated", rows=rows)
+
+
+def families() -> str:
+    """Pipelines around the denoisers with cross-attention."""
+    rows = {kind.pipeline: kind.kept or "no guidance" for kind in [*KINDS, *AROUND, *TWO_CALLS, *AROUND_TWO]}
+    return pipelines("pipeline class", "half that stays by default", rows=rows)
+
+
+def joint() -> str:
+    """Pipelines around those with joint attention."""
+    return pipelines(
+        "pipeline class", "guidance", rows={kind.pipeline: CALLS[kind.calls] for kind in [*JOINT, *AROUND_JOINT]}
+    )
+
+
+def as_another() -> str:
+    """Pipelines that stand on the strength of another one."""
+    return pipelines("pipeline class", "as", rows={name: f"`{other}`" for name, other in AS_ANOTHER.items()})
+
+
+def hosts() -> str:
+    """What people build around a denoiser. The class of such a pipeline is known once it is made."""
+    rows = ((f"`{type(host.build()).__name__}`", host.row, host.stays) for host in HOSTS)
+    return table("pipeline class", "what", "stays after the gate", rows=rows)
+
+
+TABLES = {each.__name__: each for each in (models, denoisers, families, joint, as_another)}
+
+
+def rewritten(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
+    """A page with these tables as they should be."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)",
+        lambda found: f"{found[1]}{tables[found[2]]()}{found[3]}" if found[2] in tables else found[0],
+        page,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(rewritten(path.read_text(), TABLES | {"hosts": hosts}))

@@ -1,0 +1,29 @@
+"""Whether something is a pipeline at all."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import diffusers
+import torch
+
+from ..plan.validation import shown
+from .guiders import is_modular
+
+
+def validate_pipeline(pipe: Any, gate_step: Any = None) -> None:
+    """Refuse what is not a pipeline, and say what it is."""
+    if isinstance(pipe, diffusers.DiffusionPipeline) or is_modular(pipe):
+        return
+    if isinstance(gate_step, diffusers.DiffusionPipeline) or is_modular(gate_step):
+        raise TypeError(f"the arguments are swapped: write apply_tgate(pipe, gate_step={pipe!r}).")
+    if isinstance(pipe, type):
+        what, remedy = f"the class {pipe.__name__}", f"make a pipeline of it, {pipe.__name__}.from_pretrained(...)"
+    elif isinstance(pipe, (str, os.PathLike)):
+        what, remedy = f"the name {str(pipe)!r}", f"load it, DiffusionPipeline.from_pretrained({str(pipe)!r})"
+    elif isinstance(pipe, torch.nn.Module):
+        what, remedy = f"of type {type(pipe).__name__}", "give the DiffusionPipeline that it is a part of"
+    else:
+        what, remedy = f"{shown(pipe)}, of type {type(pipe).__name__}", "give a DiffusionPipeline"
+    raise TypeError(f"pipe is {what}, not a diffusers pipeline: {remedy}.")

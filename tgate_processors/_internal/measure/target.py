@@ -1,0 +1,129 @@
+"""What is to be counted: the denoiser, its guidance and its steps, as a pipeline or a denoiser alone says them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+
+from ..families import check_attention, check_denoiser, distilled_by, family_of, known, resolve_pipeline
+from ..families.family import Family
+from ..plan.steps import Timeline
+from ..plan.validation import shown
+from ..run.call import PipelineCall
+from ..run.timesteps import TimestepReader
+from .meta_model import takes
+
+
+class DenoiserCall(PipelineCall):
+    """A call of which nothing is known but whether it is guided."""
+
+    def __init__(self, guided: bool) -> None:
+        super().__init__(None)
+        self._supports_cfg = guided
+
+    @property
+    def pipeline_name(self) -> str:
+        """The name of the target in messages."""
+        return "the denoiser"
+
+    def do_cfg_now(self) -> bool:
+        """Whether guidance is on."""
+        return self._supports_cfg
+
+    def do_cfg_ever(self) -> bool:
+        """Whether it is on in some step."""
+        return self._supports_cfg
+
+
+def config_of(denoiser: Any) -> str:
+    """The configuration as JSON; diffusers writes into what it makes that of."""
+    given = denoiser._internal_dict
+    denoiser._internal_dict = type(given)(given)
+    try:
+        config: str = denoiser.to_json_string()
+        return config
+    finally:
+        denoiser._internal_dict = given
+
+
+def resolve_target(given: Any, cross_attention: bool | None) -> tuple[Any, Any]:
+    """A pipeline, if one is given, and its denoiser."""
+    if isinstance(given, diffusers.DiffusionPipeline):
+        found = resolve_pipeline(given, cross_attention)
+        if found.kept_half is None:
+            raise ValueError(
+                f"the guidance of {type(given).__name__} is not two halves; how many parts it has is up to the call: "
+                "give its denoiser, do_classifier_free_guidance=False, and the pictures times the parts as batch_size."
+            )
+        denoiser = found.denoiser
+        return given, getattr(denoiser, "_orig_mod", denoiser)
+    name = type(given).__name__
+    if not isinstance(given, torch.nn.Module):
+        raise TypeError(f"pipe_or_denoiser is of type {name}: give a diffusers pipeline, or its denoiser.")
+    family = family_of(given)
+    if family is None:
+        check_denoiser(given, name)
+        raise ValueError(f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {known()}.")
+    check_attention(given, name, family.layout, cross_attention)
+    return None, getattr(given, "_orig_mod", given)
+
+
+def resolve_cfg(pipe: Any, denoiser: Any, asked: bool | None) -> bool:
+    """Whether guidance is on; pipelines never double the batch of a denoiser that embeds the guidance scale."""
+    if asked is not None and not isinstance(asked, bool):
+        raise TypeError(
+            f"do_classifier_free_guidance={shown(asked)} is of type {type(asked).__name__}: give True or False."
+        )
+    timed = getattr(denoiser.config, "time_cond_proj_dim", None) is not None
+    embedded = "time_cond_proj_dim" if timed else distilled_by(denoiser)
+    family = family_of(denoiser)
+    # Guidance by a second call, with a negative prompt, may come beside the embedded one.
+    if asked and embedded and (family is None or family.layout.calls == 1):
+        raise ValueError(
+            f"do_classifier_free_guidance=True, but this {type(denoiser).__name__} has its guidance in itself "
+            f"(config.{embedded}), so its batch is never two halves: leave out `do_classifier_free_guidance`."
+        )
+    asks = pipe is None or hasattr(type(pipe), "do_classifier_free_guidance") or takes(pipe, "guidance", "cfg")
+    if asked and not asks:
+        raise ValueError(
+            f"do_classifier_free_guidance=True, but the call of {type(pipe).__name__} takes no guidance_scale, so its "
+            "batch is never two halves: leave out `do_classifier_free_guidance`."
+        )
+    return asks and not embedded if asked is None else asked
+
+
+def resolve_dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
+    """The type of what is stored."""
+    dtype = denoiser.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(
+            f"dtype={shown(dtype)} is of type {type(dtype).__name__}: give a torch.dtype, such as torch.float16."
+        )
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not a floating-point type: give the one that the denoiser computes in.")
+    return dtype
+
+
+def read_timeline(pipe: Any, num_inference_steps: int, family: Family | None) -> tuple[Timeline, int | None]:
+    """
+    Passes of the loop, passes per step, first passes that repeat step 0; as in the pipeline's own run.
+
+    And the pass from which another denoiser runs, as in Wan 2.2.
+    """
+    if pipe is None:
+        return Timeline(num_inference_steps), None
+    scheduler = copy.deepcopy(pipe.scheduler)
+    # Some schedulers accept this for two steps only; for any other number their pipelines pass `None`.
+    odd = "intermediate_timesteps" in inspect.signature(scheduler.set_timesteps).parameters
+    more = {"intermediate_timesteps": None} if odd and num_inference_steps != 2 else {}
+    scheduler.set_timesteps(num_inference_steps, **more)
+    ratio = getattr(pipe.config, "boundary_ratio", None)
+    takes_over = None
+    if ratio is not None and family is not None and family.second and getattr(pipe, family.second, None) is not None:
+        takes_over = int((scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps).sum())
+    return TimestepReader(SimpleNamespace(scheduler=scheduler)).read_timeline(), takes_over

@@ -1,0 +1,34 @@
+"""What happens in one inference step: the words in which schedules and plans are written."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Literal
+
+CFGHalf = Literal["unconditional", "conditional"]
+
+
+class Action(enum.Enum):
+    """What an attention layer does in one step."""
+
+    COMPUTE = "compute"
+    STORE = "store"
+    REUSE = "reuse"
+
+
+class Phase(enum.Enum):
+    """The part of the run that a step belongs to (in the words of https://arxiv.org/abs/2404.02747)."""
+
+    SEMANTICS_PLANNING = "semantics planning"
+    GATE = "gate"
+    FIDELITY_IMPROVING = "fidelity improving"
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What happens in one inference step."""
+
+    phase: Phase
+    cross_attention: Action
+    self_attention: Action

@@ -1,0 +1,68 @@
+"""One call of a pipeline, whatever its form of guidance."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+from ..attention.state import TGateState
+from ..caches.foreign_forwards import ForeignForwards
+from ..guidance.cfg_forms import CFGForm
+from ..plan.report import TGateReport
+from ..plan.report_builder import ReportBuilder
+from ..plan.steps import StepCounter, Timeline
+
+Form = TypeVar("Form", bound=CFGForm)
+
+
+class Run(Generic[Form]):
+    """
+    One call of a pipeline. It is made anew for every call, and nothing of it outlives the call but the report.
+
+    Args:
+        state (`TGateState`): The settings, and where the report goes.
+        cfg (`CFGForm`): The form of guidance.
+        forwards (`ForeignForwards`): What its denoisers do when they are called.
+        can_skip_half (`bool`): Whether guidance is two halves, of which one can be skipped.
+    """
+
+    def __init__(self, state: TGateState, cfg: Form, forwards: ForeignForwards, *, can_skip_half: bool) -> None:
+        self._state = state
+        self._cfg = cfg
+        self._forwards = forwards
+        self._can_skip_half = can_skip_half
+        self._report_builder = ReportBuilder(is_auto=state.schedule.is_auto)
+        self._loop: StepCounter | None = None
+
+    @property
+    def report(self) -> TGateReport:
+        """The report so far."""
+        return self._report_builder.report
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in differences of the halves of guidance."""
+        return self._cfg.nbytes
+
+    def _begin_counting(self, timeline: Timeline) -> StepCounter:
+        """A loop begins: count its steps, without history of its guidance."""
+        self._forwards.begin_loop()
+        self._loop = loop = StepCounter(self._state.schedule, timeline, self._cfg.calls_per_step)
+        self._cfg.begin()
+        return loop
+
+    def _restart_guidance(self, loop: StepCounter) -> None:
+        """The history of guidance no longer holds: begin with full steps."""
+        loop.restart_controller()
+        self._cfg.begin()
+
+    def _record_error(self, loop: StepCounter) -> None:
+        """Report the error of the prediction for a full step, if it was measured."""
+        if self._cfg.error is not None:
+            self._report_builder.add_error(loop.step_index, self._cfg.error)
+
+    def _release(self) -> TGateReport:
+        """The call has ended, however it ended: release cached tensors, store the report."""
+        self._state.report = self.report
+        self._cfg.release()
+        self._loop = None
+        return self.report

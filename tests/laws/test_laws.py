@@ -101,7 +101,8 @@ def breaks(case, settings, error, place):
 def inner_layer(case, denoiser):
     """A layer that runs in every step: inside self-attention, if there is some that is looked at."""
     own = [layer for name, layer in attention_modules(denoiser).items() if not is_cross(case, name)]
-    return keys_of(own[-1]) if own and case.reuses else denoiser.get_submodule(case.first)
+    # The last one may be that of a sound which is not made, where guidance is two calls.
+    return keys_of(own[0 if case.calls == 2 else -1]) if own and case.reuses else denoiser.get_submodule(case.first)
 
 
 # The places are those of a full step and of a half step, or of a call in each.

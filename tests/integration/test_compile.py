@@ -13,7 +13,8 @@ from examples.benchmarks.cost_table import load_denoiser
 from examples.benchmarks.random_pipelines import narrowed, random_inputs, random_pipeline
 from tests.support.compiling import compile_blocks, compile_in_place, exchange_for_compiled
 from tests.zoo.addons import HOSTS_BY_NAME
-from tests.zoo.core import BY_NAME, quiet, thorough
+from tests.zoo.case import quiet, thorough
+from tests.zoo.core import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.install.recompile_limit import RaisedRecompileLimit, restore_recompile_limit
 

@@ -10,9 +10,10 @@ import torch
 
 import tgate_processors
 from tests.support.states import state_of
-from tests.zoo.core import BY_NAME, slow, thorough
-from tests.zoo.cross_attention import BY_KIND
+from tests.zoo.case import slow, thorough
+from tests.zoo.core import BY_NAME
 from tests.zoo.joint import BY_JOINT
+from tests.zoo.sequential import BY_KIND
 from tgate_processors import apply_tgate, remove_tgate
 from tgate_processors._internal.denoiser import lock
 

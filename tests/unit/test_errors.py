@@ -426,9 +426,6 @@ def without_denoiser():
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (sd3, "SD3Transformer2DModel has joint attention"),
-        (flux, "FluxTransformer2DModel has joint attention"),
-        (flux, "its guidance is distilled into it, so there is no half to leave out"),
         (lambda: ddpm(attention=True), "UNet2DModel has no cross-attention"),
         (lambda: ddpm(attention=False), "UNet2DModel has no attention"),
         (semantic, "semantic guidance adds a part to the batch for every edit"),
@@ -439,7 +436,6 @@ def without_denoiser():
         (kandinsky, "UNet2DConditionModel has joint attention"),
         (ledits, "semantic guidance adds a part to the batch for every edit"),
         (own_denoiser, "T-GATE does not know how unet=OwnUNet does guidance"),
-        (mochi, "MochiTransformer3DModel has joint attention"),
         (stable_cascade, "it denoises with decoder=StableCascadeUNet, whose attention joins the text with other keys"),
         needs(
             "SkyReelsV2DiffusionForcingPipeline",
@@ -459,9 +455,6 @@ def without_denoiser():
         (without_denoiser, "it has no `unet` or `transformer` at present."),
     ],
     ids=[
-        "sd3",
-        "flux",
-        "distilled",
         "no_cross_attention",
         "no_attention",
         "semantic",
@@ -472,7 +465,6 @@ def without_denoiser():
         "kandinsky",
         "ledits",
         "unknown",
-        "mochi",
         "stable_cascade",
         "diffusion_forcing",
         "cosmos_transfer",

@@ -8,7 +8,8 @@ import torch
 
 pytest.register_assert_rewrite("tests.support")
 
-from tests.zoo.core import CASES, Case, rows  # noqa: E402
+from tests.zoo.case import Case, rows  # noqa: E402
+from tests.zoo.core import CASES  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests count the warnings of T-GATE; what these say depends on which test loads a module first.
@@ -18,20 +19,6 @@ for library in ("diffusers", "transformers"):
 logging.getLogger("tgate_processors").setLevel(logging.WARNING)
 # One thread a worker: the tensors are tiny, and sums are then always made in the same order.
 torch.set_num_threads(1)
-
-
-# Laws that are held for every family: CI has some rows of each law, and one for every family.
-FAMILIES = {"test_families.py", "test_two_calls.py", "test_joint.py"}
-FOR_CI = "test_full_steps_alone_change_no_bit"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what CI need not repeat for every family."""
-    for item in items:
-        repeated = item.path.name in FAMILIES and getattr(item, "originalname", "") != FOR_CI
-        if repeated and item.get_closest_marker("slow"):
-            item.add_marker("thorough")
 
 
 def pytest_collection_finish() -> None:

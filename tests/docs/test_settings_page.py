@@ -10,7 +10,8 @@ import torch
 
 from tests.support.paths import ROOT
 from tests.zoo.addons import HOSTS_BY_NAME
-from tests.zoo.core import CASES, TIERS
+from tests.zoo.case import TIERS
+from tests.zoo.core import CASES
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report
 
 PAGE = (ROOT / "docs/settings.md").read_text().replace("\N{GREEK SMALL LETTER ALPHA}", "alpha")

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPToken
 
 from tests.support.paths import ROOT
 from tests.support.testbeds import NEEDS_WAN
-from tests.zoo.cross_attention import IS_OLD, SHAPES
+from tests.zoo.case import IS_OLD
+from tests.zoo.cross_attention import SHAPES
 from tests.zoo.joint import flux
 from tests.zoo.modular import save_sdxl
 from tgate_processors import is_tgate_applied

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from examples.benchmarks import speed
 from examples.benchmarks.cost_table import load_denoiser
 from examples.benchmarks.random_pipelines import random_pipeline
-from tests.zoo.core import GOLDEN, slow, thorough
+from tests.zoo.case import slow, thorough
+from tests.zoo.core import GOLDEN
 from tgate_processors import TGateSchedule, estimate_cost
 
 APP = typer.Typer()

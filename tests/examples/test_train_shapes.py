@@ -22,7 +22,7 @@ from examples.testbeds.shapes.stages import generator, write
 from examples.testbeds.shapes.tokens import LENGTH, encode, load, make
 from tests.support.paths import ROOT
 from tests.support.testbeds import NEEDS_WAN
-from tests.zoo.core import thorough
+from tests.zoo.case import thorough
 
 SCRIPT = ("-m", "examples.testbeds.train_shapes")
 SHORT = ["--smoke", "--copies", "1", "--batch-size", "4", "--autoencoder-steps", "2", "--reader-steps", "2"]

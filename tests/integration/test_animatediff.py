@@ -5,7 +5,7 @@ import torch
 
 from tests.support.comparing import distance
 from tests.zoo.addons import FRAMES, HOSTS, HOSTS_BY_NAME, text_encoder, tokenizer, with_frames
-from tests.zoo.core import slow, thorough
+from tests.zoo.case import slow, thorough
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
 GATE = 2

@@ -13,7 +13,8 @@ from examples.benchmarks.cost_table import load_denoiser
 from examples.benchmarks.random_pipelines import narrowed, random_inputs, random_pipeline
 from tests.support.compiling import compile_blocks, compile_in_place, exchange_for_compiled
 from tests.zoo.addons import HOSTS_BY_NAME
-from tests.zoo.core import BY_NAME, quiet, thorough
+from tests.zoo.case import quiet, thorough
+from tests.zoo.core import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.install.recompile_limit import RaisedRecompileLimit, restore_recompile_limit
 
@@ -268,6 +269,15 @@ def test_interrupts_do_not_add_up_in_the_limit():
                 room.close()
             assert torch._dynamo.config.recompile_limit == limit
     assert line > 5
+
+
+def test_an_interrupt_before_there_is_room_leaves_the_limit_where_others_have_compiled():
+    limit = torch._dynamo.config.recompile_limit
+    add = torch.compile(lambda tensor, number: tensor + number, backend="eager", dynamic=False)
+    for number in range(3):
+        add(torch.ones(1), number)
+    RaisedRecompileLimit().close()
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_calls_that_overlap_leave_the_limit_as_it_was():

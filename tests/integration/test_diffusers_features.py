@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.offload import group_offload_by_blocks, group_offload_by_leaves, model_offload, skip_if_missing
 from tests.zoo.addons import lora
-from tests.zoo.cross_attention import KINDS, TWO_CALLS
+from tests.zoo.cross_attention import KINDS
+from tests.zoo.sequential import TWO_CALLS
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules
 

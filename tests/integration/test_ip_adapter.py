@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.zoo.addons import HOSTS_BY_NAME, IMAGE_EMBEDDING, image_embeds, ip_adapter_weights, load_ip_adapter
-from tests.zoo.core import BY_NAME, slow, thorough
+from tests.zoo.case import slow, thorough
+from tests.zoo.core import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules
 

@@ -15,7 +15,8 @@ from tests.support.offload import (
     sequential_offload,
     skip_if_missing,
 )
-from tests.zoo.core import BY_NAME, TIERS, slow
+from tests.zoo.case import TIERS, slow
+from tests.zoo.core import BY_NAME
 from tgate_processors import apply_tgate, remove_tgate
 
 WAYS = [

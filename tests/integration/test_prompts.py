@@ -5,7 +5,8 @@ import torch
 from transformers import CLIPTextModelWithProjection
 
 from tests.zoo.addons import text_encoder, tokenizer
-from tests.zoo.core import BY_NAME, GOLDEN_SD, GOLDEN_XL, STEPS, images, load_golden
+from tests.zoo.case import STEPS, images
+from tests.zoo.core import BY_NAME, GOLDEN_SD, GOLDEN_XL, load_golden
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
 GATE = 2

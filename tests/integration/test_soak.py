@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.support.states import state_of
-from tests.zoo.core import BY_NAME, quiet
-from tests.zoo.cross_attention import BY_KIND
+from tests.zoo.case import quiet
+from tests.zoo.core import BY_NAME
 from tests.zoo.joint import BY_JOINT
+from tests.zoo.sequential import BY_KIND
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 STEPS = {"num_inference_steps": 4}

@@ -11,7 +11,7 @@ from tests.support.comparing import distance
 from tests.support.counting import count, samples_of
 from tests.support.settings import EVERY, FIXED, PATIENT
 from tests.zoo.audio import SOUND, SOUND_TWO, ace_step, kandinsky6
-from tests.zoo.core import STEPS, rows
+from tests.zoo.case import STEPS, rows
 from tests.zoo.inventory import shell
 from tgate_processors import (
     TGateSchedule,

@@ -3,42 +3,112 @@
 import pytest
 import torch
 
-from tests.support.counting import count
-from tests.support.settings import SETTINGS, computed
-from tests.zoo.core import GUIDED, STEPS, Case, rows
+from tests.support.comparing import distance
+from tests.support.counting import count, is_cross
+from tests.support.settings import FIXED, PATIENT, SETTINGS, computed, full_steps
+from tests.zoo.case import STEPS, Case, rows, thorough
+from tests.zoo.catalogue import CROSS_ATTENTION, MOST, SEQUENTIAL
+from tests.zoo.core import CASES, GUIDED
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
+GATE = 3
+# All of whose layers are gated, and found by their names.
+OF_LAYERS = [*CASES, *CROSS_ATTENTION]
+# One of each kind of denoiser.
+FEW = {"sd", "pixart_alpha", "svd", "lcm", "sana", "wan"}
+SOME = FEW | {"sd_controlnet", *(case.name for case in CROSS_ATTENTION)}
+# Other settings than those of version 2 differ in the schedule alone, which the first families show.
+CORE = {case.name for case in CASES}
+COUNTED = [
+    pytest.param(*row.values, name, marks=row.marks, id=f"{name}-{row.id}")
+    for name in SETTINGS
+    for row in rows(OF_LAYERS if name in ("v2", "gate_1") else CASES, default=None if name == "v2" else CORE)
+]
 
-@pytest.mark.parametrize(
-    ("settings", "prompts"),
-    # Two prompts are dearer, and the schedule does not see them.
-    [(settings, [0, 1] if name == "v2" else [0]) for name, settings in SETTINGS.items()],
-    ids=SETTINGS,
-)
-def test_to_k_runs_exactly_as_the_schedule_says(case: Case, settings, prompts):
-    pipe = apply_tgate(case.build(), **settings)
+
+def check_counts(case, settings, prompts, plan, share):
+    """
+    Every layer runs as often, and on as much, as planned.
+
+    `plan` says of a number of steps whether cross- and self-attention run in each, `share` what part of the batch.
+    """
+    pipe = case.gate(case.build(), **settings)
     seen = count(pipe, case)
     case.run(pipe, prompts)
     report = get_tgate_report(pipe)
     steps = report.num_inference_steps
+    # Some leave out a step that their strength has no room for.
     assert steps in (STEPS, STEPS - 1)
-    gate = round(settings["gate_step"] * steps + 1e-9) if settings["gate_step"] == 0.5 else settings["gate_step"]
-    halves = 2 if case in GUIDED else 1
-    plan = [computed(step, steps, **settings) for step in range(steps)]
-    share = [1 if step < gate else halves for step in range(steps)]
+    plan, share = plan(steps), share(steps)
     full = seen.pop("denoiser")
     assert full == [full[0] // part for part in share]
-    assert len(seen) > 2
+    assert {is_cross(case, name) for name in seen} == {True, not case.own}
     for name, batches in seen.items():
-        kind = 0 if name.endswith("attn2") else 1
-        assert batches == [batches[0] // part for part, ran in zip(share, plan, strict=True) if ran[kind]], name
-    assert report.gate_step == gate
-    assert report.cross_attention_computed == gate
-    assert report.cross_attention_reused == steps - gate
-    assert report.self_attention_computed == sum(own for _, own in plan)
-    assert report.self_attention_reused == steps - report.self_attention_computed
-    assert report.half_batch_forwards == (steps - gate if halves == 2 else 0)
-    assert report.full_batch_forwards == steps - report.half_batch_forwards
+        of_kind = 0 if is_cross(case, name) else 1
+        assert batches == [batches[0] // part for part, ran in zip(share, plan, strict=True) if ran[of_kind]], name
+    crossed, own = (sum(each) for each in zip(*plan, strict=True))
+    if settings.get("cross_attention", True):
+        assert (report.cross_attention_computed, report.cross_attention_reused) == (crossed, steps - crossed)
+    if case.own and "cross_attention" not in settings:
+        assert (report.self_attention_computed, report.self_attention_reused) == (own, steps - own)
+    assert report.half_batch_forwards == share.count(2)
+    assert report.full_batch_forwards == steps - share.count(2)
+    return report
+
+
+@pytest.mark.parametrize(("case", "name"), COUNTED)
+def test_every_layer_runs_exactly_as_the_schedule_says(case: Case, name):
+    # Without settings of self-attention where no layer has it.
+    settings = {key: value for key, value in SETTINGS[name].items() if case.own or key == "gate_step"}
+    # Two prompts are dearer, and the schedule does not see them.
+    prompts = [0, 1] if name == "v2" and case.batches else [0]
+    halves = 2 if case.is_guided else 1
+
+    def plan(steps):
+        return [computed(step, steps, **settings) for step in range(steps)]
+
+    report = check_counts(
+        case, settings, prompts, plan, lambda steps: [1 if cross else halves for cross, _ in plan(steps)]
+    )
+    assert report.gate_step == report.cross_attention_computed
+
+
+@pytest.mark.parametrize("case", rows([case for case in OF_LAYERS if case.is_guided], default=MOST & SOME))
+@pytest.mark.parametrize(
+    "settings", [FIXED, thorough(PATIENT), thorough(FIXED | {"cross_attention": False})], ids=["fixed", "auto", "alone"]
+)
+def test_full_steps_compute_everything_and_half_steps_one_half(case: Case, settings):
+    alone = "cross_attention" in settings
+
+    def full(steps):
+        return full_steps(steps, settings)
+
+    report = check_counts(
+        case,
+        settings,
+        [0, 1] if case.batches else [0],
+        lambda steps: [(alone or step in full(steps), True) for step in range(steps)],
+        lambda steps: [1 if step in full(steps) else 2 for step in range(steps)],
+    )
+    assert report.full_steps == full(report.num_inference_steps)
+
+
+@pytest.mark.parametrize("case", rows([*OF_LAYERS, *SEQUENTIAL], default=FEW))
+def test_without_guidance_nothing_is_averaged_or_halved(case: Case):
+    pipe = case.gate(case.build(), GATE)
+    prompts = [0, 1] if case.batches else [0]
+    seen = count(pipe, case)
+    together = case.run(pipe, prompts, **case.off)
+    report = get_tgate_report(pipe)
+    steps = report.num_inference_steps
+    assert report.half_batch_forwards == 0
+    assert report.cross_attention_reused > 0
+    if len(case.denoisers(pipe)) == 1:
+        assert seen.pop("denoiser") == [len(prompts) * case.rows] * steps
+        for name, batches in seen.items():
+            assert batches == [batches[0]] * (GATE if is_cross(case, name) else steps)
+    singles = torch.cat([case.run(pipe, [prompt], **case.off) for prompt in prompts])
+    assert distance(together, singles) < 5e-5
 
 
 @pytest.mark.parametrize("case", rows(GUIDED))

@@ -6,38 +6,22 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests.support.comparing import Stop, distance
-from tests.support.counting import count, is_cross, keys_of, samples_of
+from tests.support.comparing import Stop
+from tests.support.counting import count, is_cross, samples_of
 from tests.support.macs import COSTS, taken
-from tests.support.prediction import errors_of
-from tests.support.settings import EVERY, FIXED, PATIENT, SETTINGS, computed, full_steps
-from tests.support.states import check_restored, snapshot
-from tests.zoo.core import STEPS, rows
-from tests.zoo.cross_attention import BY_KIND, TOKENS, Kind
-from tests.zoo.cross_attention import KINDS as OWN
+from tests.support.prediction import refuses_a_choice
+from tests.support.settings import EVERY, FIXED, PATIENT, SETTINGS
+from tests.zoo.case import STEPS, Case, rows
+from tests.zoo.catalogue import CROSS_ATTENTION, OWN_DENOISERS
+from tests.zoo.cross_attention import TOKENS
+from tests.zoo.sequential import BY_KIND
 from tests.zoo.variants import AROUND
 from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
-KINDS = [*OWN, *AROUND]
 GATE = 3
 DROP = {"gate_step": GATE}
-# One law of each of these by default: they differ from others in little but their data.
-ONCE = {"ltx2", "sana_video", "kandinsky3", "lumina", "audioldm2", "picture_video"}
-
-
-ALL = {kind.name for kind in KINDS}
-# Others have the same denoiser.
-SECOND = {kind.name for kind in KINDS if kind.tier == "slow" or kind in AROUND}
-SECOND -= {"any_flow", "stable_audio3", "text_to_video", "controlnet_xs", "sana_world", "ace_step"}
-GUIDED = [kind for kind in KINDS if kind.is_guided]
-every = pytest.mark.parametrize("kind", rows(KINDS, ONCE))
-every_once = pytest.mark.parametrize("kind", rows(KINDS))
-guided = pytest.mark.parametrize("kind", rows(GUIDED, ONCE))
-# What depends on the denoiser alone.
-every_denoiser = pytest.mark.parametrize("kind", rows([kind for kind in KINDS if kind.name not in SECOND], ALL))
-guided_denoiser = pytest.mark.parametrize("kind", rows([kind for kind in GUIDED if kind.name not in SECOND], ALL))
-every_slow = pytest.mark.parametrize("kind", rows(KINDS, ALL))
+GUIDED = [kind for kind in OWN_DENOISERS if kind.is_guided]
 
 
 def denoiser_of(pipe, kind):
@@ -49,86 +33,18 @@ def sample_of(output):
     return samples_of(output)[0]
 
 
-def only_conditional(kind, half):
-    """Whether a choice of half is refused, because further calls are about the conditional one."""
-    if half != "unconditional" or kind.second_scale is None:
-        return False
-    with pytest.raises(ValueError, match="guides by further calls too, and compares them with the conditional half"):
-        kind.gate(kind.build(), GATE, cfg_half=half)
-    return True
-
-
-@every
-def test_apply_and_remove_change_nothing_else_and_two_calls_agree(kind: Kind):
-    pipe = kind.build()
-    baseline = kind.run(pipe)
-    before = snapshot(pipe, kind)
-    kind.gate(pipe, GATE)
-    gated = kind.run(pipe)
-    assert not torch.equal(gated, baseline)
-    assert torch.equal(kind.run(pipe), gated)
-    remove_tgate(pipe)
-    check_restored(before, snapshot(pipe, kind))
-    assert torch.equal(kind.run(pipe), baseline)
-
-
-def check_counts(kind, settings, prompts, plan, share):
-    """Every layer runs as often, and on as much, as planned."""
-    pipe = kind.gate(kind.build(), **settings)
-    seen = count(pipe, kind)
-    kind.run(pipe, prompts)
-    report = get_tgate_report(pipe)
-    assert report.num_inference_steps == STEPS
-    full = seen.pop("denoiser")
-    assert full == [full[0] // part for part in share]
-    kinds = {is_cross(kind, name) for name in seen}
-    assert kinds == {True, not kind.own}
-    for name, batches in seen.items():
-        of_kind = 0 if is_cross(kind, name) else 1
-        assert batches == [batches[0] // part for part, ran in zip(share, plan, strict=True) if ran[of_kind]], name
-    crossed = sum(cross for cross, _ in plan)
-    assert (report.cross_attention_computed, report.cross_attention_reused) == (crossed, STEPS - crossed)
-    assert report.half_batch_forwards == share.count(2)
-    assert report.full_batch_forwards == STEPS - share.count(2)
-    return report
-
-
-def reached(kind, settings):
-    """The settings, without those of self-attention where no layer has it."""
-    return {name: value for name, value in settings.items() if kind.own or name == "gate_step"}
-
-
-@every_once
-@pytest.mark.parametrize("name", ["v2", pytest.param("gate_1", marks=pytest.mark.slow)])
-def test_to_k_runs_exactly_as_the_schedule_says(kind: Kind, name):
-    settings = reached(kind, SETTINGS[name])
-    plan = [computed(step, STEPS, **settings) for step in range(STEPS)]
-    halves = 2 if kind.is_guided else 1
-    prompts = [0, 1] if kind.batches else [0]
-    check_counts(kind, settings, prompts, plan, [1 if cross else halves for cross, _ in plan])
-
-
-@guided
-@pytest.mark.parametrize("settings", [FIXED, pytest.param(PATIENT, marks=pytest.mark.slow)], ids=["fixed", "auto"])
-def test_full_steps_compute_everything_and_half_steps_one_half(kind: Kind, settings):
-    full = full_steps(STEPS, settings)
-    plan = [(step in full, True) for step in range(STEPS)]
-    report = check_counts(kind, settings, [0], plan, [1 if step in full else 2 for step in range(STEPS)])
-    assert report.full_steps == full
-
-
 def further_calls(kind):
     """The settings of a call of LTX-2 with further guidance: without the attention of a layer, and kind by kind."""
     scales = {"stg_scale": 1.0, "modality_scale": 3.0, "audio_modality_scale": 3.0, "guidance_rescale": 0.7}
     return {**scales, "spatio_temporal_guidance_blocks": [1]}
 
 
-LTX2 = pytest.mark.parametrize("kind", rows([BY_KIND["ltx2"]], ALL))
+LTX2 = pytest.mark.parametrize("kind", rows([BY_KIND["ltx2"]], default=()))
 
 
 @LTX2
 @pytest.mark.parametrize("settings", [DROP, FIXED, PATIENT], ids=str)
-def test_further_calls_run_whole_and_leave_what_is_kept_alone(kind: Kind, settings):
+def test_further_calls_run_whole_and_leave_what_is_kept_alone(kind: Case, settings):
     further = further_calls(kind)
     plain = kind.run(kind.build(), **further)
     pipe = kind.gate(kind.build(), **settings)
@@ -156,7 +72,7 @@ def test_further_calls_run_whole_and_leave_what_is_kept_alone(kind: Kind, settin
 
 
 @LTX2
-def test_a_run_that_breaks_in_a_further_call_leaves_nothing(kind: Kind):
+def test_a_run_that_breaks_in_a_further_call_leaves_nothing(kind: Case):
     pipe = kind.gate(kind.build(), **FIXED)
     further = further_calls(kind)
     expected = kind.run(pipe, **further)
@@ -179,7 +95,7 @@ def test_a_run_that_breaks_in_a_further_call_leaves_nothing(kind: Kind):
 
 
 @LTX2
-def test_either_scale_turns_guidance_on(kind: Kind):
+def test_either_scale_turns_guidance_on(kind: Case):
     pipe = kind.gate(kind.build(), GATE)
     for scales, halves in (((1.0, 4.0), STEPS - GATE), ((3.0, 1.0), STEPS - GATE), ((1.0, 1.0), 0)):
         given = {**kind.conditioning([0], True), "guidance_scale": scales[0], "audio_guidance_scale": scales[1]}
@@ -189,12 +105,12 @@ def test_either_scale_turns_guidance_on(kind: Kind):
 
 def of(name):
     """One kind of those around other denoisers."""
-    return pytest.mark.parametrize("kind", rows([kind for kind in AROUND if kind.name == name], ALL))
+    return pytest.mark.parametrize("kind", rows([kind for kind in AROUND if kind.name == name], default=()))
 
 
 @of("video_to_video")
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 6), (0.5, 3), (0.34, 2)])
-def test_a_video_that_is_noised_in_part_takes_the_rest_of_the_steps(kind: Kind, strength, steps):
+def test_a_video_that_is_noised_in_part_takes_the_rest_of_the_steps(kind: Case, strength, steps):
     pipe = kind.gate(kind.build(), 0.5)
     seen = count(pipe, kind)["denoiser"]
     kind.run(pipe, strength=strength)
@@ -205,7 +121,7 @@ def test_a_video_that_is_noised_in_part_takes_the_rest_of_the_steps(kind: Kind, 
 
 @of("controlnet_xs")
 @pytest.mark.parametrize("control", [(0.0, 0.5), (0.5, 1.0), (0.3, 0.8)])
-def test_a_control_may_run_in_some_steps_only(kind: Kind, control):
+def test_a_control_may_run_in_some_steps_only(kind: Case, control):
     call = dict(zip(("control_guidance_start", "control_guidance_end"), control, strict=True))
     pipe, plain = kind.build(), kind.run(kind.build(), **call)
     for settings in (DROP, FIXED, PATIENT):
@@ -217,7 +133,7 @@ def test_a_control_may_run_in_some_steps_only(kind: Kind, control):
 
 
 @of("sana_world")
-def test_self_attention_that_no_layer_has_is_not_reused(kind: Kind):
+def test_self_attention_that_no_layer_has_is_not_reused(kind: Case):
     pipe = kind.build()
     for name in ("sp_interval", "fi_interval"):
         with pytest.raises(ValueError, match=r"=2.* reuse self-attention, and no layer of SanaWMTransformer3DModel "):
@@ -227,89 +143,13 @@ def test_self_attention_that_no_layer_has_is_not_reused(kind: Kind):
         estimate_cost(pipe, TGateSchedule(GATE), STEPS)
 
 
-@pytest.mark.parametrize("kind", rows(GUIDED, ALL))
-def test_guidance_alone_runs_every_layer_on_one_half(kind: Kind):
-    full = full_steps(STEPS, FIXED)
-    share = [1 if step in full else 2 for step in range(STEPS)]
-    check_counts(kind, {**FIXED, "cross_attention": False}, [0], [(True, True)] * STEPS, share)
-
-
-@every_slow
-def test_full_steps_alone_change_no_bit(kind: Kind):
-    pipe, baseline = kind.build(), kind.plain()
-    for settings in ({"gate_step": STEPS}, *(EVERY if kind.is_guided else ())):
-        assert torch.equal(kind.run(kind.gate(pipe, **settings)), baseline)
-        assert get_tgate_report(pipe).half_batch_forwards == get_tgate_report(pipe).cross_attention_reused == 0
-
-
-@pytest.mark.parametrize("kind", rows([kind for kind in KINDS if kind.batches], ALL))
-def test_a_batch_of_two_prompts_equals_two_singles(kind: Kind):
-    rounding = distance(kind.plain([0, 1]), torch.cat([kind.plain([0]), kind.plain([1])]))
-    assert rounding < 1e-4
-    for settings in (DROP, *([FIXED] if kind.is_guided else [])):
-        pipe = kind.gate(kind.build(), **settings)
-        singles = torch.cat([kind.run(pipe, [0]), kind.run(pipe, [1])])
-        assert distance(kind.run(pipe, [0, 1]), singles) < 5e-5 + 5 * rounding
-
-
-@every_denoiser
-@pytest.mark.parametrize("forward", [GATE, GATE + 1])
-def test_a_run_that_breaks_leaves_nothing(kind: Kind, forward):
-    settings = FIXED if kind.is_guided else DROP
-    pipe, baseline = kind.build(), kind.plain()
-    expected = kind.run(kind.gate(pipe, **settings))
-    layers = attention_modules(denoiser_of(pipe, kind))
-    layer = denoiser_of(pipe, kind).get_submodule(kind.first)
-    if kind.own:
-        layer = keys_of([module for name, module in layers.items() if not is_cross(kind, name)][-1])
-    calls = []
-
-    def fail(module, args):
-        calls.append(1)
-        if len(calls) == forward:
-            raise Stop
-
-    handle = layer.register_forward_pre_hook(fail)
-    with pytest.raises(Stop):
-        kind.run(pipe)
-    handle.remove()
-    assert vars(pipe)["_tgate"].state.nbytes == 0
-    assert torch.equal(kind.run(pipe), expected)
-    assert torch.equal(kind.run(remove_tgate(pipe)), baseline)
-
-
-@guided_denoiser
-@pytest.mark.parametrize("settings", [FIXED, PATIENT, {**FIXED, "cfg_half": "unconditional"}], ids=str)
-def test_the_halves_of_a_half_step_differ_by_the_prediction(kind: Kind, settings):
-    if only_conditional(kind, settings.get("cfg_half")):
-        return
-    pipe = kind.gate(kind.build(), **settings)
-    outputs = []
-    hook = denoiser_of(pipe, kind).register_forward_hook
-    hook(lambda module, args, output: outputs.append([sample.clone() for sample in samples_of(output)]))
-    kind.run(pipe)
-    report = get_tgate_report(pipe)
-    assert report.half_batch_forwards > 0
-    scales = [kind.guidance + kind.scale_beyond, kind.second_scale]
-    judged = settings is PATIENT
-    flipped = {"conditional_first": kind.conditional_first}
-    errors = [
-        errors_of(each, report.full_steps, kind.guided_channels, scale, judged=judged, **flipped)
-        for each, scale in zip(zip(*outputs, strict=True), scales, strict=False)
-    ]
-    # The prediction that is off most decides.
-    errors = [max(found, key=lambda error: error[1].expected) for found in zip(*errors, strict=True)]
-    assert list(report.prediction_errors) == errors
-    assert bool(errors) is (settings is PATIENT)
-
-
 # Guidance that cannot be dropped keeps no mean.
-@pytest.mark.parametrize("kind", rows([kind for kind in GUIDED if kind.name not in SECOND | {"ace_step"}], ALL))
+@pytest.mark.parametrize("kind", rows([kind for kind in GUIDED if kind.name != "ace_step"], default=()))
 @pytest.mark.parametrize("half", [None, "unconditional"])
 def test_after_the_gate_the_denoiser_gives_what_it_gives_with_what_is_kept_in_the_place_of_cross_attention(
-    kind: Kind, half
+    kind: Case, half
 ):
-    if only_conditional(kind, half):
+    if half == "unconditional" and refuses_a_choice(kind):
         return
     pipe = kind.build()
     denoiser = denoiser_of(pipe, kind)
@@ -353,8 +193,8 @@ def test_after_the_gate_the_denoiser_gives_what_it_gives_with_what_is_kept_in_th
 
 
 # Lumina's layers give out their heads one by one.
-@pytest.mark.parametrize("kind", rows([kind for kind in GUIDED if kind.name not in SECOND | {"lumina"}], ALL))
-def test_a_layer_that_attends_to_the_text_and_keeps_nothing_is_named(kind: Kind):
+@pytest.mark.parametrize("kind", rows([kind for kind in GUIDED if kind.name != "lumina"], default=()))
+def test_a_layer_that_attends_to_the_text_and_keeps_nothing_is_named(kind: Case):
     pipe = kind.gate(kind.build(), GATE, custom_forwards="gate")
     layers = attention_modules(denoiser_of(pipe, kind))
     name, layer = next((name, layer) for name, layer in layers.items() if is_cross(kind, name))
@@ -363,24 +203,9 @@ def test_a_layer_that_attends_to_the_text_and_keeps_nothing_is_named(kind: Kind)
         kind.run(pipe)
 
 
-@every_slow
-def test_without_guidance_nothing_is_averaged_or_halved(kind: Kind):
-    pipe = kind.gate(kind.build(), GATE)
-    seen = count(pipe, kind)
-    prompts = [0, 1] if kind.batches else [0]
-    together = kind.run(pipe, prompts, **kind.off)
-    rows_seen = seen.pop("denoiser")
-    assert rows_seen == [len(prompts) * kind.rows] * STEPS
-    for name, batches in seen.items():
-        assert batches == [batches[0]] * (GATE if is_cross(kind, name) else STEPS)
-    assert get_tgate_report(pipe).half_batch_forwards == 0
-    singles = torch.cat([kind.run(pipe, [prompt], **kind.off) for prompt in prompts])
-    assert distance(together, singles) < 5e-5
-
-
-@pytest.mark.parametrize("kind", rows([kind for kind in KINDS if kind.name in COSTS], ALL))
+@pytest.mark.parametrize("kind", rows([kind for kind in CROSS_ATTENTION if kind.name in COSTS], default=()))
 @pytest.mark.parametrize("settings", [SETTINGS["v2"], FIXED], ids=["v2", "fixed"])
-def test_the_estimate_is_what_a_run_takes(kind: Kind, settings):
+def test_the_estimate_is_what_a_run_takes(kind: Case, settings):
     pipe = kind.build()
     size = {name: number for name, number in kind.size.items() if name in ("height", "width", "num_frames")}
     given = {**size, **COSTS[kind.name], "batch_size": 2 if kind.batches else 1}
@@ -398,7 +223,7 @@ def test_the_estimate_is_what_a_run_takes(kind: Kind, settings):
 
 @LTX2
 @pytest.mark.parametrize("scales", [{}, {"modality_scale": 1.0, "audio_modality_scale": 1.0}], ids=["both", "one"])
-def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Kind, scales):
+def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Case, scales):
     pipe, further = kind.build(), further_calls(kind) | scales
     size = {name: number for name, number in kind.size.items() if name in ("height", "width", "num_frames")}
     told = [{"spatio_temporal_guidance_blocks": [1]}, {"isolate_modalities": True}][: 1 if scales else 2]

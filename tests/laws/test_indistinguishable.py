@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.zoo.addons import HOSTS_BY_NAME
-from tests.zoo.core import BY_NAME, slow, thorough
+from tests.zoo.case import slow, thorough
+from tests.zoo.core import BY_NAME
 from tgate_processors import TGateSchedule, apply_tgate, remove_tgate
 
 NAMES = ["sd", thorough("sdxl_img2img"), "pixart_alpha", "svd", slow("sd_controlnet"), "lcm", slow("animatediff")]

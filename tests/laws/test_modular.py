@@ -9,7 +9,8 @@ import diffusers
 import pytest
 import torch
 
-from tests.zoo.core import BY_NAME, seeded
+from tests.zoo.case import seeded
+from tests.zoo.core import BY_NAME
 from tests.zoo.modular import IS_THERE, MODULAR, Modular, hunyuan
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, measure_convergence, remove_tgate
 

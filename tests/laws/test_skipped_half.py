@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.zoo.addons import HOSTS_BY_NAME
-from tests.zoo.core import BY_NAME, slow
+from tests.zoo.case import slow
+from tests.zoo.core import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report
 
 ALL = {**BY_NAME, **HOSTS_BY_NAME}

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from tests.zoo.addons import HOSTS
-from tests.zoo.core import GUIDED, slow, thorough
-from tests.zoo.cross_attention import KINDS, TWO_CALLS
+from tests.zoo.case import slow, thorough
+from tests.zoo.core import GUIDED
+from tests.zoo.cross_attention import KINDS
 from tests.zoo.joint import JOINT
+from tests.zoo.sequential import TWO_CALLS
 from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
 from tests.zoo.z_image import Z_IMAGE
 from tgate_processors import apply_tgate, get_tgate_report

@@ -6,16 +6,15 @@ from collections import defaultdict
 import pytest
 import torch
 
-from tests.support.comparing import Stop, distance
 from tests.support.counting import is_cross, keys_of, samples_of
 from tests.support.custom_loops import OwnLoop
 from tests.support.macs import COUNTED, taken
 from tests.support.offload import group_offload_by_leaves, model_offload, skip_if_missing
-from tests.support.settings import EVERY, FIXED, PATIENT, SETTINGS, computed, full_steps
-from tests.support.states import check_restored, snapshot
-from tests.zoo.core import STEPS, rows, slow
-from tests.zoo.cross_attention import BY_KIND, Kind
-from tests.zoo.cross_attention import TWO_CALLS as OWN
+from tests.support.settings import FIXED, PATIENT, SETTINGS, computed, full_steps
+from tests.zoo.case import STEPS, TIERS, Case, rows, thorough
+from tests.zoo.catalogue import MOST
+from tests.zoo.sequential import BY_KIND
+from tests.zoo.sequential import TWO_CALLS as OWN
 from tests.zoo.variants import AROUND_TWO
 from tgate_processors import (
     TGateCallback,
@@ -35,24 +34,10 @@ GATE = 3
 DROP = {"gate_step": GATE}
 # The step in which the second of two denoisers takes over.
 TAKEN_OVER = 3
-# One law of each of these by default: they differ from others in little but their data.
-ONCE = {
-    "longcat",
-    "helios",
-    "wan_animate",
-    "wan_video",
-    "lucy",
-    "skyreels_image",
-    "chronoedit",
-    "kandinsky5",
-    "cosmos_video",
-    "cosmos2_video",
-}
-kinds = pytest.mark.parametrize("kind", rows(TWO_CALLS, ONCE))
+kinds = pytest.mark.parametrize("kind", rows(TWO_CALLS, default=MOST))
 kinds_once = pytest.mark.parametrize("kind", rows(TWO_CALLS))
-kinds_slow = pytest.mark.parametrize("kind", rows(TWO_CALLS, {kind.name for kind in TWO_CALLS}))
 WAN = pytest.mark.parametrize("kind", rows([BY_KIND["wan"]]))
-WAN_SLOW = pytest.mark.parametrize("kind", rows([BY_KIND["wan"]], {"wan"}))
+WAN_SLOW = pytest.mark.parametrize("kind", rows([BY_KIND["wan"]], default=()))
 
 
 def experts(pipe):
@@ -74,27 +59,9 @@ def full_of(kind, settings):
 
 
 @kinds
-def test_apply_and_remove_change_nothing_else_and_two_calls_agree(kind: Kind):
-    pipe = kind.build()
-    baseline = kind.run(pipe)
-    before = [snapshot(pipe, kind), {name: dict(vars(part)) for name, part in experts(pipe).items()}]
-    apply_tgate(pipe, GATE)
-    gated = kind.run(pipe)
-    assert not torch.equal(gated, baseline)
-    assert torch.equal(kind.run(pipe), gated)
-    remove_tgate(pipe)
-    check_restored(before[0], snapshot(pipe, kind))
-    for name, part in experts(pipe).items():
-        assert all(before[1][name][key] is value for key, value in vars(part).items())
-        assert not part._forward_hooks
-        assert not part._forward_pre_hooks
-    assert torch.equal(kind.run(pipe), baseline)
-
-
-@kinds
 @pytest.mark.parametrize("cross", [False, True], ids=["guidance alone", "cross-attention too"])
-@pytest.mark.parametrize("settings", [DROP, FIXED, pytest.param(PATIENT, marks=pytest.mark.slow)], ids=str)
-def test_the_second_call_of_a_half_step_does_not_run(kind: Kind, settings, cross):
+@pytest.mark.parametrize("settings", [DROP, FIXED, pytest.param(PATIENT, marks=TIERS["thorough"])], ids=str)
+def test_the_second_call_of_a_half_step_does_not_run(kind: Case, settings, cross):
     pipe = apply_tgate(kind.build(), **settings, cross_attention=cross)
     seen = {name: defaultdict(list) for name in experts(pipe)}
     for name, part in experts(pipe).items():
@@ -117,15 +84,6 @@ def test_the_second_call_of_a_half_step_does_not_run(kind: Kind, settings, cross
         for key, ran in counts.items():
             of_text = sum(2 for step in steps if step in full) if cross and is_cross(kind, key) else calls
             assert len(ran) == of_text, key
-
-
-@kinds_slow
-def test_full_steps_alone_change_no_bit(kind: Kind):
-    pipe, baseline = kind.build(), kind.plain()
-    for settings in ({"gate_step": STEPS}, *EVERY):
-        for cross in (None, True):
-            assert torch.equal(kind.run(apply_tgate(pipe, **settings, cross_attention=cross)), baseline)
-            assert get_tgate_report(pipe).half_batch_forwards == 0
 
 
 def watch(pipe):
@@ -153,8 +111,8 @@ def read_of(kind, output):
 
 
 @kinds_once
-@pytest.mark.parametrize("settings", [FIXED, pytest.param(PATIENT, marks=pytest.mark.slow)], ids=["fixed", "auto"])
-def test_the_second_call_of_a_half_step_gives_the_first_and_the_prediction(kind: Kind, settings):
+@pytest.mark.parametrize("settings", [FIXED, pytest.param(PATIENT, marks=TIERS["thorough"])], ids=["fixed", "auto"])
+def test_the_second_call_of_a_half_step_gives_the_first_and_the_prediction(kind: Case, settings):
     pipe = apply_tgate(kind.build(), **settings)
     noises, outputs = watch(pipe)
     kind.run(pipe)
@@ -190,7 +148,7 @@ def test_the_second_call_of_a_half_step_gives_the_first_and_the_prediction(kind:
 
 @WAN
 @pytest.mark.parametrize("cross", [False, True])
-def test_dropped_guidance_leaves_the_conditional_output(kind: Kind, cross):
+def test_dropped_guidance_leaves_the_conditional_output(kind: Case, cross):
     pipe = kind.build()
     calls, kept, expected = [], {}, []
     layers = {name: layer for name, layer in attention_modules(pipe.transformer).items() if "attn2" in name}
@@ -223,18 +181,8 @@ def test_dropped_guidance_leaves_the_conditional_output(kind: Kind, cross):
         torch.testing.assert_close(noise, right, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", rows([kind for kind in TWO_CALLS if kind.batches], {kind.name for kind in TWO_CALLS}))
-@pytest.mark.parametrize("settings", [FIXED, SETTINGS["v2"]], ids=str)
-def test_a_batch_of_two_prompts_equals_two_singles(kind: Kind, settings):
-    rounding = distance(kind.plain([0, 1]), torch.cat([kind.plain([0]), kind.plain([1])]))
-    assert rounding < 1e-4
-    pipe = apply_tgate(kind.build(), **settings, cross_attention=True)
-    singles = torch.cat([kind.run(pipe, [0]), kind.run(pipe, [1])])
-    assert distance(kind.run(pipe, [0, 1]), singles) < 5e-5 + 5 * rounding
-
-
 @WAN_SLOW
-def test_self_attention_is_kept_for_each_call(kind: Kind):
+def test_self_attention_is_kept_for_each_call(kind: Case):
     settings = SETTINGS["v2"]
     pipe = apply_tgate(kind.build(), **settings, cross_attention=True)
     given = defaultdict(list)
@@ -253,51 +201,14 @@ def test_self_attention_is_kept_for_each_call(kind: Kind):
                 assert not torch.equal(outputs[2 * step], outputs[2 * step + 1])
 
 
-@kinds_slow
-@pytest.mark.parametrize("call", [2, 7])
-def test_a_run_that_breaks_leaves_nothing(kind: Kind, call):
-    pipe, baseline = kind.build(), kind.plain()
-    expected = kind.run(apply_tgate(pipe, **FIXED, cross_attention=True))
-    calls = []
-
-    def fail(module, args):
-        calls.append(1)
-        if len(calls) == call:
-            raise Stop
-
-    handles = []
-    for part in experts(pipe).values():
-        layer = next(layer for name, layer in attention_modules(part).items() if not is_cross(kind, name))
-        handles.append(keys_of(layer).register_forward_pre_hook(fail))
-    with pytest.raises(Stop):
-        kind.run(pipe)
-    for handle in handles:
-        handle.remove()
-    assert vars(pipe)["_tgate"].state.nbytes == 0
-    assert not any("_compiled_call_impl" in vars(part) for part in experts(pipe).values())
-    assert torch.equal(kind.run(pipe), expected)
-    assert torch.equal(kind.run(remove_tgate(pipe)), baseline)
-
-
-@WAN_SLOW
-def test_without_guidance_there_is_one_call(kind: Kind):
-    pipe = apply_tgate(kind.build(), GATE, cross_attention=True)
-    runs = []
-    pipe.transformer.register_forward_hook(lambda module, args, output: runs.append(1))
-    kind.run(pipe, guidance_scale=1.0)
-    assert len(runs) == STEPS
-    assert get_tgate_report(pipe).half_batch_forwards == 0
-    assert get_tgate_report(pipe).cross_attention_reused == STEPS - GATE
-
-
 @WAN
 @pytest.mark.parametrize("first", ["tgate", "other"])
 @pytest.mark.parametrize(
     "place",
-    [slow("compiled"), slow("wrapped"), model_offload, group_offload_by_leaves],
+    [thorough("compiled"), thorough("wrapped"), model_offload, group_offload_by_leaves],
     ids=["compiled", "wrapped", "model offload", "group offload"],
 )
-def test_beside_what_else_stands_at_the_denoiser(kind: Kind, place, first):
+def test_beside_what_else_stands_at_the_denoiser(kind: Case, place, first):
     pipe = kind.build()
     baseline, expected = kind.plain(), kind.gated(GATE)
     runs = []
@@ -326,7 +237,7 @@ def test_beside_what_else_stands_at_the_denoiser(kind: Kind, place, first):
 
 
 @WAN
-def test_another_pipeline_on_the_same_denoiser_makes_all_its_calls(kind: Kind):
+def test_another_pipeline_on_the_same_denoiser_makes_all_its_calls(kind: Case):
     pipe = kind.build()
     baseline, expected = kind.plain(), kind.gated(GATE)
     sibling = type(pipe)(**pipe.components)
@@ -348,10 +259,10 @@ def test_another_pipeline_on_the_same_denoiser_makes_all_its_calls(kind: Kind):
 ESTIMATED = {"wan", "kandinsky5", "kandinsky6"}
 
 
-@pytest.mark.parametrize("kind", rows([kind for kind in TWO_CALLS if kind.name in ESTIMATED], ESTIMATED))
+@pytest.mark.parametrize("kind", rows([kind for kind in TWO_CALLS if kind.name in ESTIMATED], default=()))
 @pytest.mark.parametrize("cross", [None, True])
 @pytest.mark.parametrize("settings", [DROP, FIXED, PATIENT], ids=str)
-def test_the_estimate_is_what_a_run_takes(kind: Kind, settings, cross):
+def test_the_estimate_is_what_a_run_takes(kind: Case, settings, cross):
     pipe = kind.build()
     cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **kind.size, **COUNTED, cross_attention=cross)
     assert cost.without_tgate == taken(pipe, kind, [0, 1])
@@ -364,8 +275,8 @@ def test_the_estimate_is_what_a_run_takes(kind: Kind, settings, cross):
 SEGMENTED = {"wan_animate", "helios", "helios_pyramid"}
 
 
-@pytest.mark.parametrize("kind", rows([kind for kind in TWO_CALLS if kind.name in SEGMENTED], SEGMENTED))
-def test_every_segment_of_a_video_has_a_gate_of_its_own(kind: Kind):
+@pytest.mark.parametrize("kind", rows([kind for kind in TWO_CALLS if kind.name in SEGMENTED], default=()))
+def test_every_segment_of_a_video_has_a_gate_of_its_own(kind: Case):
     pipe = apply_tgate(kind.build(), GATE, cross_attention=True)
     runs = []
     pipe.transformer.register_forward_hook(lambda module, args, output: runs.append(1))
@@ -377,9 +288,9 @@ def test_every_segment_of_a_video_has_a_gate_of_its_own(kind: Kind):
     assert len(runs) == 2 * (2 * GATE + STEPS - GATE)
 
 
-@pytest.mark.parametrize("kind", rows([BY_KIND["chronoedit"]], {"chronoedit"}))
+@pytest.mark.parametrize("kind", rows([BY_KIND["chronoedit"]], default=()))
 @pytest.mark.parametrize(("settings", "full"), [(DROP, (0, 1, 2, 4)), (FIXED, (0, 1, 3, 4, 5))], ids=["drop", "fixed"])
-def test_frames_that_are_dropped_after_the_gate_get_a_full_step(kind: Kind, settings, full):
+def test_frames_that_are_dropped_after_the_gate_get_a_full_step(kind: Case, settings, full):
     pipe = apply_tgate(kind.build(), **settings, cross_attention=True)
     frames = []
     note = pipe.transformer.register_forward_pre_hook
@@ -390,14 +301,14 @@ def test_frames_that_are_dropped_after_the_gate_get_a_full_step(kind: Kind, sett
     assert frames == expected
 
 
-@pytest.mark.parametrize("kind", rows([BY_KIND["helios"]], {"helios"}))
-def test_what_does_not_run_without_weights_is_not_estimated(kind: Kind):
+@pytest.mark.parametrize("kind", rows([BY_KIND["helios"]], default=()))
+def test_what_does_not_run_without_weights_is_not_estimated(kind: Case):
     with pytest.raises(ValueError, match="HeliosTransformer3DModel does not run on the meta device"):
         estimate_cost(kind.build(), TGateSchedule(GATE), STEPS)
 
 
 @WAN
-def test_what_cannot_be_told_is_refused(kind: Kind):
+def test_what_cannot_be_told_is_refused(kind: Case):
     pipe = kind.build()
     with pytest.raises(ValueError, match=r"cfg_half='unconditional' is not possible: .* is two calls of its denoiser"):
         apply_tgate(pipe, GATE, cfg_half="unconditional")
@@ -421,7 +332,7 @@ def test_what_cannot_be_told_is_refused(kind: Kind):
         (3, "the denoiser was called 3 times in step 0, where T-GATE expects 2 with classifier-free guidance on"),
     ],
 )
-def test_other_calls_than_those_of_guidance_are_refused_in_the_first_step(kind: Kind, calls, message):
+def test_other_calls_than_those_of_guidance_are_refused_in_the_first_step(kind: Case, calls, message):
     pipe = apply_tgate(kind.build(), GATE)
     denoise = type(pipe.transformer).__call__
     made = []

@@ -8,7 +8,8 @@ from typing import Any
 import diffusers
 import torch
 
-from tests.zoo.core import BY_NAME, quiet
+from tests.zoo.case import quiet
+from tests.zoo.core import BY_NAME
 
 NAMES = ["sd", "sdxl"]
 

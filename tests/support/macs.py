@@ -5,7 +5,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tests.zoo.core import SIZE
+from tests.zoo.case import SIZE
 from tests.zoo.cross_attention import TOKENS
 from tgate_processors import MACs
 

@@ -121,8 +121,8 @@ def half_steps(package: Path) -> Iterator[tuple[str, list[CodeType]]]:
     """What is entered where guidance is one batch, two calls, and a guider."""
     # Not before `main` has said whose package it is.
     from tests.zoo.core import BY_NAME
-    from tests.zoo.cross_attention import BY_KIND
     from tests.zoo.modular import IS_THERE, MODULAR
+    from tests.zoo.sequential import BY_KIND
     from tgate_processors import apply_tgate
 
     cases: list[Any] = [BY_NAME["sd"], BY_KIND["wan"], *MODULAR[: int(IS_THERE)]]

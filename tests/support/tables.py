@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tests.zoo.addons import HOSTS
-from tests.zoo.cross_attention import KINDS, TWO_CALLS
+from tests.zoo.cross_attention import KINDS
 from tests.zoo.inventory import AS_ANOTHER
 from tests.zoo.joint import JOINT
+from tests.zoo.sequential import TWO_CALLS
 from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
 from tgate_processors._internal.families import FAMILIES
 from tgate_processors._internal.families.family import Family

@@ -13,9 +13,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
-from tests.zoo.core import BY_NAME, seeded, slow
-from tests.zoo.cross_attention import assemble, cosmos, ltx, ltx2, model, wan, wan_vae
+from tests.zoo.case import seeded, slow
+from tests.zoo.core import BY_NAME
+from tests.zoo.cross_attention import assemble, ltx, ltx2, model, wan_vae
 from tests.zoo.inventory import shell
+from tests.zoo.sequential import cosmos, wan
 from tgate_processors import (
     TGateCallback,
     TGateSchedule,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from inspect import signature
 from typing import Any, get_type_hints
 
@@ -20,21 +20,18 @@ from transformers import (
 )
 
 from tests.support.paths import ROOT
+from tests.zoo.case import SIZE, Case, images, seeded
 from tests.zoo.core import (
     GOLDEN_PIXART,
     GOLDEN_SD,
     GOLDEN_XL,
-    SIZE,
-    Case,
     controlnet,
-    images,
     lcm_unet,
     load_golden,
     masked_text,
     no_inputs,
     other,
     pooled_text,
-    seeded,
     sigma_transformer,
     text,
     with_scheduler,
@@ -46,40 +43,6 @@ SHAPES = ROOT / "examples/models/shapes-sd"
 FRAMES = 4
 IMAGE_EMBEDDING = 16
 IMAGE_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class Host(Case):
-    """
-    A pipeline, what was added to it, and what of it is gated.
-
-    `guidance_parts` is 0 where the two halves of guidance become one, else the number of parts that all stay.
-    """
-
-    row: str = ""
-    guidance_parts: int = 0
-    guided: bool = True
-    sized: bool = True
-    batches: bool = True
-
-    @property
-    def stays(self) -> str:
-        """What of guidance stays, in the words of the support matrix."""
-        if self.guidance_parts:
-            return "all parts"
-        return self.kept if self.guided and self.guidance and self.guidance > 1 else "no guidance"
-
-    def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
-        inputs = super().inputs(prompts, **overrides)
-        if not self.sized:
-            del inputs["height"], inputs["width"]
-        return inputs
-
-    def run(self, pipe: Any, prompts: list[int] | None = None, **overrides: Any) -> torch.Tensor:
-        # SparseCtrl draws from torch's own generator.
-        torch.manual_seed(0)
-        output = pipe(**self.inputs([0] if prompts is None else prompts, **overrides))
-        return output.frames if hasattr(output, "frames") else output.images
 
 
 sd_text, xl_text = text(32), pooled_text(32, 32)
@@ -354,7 +317,7 @@ def _boxes(prompts: list[int], guided: bool) -> list[list[float]]:
 
 
 HOSTS = [
-    Host(
+    Case(
         "controlnet_inpaint",
         lambda: other(*GOLDEN_SD, "StableDiffusionControlNetInpaintPipeline", controlnet=controlnet(*GOLDEN_SD)),
         sd_text,
@@ -364,7 +327,7 @@ HOSTS = [
         strength=1.0,
         row="ControlNet, inpainting",
     ),
-    Host(
+    Case(
         "sdxl_controlnet_img2img",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLControlNetImg2ImgPipeline", controlnet=controlnet(*GOLDEN_XL)),
         xl_text,
@@ -374,14 +337,14 @@ HOSTS = [
         row="ControlNet, image to image",
         tier="thorough",
     ),
-    Host(
+    Case(
         "union",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLControlNetUnionPipeline", controlnet=union()),
         with_inputs(xl_text, control_image=lambda p, g: images([51, 52]), control_mode=[0, 3]),
         row="ControlNet-Union, two kinds of control",
         tier="slow",
     ),
-    Host(
+    Case(
         "union_img2img",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLControlNetUnionImg2ImgPipeline", controlnet=union()),
         with_inputs(xl_text, control_image=lambda p, g: images([51]), control_mode=[1]),
@@ -390,7 +353,7 @@ HOSTS = [
         row="ControlNet-Union, image to image",
         tier="thorough",
     ),
-    Host(
+    Case(
         "union_inpaint",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLControlNetUnionInpaintPipeline", controlnet=union()),
         with_inputs(xl_text, control_image=lambda p, g: images([51]), control_mode=[1]),
@@ -400,14 +363,14 @@ HOSTS = [
         row="ControlNet-Union, inpainting",
         tier="thorough",
     ),
-    Host(
+    Case(
         "adapter",
         lambda: other(*GOLDEN_SD, "StableDiffusionAdapterPipeline", adapter=_adapter()),
         with_inputs(sd_text, image=lambda p, g: images([50 + n for n in p])),
         row="T2I-Adapter",
         tier="thorough",
     ),
-    Host(
+    Case(
         "multi_adapter",
         lambda: other(
             *GOLDEN_SD,
@@ -422,14 +385,14 @@ HOSTS = [
         row="several T2I-Adapters",
         tier="thorough",
     ),
-    Host(
+    Case(
         "sdxl_adapter",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLAdapterPipeline", adapter=_adapter(xl=True)),
         with_inputs(xl_text, image=lambda p, g: images([50 + n for n in p]), adapter_conditioning_factor=0.5),
         row="T2I-Adapter, in the first half of the steps",
         tier="slow",
     ),
-    Host(
+    Case(
         "gligen",
         lambda: other(
             *GOLDEN_SD,
@@ -442,28 +405,28 @@ HOSTS = [
         kept="conditional",
         row="GLIGEN",
     ),
-    Host(
+    Case(
         "ip_adapter",
         lambda: load_ip_adapter(load_golden(*GOLDEN_SD), "plain"),
         with_inputs(sd_text, ip_adapter_image_embeds=image_embeds((1, IMAGE_EMBEDDING))),
         row="IP-Adapter",
         tier="slow",
     ),
-    Host(
+    Case(
         "sdxl_ip_adapter_plus",
         lambda: load_ip_adapter(load_golden(*GOLDEN_XL), "plus"),
         with_inputs(xl_text, ip_adapter_image_embeds=image_embeds((1, 5, IMAGE_EMBEDDING))),
         row="IP-Adapter Plus",
         tier="slow",
     ),
-    Host(
+    Case(
         "sdxl_face_id",
         lambda: load_ip_adapter(load_golden(*GOLDEN_XL), "face_id"),
         with_inputs(xl_text, ip_adapter_image_embeds=image_embeds((1, IMAGE_EMBEDDING))),
         row="IP-Adapter FaceID",
         tier="slow",
     ),
-    Host(
+    Case(
         "two_ip_adapters",
         lambda: load_ip_adapter(load_golden(*GOLDEN_SD), "plain", "plus"),
         with_inputs(
@@ -473,15 +436,15 @@ HOSTS = [
         ),
         row="two IP-Adapters with masks",
     ),
-    Host("lora", lambda: load_lora(load_golden(*GOLDEN_SD), first=0), sd_text, row="LoRA"),
-    Host(
+    Case("lora", lambda: load_lora(load_golden(*GOLDEN_SD), first=0), sd_text, row="LoRA"),
+    Case(
         "sdxl_loras",
         lambda: _two_loras(load_golden(*GOLDEN_XL)),
         with_inputs(xl_text, cross_attention_kwargs={"scale": 0.6}),
         row="several LoRAs",
         tier="slow",
     ),
-    Host(
+    Case(
         "lcm_lora",
         lambda: with_scheduler(load_lora(load_golden(*GOLDEN_XL), lcm=0), "LCMScheduler", clip_sample=False),
         xl_text,
@@ -489,7 +452,7 @@ HOSTS = [
         row="LCM-LoRA",
         tier="slow",
     ),
-    Host(
+    Case(
         "tcd",
         lambda: with_scheduler(load_lora(load_golden(*GOLDEN_XL), tcd=0), "TCDScheduler", clip_sample=False),
         with_inputs(xl_text, eta=0.3),
@@ -497,7 +460,7 @@ HOSTS = [
         row="TCD",
         tier="slow",
     ),
-    Host(
+    Case(
         "turbo",
         lambda: with_scheduler(load_golden(*GOLDEN_XL), "EulerAncestralDiscreteScheduler", timestep_spacing="trailing"),
         xl_text,
@@ -505,7 +468,7 @@ HOSTS = [
         row="Turbo, Lightning",
         tier="slow",
     ),
-    Host(
+    Case(
         "lcm_img2img",
         lambda: with_scheduler(
             other(*GOLDEN_SD, "LatentConsistencyModelImg2ImgPipeline", unet=lcm_unet()),
@@ -516,11 +479,11 @@ HOSTS = [
         guidance=8.5,
         image=True,
         strength=0.99,
-        guided=False,
+        kept="",
         row="latent consistency, image to image",
         tier="slow",
     ),
-    Host(
+    Case(
         "refiner",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLImg2ImgPipeline"),
         with_inputs(xl_text, denoising_start=0.3),
@@ -529,7 +492,7 @@ HOSTS = [
         row="SDXL refiner",
         tier="slow",
     ),
-    Host(
+    Case(
         "kolors",
         lambda: other(
             *GOLDEN_XL,
@@ -541,7 +504,7 @@ HOSTS = [
         pooled_text(24, 32),
         row="Kolors",
     ),
-    Host(
+    Case(
         "image_variation",
         lambda: other(
             *GOLDEN_SD,
@@ -553,7 +516,7 @@ HOSTS = [
         image=True,
         row="image variation",
     ),
-    Host(
+    Case(
         "paint_by_example",
         lambda: other(
             *GOLDEN_SD,
@@ -568,7 +531,7 @@ HOSTS = [
         row="inpainting by an example",
         tier="thorough",
     ),
-    Host(
+    Case(
         "depth2img",
         lambda: other(
             *GOLDEN_SD,
@@ -584,7 +547,7 @@ HOSTS = [
         row="depth to image",
         tier="slow",
     ),
-    Host(
+    Case(
         "x4_upscaler",
         lambda: other(
             *GOLDEN_SD,
@@ -594,15 +557,15 @@ HOSTS = [
         ),
         # Its latents are as large as the picture.
         with_inputs(sd_text, image=lambda p, g: [image.resize((SIZE // 4, SIZE // 4)) for image in images(p)]),
-        sized=False,
+        size={},
         row="x4 upscaler",
         tier="slow",
     ),
-    Host(
+    Case(
         "latent_upscaler",
         _latent_upscaler,
         with_inputs(xl_text, image=lambda p, g: torch.stack([seeded((4, 8, 8), 80 + n) for n in p])),
-        sized=False,
+        size={},
         row="latent upscaler",
         tier="slow",
     ),
@@ -617,7 +580,7 @@ def _frames(count: int) -> list[Any]:
     return images([70 + frame for frame in range(count)])
 
 
-def with_frames(host: Host, count: int) -> Host:
+def with_frames(host: Case, count: int) -> Case:
     """The same host with another number of frames."""
 
     def inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
@@ -630,15 +593,15 @@ def with_frames(host: Host, count: int) -> Host:
 
 _ANIMATED = {"num_frames": FRAMES}
 HOSTS += [
-    Host("animatediff", lambda: animate("AnimateDiffPipeline"), with_inputs(sd_text, **_ANIMATED), row="AnimateDiff"),
-    Host(
+    Case("animatediff", lambda: animate("AnimateDiffPipeline"), with_inputs(sd_text, **_ANIMATED), row="AnimateDiff"),
+    Case(
         "animatediff_free_init",
         lambda: free_init(animate("AnimateDiffPipeline")),
         with_inputs(sd_text, **_ANIMATED),
         row="AnimateDiff with FreeInit",
         tier="slow",
     ),
-    Host(
+    Case(
         "animatediff_controlnet",
         lambda: animate("AnimateDiffControlNetPipeline", controlnet=controlnet(*GOLDEN_SD)),
         with_inputs(sd_text, conditioning_frames=_video, **_ANIMATED),
@@ -646,7 +609,7 @@ HOSTS += [
         row="AnimateDiff with ControlNet",
         tier="slow",
     ),
-    Host(
+    Case(
         "animatediff_sparse_controlnet",
         lambda: animate("AnimateDiffSparseControlNetPipeline", controlnet=sparse_controlnet()),
         with_inputs(
@@ -658,7 +621,7 @@ HOSTS += [
         row="AnimateDiff with SparseCtrl",
         tier="slow",
     ),
-    Host(
+    Case(
         "animatediff_video",
         lambda: animate("AnimateDiffVideoToVideoPipeline"),
         with_inputs(sd_text, video=_video),
@@ -667,7 +630,7 @@ HOSTS += [
         row="AnimateDiff, video to video",
         tier="slow",
     ),
-    Host(
+    Case(
         "animatediff_video_controlnet",
         lambda: animate("AnimateDiffVideoToVideoControlNetPipeline", controlnet=controlnet(*GOLDEN_SD)),
         with_inputs(sd_text, video=_video, conditioning_frames=_video),
@@ -676,7 +639,7 @@ HOSTS += [
         row="AnimateDiff, video to video with ControlNet",
         tier="thorough",
     ),
-    Host(
+    Case(
         "animatediff_sdxl",
         lambda: other(*GOLDEN_XL, "AnimateDiffSDXLPipeline", motion_adapter=motion_adapter(GOLDEN_XL)),
         with_inputs(xl_text, **_ANIMATED),
@@ -685,7 +648,7 @@ HOSTS += [
     ),
 ]
 HOSTS += [
-    Host(
+    Case(
         "pix2pix",
         lambda: other(*GOLDEN_SD, "StableDiffusionInstructPix2PixPipeline", unet=wider_unet(GOLDEN_SD, 8)),
         with_inputs(sd_text, image_guidance_scale=1.5),
@@ -693,7 +656,7 @@ HOSTS += [
         guidance_parts=3,
         row="InstructPix2Pix",
     ),
-    Host(
+    Case(
         "sdxl_pix2pix",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLInstructPix2PixPipeline", unet=wider_unet(GOLDEN_XL, 8)),
         with_inputs(xl_text, image_guidance_scale=1.5),
@@ -702,14 +665,14 @@ HOSTS += [
         row="InstructPix2Pix",
         tier="thorough",
     ),
-    Host(
+    Case(
         "pag",
         lambda: other(*GOLDEN_SD, "StableDiffusionPAGPipeline", pag_applied_layers=["mid"]),
         with_inputs(sd_text, pag_scale=2.0),
         guidance_parts=3,
         row="perturbed-attention guidance",
     ),
-    Host(
+    Case(
         "pag_alone",
         lambda: other(*GOLDEN_XL, "StableDiffusionXLPAGPipeline", pag_applied_layers=["mid"]),
         with_inputs(xl_text, pag_scale=2.0),
@@ -718,7 +681,7 @@ HOSTS += [
         row="perturbed-attention guidance alone",
         tier="slow",
     ),
-    Host(
+    Case(
         "pag_controlnet",
         lambda: other(
             *GOLDEN_SD,
@@ -732,7 +695,7 @@ HOSTS += [
         row="perturbed-attention guidance with ControlNet",
         tier="thorough",
     ),
-    Host(
+    Case(
         "pag_animatediff",
         lambda: animate("AnimateDiffPAGPipeline", pag_applied_layers=["mid"]),
         with_inputs(sd_text, pag_scale=2.0, **_ANIMATED),
@@ -740,7 +703,7 @@ HOSTS += [
         row="perturbed-attention guidance, AnimateDiff",
         tier="thorough",
     ),
-    Host(
+    Case(
         "pag_pixart",
         lambda: other(
             *GOLDEN_PIXART,
@@ -789,7 +752,7 @@ def _words(prompts: list[int], guided: bool) -> dict[str, Any]:
 
 
 HOSTS += [
-    Host(
+    Case(
         "unclip",
         unclip_text,
         with_inputs(_words, prior_num_inference_steps=2),
@@ -797,7 +760,7 @@ HOSTS += [
         tier="thorough",
         row="Stable unCLIP",
     ),
-    Host(
+    Case(
         "unclip_image",
         lambda: unclip(
             "StableUnCLIPImg2ImgPipeline",
@@ -810,7 +773,7 @@ HOSTS += [
         tier="thorough",
         row="Stable unCLIP, from an image",
     ),
-    Host(
+    Case(
         "pag_sana",
         pag_sana,
         with_inputs(masked(8), pag_scale=2.0, use_resolution_binning=False, negative_prompt=None),
@@ -820,7 +783,7 @@ HOSTS += [
         tier="thorough",
         row="perturbed-attention guidance, Sana",
     ),
-    Host(
+    Case(
         "pag_hunyuan",
         lambda: hunyuan("HunyuanDiTPAGPipeline", pag_applied_layers=["blocks.1"]),
         with_inputs(_hunyuan_text, pag_scale=2.0, use_resolution_binning=False),

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
-from transformers import CLIPTokenizer, T5Config, T5EncoderModel
+from transformers import ClapTextConfig, ClapTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
-from tests.zoo.core import images, seeded
-from tests.zoo.cross_attention import _SHORT, SHAPES, TOKENS, Kind, _flow, assemble, model
+from tests.zoo.case import Case, images, seeded
+from tests.zoo.cross_attention import SHAPES, TOKENS, Kind, _flow, assemble, audioldm2, model
+from tests.zoo.sequential import _SHORT, Sequential
 
 try:
     from diffusers.pipelines.ace_step.modeling_ace_step import AceStepConditionEncoder
 except ImportError:
     AceStepConditionEncoder = None
-
-
-@dataclass(frozen=True)
-class Remembering(Kind):
-    """Its guidance remembers that of the steps before, so that it cannot be dropped."""
-
-    def chosen(self, settings: dict[str, Any]) -> dict[str, Any]:
-        return {"guidance": "predict", **settings}
 
 
 def ace_step(**config: Any) -> Any:
@@ -130,7 +122,7 @@ _KANDINSKY6: dict[str, Any] = {
 }
 
 SOUND = [
-    Remembering(
+    Kind(
         "ace_step",
         ace_step,
         _music,
@@ -140,12 +132,64 @@ SOUND = [
         conditional_first=True,
         tier="thorough",
         extra={"audio_duration": 4.0},
+        # Its guidance remembers that of the steps before, so that it cannot be dropped.
+        needs={"guidance": "predict"},
     ),
 ]
 SOUND_TWO = [
-    Kind("kandinsky6", kandinsky6, _kandinsky6_text, **_KANDINSKY6),
-    Kind("kandinsky6_silent", kandinsky6, _kandinsky6_text, **_KANDINSKY6, extra={"sample_audio": False}),
-    Kind(
+    Sequential("kandinsky6", kandinsky6, _kandinsky6_text, **_KANDINSKY6),
+    Sequential("kandinsky6_silent", kandinsky6, _kandinsky6_text, **_KANDINSKY6, extra={"sample_audio": False}),
+    Sequential(
         "kandinsky6_image", kandinsky6, _kandinsky6_text, **_KANDINSKY6, batches=False, extra={"image": images([0])[0]}
     ),
 ]
+
+
+def _audioldm(name: str) -> Any:
+    """A pipeline whose UNet is told the text together with the time."""
+    unet = model(
+        "UNet2DConditionModel",
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=(8, 16),
+        attention_head_dim=2,
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=8,
+        class_embeddings_concat=True,
+    )
+    vae = model(
+        "AutoencoderKL",
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=2,
+    )
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = ClapTextModelWithProjection(ClapTextConfig(**sizes, projection_dim=8, vocab_size=8)).eval()
+    parts = {"vae": vae, "text_encoder": encoder, "vocoder": audioldm2().vocoder}
+    return assemble(name, unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False), **parts)
+
+
+def _classes(prompts: list[int], guided: bool) -> dict[str, Any]:
+    names = (("", 100), ("negative_", 200)) if guided else (("", 100),)
+    return {f"{name}prompt_embeds": torch.stack([seeded((8,), seed + p) for p in prompts]) for name, seed in names}
+
+
+def _class_conditioned(name: str) -> Case:
+    more = {"size": {"audio_length_in_s": 16.0}, "extra": {"output_type": "pt"}, "denoiser": "unet", "first": "conv_in"}
+    more["way"] = {"cross_attention": False}
+    return Kind(
+        name, lambda: _audioldm(f"{name}Pipeline"), _classes, pipeline=f"{name}Pipeline", tier="thorough", **more
+    )
+
+
+# Their layers attend to no text, so that guidance alone is gated.
+CLASS_CONDITIONED = [_class_conditioned("AudioLDM"), _class_conditioned("MusicLDM")]

@@ -2,78 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import io
 import json
-import pickle
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
-import pytest
 import torch
-from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tests.support.paths import ROOT
-from tgate_processors import apply_tgate
+from tests.zoo.case import SIZE, Case, built_once, quiet, seeded
 
 GOLDEN = ROOT / "tests/golden"
-STEPS = 6
-SIZE = 64
-
-
-class _Pickler(pickle.Pickler):
-    """Leaves out tensors, which it takes down in a list."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=5)
-        self.tensors: list[torch.Tensor] = []
-        self._numbers: dict[int, int] = {}
-
-    def persistent_id(self, thing: Any) -> int | None:
-        if not isinstance(thing, torch.Tensor):
-            return None
-        if id(thing) not in self._numbers:
-            self._numbers[id(thing)] = len(self.tensors)
-            self.tensors.append(thing)
-        return self._numbers[id(thing)]
-
-
-class _Unpickler(pickle.Unpickler):
-    """Puts copies of the tensors in."""
-
-    def __init__(self, file: io.BytesIO, tensors: list[torch.Tensor]) -> None:
-        super().__init__(file)
-        self._tensors = tensors
-        self._copied: dict[int, Any] = {}
-
-    def persistent_load(self, number: int) -> torch.Tensor:
-        return copy.deepcopy(self._tensors[number], self._copied)
-
-
-def built_once(build: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    Build at the first call, and give a copy at every call: what `copy.deepcopy` gives, in a quarter of its time.
-
-    Tests build more than a thousand pipelines. Copies share nothing, and as none is the one that was built, all their
-    weights are aligned alike: sums are then made in the same order.
-    """
-    templates: dict[Any, tuple[bytes, list[torch.Tensor]]] = {}
-
-    @functools.wraps(build)
-    def copied(*args: Any, **kwargs: Any) -> Any:
-        key = (args, tuple(kwargs.items()))
-        if key not in templates:
-            pickler = _Pickler(file := io.BytesIO())
-            pickler.dump(build(*args, **kwargs))
-            templates[key] = (file.getvalue(), pickler.tensors)
-        pickled, tensors = templates[key]
-        return _Unpickler(io.BytesIO(pickled), tensors).load()
-
-    return copied
 
 
 @built_once
@@ -83,11 +23,6 @@ def load_golden(name: str, pipeline_class: str) -> Any:
     index = json.loads((folder / "model_index.json").read_text())
     absent = {key: None for key, value in index.items() if isinstance(value, list) and value[0] is None}
     return quiet(getattr(diffusers, pipeline_class).from_pretrained(folder, **absent))
-
-
-def quiet(pipe: Any) -> Any:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def other(source: str, source_class: str, pipeline_class: str, **kwargs: Any) -> Any:
@@ -181,15 +116,6 @@ def controlnet(source: str, source_class: str, seed: int = 0) -> Any:
     return controlnet.eval()
 
 
-def seeded(shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def images(prompts: list[int]) -> list[Image.Image]:
-    pixels = [(seeded((SIZE, SIZE, 3), 700 + p).sigmoid() * 255).byte().numpy() for p in prompts]
-    return [Image.fromarray(p) for p in pixels]
-
-
 def text(width: int, tokens: int = 7) -> Callable[[list[int], bool], dict[str, Any]]:
     """Text embeddings by the number of the prompt."""
 
@@ -233,112 +159,12 @@ def no_inputs(prompts: list[int], guided: bool) -> dict[str, Any]:
     return {}
 
 
-# When the laws are held for a case: in the default session, in CI's slow one, or in the thorough one.
-TIERS = {"default": [], "slow": [pytest.mark.slow], "thorough": [pytest.mark.slow, pytest.mark.thorough]}
-
-
-@dataclass(frozen=True)
-class Case:
-    """
-    A pipeline, and what a call of it needs.
-
-    `pipeline` is its class, which older versions of diffusers may lack. `first` is the layer of the denoiser that sees
-    the batch first, `cross` how the names of layers that attend to the text end, `never` what is in the names of those
-    that are not gated. Its `tier` is `"slow"` where another one stands for it by default, and `"thorough"` where
-    nothing of it runs in CI.
-    """
-
-    name: str
-    build: Callable[[], Any]
-    conditioning: Callable[[list[int], bool], dict[str, Any]]
-    denoiser: str = "unet"
-    guidance: float | None = 5.0
-    image: bool = False
-    control: str = ""
-    mask: bool = False
-    video: bool = False
-    strength: float | None = None
-    control_nets: int = 1
-    kept: str = "unconditional"
-    extra: dict[str, Any] = field(default_factory=dict)
-    pipeline: str = ""
-    first: str = ""
-    cross: tuple[str, ...] | str = "attn2"
-    never: str = "never"
-    tier: str = "default"
-    drawn: dict[Any, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "build", built_once(self.build))
-
-    @property
-    def is_there(self) -> bool:
-        """Whether this diffusers has it."""
-        return True
-
-    @property
-    def has_callback(self) -> bool:
-        return self.denoiser == "unet"
-
-    @property
-    def num_images(self) -> str:
-        return "num_videos_per_prompt" if self.video else "num_images_per_prompt"
-
-    def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
-        guidance = overrides.pop("guidance_scale", self.guidance)
-        guided = guidance is not None and guidance > 1
-        inputs: dict[str, Any] = {
-            "num_inference_steps": STEPS,
-            "output_type": "latent",
-            "generator": [torch.Generator().manual_seed(500 + p) for p in prompts],
-            **self.conditioning(prompts, guided),
-            **self.extra,
-        }
-        if guidance is not None:
-            inputs["max_guidance_scale" if self.video else "guidance_scale"] = guidance
-        if not self.image:
-            inputs |= {"height": SIZE, "width": SIZE}
-        else:
-            inputs["image"] = images(prompts)
-        if self.control:
-            # Several ControlNets take one image each, the same for all prompts.
-            numbers = [prompt + 50 for prompt in (prompts if self.control_nets == 1 else range(self.control_nets))]
-            inputs[self.control] = images(numbers)
-        if self.mask:
-            left = Image.new("L", (SIZE, SIZE))
-            left.paste(255, (0, 0, SIZE // 2, SIZE))
-            inputs["mask_image"] = [left] * len(prompts)
-            inputs |= {"height": SIZE, "width": SIZE}
-        if self.strength is not None:
-            inputs["strength"] = self.strength
-        return inputs | overrides
-
-    def run(self, pipe: Any, prompts: list[int] | None = None, **overrides: Any) -> torch.Tensor:
-        """Latents of a call."""
-        output = pipe(**self.inputs([0] if prompts is None else prompts, **overrides))
-        return output.frames if self.video else output.images
-
-    def plain(self, prompts: list[int] | None = None, **call: Any) -> torch.Tensor:
-        """Latents of a call without T-GATE, drawn once: those of every copy of the pipeline."""
-        return self._once(None, prompts, call)
-
-    def gated(
-        self, gate_step: float, prompts: list[int] | None = None, call: dict[str, Any] | None = None, **settings: Any
-    ) -> torch.Tensor:
-        """Latents of a call with T-GATE, drawn once."""
-        return self._once({"gate_step": gate_step, **settings}, prompts, call or {})
-
-    def _once(self, settings: dict[str, Any] | None, prompts: list[int] | None, call: dict[str, Any]) -> torch.Tensor:
-        key = (settings and frozenset(settings.items()), tuple(prompts or [0]), frozenset(call.items()))
-        if key not in self.drawn:
-            pipe = self.build() if settings is None else apply_tgate(self.build(), **settings)
-            self.drawn[key] = self.run(pipe, prompts, **call)
-        return self.drawn[key].clone()
-
-
 GOLDEN_SD, GOLDEN_XL = ("sd", "StableDiffusionPipeline"), ("sdxl", "StableDiffusionXLPipeline")
 GOLDEN_PIXART = ("pixart_alpha", "PixArtAlphaPipeline")
 _sd_text, _xl_text = text(32), pooled_text(32, 32)
+
+# The other channels of its output are a variance.
+_PIXART: dict[str, Any] = {"denoiser": "transformer", "guided_channels": 4}
 
 CASES = [
     Case("sd", lambda: load_golden(*GOLDEN_SD), _sd_text),
@@ -391,13 +217,15 @@ CASES = [
         ),
         lambda prompts, guided: _sd_text(prompts, False),
         guidance=8.5,
+        kept="",
+        off={"guidance_scale": 8.5},
     ),
-    Case("pixart_alpha", lambda: load_golden(*GOLDEN_PIXART), masked_text(24), denoiser="transformer", guidance=4.5),
+    Case("pixart_alpha", lambda: load_golden(*GOLDEN_PIXART), masked_text(24), guidance=4.5, **_PIXART),
     Case(
         "pixart_sigma",
         lambda: other(*GOLDEN_PIXART, "PixArtSigmaPipeline", transformer=sigma_transformer()),
         masked_text(24),
-        denoiser="transformer",
+        **_PIXART,
         guidance=4.5,
     ),
     Case(
@@ -406,7 +234,7 @@ CASES = [
             load_golden(*GOLDEN_PIXART), "LCMScheduler", clip_sample=False, original_inference_steps=50
         ),
         masked_text(24),
-        denoiser="transformer",
+        **_PIXART,
         guidance=0.0,
     ),
     Case(
@@ -416,6 +244,8 @@ CASES = [
         guidance=3.0,
         image=True,
         video=True,
+        scale="max_guidance_scale",
+        rows=3,
         kept="conditional",
         extra={"num_frames": 3, "height": SIZE // 4, "width": SIZE // 4},
     ),
@@ -461,32 +291,5 @@ CASES += [
 ]
 
 
-def slow(*values: Any) -> Any:
-    """Parameters of a test that is run in the slow session only."""
-    return pytest.param(*values, marks=TIERS["slow"])
-
-
-def thorough(*values: Any) -> Any:
-    """Parameters of a slow test whose law CI proves by other rows."""
-    return pytest.param(*values, marks=TIERS["thorough"])
-
-
-def rows(cases: Iterable[Case], dear: Collection[str] = (), default: Collection[str] | None = None) -> list[Any]:
-    """
-    Parameters of a test: cases, each in its tier; those named in `dear` not by default, whatever their tier is.
-
-    For a law of which little depends on the pipeline, `default` names the cases that are enough by default: the others
-    are thorough.
-    """
-    found = []
-    for case in cases:
-        marks = TIERS[case.tier] or TIERS["slow" if case.name in dear else "default"]
-        if default is not None and case.name not in default:
-            marks = TIERS["thorough"]
-        there = pytest.mark.skipif(not case.is_there, reason=f"this diffusers has no {case.pipeline}")
-        found.append(pytest.param(case, id=case.name, marks=[*marks, there]))
-    return found
-
-
 BY_NAME = {case.name: case for case in CASES}
-GUIDED = [case for case in CASES if case.guidance and case.guidance > 1 and case.name != "lcm"]
+GUIDED = [case for case in CASES if case.is_guided]

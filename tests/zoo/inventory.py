@@ -11,8 +11,9 @@ import diffusers
 import torch
 
 from tests.support.paths import ROOT
-from tests.zoo.cross_attention import _HUNYUAN, KINDS, TWO_CALLS
+from tests.zoo.cross_attention import _HUNYUAN, KINDS
 from tests.zoo.joint import JOINT
+from tests.zoo.sequential import TWO_CALLS
 from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
 
 # Accepted with the loop and the denoiser of another one, which is tested.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -14,50 +13,11 @@ from diffusers.models.embeddings import IPAdapterTimeImageProjection
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from tests.zoo.core import SIZE, images, seeded
-from tests.zoo.cross_attention import IS_OLD, SHAPES, Kind, _control, _flow, assemble, model, text, together
+from tests.zoo.case import IS_OLD, SIZE, by_length, images, seeded
+from tests.zoo.cross_attention import SHAPES, Kind, _control, _flow, assemble, model, text, together
 
-
-@dataclass(frozen=True)
-class Joint(Kind):
-    """
-    A pipeline with joint attention.
-
-    `calls` is the number of calls of its denoiser that guidance is, `scale` the argument that sets it. `normalised`
-    says whether the pipeline gives what it has guided the length of the conditional output, `sign` what it multiplies
-    the output of its denoiser with, `first_of_control` what `first` is in its ControlNet, if it is another one,
-    `at_end` whether it reads the last tokens of an output, not the first ones.
-    """
-
-    calls: int = 1
-    scale: str = "guidance_scale"
-    normalised: bool = False
-    sign: int = 1
-    first_of_control: str = ""
-    at_end: bool = False
-
-    @property
-    def is_there(self) -> bool:
-        """Whether this diffusers has it, with guidance of this kind."""
-        # Flux did not guide by embeddings.
-        found = None if IS_OLD and self.scale != "guidance_scale" else getattr(diffusers, self.pipeline, None)
-        return (
-            found is not None
-            and not (self.tier == "thorough" and IS_OLD)
-            and self.scale in inspect.signature(found.__call__).parameters
-        )
-
-    def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
-        inputs = super().inputs(prompts, **overrides)
-        inputs[self.scale] = inputs.pop("guidance_scale")
-        return inputs
-
-    def guided(self, none: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """What the pipeline makes of the two halves."""
-        noise = none + (self.guidance + self.scale_beyond) * (prompt - none)
-        if self.normalised:
-            noise = noise * (prompt.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
-        return self.sign * noise
+# A transformer in which text and picture share a softmax, so that guidance alone is gated.
+Joint = functools.partial(Kind, way={"cross_attention": False})
 
 
 def pooled(width: int) -> Callable[..., dict[str, Any]]:
@@ -360,7 +320,7 @@ JOINT = [
         pipeline="QwenImagePipeline",
         first="img_in",
         size={"height": 64, "width": 64},
-        normalised=True,
+        rescaled=by_length(-1),
         **_TRUE,
     ),
     Joint(
@@ -399,7 +359,7 @@ JOINT = [
         pipeline="Lumina2Pipeline",
         first="x_embedder",
         size=_SMALL,
-        normalised=True,
+        rescaled=by_length(-1),
         sign=-1,
         **_TWO,
     ),

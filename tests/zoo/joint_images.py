@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import CLIPTokenizer, GPT2Config, GPT2LMHeadModel
 
-from tests.zoo.core import images, seeded
+from tests.zoo.case import by_length, images, seeded
 from tests.zoo.cross_attention import SHAPES, TOKENS, _flow, assemble, model, text, together
 from tests.zoo.joint import _SMALL, _TRUE, _TWO, Joint, pooled
 
@@ -165,15 +164,6 @@ def _numbers(prompts: list[int], guided: bool) -> dict[str, Any]:
     return given | {"negative_prompt": [str(200 + p) for p in prompts]} if guided else given
 
 
-@dataclass(frozen=True)
-class Shortened(Joint):
-    """What it has guided is made no longer than the conditional output."""
-
-    def guided(self, none: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        noise = super().guided(none, prompt)
-        return noise * (prompt.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)).clamp(max=1)
-
-
 def fibo(name: str = "BriaFiboPipeline", **components: Any) -> Any:
     transformer = model(
         "BriaFiboTransformer2DModel",
@@ -271,21 +261,12 @@ def _small_sides(*asked: Any) -> tuple[int, int]:
     return 64, 64
 
 
-@dataclass(frozen=True)
-class ByChannels(Joint):
-    """What it has guided gets the length of the conditional output in every pixel."""
-
-    def guided(self, none: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        noise = super().guided(none, prompt)
-        return noise * (prompt.norm(dim=2, keepdim=True) / noise.norm(dim=2, keepdim=True))
-
-
 _BIG = {"height": 64, "width": 64}
 
 _SHORT = {"max_sequence_length": TOKENS}
 
 PICTURES = [
-    ByChannels(
+    Joint(
         "joy",
         joy,
         _nucleus_text,
@@ -296,6 +277,7 @@ PICTURES = [
         size=_BIG,
         extra={"image": images([0])[0]},
         at_end=True,
+        rescaled=by_length(2),
         **_TWO,
     ),
     Joint(
@@ -320,7 +302,7 @@ PICTURES = [
         size=_BIG,
         extra={**_SHORT, "image": images([0])[0]},
     ),
-    Shortened(
+    Joint(
         "longcat",
         longcat,
         _numbers,
@@ -330,6 +312,7 @@ PICTURES = [
         size=_SMALL,
         extra={"enable_prompt_rewrite": False},
         **_TWO,
+        rescaled=by_length(-1, most=1),
     ),
     Joint(
         "hidream",
@@ -383,7 +366,7 @@ PICTURES = [
         first="img_in",
         tier="thorough",
         size=_SMALL,
-        normalised=True,
+        rescaled=by_length(-1),
         sign=-1,
         **_TWO,
     ),

@@ -13,9 +13,11 @@ import diffusers
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tests.zoo.core import BY_NAME, Case, quiet
-from tests.zoo.cross_attention import KINDS, SHAPES, TWO_CALLS, _flow, assemble, model, wan_vae
+from tests.zoo.case import Case, quiet
+from tests.zoo.core import BY_NAME
+from tests.zoo.cross_attention import KINDS, SHAPES, _flow, assemble, model, wan_vae
 from tests.zoo.joint import JOINT
+from tests.zoo.sequential import TWO_CALLS
 
 # Blocks that need weights of their own, or nothing that is tested here.
 _LEFT_OUT = ("text_encoder", "image_encoder", "ip_adapter", "decode")

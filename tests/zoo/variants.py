@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -12,24 +11,19 @@ from PIL import Image
 from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from tests.zoo.audio import SOUND, SOUND_TWO
-from tests.zoo.core import GOLDEN_SD, GOLDEN_XL, SIZE, images, load_golden, other, seeded
+from tests.zoo.case import SIZE, by_length, images, seeded
+from tests.zoo.core import GOLDEN_SD, GOLDEN_XL, load_golden, other
 from tests.zoo.cross_attention import (
     _KANDINSKY3_CROSS,
     _LTX2_CALL,
-    _SHORT,
     TOKENS,
-    WAN_CONFIG,
     Kind,
     _control,
     _flow,
     _kandinsky3_text,
-    _kandinsky5_text,
     _picture_vae,
     assemble,
-    cosmos,
-    helios,
     kandinsky3,
-    kandinsky5,
     ltx2,
     model,
     text,
@@ -59,6 +53,7 @@ from tests.zoo.joint import (
     sd3,
 )
 from tests.zoo.joint_images import PICTURES
+from tests.zoo.sequential import _SHORT, WAN_CONFIG, Sequential, _kandinsky5_text, cosmos, helios, kandinsky5
 from tests.zoo.z_image import Z_IMAGE
 
 try:
@@ -213,7 +208,7 @@ AROUND_JOINT = [
         tier="thorough",
         size=_SIDES,
         extra={"strength": 1.0},
-        normalised=True,
+        rescaled=by_length(-1),
         **_TRUE,
     ),
     Joint(
@@ -227,7 +222,7 @@ AROUND_JOINT = [
         tier="thorough",
         size=_SIDES,
         extra=_MASK,
-        normalised=True,
+        rescaled=by_length(-1),
         **_TRUE,
     ),
     Joint(
@@ -240,7 +235,7 @@ AROUND_JOINT = [
         batches=False,
         tier="thorough",
         size=_SIDES,
-        normalised=True,
+        rescaled=by_length(-1),
         **_TRUE,
     ),
     Joint(
@@ -253,7 +248,7 @@ AROUND_JOINT = [
         batches=False,
         tier="thorough",
         size=_SIDES,
-        normalised=True,
+        rescaled=by_length(-1),
         **_TRUE,
     ),
     Joint(
@@ -267,7 +262,7 @@ AROUND_JOINT = [
         tier="thorough",
         size={"height": 256, "width": 256},
         extra={"image": images([0])[0]},
-        normalised=True,
+        rescaled=by_length(-1),
         **_TRUE,
     ),
     Joint(
@@ -561,15 +556,6 @@ AROUND_JOINT += [
 ]
 
 
-@dataclass(frozen=True)
-class Framepack(Joint):
-    """It gives its sections one by one."""
-
-    def run(self, pipe: Any, prompts: list[int] | None = None, **overrides: Any) -> torch.Tensor:
-        torch.manual_seed(0)
-        return torch.cat(pipe(**self.inputs([0] if prompts is None else prompts, **overrides)).frames, 2)
-
-
 def framepack() -> Any:
     config = {**_HUNYUAN_VIDEO, "has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True}
     transformer = model("HunyuanVideoFramepackTransformer3DModel", **config)
@@ -584,7 +570,7 @@ def framepack() -> Any:
 
 
 AROUND_JOINT += [
-    Framepack(
+    Joint(
         "framepack",
         framepack,
         _hunyuan_text,
@@ -596,6 +582,8 @@ AROUND_JOINT += [
         size={**_SMALL, "num_frames": 5},
         extra={"latent_window_size": 2},
         **_TRUE,
+        # It gives its sections one by one.
+        read=lambda output: torch.cat(output.frames, 2),
     ),
     *Z_IMAGE,
 ]
@@ -616,29 +604,10 @@ def kandinsky5_picture(name: str, **components: Any) -> Any:
     return pipe
 
 
-@dataclass(frozen=True)
-class Pyramid(Kind):
-    """Its steps are given stage by stage."""
-
-    def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
-        return {name: value for name, value in super().inputs(prompts, **overrides).items() if name != STEPS_OF}
-
-
-STEPS_OF = "num_inference_steps"
-
-
 def any_flow() -> Any:
     transformer = model("AnyFlowTransformer3DModel", **WAN_CONFIG)
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
     return assemble("AnyFlowPipeline", transformer=transformer, scheduler=scheduler, vae=wan_vae())
-
-
-@dataclass(frozen=True)
-class Unguided(Kind):
-    """Its call knows no guidance."""
-
-    def inputs(self, prompts: list[int], **overrides: Any) -> dict[str, Any]:
-        return {name: value for name, value in super().inputs(prompts, **overrides).items() if name != "guidance_scale"}
 
 
 def stable_audio3(name: str = "StableAudio3Pipeline") -> Any:
@@ -880,7 +849,7 @@ AROUND += [
         tier="thorough",
         extra={"duration": 2.0},
     ),
-    Unguided(
+    Kind(
         "stable_audio3_audio",
         lambda: stable_audio3("StableAudio3AudioToAudioPipeline"),
         _audio3_positive,
@@ -891,8 +860,9 @@ AROUND += [
         tier="thorough",
         extra={"duration": 2.0, "audio": _SOUND, "init_noise_level": 0.8},
         off={},
+        left_out=("guidance_scale",),
     ),
-    Unguided(
+    Kind(
         "stable_audio3_inpaint",
         lambda: stable_audio3("StableAudio3InpaintPipeline"),
         _audio3_positive,
@@ -903,11 +873,12 @@ AROUND += [
         tier="thorough",
         extra={"duration": 2.0, "audio": _SOUND, "mask_start_seconds": 0.5, "mask_end_seconds": 1.5},
         off={},
+        left_out=("guidance_scale",),
     ),
 ]
 
 AROUND_TWO = [
-    Kind(
+    Sequential(
         "kandinsky5_image_video",
         lambda: kandinsky5("Kandinsky5I2VPipeline", vae=_hunyuan_vae()),
         _kandinsky5_text,
@@ -919,7 +890,7 @@ AROUND_TWO = [
         batches=False,
         extra={"image": images([0])[0]},
     ),
-    Kind(
+    Sequential(
         "kandinsky5_picture",
         lambda: kandinsky5_picture("Kandinsky5T2IPipeline", visual_cond=False),
         _kandinsky5_text,
@@ -929,7 +900,7 @@ AROUND_TWO = [
         tier="thorough",
         size=_SMALL,
     ),
-    Kind(
+    Sequential(
         "kandinsky5_image",
         lambda: kandinsky5_picture("Kandinsky5I2IPipeline", vae=_picture_vae()),
         _kandinsky5_text,
@@ -941,7 +912,7 @@ AROUND_TWO = [
         batches=False,
         extra={"image": images([0])[0]},
     ),
-    Kind(
+    Sequential(
         "cosmos25",
         lambda: cosmos("Cosmos2_5_PredictBasePipeline", channels=5, vae=wan_vae()),
         text(8, masked=False),
@@ -953,7 +924,7 @@ AROUND_TWO = [
         batches=False,
         extra={"video": images(range(5))},
     ),
-    Pyramid(
+    Sequential(
         "helios_pyramid",
         lambda: helios("HeliosPyramidPipeline"),
         text(8, masked=False),
@@ -962,6 +933,8 @@ AROUND_TWO = [
         tier="thorough",
         size=_SHORT,
         extra={"num_latent_frames_per_chunk": 2, "pyramid_num_inference_steps_list": [6]},
+        # Its steps are given stage by stage.
+        left_out=("num_inference_steps",),
     ),
 ]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 
-from tests.zoo.core import SIZE, images, seeded
+from tests.zoo.case import SIZE, images, seeded
 from tests.zoo.cross_attention import _control, _flow, assemble, model, together
 from tests.zoo.joint import _SMALL, Joint, _shifted_vae
 
@@ -16,14 +16,6 @@ try:
     from transformers import Siglip2ImageProcessor, Siglip2VisionConfig, Siglip2VisionModel
 except ImportError:
     Siglip2ImageProcessor = Siglip2VisionConfig = Siglip2VisionModel = None
-
-
-@dataclass(frozen=True)
-class Listed(Joint):
-    """Its latents have one frame in its denoiser, and none in its scheduler."""
-
-    def guided(self, none: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        return super().guided(none, prompt).squeeze(2)
 
 
 def _text(prompts: list[int], guided: bool, more: int = 32) -> dict[str, Any]:
@@ -104,6 +96,8 @@ _ALIKE: dict[str, Any] = {
     "first_of_control": "control_layers.0",
     "tier": "thorough",
     "sign": -1,
+    # One frame in the denoiser, and none in the scheduler.
+    "rescaled": lambda noise, prompt: noise.squeeze(2),
     "scale_beyond": 1.0,
     "conditional_first": True,
     "off": {"guidance_scale": 0.0},
@@ -112,8 +106,8 @@ _SIDES = {"height": SIZE, "width": SIZE}
 _MASK: dict[str, Any] = {"strength": 1.0, "mask_image": Image.new("L", (SIZE, SIZE), 255)}
 
 Z_IMAGE = [
-    Listed("z_image", z_image, _text, pipeline="ZImagePipeline", size=_SMALL, **_ALIKE),
-    Listed(
+    Joint("z_image", z_image, _text, pipeline="ZImagePipeline", size=_SMALL, **_ALIKE),
+    Joint(
         "z_image_image",
         lambda: z_image("ZImageImg2ImgPipeline"),
         _text,
@@ -123,7 +117,7 @@ Z_IMAGE = [
         extra={"strength": 1.0},
         **_ALIKE,
     ),
-    Listed(
+    Joint(
         "z_image_inpaint",
         lambda: z_image("ZImageInpaintPipeline"),
         _text,
@@ -134,7 +128,7 @@ Z_IMAGE = [
         extra=_MASK,
         **_ALIKE,
     ),
-    Listed(
+    Joint(
         "z_image_controlnet",
         lambda: _controlled("ZImageControlNetPipeline", 4),
         together(_text, _control),
@@ -143,7 +137,7 @@ Z_IMAGE = [
         size=_SMALL,
         **_ALIKE,
     ),
-    Listed(
+    Joint(
         "z_image_controlnet_inpaint",
         lambda: _controlled("ZImageControlNetInpaintPipeline", 9),
         together(_text, _control, mask_image=_MASK["mask_image"]),
@@ -154,7 +148,7 @@ Z_IMAGE = [
         size=_SMALL,
         **_ALIKE,
     ),
-    Listed(
+    Joint(
         "z_image_omni",
         _omni,
         _nested(_text),
@@ -162,7 +156,7 @@ Z_IMAGE = [
         size=_SMALL,
         **_ALIKE,
     ),
-    Listed(
+    Joint(
         "z_image_omni_given",
         _omni,
         _several,

@@ -14,8 +14,9 @@ from tests.support.compiling import compile_blocks, compile_in_place
 from tests.support.counting import keys_of
 from tests.support.macs import COSTS, COUNTED, sizes, taken
 from tests.support.states import check_restored, snapshot
-from tests.zoo.core import BY_NAME, STEPS, Case
-from tests.zoo.cross_attention import BY_KIND
+from tests.zoo.case import STEPS, Case
+from tests.zoo.core import BY_NAME
+from tests.zoo.sequential import BY_KIND
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.attention.budget import MemoryBudget
 from tgate_processors._internal.families import attention_modules, family_of

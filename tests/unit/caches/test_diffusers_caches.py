@@ -10,9 +10,11 @@ from diffusers.callbacks import SDCFGCutoffCallback
 
 from tests.support.comparing import distance
 from tests.support.paths import ROOT
-from tests.zoo.core import BY_NAME, STEPS, slow
-from tests.zoo.cross_attention import KINDS, TWO_CALLS
+from tests.zoo.case import STEPS, slow
+from tests.zoo.core import BY_NAME
+from tests.zoo.cross_attention import KINDS
 from tests.zoo.joint import BY_JOINT
+from tests.zoo.sequential import TWO_CALLS
 from tgate_processors import (
     TGateAttnProcessor,
     TGateCallback,

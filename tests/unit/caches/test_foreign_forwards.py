@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.support.counting import layers
 from tests.zoo import modular
-from tests.zoo.core import BY_NAME, slow, thorough
-from tests.zoo.cross_attention import KINDS, TWO_CALLS
+from tests.zoo.case import slow, thorough
+from tests.zoo.core import BY_NAME
+from tests.zoo.cross_attention import KINDS
 from tests.zoo.joint import JOINT
+from tests.zoo.sequential import TWO_CALLS
 from tgate_processors import (
     TGateAttnProcessor,
     TGateCallback,

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from tests.support.custom_loops import Loop, built
-from tests.zoo.core import BY_NAME, quiet, seeded, slow
-from tests.zoo.cross_attention import BY_KIND
+from tests.zoo.case import quiet, seeded, slow
+from tests.zoo.core import BY_NAME
 from tests.zoo.joint import BY_JOINT
+from tests.zoo.sequential import BY_KIND
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied
 from tgate_processors._internal.families import resolve_pipeline
 from tgate_processors._internal.install.pipeline_call import call_of

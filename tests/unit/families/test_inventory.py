@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.zoo.cross_attention import IS_OLD
+from tests.zoo.case import IS_OLD
 from tests.zoo.inventory import AS_ANOTHER, exported, refused, shell, with_rows
 from tgate_processors import apply_tgate, remove_tgate
 

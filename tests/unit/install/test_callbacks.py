@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 
-from tests.zoo.core import BY_NAME, CASES, STEPS, rows
+from tests.zoo.case import STEPS, rows
+from tests.zoo.core import BY_NAME, CASES
 from tgate_processors import TGateCallback, TGateSchedule, apply_tgate, get_tgate_report
 
 WITH_CALLBACK = rows((case for case in CASES if case.has_callback), default={"sd", "svd", "sd_controlnet", "lcm"})

@@ -10,15 +10,18 @@ import torch
 
 import tgate_processors
 from tests.support.states import state_of
-from tests.zoo.core import BY_NAME, slow, thorough
-from tests.zoo.cross_attention import BY_KIND
+from tests.zoo.case import slow, thorough
+from tests.zoo.core import BY_NAME
 from tests.zoo.joint import BY_JOINT
+from tests.zoo.sequential import BY_KIND
 from tgate_processors import apply_tgate, remove_tgate
+from tgate_processors._internal.denoiser import lock
 
 # Where interrupts come: our own lines, and those of what runs our context managers.
 OURS = str(Path(tgate_processors.__file__).parent)
 WATCHED = (OURS, contextlib.__file__)
-DENSE = tuple(f"{OURS}/_internal/{name}" for name in ("api", "install/pipeline", "install/inst", "install/cleanup"))
+DENSE = ("api", "install/pipeline", "install/inst", "install/cleanup", "denoiser/lock")
+DENSE = tuple(f"{OURS}/_internal/{name}" for name in DENSE)
 SPARSE = 40
 
 SETTINGS = {
@@ -65,7 +68,7 @@ def counts(act):
 
 
 def interrupt(act, point, occurrence, error):
-    """Run something, with an interrupt at one line."""
+    """Run something, with an interrupt at one line, and give the error."""
     left = [occurrence]
 
     def at_line(now):
@@ -74,8 +77,11 @@ def interrupt(act, point, occurrence, error):
             if left[0] == 0:
                 raise error
 
-    with contextlib.suppress(error):
+    try:
         traced(act, at_line)
+    except error as caught:
+        return caught
+    return None
 
 
 def points_of(act, every, last):
@@ -131,7 +137,10 @@ class Sweep:
         remove_tgate(self.pipe)
         for point, occurrence in points:
             prepare()
-            interrupt(act, point, occurrence, error)
+            # Held, as an interactive session holds the last error: so nothing goes by the garbage collector.
+            _caught = interrupt(act, point, occurrence, error)
+            if lock._lock._is_owned():
+                wrong.append((*point, "others are locked out"))
             if not self.works():
                 wrong.append((*point, "another picture"))
             if not self.restored():

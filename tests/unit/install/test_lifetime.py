@@ -15,9 +15,10 @@ from tests.support.comparing import assert_same_but_for_rounding
 from tests.support.custom_loops import Loop
 from tests.support.states import state_of
 from tests.support.threads import in_threads
-from tests.zoo.core import BY_NAME, quiet, slow, thorough
-from tests.zoo.cross_attention import BY_KIND
+from tests.zoo.case import quiet, slow, thorough
+from tests.zoo.core import BY_NAME
 from tests.zoo.joint import BY_JOINT
+from tests.zoo.sequential import BY_KIND
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.attention.layers import attention_modules
 

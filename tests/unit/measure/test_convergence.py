@@ -10,7 +10,8 @@ from PIL import Image
 from tests.support.custom_loops import Inverting, Loop, built
 from tests.support.states import assert_same, snapshot
 from tests.zoo.addons import HOSTS_BY_NAME
-from tests.zoo.core import BY_NAME, STEPS, slow, with_scheduler
+from tests.zoo.case import STEPS, slow
+from tests.zoo.core import BY_NAME, with_scheduler
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, measure_convergence
 from tgate_processors._internal.families import attention_modules
 

@@ -21,7 +21,8 @@ from tests.support.macs import sizes, taken
 from tests.support.paths import ROOT
 from tests.support.settings import SETTINGS
 from tests.zoo.addons import FRAMES, HOSTS_BY_NAME
-from tests.zoo.core import BY_NAME, GUIDED, SIZE, STEPS, slow
+from tests.zoo.case import SIZE, STEPS, slow
+from tests.zoo.core import BY_NAME, GUIDED
 from tgate_processors import MACs, TGateSchedule, apply_tgate, estimate_cost, get_tgate_report
 
 DEAR = {"sd_img2img", "lcm_sdxl"}

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from tests.zoo.core import STEPS, TIERS
-from tests.zoo.cross_attention import KINDS, TOKENS, TWO_CALLS
-from tests.zoo.joint import JOINT, Joint
+from tests.zoo.case import STEPS, TIERS
+from tests.zoo.cross_attention import KINDS, TOKENS
+from tests.zoo.joint import JOINT
+from tests.zoo.sequential import TWO_CALLS
 from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost
 from tgate_processors._internal.families import guidance_distillation_flag
@@ -105,7 +106,7 @@ def sizes(kind):
 
 def tier_of(kind):
     # What denoisers with joint attention take is told in tests/laws/test_joint.py too.
-    return TIERS["thorough" if isinstance(kind, Joint) or kind.tier == "thorough" else "slow"]
+    return TIERS["thorough" if not kind.way["cross_attention"] or kind.tier == "thorough" else "slow"]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def tier_of(kind):
     ],
 )
 def test_the_estimate_is_what_the_layers_take(kind):
-    alone = {"cross_attention": False} if isinstance(kind, Joint) else {}
+    alone = {} if kind.way["cross_attention"] else kind.way
     negative = (
         {"do_classifier_free_guidance": True}
         if guidance_distillation_flag(kind.build().transformer) and kind.is_guided

@@ -6,9 +6,10 @@ import diffusers
 import pytest
 import torch
 
-from tests.zoo.core import BY_NAME, slow, thorough, with_scheduler
-from tests.zoo.cross_attention import BY_KIND
+from tests.zoo.case import slow, thorough
+from tests.zoo.core import BY_NAME, with_scheduler
 from tests.zoo.joint import BY_JOINT
+from tests.zoo.sequential import BY_KIND
 from tgate_processors import apply_tgate, get_tgate_report
 
 STEPS, AT = 12, 4

@@ -9,7 +9,8 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.support.counting import layers
-from tests.zoo.core import BY_NAME, STEPS, quiet, slow
+from tests.zoo.case import STEPS, quiet, slow
+from tests.zoo.core import BY_NAME
 from tgate_processors import (
     TGateAttnProcessor,
     TGateCallback,

@@ -4,7 +4,8 @@ import diffusers
 import pytest
 import torch
 
-from tests.zoo.core import BY_NAME, slow, with_scheduler
+from tests.zoo.case import slow
+from tests.zoo.core import BY_NAME, with_scheduler
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 

@@ -41,10 +41,14 @@ def _release() -> None:
 
 def _catch_up() -> None:
     """Make the changes that were postponed. If another thread is making one, it catches up itself."""
-    while _postponed and _lock.acquire(blocking=False):
+    try:
         try:
-            for number, change in list(_postponed.items()):
-                _postponed.pop(number, None)
-                change()
+            while _postponed and _lock.acquire(blocking=False):
+                for number, change in list(_postponed.items()):
+                    change()
+                    _postponed.pop(number, None)
+                _release()
         finally:
             _release()
+    finally:
+        _release()

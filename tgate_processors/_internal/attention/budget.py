@@ -20,7 +20,7 @@ def validate_max_memory(value: Any, cross_attention: bool | None) -> int | None:
     """Validate `max_memory`: bytes as an int, or a string with a unit."""
     if value is None:
         return None
-    # Nobody else should wait for the import.
+    # Here, so that others do not wait for the import.
     from accelerate.utils import convert_file_size_to_int  # type: ignore[import-untyped]
 
     hint = 'give bytes as an int of at least 0, or a string with a unit such as "2GB" or "500MiB"'

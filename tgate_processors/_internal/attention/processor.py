@@ -17,7 +17,7 @@ from .state import Slot, TGateState
 
 class TGateAttnProcessor:
     r"""
-    Attention processor that calls the processor it stands in front of, keeps its output, or gives back the kept one.
+    Attention processor that wraps another one: it calls that one, caches its output, or returns the cached output.
 
     Other code finds the processor that it expects: the class derives from the class of `original`, the attributes
     (scales, weights, attention backend) are shared with `original`, and `__call__` has the same signature. Make one
@@ -123,7 +123,7 @@ def is_diffusers_processor(processor: Any) -> bool:
 
 
 def is_plain_callable(processor: Any) -> bool:
-    """Whether a processor is a mere callable (a function, an object with slots), which tells nothing of itself."""
+    """Whether a processor is a mere callable (a function, an object with slots), without a class to go by."""
     unwrapped = _unwrap(processor)
     if is_diffusers_processor(unwrapped):
         return False

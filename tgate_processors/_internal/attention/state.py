@@ -96,7 +96,7 @@ class TGateState:
         self.by_hand = by_hand
         self.report = TGateReport()
         self.compiled_actions = LayerActions()
-        # In the place of a run in the first step of a call that nobody announces (hand wiring).
+        # In place of a run, in the first step of a call with hand wiring, where the run begins at the end of that step.
         self.first_step_cache: ActiveRun | None = None
         self.warned: set[str] = set()
         self._runs: dict[int, ActiveRun] = {}

@@ -1,4 +1,4 @@
-"""Adapters for caches of others on the same denoiser: each is told where T-GATE changes the batch."""
+"""Adapters for caches of others on the same denoiser: each is notified where T-GATE changes the batch."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ _postponed: dict[int, Callable[[], Any]] = {}
 
 
 def exclusively(change: Callable[[], _Result]) -> _Result:
-    """Make a change of a denoiser while nobody else makes one. It must not ask for another."""
+    """Make a change of a denoiser while no other thread makes one. The change must not ask for another."""
     # Twice, for an interrupt in the first; `with` has a place where one would leave the lock closed.
     try:
         try:

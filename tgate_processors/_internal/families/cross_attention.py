@@ -73,7 +73,7 @@ CROSS_ATTENTION = (
         ),
     ),
     Family("LatteTransformer3DModel", "Latte"),
-    # It tells its steps, but keeps its guidance to itself.
+    # It reports its steps, but not its guidance.
     Family("AllegroTransformer3DModel", "Allegro", pipelines_without_callback=("AllegroPipeline",)),
     Family("LuminaNextDiT2DModel", "Lumina-Next", Layout(batch_arguments=("encoder_mask",), conditional_first=True)),
     Family(
@@ -87,7 +87,7 @@ CROSS_ATTENTION = (
             rereads_scale=True,
             gates_cross_by_default=False,
         ),
-        # They tell their steps, and guide where `guidance_scale` is above 1.
+        # They report their steps, and guide where `guidance_scale` is above 1.
         pipelines_without_callback=tuple(f"Kandinsky5{kind}Pipeline" for kind in ("T2V", "I2V", "T2I", "I2I")),
     ),
     Family(

@@ -75,9 +75,9 @@ def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> Resolved
     reject_unsupported_loop(subject, parameters)
     family, denoiser = _find_denoiser(pipe, subject, cross_attention)
     legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.pipelines_without_callback]
-    # By a negative prompt, whatever the denoiser is told besides; the call says whether it does.
+    # Guidance by a negative prompt, whatever other scale is an input of the denoiser. The arguments say if it is on.
     by_negative = "true_cfg_scale" in parameters
-    # Such a denoiser is guided by what it is told (Sana Sprint), in a batch of one half.
+    # Such a denoiser has the guidance scale as an input (Sana Sprint), with a batch of one half.
     embedded = guidance_distillation_flag(denoiser) is not None and not by_negative
     call = inspect.unwrap(type(pipe).__call__)
     is_diffusers_loop = call.__module__.split(".")[0] == "diffusers"

@@ -110,7 +110,7 @@ class TGateCallback:
         self._await_first_step()
 
     def _await_first_step(self) -> None:
-        """Have the layers do what they do in the first step of a call, which nobody announces."""
+        """Set what the layers do in the first step of a call, which has no run yet."""
         self.state.first_step_cache = cache = AttentionCache(self.state, GatedLayers(None, self.state))
         plan = first_step(self.state.schedule)
         cache.actions.set(plan.cross_attention, plan.self_attention)

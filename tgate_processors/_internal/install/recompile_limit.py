@@ -100,7 +100,7 @@ def _set_limits(config: Any) -> None:
 
 
 def _graphs(dynamo: Any) -> dict[int, int]:
-    """How many graphs each compiled function has, as far as this torch tells."""
+    """How many graphs each compiled function has, as far as this torch reports it."""
     try:
         codes = [code for seen in dynamo.convert_frame.input_codes.seen if (code := seen()) is not None]
         return {id(code): len(dynamo.eval_frame._debug_get_cache_entry_list(code)) for code in codes}

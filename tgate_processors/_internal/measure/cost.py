@@ -104,7 +104,7 @@ def estimate_cost(
             scale (`time_cond_proj_dim`) and for a pipeline whose call takes none, where it is always off.
         height (`int`, *optional*):
             Height of the picture in pixels. Defaults to that of the pipeline or of the denoiser's configuration.
-        width (`int`, *optional*): Width of the picture in pixels, likewise.
+        width (`int`, *optional*): Width of the picture in pixels. Defaults like `height`.
         batch_size (`int`, *optional*, defaults to `1`): Number of pictures: prompts times `num_images_per_prompt`.
         max_sequence_length (`int`, *optional*):
             Number of text tokens. Defaults to that of the pipeline; for a denoiser alone to 77, for PixArt to 120.

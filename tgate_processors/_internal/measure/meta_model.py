@@ -133,7 +133,7 @@ def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
 
 
 def _spatial_compression(pipe: Any, inputs: InputShapes) -> int:
-    """Pixels of the picture for each of the latent."""
+    """Pixels of the sample for each of the latent."""
     told = (
         getattr(pipe, name, None)
         for name in ("vae_scale_factor", "vae_spatial_compression_ratio", "vae_scale_factor_spatial")

@@ -125,7 +125,7 @@ class GuidedForward:
         return GuidedPart(self.difference.value, self.guided, self.scale)
 
     def error(self, known: Sequence[CFGDifference]) -> float:
-        """How far off a prediction would have been, for the worst picture of the batch."""
+        """How far off a prediction would have been, for the worst sample of the batch."""
         predicted = predict(known, self.difference.position)
         return float(relative_error(predicted, self.difference.value, self.guided, self.scale).max())
 

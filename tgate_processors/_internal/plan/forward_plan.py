@@ -48,7 +48,7 @@ class ForwardContext:
         sample_shape (`tuple` of `int`): Shape of one sample.
         guided (`bool`): Whether classifier-free guidance is on in this step.
         can_skip_half (`bool`): Whether guidance is two halves, of which one can be skipped at all.
-        may_skip (`bool`): Whether one may be skipped now: enough is known of guidance, and nobody else reads the batch.
+        may_skip (`bool`): Whether one may be skipped now: guidance has history, and no other hook reads the batch.
         calls_per_step (`int`): Calls of the denoiser that guidance is made of.
         active_part (`CachedPart`): What a full step caches of a guided batch for the half steps after it.
         cached (`CacheKey`, *optional*): The forward that cached cross-attention.

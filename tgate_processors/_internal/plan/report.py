@@ -29,7 +29,7 @@ class TGateReport:
         full_steps (`tuple` of `int`): The steps that ran on the whole batch that the pipeline gave.
         prediction_errors (`tuple` of `tuple`):
             With `gate_step="auto"`, `(step, error)` for every full step whose guidance had been predicted too: how far
-            off the guided output would have been, relative to that output, for the worst picture of the batch.
+            off the guided output would have been, relative to that output, for the worst sample of the batch.
         peak_bytes (`int`): Most bytes held in stored outputs and differences of guidance at the end of a step.
         kept_layers (`int`): Layers that kept their cross-attention, at the end of the step in which most did.
         cross_attention_layers (`int`): Layers that could have; `max_memory` may leave some out. 0 without any to keep.

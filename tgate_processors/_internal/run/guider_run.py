@@ -81,7 +81,7 @@ class GuiderRun(Run[GuiderCFG]):
         expected = None if loop is None else loop.pass_index
         if loop is None or self._in_step or step != expected:
             raise ValueError(
-                f"T-GATE: {self._call.pipeline_name} tells its guider of step {step}, where T-GATE expects "
+                f"T-GATE: {self._call.pipeline_name} passes step {step} to its guider, where T-GATE expects "
                 f"{'the guided output of the step before' if self._in_step else f'step {expected or 0}'}: every step "
                 "has to call the guider's set_state once, with the steps of a loop counted from 0, and then the guider "
                 "itself. Call remove_tgate(pipe) to use this pipeline."

@@ -208,7 +208,7 @@ def warn_nothing_gated(
     what = "no attention layer reused anything" if halved else "nothing was gated"
     why = "its attention layers do not call their processors" if steps_seen else "its steps were not seen"
     if has_ungated:
-        why = "its attention processors are left alone"
+        why = "its attention processors are not gated"
     stands = "Guidance alone was gated." if halved else "The picture is that without T-GATE."
     logger.warning("T-GATE: %s in this call of %s: %s. %s", what, call.pipeline_name, why, stands)
 

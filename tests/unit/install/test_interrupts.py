@@ -163,9 +163,9 @@ def sweep(name, every, last=False, error=KeyboardInterrupt):
     ("name", "every", "last", "error"),
     [
         ("sd3", SPARSE, False, KeyboardInterrupt),
-        slow("pixart_alpha", 12, False, KeyboardInterrupt),
-        slow("wan", 6, False, KeyboardInterrupt),
-        slow("sd3", 9, True, MemoryError),
+        slow("pixart_alpha", 24, False, KeyboardInterrupt),
+        slow("wan", 12, False, KeyboardInterrupt),
+        slow("sd3", 18, True, MemoryError),
         *(
             thorough(name, 1, last, error)
             for name in SETTINGS

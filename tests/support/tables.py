@@ -33,14 +33,14 @@ def after_the_gate(family: Family) -> str:
     if family.layout.joint:
         alone = "[guidance alone](docs/pipelines.md#guidance-alone)"
         return f"predicted, or dropped: {alone} is gated"
-    return "predicted, or dropped" + (": the second call is left out" if family.layout.calls > 1 else "")
+    return "predicted, or dropped" + (": the second call is left out" if family.layout.calls_per_step > 1 else "")
 
 
 def models() -> str:
     """Families by how they are gated."""
     groups: dict[tuple[str, str], list[str]] = {}
     for family in FAMILIES:
-        groups.setdefault((f"`{family.attribute}`", after_the_gate(family)), []).append(family.models)
+        groups.setdefault((f"`{family.pipeline_attribute}`", after_the_gate(family)), []).append(family.models)
     rows = ((", ".join(names), *group) for group, names in groups.items())
     return table("models", "denoiser", "guidance after the gate", rows=rows)
 
@@ -52,8 +52,8 @@ def denoisers() -> str:
         (
             family.models,
             f"`{family.denoiser_class}`",
-            CALLS[family.layout.calls],
-            "guidance alone" if family.layout.joint else gated[family.layout.keeps_cross],
+            CALLS[family.layout.calls_per_step],
+            "guidance alone" if family.layout.joint else gated[family.layout.gates_cross_by_default],
         )
         for family in FAMILIES
     )

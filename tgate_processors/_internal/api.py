@@ -10,7 +10,7 @@ from .attention.layers import CustomProcessors
 from .attention.state import TGateState
 from .caches.deepcache import DeepCacheAdapter, validate_helper
 from .caches.foreign_forwards import CustomForwards, validate_custom_forwards
-from .families import ResolvedPipeline, check_guidance, check_half, check_own, resolve_pipeline
+from .families import ResolvedPipeline, check_batch_arguments, check_cfg_half, check_guidance_mode, resolve_pipeline
 from .install.callback import validate_cfg_half
 from .install.guiders import GuiderInstallation, has_guider, validate_guider_settings
 from .install.installation import Installation
@@ -161,17 +161,17 @@ def apply_tgate(
     if not is_choice("custom_processors", custom_processors, "leave", "gate"):
         raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
     forwards = validate_custom_forwards(custom_forwards)
-    own = validate_names("batch_arguments", batch_arguments)
+    batch_names = validate_names("batch_arguments", batch_arguments)
     state, found = TGateState(schedule, max_bytes, by_hand=False), None
     if has_guider(pipe):
-        validate_guider_settings(pipe, schedule, half, cross_attention, max_bytes, deepcache, own)
+        validate_guider_settings(pipe, schedule, half, cross_attention, max_bytes, deepcache, batch_names)
         installation: Installation = GuiderInstallation(
             state, custom_processors=custom_processors, custom_forwards=forwards
         )
     else:
-        found = _checked_pipeline(pipe, schedule, half, cross_attention, own)
-        order = _checked_deepcache(deepcache, pipe, schedule)
-        installation = Installation(state, half, custom_processors, order, cross_attention, forwards, own)
+        found = _resolve_and_check(pipe, schedule, half, cross_attention, batch_names)
+        adapter = _deepcache_adapter(deepcache, pipe, schedule)
+        installation = Installation(state, half, custom_processors, adapter, cross_attention, forwards, batch_names)
     before = installed(pipe)
     remove_tgate(pipe)
     try:
@@ -180,7 +180,7 @@ def apply_tgate(
         if before is not None:
             install(pipe, before)
         raise
-    if found is not None and found.kept_half is None:
+    if found is not None and found.default_cfg_half is None:
         logger.warning(
             "T-GATE: the guidance of %s is not two halves, so all of it stays on after the gate: cross-attention alone "
             "stops.",
@@ -189,23 +189,23 @@ def apply_tgate(
     return pipe
 
 
-def _checked_pipeline(
+def _resolve_and_check(
     pipe: Any,
     schedule: TGateSchedule,
     half: CFGHalf | None,
     cross_attention: bool | None,
-    own: tuple[str, ...] | None,
+    batch_arguments: tuple[str, ...] | None,
 ) -> ResolvedPipeline:
-    """What a pipeline is resolved to, if it can be gated so."""
+    """Resolve a pipeline, and refuse it if it cannot be gated with these settings."""
     found = resolve_pipeline(pipe, cross_attention)
-    check_half(pipe, found, half)
-    check_guidance(pipe, found, schedule, cross_attention)
-    check_own(pipe, found, own)
+    check_cfg_half(pipe, found, half)
+    check_guidance_mode(pipe, found, schedule, cross_attention)
+    check_batch_arguments(pipe, found, batch_arguments)
     return found
 
 
-def _checked_deepcache(helper: Any, pipe: Any, schedule: TGateSchedule) -> DeepCacheAdapter | None:
-    """The order of a DeepCache helper of this pipeline, if there is one."""
+def _deepcache_adapter(helper: Any, pipe: Any, schedule: TGateSchedule) -> DeepCacheAdapter | None:
+    """The adapter of a DeepCache helper of this pipeline, if there is one."""
     if helper is None:
         return None
     validate_helper(helper, pipe)

@@ -118,7 +118,7 @@ ways = pytest.mark.parametrize(
 @ways
 def test_the_layers_that_save_most_for_each_byte_are_kept_and_no_other(case: Case, settings):
     pipe = case.build()
-    calls = family_of(getattr(pipe, case.denoiser)).layout.calls
+    calls = family_of(getattr(pipe, case.denoiser)).layout.calls_per_step
     # Its attributes are those of a call.
     case.run(pipe)
     before, layers = snapshot(pipe, case), layers_of(pipe, case)

@@ -114,7 +114,9 @@ def test_a_batch_that_is_a_list_is_halved_by_its_entries(kept, half):
         "control_context": rows(4, 5),
         "conditioning": [rows(4, 5)],
     }
-    names = Layout(entries=("x", "cap_feats", "siglip_feats", "image_noise_mask", "control_context")).denoiser_arguments
+    names = Layout(
+        list_arguments=("x", "cap_feats", "siglip_feats", "image_noise_mask", "control_context")
+    ).denoiser_arguments
     halved = slice_arguments(given, names, 4, kept)
     for name in ("x", "cap_feats", "siglip_feats", "image_noise_mask"):
         assert [*map(id, halved[name])] == [*map(id, given[name][half])]

@@ -7,7 +7,7 @@ from tests.zoo.case import STEPS, TIERS
 from tests.zoo.catalogue import CROSS_ATTENTION, JOINT_ATTENTION, SEQUENTIAL
 from tests.zoo.cross_attention import TOKENS
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost
-from tgate_processors._internal.families import distilled_by
+from tgate_processors._internal.families import guidance_distillation_flag
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 GATE = 3
@@ -117,7 +117,9 @@ def tier_of(kind):
 def test_the_estimate_is_what_the_layers_take(kind):
     alone = {} if kind.way["cross_attention"] else kind.way
     negative = (
-        {"do_classifier_free_guidance": True} if distilled_by(kind.build().transformer) and kind.is_guided else {}
+        {"do_classifier_free_guidance": True}
+        if guidance_distillation_flag(kind.build().transformer) and kind.is_guided
+        else {}
     )
     pipe = kind.build()
     taken = layers_of(pipe)

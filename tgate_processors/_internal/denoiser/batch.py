@@ -131,11 +131,11 @@ def guided_parts(output: Any, inputs: DenoiserInputs, layout: Layout) -> list[to
     Returns:
         `list` of `torch.Tensor`: The prediction, or one each for video and sound, as views.
     """
-    if layout.entries:
+    if layout.list_arguments:
         output = stack_samples(output)
-    if layout.guided is None:
+    if layout.guided_views is None:
         return [noise_prediction_of(output, inputs.sample_shape)]
-    return layout.guided([*iter_tensors(output)], inputs.arguments)
+    return layout.guided_views([*iter_tensors(output)], inputs.arguments)
 
 
 def noise_prediction_of(output: Any, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What the batch of a denoiser is, and which of its layers attend to the text: data."""
+"""The batch of a family of denoisers, and its layers that attend to the text: data."""
 
 from __future__ import annotations
 
@@ -32,81 +32,88 @@ CONTROLNET_ARGUMENTS: BatchArguments = {
     **_SHARED,
     **dict.fromkeys(("sample", "hidden_states", "controlnet_cond", "control_type", "conditioning_mask")),
 }
-# What a ControlNet gives. It is one half already if the ControlNet ran on one half.
+# The outputs of a ControlNet. They are one half already if the ControlNet ran on one half.
 RESIDUALS: BatchArguments = dict.fromkeys(("down_block_additional_residuals", "mid_block_additional_residual"))
 
 
 @dataclass(frozen=True)
 class Layout:
     """
-    What the batch of a family of denoisers is, and which of their layers attend to the text.
+    The batch of a family of denoisers, and the layers of them that attend to the text.
 
     Args:
-        arguments (`tuple` of `str`): Arguments with the guidance batch that other families do not have.
-        entries (`tuple` of `str`): Such arguments that are lists with an entry for each sample, where a family has its
-            batch like that. Then the denoiser gives a list too.
-        in_second (`tuple` of `str`): Such arguments that have the batch as their second dimension.
-        residuals (`Mapping`): The arguments that a ControlNet gives.
-        cross (`tuple` of `str`): How the names of layers with cross-attention end. Without any, their own flag says it.
-        never (`tuple` of `str`): Parts of the names of layers that are never gated: what they attend to is no text, or
-            changes from step to step.
+        batch_arguments (`tuple` of `str`): Arguments with the guidance batch that other families do not have.
+        list_arguments (`tuple` of `str`): Arguments with the guidance batch that are lists with an entry for each
+            sample. The denoiser of such a family gives a list too.
+        second_dim_arguments (`tuple` of `str`): Arguments with the guidance batch as their second dimension.
+        controlnet_residuals (`Mapping`): The arguments that hold the outputs of a ControlNet.
+        cross_attention_suffixes (`tuple` of `str`): How the names of layers with cross-attention end. Without any, a
+            flag of the layers says it.
+        ungated_layers (`tuple` of `str`): Parts of the names of layers that are never gated: they attend to no text, or
+            to something that changes from step to step.
+        auxiliary_call_arguments (`tuple` of `str`): Arguments that mark further calls in a step, which are compared
+            with the conditional half. They run as without T-GATE.
+        is_prepare_call (`Callable`, *optional*): Whether a call with these arguments prepares the loop. It runs as
+            without T-GATE.
+        scale_attributes (`tuple` of `str`): The attributes of a pipeline that hold its guidance scales, if it has
+            several.
         conditional_first (`bool`): Whether the first half of the batch is the conditional one.
-        mean (`bool`): Whether the mean of both halves is kept where guidance is dropped. Else it is the one that stays.
-        calls (`int`): Calls of the denoiser that guidance is made of: 1, or 2, the conditional one first.
-        apart (`bool`): Whether added keys (of a picture) have a softmax of their own beside that of the text.
-        keeps_cross (`bool`): Whether cross-attention is gated by default: what it keeps of a video is large.
-        joint (`bool`): Whether text and image share one softmax. Then no layer is gated, but guidance alone.
-        beside (`tuple` of `str`): Arguments that tell further calls in a step, which are about the conditional half.
-            They run as without T-GATE.
-        before (`Callable`, *optional*): Whether a call with these arguments prepares the loop, and runs likewise.
-        scales (`tuple` of `str`): Where a pipeline has its guidance scales, if there is one for each of them.
-        part_of (`Mapping`): Parts of the names of layers that run only where an argument is given, and its name.
-        given_last (`bool`): Whether the tokens of a given picture follow those of the latents. The pipeline does not
-            read what the denoiser makes of them.
-        remembers (`bool`): Whether guidance remembers that of the steps before, so that two equal halves do not end it.
-        guided (`Callable`, *optional*): The parts of the output that are guided, as views of its tensors, by these and
-            the arguments of the call. By default its first tensor, without a variance.
-        scale_beyond (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
+        averages_when_dropped (`bool`): Whether the mean of both halves is cached where guidance is dropped. Otherwise
+            the active half is.
+        scale_offset (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
             counted from the unconditional half.
-        asks_scale (`bool`): Whether loops that do not tell their guidance ask `guidance_scale` anew in every step.
-        own (`Mapping`): Arguments with the guidance batch that a denoiser alone has, as its user says.
+        calls_per_step (`int`): Calls of the denoiser that guidance is made of: 1, or 2, the conditional one first.
+        decoupled_image_attention (`bool`): Whether added keys (of an image) have a softmax apart from that of the text.
+        gates_cross_by_default (`bool`): Whether cross-attention is gated by default; for videos its outputs are large.
+        joint (`bool`): Whether text and image share one softmax. Then no layer is gated, but guidance alone.
+        reference_tokens_last (`bool`): Whether the tokens of a reference image follow those of the latents. The
+            pipeline does not read what the denoiser makes of them.
+        optional_layers (`Mapping`): Parts of the names of layers that run only where an argument is given, and the name
+            of that argument.
+        has_momentum (`bool`): Whether guidance remembers that of the steps before, so that two equal halves do not end
+            it.
+        guided_views (`Callable`, *optional*): Gives the parts of the output that are guided, as views of its tensors,
+            from these and the arguments of the call. By default its first tensor, without a variance.
+        rereads_scale (`bool`): Whether loops that do not report their guidance read `guidance_scale` anew in every
+            step.
+        user_batch_arguments (`Mapping`): Further arguments with the guidance batch, given by the user.
     """
 
-    arguments: tuple[str, ...] = ()
-    entries: tuple[str, ...] = ()
-    in_second: tuple[str, ...] = ()
-    residuals: BatchArguments = field(default_factory=lambda: RESIDUALS)
-    cross: tuple[str, ...] = ()
-    never: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-    before: Callable[[Mapping[str, Any]], bool] | None = None
-    scales: tuple[str, ...] = ()
+    batch_arguments: tuple[str, ...] = ()
+    list_arguments: tuple[str, ...] = ()
+    second_dim_arguments: tuple[str, ...] = ()
+    controlnet_residuals: BatchArguments = field(default_factory=lambda: RESIDUALS)
+    cross_attention_suffixes: tuple[str, ...] = ()
+    ungated_layers: tuple[str, ...] = ()
+    auxiliary_call_arguments: tuple[str, ...] = ()
+    is_prepare_call: Callable[[Mapping[str, Any]], bool] | None = None
+    scale_attributes: tuple[str, ...] = ()
     conditional_first: bool = False
-    mean: bool = True
-    scale_beyond: float = 0.0
-    calls: int = 1
-    apart: bool = False
-    keeps_cross: bool = True
+    averages_when_dropped: bool = True
+    scale_offset: float = 0.0
+    calls_per_step: int = 1
+    decoupled_image_attention: bool = False
+    gates_cross_by_default: bool = True
     joint: bool = False
-    given_last: bool = False
-    part_of: Mapping[str, str] = field(default_factory=dict)
-    remembers: bool = False
-    guided: Callable[[list[torch.Tensor], Mapping[str, Any]], list[torch.Tensor]] | None = None
-    asks_scale: bool = False
-    own: BatchArguments = field(default_factory=dict)
+    reference_tokens_last: bool = False
+    optional_layers: Mapping[str, str] = field(default_factory=dict)
+    has_momentum: bool = False
+    guided_views: Callable[[list[torch.Tensor], Mapping[str, Any]], list[torch.Tensor]] | None = None
+    rereads_scale: bool = False
+    user_batch_arguments: BatchArguments = field(default_factory=dict)
 
-    def with_own(self, names: Sequence[str]) -> Layout:
+    def with_batch_arguments(self, names: Sequence[str]) -> Layout:
         """A copy with more arguments that have the guidance batch, those inside others as `argument.key`."""
-        own: dict[str, Any] = {}
+        user_batch_arguments: dict[str, Any] = {}
         for name in names:
             argument, _, key = name.partition(".")
             if key:
-                own.setdefault(argument, {})
-                if own[argument] is not None:
-                    own[argument] |= {key: None}
+                user_batch_arguments.setdefault(argument, {})
+                if user_batch_arguments[argument] is not None:
+                    user_batch_arguments[argument] |= {key: None}
             else:
-                own[argument] = None
-        return replace(self, own=own)
+                user_batch_arguments[argument] = None
+        return replace(self, user_batch_arguments=user_batch_arguments)
 
     @property
     def denoiser_arguments(self) -> BatchArguments:
@@ -120,31 +127,34 @@ class Layout:
 
     def _with_family_arguments(self, names: BatchArguments) -> BatchArguments:
         """Add the arguments with the guidance batch that other families do not have."""
-        others: BatchArguments = {**dict.fromkeys(self.entries, "each"), **dict.fromkeys(self.in_second, 1)}
-        more = {**names, **dict.fromkeys(self.arguments), **others}
-        for name, inner in self.own.items():
+        others: BatchArguments = {
+            **dict.fromkeys(self.list_arguments, "each"),
+            **dict.fromkeys(self.second_dim_arguments, 1),
+        }
+        more = {**names, **dict.fromkeys(self.batch_arguments), **others}
+        for name, inner in self.user_batch_arguments.items():
             known = more.get(name)
             both = isinstance(inner, Mapping) and isinstance(known, Mapping)
             more[name] = {**known, **inner} if both else inner  # type: ignore[dict-item]
         return more
 
     def is_auxiliary_call(self, given: Mapping[str, Any]) -> bool:
-        """Whether a call with these arguments is a further one, and no part of guidance by the two halves."""
+        """Whether a call with these arguments is a further one, outside the two halves of guidance."""
         # An empty list of layers to skip makes a further call too.
-        values = [given.get(name) for name in self.beside]
-        told = any(value is not None and value is not False for value in values)
-        return told or (self.before is not None and self.before(given))
+        values = [given.get(name) for name in self.auxiliary_call_arguments]
+        is_marked = any(value is not None and value is not False for value in values)
+        return is_marked or (self.is_prepare_call is not None and self.is_prepare_call(given))
 
     def is_inactive(self, name: str, given: Mapping[str, Any]) -> bool:
         """Whether the layer of this name does not run in a call with these arguments."""
-        return any(part in name and given.get(argument) is None for part, argument in self.part_of.items())
+        return any(part in name and given.get(argument) is None for part, argument in self.optional_layers.items())
 
     def is_gateable(self, name: str) -> bool:
         """Whether the layer of this name may be gated."""
-        return not self.joint and not any(part in name for part in self.never)
+        return not self.joint and not any(part in name for part in self.ungated_layers)
 
     def is_cross_attention(self, name: str, layer: Any) -> bool:
         """Whether the layer of this name attends to the text."""
-        if self.cross:
-            return self.is_gateable(name) and name.removesuffix(".processor").endswith(self.cross)
+        if self.cross_attention_suffixes:
+            return self.is_gateable(name) and name.removesuffix(".processor").endswith(self.cross_attention_suffixes)
         return self.is_gateable(name) and bool(getattr(layer, "is_cross_attention", False))

@@ -5,23 +5,30 @@ Imports `plan`, `denoiser` and `attention`.
 """
 
 from ..attention.layers import attention_modules
-from .catalog import FAMILIES, family_of, known
-from .resolve import ResolvedPipeline, check_guidance, check_half, check_own, distilled_by, resolve_pipeline
-from .unsupported import check_attention, check_denoiser, check_dropped, check_mode
+from .catalog import FAMILIES, family_of, supported_names
+from .resolve import (
+    ResolvedPipeline,
+    check_batch_arguments,
+    check_cfg_half,
+    check_guidance_mode,
+    guidance_distillation_flag,
+    resolve_pipeline,
+)
+from .unsupported import check_attention, check_denoiser, reject_dropping_momentum, reject_free_noise
 
 __all__ = [
     "FAMILIES",
     "ResolvedPipeline",
     "attention_modules",
     "check_attention",
+    "check_batch_arguments",
+    "check_cfg_half",
     "check_denoiser",
-    "check_dropped",
-    "check_guidance",
-    "check_half",
-    "check_mode",
-    "check_own",
-    "distilled_by",
+    "check_guidance_mode",
     "family_of",
-    "known",
+    "guidance_distillation_flag",
+    "reject_dropping_momentum",
+    "reject_free_noise",
     "resolve_pipeline",
+    "supported_names",
 ]

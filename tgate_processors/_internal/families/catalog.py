@@ -19,6 +19,6 @@ def family_of(denoiser: torch.nn.Module) -> Family | None:
     return next((family for family in FAMILIES if family.denoiser_class in names), None)
 
 
-def known(*, joint: bool = False) -> str:
+def supported_names(*, joint: bool = False) -> str:
     """The denoisers that are known, for messages; those with joint attention only if guidance alone is gated."""
     return ", ".join(family.denoiser_class for family in FAMILIES if joint or not family.layout.joint)

@@ -1,4 +1,4 @@
-"""What a family of denoisers is described by."""
+"""The description of a family of denoisers."""
 
 from __future__ import annotations
 
@@ -11,26 +11,28 @@ from ..plan.step_plan import CFGHalf
 @dataclass(frozen=True)
 class Family:
     """
-    A kind of denoiser, and of the pipelines that call it.
+    A class of denoisers, and the pipelines that call them.
 
     Args:
         denoiser_class (`str`): Name of its class; subclasses count too.
         models (`str`): What people call the models that have it.
-        layout (`Layout`): What its batch is.
-        attribute (`str`): Where pipelines have it.
-        kept_half (`str`): The half that stays where guidance is dropped.
+        layout (`Layout`): Its batch, its layers and its guidance.
+        pipeline_attribute (`str`): The attribute of pipelines that holds it.
+        default_cfg_half (`str`): The active half where guidance is dropped.
         pipelines_without_callback (`tuple` of `str`): Pipelines that lack `callback_on_step_end`, `num_timesteps` or
             `do_classifier_free_guidance`, but are known to call the denoiser once for each of `scheduler.timesteps` and
             to guide where `guidance_scale > 1`.
-        conditional_in (`tuple` of `str`): Pipelines of which the conditional half stays, whatever `kept_half` says.
-        second (`str`, *optional*): Where pipelines have another denoiser of the class, which takes over in the loop.
+        conditional_half_pipelines (`tuple` of `str`): Pipelines with the conditional half active, whatever
+            `default_cfg_half` is.
+        second_denoiser (`str`, *optional*): The attribute of pipelines that holds another denoiser of the class, which
+            takes over in the loop.
     """
 
     denoiser_class: str
     models: str
     layout: Layout = field(default_factory=Layout)
-    attribute: str = "transformer"
-    kept_half: CFGHalf = "conditional"
+    pipeline_attribute: str = "transformer"
+    default_cfg_half: CFGHalf = "conditional"
     pipelines_without_callback: tuple[str, ...] = ()
-    conditional_in: tuple[str, ...] = ()
-    second: str | None = None
+    conditional_half_pipelines: tuple[str, ...] = ()
+    second_denoiser: str | None = None

@@ -10,28 +10,28 @@ import torch
 
 from ..plan.schedule import TGateSchedule
 from ..plan.step_plan import CFGHalf
-from .catalog import family_of, known
+from .catalog import family_of, supported_names
 from .family import Family
 from .unsupported import (
-    INSTEAD,
+    ALTERNATIVES,
     check_attention,
     check_denoiser,
-    check_dropped,
-    check_loop,
-    check_mode,
     check_module,
     check_self_attention,
-    check_text,
-    why_distilled,
-    why_no_denoiser,
+    distilled_message,
+    no_denoiser_message,
+    reject_class_conditioned,
+    reject_dropping_momentum,
+    reject_free_noise,
+    reject_unsupported_loop,
 )
 
 # Arguments of a pipeline's call that give away guidance of more or other parts than two halves. It stays on after the
 # gate, every part keeps a cross-attention of its own, and the batch is not touched.
-WHOLE_GUIDANCE_ARGUMENTS = ("image_guidance_scale", "pag_scale")
+MULTI_PART_GUIDANCE_ARGUMENTS = ("image_guidance_scale", "pag_scale")
 
-# By this property pipelines say whether they guide.
-_GUIDES = "do_classifier_free_guidance"
+# By this property pipelines report whether they guide.
+_CFG_PROPERTY = "do_classifier_free_guidance"
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,32 @@ class ResolvedPipeline:
     """
     How a pipeline is gated.
 
-    `family` says what is known of its denoiser, `second` is another one that takes over in the loop. `kept_half` is
-    the half of guidance that stays (`None`: all of it), `controlnet` what else runs in a step. `is_diffusers_loop` says
-    whether the tables here hold for the loop, `counts_forwards` whether a pipeline without step callbacks calls its
-    denoiser once for each of `scheduler.timesteps`, `supports_cfg` whether it can have guidance of two halves, and
-    `attribute` where the pipeline has the denoiser.
+    `family` describes its denoiser, `second_denoiser` is another one that takes over in the loop. `default_cfg_half` is
+    the active half where guidance is dropped (`None`: all of guidance stays), `controlnet` what else runs in a step.
+    `is_diffusers_loop` says whether what is known of the class holds for the loop, `counts_forwards` whether a pipeline
+    without step callbacks calls its denoiser once for each of `scheduler.timesteps`, `supports_cfg` whether it can have
+    guidance of two halves, and `attribute` which attribute of the pipeline holds the denoiser.
     """
 
     denoiser: torch.nn.Module
     family: Family
-    kept_half: CFGHalf | None
+    default_cfg_half: CFGHalf | None
     controlnet: torch.nn.Module | None
     is_diffusers_loop: bool
     counts_forwards: bool
     supports_cfg: bool = True
-    second: torch.nn.Module | None = None
+    second_denoiser: torch.nn.Module | None = None
     attribute: str = ""
 
     @property
     def denoisers(self) -> tuple[torch.nn.Module, ...]:
-        """What is called in the steps of the loop."""
-        return (self.denoiser,) if self.second is None else (self.denoiser, self.second)
+        """The denoisers that are called in the loop."""
+        return (self.denoiser,) if self.second_denoiser is None else (self.denoiser, self.second_denoiser)
 
     def is_of(self, pipe: Any) -> bool:
         """Whether the pipeline still has these parts."""
-        attribute, second = _places(pipe, self.family)
-        same = getattr(pipe, "controlnet", None) is self.controlnet and second is self.second
+        attribute, second_denoiser = _denoiser_attributes(pipe, self.family)
+        same = getattr(pipe, "controlnet", None) is self.controlnet and second_denoiser is self.second_denoiser
         return same and getattr(pipe, attribute, None) is self.denoiser
 
 
@@ -72,102 +72,108 @@ def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> Resolved
     """Find out how a pipeline is gated, or raise a `ValueError` with the reason why it cannot be."""
     subject = type(pipe).__name__
     parameters = _parameters(type(pipe))
-    check_loop(subject, parameters)
+    reject_unsupported_loop(subject, parameters)
     family, denoiser = _find_denoiser(pipe, subject, cross_attention)
     legacy = [base.__name__ for base in type(pipe).__mro__ if base.__name__ in family.pipelines_without_callback]
     # By a negative prompt, whatever the denoiser is told besides; the call says whether it does.
     by_negative = "true_cfg_scale" in parameters
     # Such a denoiser is guided by what it is told (Sana Sprint), in a batch of one half.
-    embedded = distilled_by(denoiser) is not None and not by_negative
+    embedded = guidance_distillation_flag(denoiser) is not None and not by_negative
     call = inspect.unwrap(type(pipe).__call__)
     is_diffusers_loop = call.__module__.split(".")[0] == "diffusers"
-    ticks = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
-    tells = legacy or by_negative or hasattr(type(pipe), _GUIDES)
-    if family.layout.joint and (embedded or not tells):
+    has_step_callback = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    reports_cfg = legacy or by_negative or hasattr(type(pipe), _CFG_PROPERTY)
+    if family.layout.joint and (embedded or not reports_cfg):
         if not (embedded or is_diffusers_loop):
             # A loop of someone else's may well guide, and not say so.
-            _check_loop(type(pipe), ticks, subject, supports_cfg=True)
-        raise ValueError(why_distilled(denoiser, subject))
-    attribute, second = _places(pipe, family)
+            _check_loop(type(pipe), has_step_callback, subject, supports_cfg=True)
+        raise ValueError(distilled_message(denoiser, subject))
+    attribute, second_denoiser = _denoiser_attributes(pipe, family)
     controlnet = getattr(pipe, "controlnet", None)
-    for name, part in ((family.second, second), ("controlnet", controlnet)):
+    for name, part in ((family.second_denoiser, second_denoiser), ("controlnet", controlnet)):
         if part is not None:
             check_module(part, str(name), subject)
-    for part in (denoiser, second):
+    for part in (denoiser, second_denoiser):
         if part is not None:
             check_attention(part, subject, family.layout, cross_attention)
-    check_mode(pipe)
-    check_text(pipe, cross_attention)
-    if (family.layout.calls > 1 or family.layout.entries) and not is_diffusers_loop:
-        what = "half of its batch" if family.layout.entries else "of its calls of the denoiser"
+    reject_free_noise(pipe)
+    reject_class_conditioned(pipe, cross_attention)
+    if (family.layout.calls_per_step > 1 or family.layout.list_arguments) and not is_diffusers_loop:
+        what = "half of its batch" if family.layout.list_arguments else "of its calls of the denoiser"
         raise ValueError(
             f"{subject} cannot be gated: its loop is not diffusers' own, and which {what} is the unconditional one "
-            f"cannot be told. Use the pipeline of diffusers that it derives from. {INSTEAD}"
+            f"cannot be told. Use the pipeline of diffusers that it derives from. {ALTERNATIVES}"
         )
     if not legacy:
-        _check_loop(type(pipe), ticks, subject, supports_cfg=not embedded and not by_negative)
+        _check_loop(type(pipe), has_step_callback, subject, supports_cfg=not embedded and not by_negative)
     names = {base.__name__ for base in type(pipe).__mro__}
-    kept_half: CFGHalf | None = "conditional" if names & {*family.conditional_in} else family.kept_half
-    if any(argument in parameters for argument in WHOLE_GUIDANCE_ARGUMENTS):
-        kept_half = None
+    default_cfg_half: CFGHalf | None = (
+        "conditional" if names & {*family.conditional_half_pipelines} else family.default_cfg_half
+    )
+    if any(argument in parameters for argument in MULTI_PART_GUIDANCE_ARGUMENTS):
+        default_cfg_half = None
     return ResolvedPipeline(
         denoiser,
         family,
-        kept_half,
+        default_cfg_half,
         controlnet,
         is_diffusers_loop,
-        counts_forwards=not ticks,
+        counts_forwards=not has_step_callback,
         supports_cfg=not embedded,
-        second=second,
+        second_denoiser=second_denoiser,
         attribute=attribute,
     )
 
 
-def distilled_by(denoiser: Any) -> str | None:
-    """The setting that says that a denoiser has its guidance in itself, so that pipelines give it no other half."""
+def guidance_distillation_flag(denoiser: Any) -> str | None:
+    """The setting of a denoiser that says that guidance is distilled into it, if there is one."""
     config = denoiser.config
     if getattr(config, "model_version", None) == "turbo":
         return "model_version"
     return next((name for name in ("guidance_embeds", "is_turbo") if getattr(config, name, False)), None)
 
 
-def _places(pipe: Any, family: Family) -> tuple[str, torch.nn.Module | None]:
-    """Where the pipeline has its denoiser, and the one that takes over in the loop, if there is one."""
-    second = getattr(pipe, family.second, None) if family.second else None
-    if family.second and second is not None and getattr(pipe, family.attribute, None) is None:
+def _denoiser_attributes(pipe: Any, family: Family) -> tuple[str, torch.nn.Module | None]:
+    """The attribute that holds the denoiser, and the denoiser that takes over in the loop, if there is one."""
+    second_denoiser = getattr(pipe, family.second_denoiser, None) if family.second_denoiser else None
+    if (
+        family.second_denoiser
+        and second_denoiser is not None
+        and getattr(pipe, family.pipeline_attribute, None) is None
+    ):
         # One of two that are loaded in turn.
-        return family.second, None
-    return family.attribute, second
+        return family.second_denoiser, None
+    return family.pipeline_attribute, second_denoiser
 
 
 def _parameters(pipeline_class: type) -> set[str]:
-    """Arguments of a pipeline's call, and of those that it may hand them on to."""
+    """Arguments of a pipeline's call, and of the inherited calls that it may pass them on to."""
     calls = (vars(base)["__call__"] for base in pipeline_class.__mro__ if "__call__" in vars(base))
     return {name for call in calls for name in inspect.signature(call).parameters}
 
 
-def check_half(pipe: Any, found: ResolvedPipeline, cfg_half: CFGHalf | None) -> None:
-    """Refuse the choice of a half where guidance has none."""
-    if cfg_half is not None and found.kept_half is None:
+def check_cfg_half(pipe: Any, found: ResolvedPipeline, cfg_half: CFGHalf | None) -> None:
+    """Refuse `cfg_half` where guidance has no such half to choose."""
+    if cfg_half is not None and found.default_cfg_half is None:
         raise ValueError(
             f"cfg_half={cfg_half!r} has no effect: the guidance of {type(pipe).__name__} is not two halves, so all "
             "of it stays on. Leave cfg_half out."
         )
-    if cfg_half == "unconditional" and found.family.layout.beside:
+    if cfg_half == "unconditional" and found.family.layout.auxiliary_call_arguments:
         raise ValueError(
             f"cfg_half={cfg_half!r} is not possible: {type(pipe).__name__} guides by further calls too, and compares "
             "them with the conditional half. Leave cfg_half out."
         )
-    if cfg_half == "unconditional" and found.family.layout.calls > 1:
+    if cfg_half == "unconditional" and found.family.layout.calls_per_step > 1:
         raise ValueError(
             f"cfg_half={cfg_half!r} is not possible: the guidance of {type(pipe).__name__} is two calls of its "
             "denoiser, the conditional one first, and it is the second one that is left out. Leave cfg_half out."
         )
 
 
-def check_own(pipe: Any, found: ResolvedPipeline, names: tuple[str, ...] | None) -> None:
+def check_batch_arguments(pipe: Any, found: ResolvedPipeline, names: tuple[str, ...] | None) -> None:
     """Refuse arguments that no denoiser of a pipeline takes, or where no batch is halved."""
-    if names and (found.kept_half is None or found.family.layout.calls > 1):
+    if names and (found.default_cfg_half is None or found.family.layout.calls_per_step > 1):
         raise ValueError(
             f"batch_arguments={names!r} has no effect: the guidance of {type(pipe).__name__} is not two halves of one "
             "batch. Leave it out."
@@ -184,12 +190,12 @@ def check_own(pipe: Any, found: ResolvedPipeline, names: tuple[str, ...] | None)
             )
 
 
-def check_guidance(
+def check_guidance_mode(
     pipe: Any, found: ResolvedPipeline, schedule: TGateSchedule, cross_attention: bool | None = None
 ) -> None:
     """Refuse to predict guidance that has no two halves, or to gate it alone, and to reuse what is joint."""
     joint = found.family.layout.joint
-    if (joint or cross_attention is False) and found.kept_half is None:
+    if (joint or cross_attention is False) and found.default_cfg_half is None:
         alone = (
             "where attention is joint, guidance alone is gated"
             if joint
@@ -197,12 +203,12 @@ def check_guidance(
         )
         raise ValueError(
             f"{alone}, and that of {type(pipe).__name__} is not two halves, so all of it stays on. "
-            f"{INSTEAD if joint else 'Leave cross_attention out.'}"
+            f"{ALTERNATIVES if joint else 'Leave cross_attention out.'}"
         )
     if found.supports_cfg:
-        check_dropped(type(pipe).__name__, found.family.layout, schedule)
+        reject_dropping_momentum(type(pipe).__name__, found.family.layout, schedule)
     check_self_attention(found.denoiser, type(pipe).__name__, found.family.layout, schedule)
-    if schedule.predicts and found.kept_half is None:
+    if schedule.predicts and found.default_cfg_half is None:
         what = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"'
         raise ValueError(
             f"{what} predicts guidance, and that of {type(pipe).__name__} is not two halves, so all of it stays on. "
@@ -212,41 +218,41 @@ def check_guidance(
 
 def _find_denoiser(pipe: Any, subject: str, cross_attention: bool | None) -> tuple[Family, torch.nn.Module]:
     """The part of a pipeline that is called in every step."""
-    seen = []
+    unsupported = []
     for attribute in ("unet", "transformer", "transformer_2"):
         denoiser = getattr(pipe, attribute, None)
         if denoiser is None:
             continue
         check_module(denoiser, attribute, subject)
         family = family_of(denoiser)
-        if family is not None and attribute in (family.attribute, family.second):
+        if family is not None and attribute in (family.pipeline_attribute, family.second_denoiser):
             return family, denoiser
         inner = getattr(denoiser, "_orig_mod", denoiser)
         check_denoiser(inner, subject)
         if cross_attention is not False:
             check_attention(inner, subject)
-        seen.append(f"{attribute}={type(inner).__name__}")
-    if not seen:
-        raise ValueError(f"{subject} cannot be gated: {why_no_denoiser(pipe)}")
+        unsupported.append(f"{attribute}={type(inner).__name__}")
+    if not unsupported:
+        raise ValueError(f"{subject} cannot be gated: {no_denoiser_message(pipe)}")
     raise ValueError(
-        f"{subject} cannot be gated: T-GATE does not know how {' and '.join(seen)} does guidance. It knows "
-        f"{known(joint=cross_attention is False)}. {INSTEAD}"
+        f"{subject} cannot be gated: T-GATE does not know how {' and '.join(unsupported)} does guidance. It knows "
+        f"{supported_names(joint=cross_attention is False)}. {ALTERNATIVES}"
     )
 
 
-def _check_loop(pipeline_class: type, ticks: bool, subject: str, *, supports_cfg: bool) -> None:
-    """Refuse a pipeline that does not tell its steps or its guidance."""
+def _check_loop(pipeline_class: type, has_step_callback: bool, subject: str, *, supports_cfg: bool) -> None:
+    """Refuse a pipeline that does not report its steps or its guidance."""
     missing = [
         name
         for name, there in (
-            ("callback_on_step_end", ticks),
+            ("callback_on_step_end", has_step_callback),
             ("num_timesteps", hasattr(pipeline_class, "num_timesteps")),
-            (_GUIDES, not supports_cfg or hasattr(pipeline_class, _GUIDES)),
+            (_CFG_PROPERTY, not supports_cfg or hasattr(pipeline_class, _CFG_PROPERTY)),
         )
         if not there
     ]
     if missing:
         raise ValueError(
             f"{subject} cannot be gated: it has no {', no '.join(missing)}, so its steps and its guidance are not "
-            f"known. {INSTEAD}"
+            f"known. {ALTERNATIVES}"
         )

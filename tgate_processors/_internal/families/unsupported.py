@@ -12,7 +12,7 @@ from ..denoiser.spec import Layout
 from ..plan.schedule import TGateSchedule
 
 # What makes a pipeline faster that T-GATE cannot gate.
-INSTEAD = "What helps there are fewer steps, half precision and torch.compile."
+ALTERNATIVES = "What helps there are fewer steps, half precision and torch.compile."
 # Arguments of a pipeline's call that give away a loop, or a batch, of a shape that changes from step to step.
 REFUSED_ARGUMENTS = {
     "edit_guidance_scale": "semantic guidance adds a part to the batch for every edit",
@@ -32,34 +32,34 @@ REFUSED_DENOISERS = {
     ),
     "Ideogram4Transformer2DModel": (
         "is guided by a second denoiser, pipe.unconditional_transformer, which knows no text. T-GATE can leave out a "
-        f"call of the same denoiser, or half of its batch, but not that. {INSTEAD}"
+        f"call of the same denoiser, or half of its batch, but not that. {ALTERNATIVES}"
     ),
     "JoyImageEditPlusTransformer3DModel": (
         "is told the sizes of all pictures of each sample in a list (`shape_list`), and T-GATE can leave out one half "
-        f"of tensors only. JoyImageEditPipeline, for one picture to edit, can be gated. {INSTEAD}"
+        f"of tensors only. JoyImageEditPipeline, for one picture to edit, can be gated. {ALTERNATIVES}"
     ),
     "OmniGenTransformer2DModel": (
         "is told given pictures by the place that they have in the batch, and with them guidance adds a third part to "
-        f"it, so it is not two halves that T-GATE could tell apart. {INSTEAD}"
+        f"it, so it is not two halves that T-GATE could tell apart. {ALTERNATIVES}"
     ),
-    "RFD4ProteinaTransformer": f"makes proteins, without a text and without classifier-free guidance. {INSTEAD}",
+    "RFD4ProteinaTransformer": f"makes proteins, without a text and without classifier-free guidance. {ALTERNATIVES}",
     "UVit2DModel": (
         "fills in the tokens of a picture, some of them at random in every step. It does not denoise all of it from "
-        f"step to step, as T-GATE's predictions and what its layers keep take for granted. {INSTEAD}"
+        f"step to step, as T-GATE's predictions and what its layers keep take for granted. {ALTERNATIVES}"
     ),
     "UniDiffuserModel": (
         "has text and picture in one sequence. Its guidance compares calls that get fresh noise in every step in the "
-        f"place of one of them, so there is no difference to predict. {INSTEAD}"
+        f"place of one of them, so there is no difference to predict. {ALTERNATIVES}"
     ),
 }
 
 # Pipelines that tell the text as a class, together with the time. Their layers, which have the flag of cross-attention,
 # attend to none.
-TEXTLESS = ("AudioLDMPipeline", "MusicLDMPipeline")
+CLASS_CONDITIONED_PIPELINES = ("AudioLDMPipeline", "MusicLDMPipeline")
 
 
-def why_no_denoiser(pipe: Any) -> str:
-    """Why a pipeline has neither a UNet nor a transformer."""
+def no_denoiser_message(pipe: Any) -> str:
+    """The reason why a pipeline has neither a UNet nor a transformer."""
     # `T2IAdapter` and the like have no attention; text encoders are not diffusers' own.
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     others = [f"{name}={type(part).__name__}" for name, part in parts.items() if attention_modules(part)]
@@ -68,9 +68,9 @@ def why_no_denoiser(pipe: Any) -> str:
     if others:
         return (
             f"it denoises with {' and '.join(others)}, whose attention joins the text with other keys, so there is no "
-            f"cross-attention output to keep. {INSTEAD}"
+            f"cross-attention output to keep. {ALTERNATIVES}"
         )
-    return f"it has no denoiser that T-GATE knows, `unet` or `transformer`. {INSTEAD}"
+    return f"it has no denoiser that T-GATE knows, `unet` or `transformer`. {ALTERNATIVES}"
 
 
 def check_attention(
@@ -80,18 +80,18 @@ def check_attention(
     layout = layout or Layout()
     if layout.joint:
         if cross_attention:
-            raise ValueError(_why_joint(denoiser, subject, layout))
+            raise ValueError(_joint_attention_message(denoiser, subject, layout))
         return
     modules = list(attention_modules(denoiser).values())
     inner = getattr(denoiser, "_orig_mod", denoiser)
     name = type(inner).__name__
-    # Where added keys are `apart`, they have a softmax of their own.
-    if not layout.apart and any(_is_joint(module) for module in (*modules, *inner.modules())):
-        raise ValueError(_why_joint(denoiser, subject, layout))
+    # Where added keys are `decoupled_image_attention`, they have a softmax of their own.
+    if not layout.decoupled_image_attention and any(_is_joint(module) for module in (*modules, *inner.modules())):
+        raise ValueError(_joint_attention_message(denoiser, subject, layout))
     if not modules:
-        raise ValueError(f"{subject} cannot be gated: {name} has no attention layers. {INSTEAD}")
+        raise ValueError(f"{subject} cannot be gated: {name} has no attention layers. {ALTERNATIVES}")
     if not any(getattr(module, "is_cross_attention", True) for module in modules):
-        raise ValueError(f"{subject} cannot be gated: {name} has no cross-attention layers. {INSTEAD}")
+        raise ValueError(f"{subject} cannot be gated: {name} has no cross-attention layers. {ALTERNATIVES}")
 
 
 def check_self_attention(denoiser: torch.nn.Module, subject: str, layout: Layout, schedule: TGateSchedule) -> None:
@@ -110,9 +110,9 @@ def check_self_attention(denoiser: torch.nn.Module, subject: str, layout: Layout
     )
 
 
-def check_dropped(subject: str, layout: Layout, schedule: TGateSchedule) -> None:
+def reject_dropping_momentum(subject: str, layout: Layout, schedule: TGateSchedule) -> None:
     """Refuse to drop guidance that goes on by itself."""
-    if layout.remembers and not schedule.predicts:
+    if layout.has_momentum and not schedule.predicts:
         raise ValueError(
             f'guidance="drop" is not possible: the guidance of {subject} remembers that of the steps before '
             "(momentum), so it goes on where the two halves are the same. Predict it, with "
@@ -120,20 +120,20 @@ def check_dropped(subject: str, layout: Layout, schedule: TGateSchedule) -> None
         )
 
 
-def why_distilled(denoiser: torch.nn.Module, subject: str) -> str:
-    """Why a pipeline has no half of guidance to leave out."""
+def distilled_message(denoiser: torch.nn.Module, subject: str) -> str:
+    """The reason why a pipeline has no half of guidance to skip."""
     name = type(getattr(denoiser, "_orig_mod", denoiser)).__name__
     return (
         f"{subject} cannot be gated: it calls its {name} once in a step and its guidance is distilled into it, so "
-        f"there is no half to leave out. {INSTEAD}"
+        f"there is no half to leave out. {ALTERNATIVES}"
     )
 
 
-def check_loop(subject: str, parameters: set[str]) -> None:
+def reject_unsupported_loop(subject: str, parameters: set[str]) -> None:
     """Refuse a loop that T-GATE cannot follow, by the arguments of its call."""
     for argument, reason in REFUSED_ARGUMENTS.items():
         if argument in parameters:
-            raise ValueError(f"{subject} cannot be gated: {reason}. {INSTEAD}")
+            raise ValueError(f"{subject} cannot be gated: {reason}. {ALTERNATIVES}")
 
 
 def check_module(part: Any, attribute: str, subject: str) -> None:
@@ -173,9 +173,11 @@ def check_denoiser(denoiser: torch.nn.Module, subject: str) -> None:
             raise ValueError(f"{subject} cannot be gated: {what} {REFUSED_DENOISERS[base.__name__]}")
 
 
-def check_text(pipe: Any, cross_attention: bool | None) -> None:
+def reject_class_conditioned(pipe: Any, cross_attention: bool | None) -> None:
     """Refuse to gate the cross-attention of a pipeline whose layers attend to no text."""
-    if cross_attention is not False and any(base.__name__ in TEXTLESS for base in type(pipe).__mro__):
+    if cross_attention is not False and any(
+        base.__name__ in CLASS_CONDITIONED_PIPELINES for base in type(pipe).__mro__
+    ):
         raise ValueError(
             f"{type(pipe).__name__} cannot be gated like this: its UNet is told the text together with the time, and "
             "attends to no text, so there is no cross-attention output to keep. apply_tgate(pipe, "
@@ -183,7 +185,7 @@ def check_text(pipe: Any, cross_attention: bool | None) -> None:
         )
 
 
-def check_mode(pipe: Any) -> None:
+def reject_free_noise(pipe: Any) -> None:
     """Refuse a mode that a pipeline can be switched to at any time."""
     if getattr(pipe, "free_noise_enabled", False):
         raise ValueError(
@@ -192,8 +194,8 @@ def check_mode(pipe: Any) -> None:
         )
 
 
-def _why_joint(denoiser: torch.nn.Module, subject: str, layout: Layout) -> str:
-    """Why a denoiser with joint attention is refused, and what to do."""
+def _joint_attention_message(denoiser: torch.nn.Module, subject: str, layout: Layout) -> str:
+    """The reason why a denoiser with joint attention is refused, and what to do."""
     inner: Any = getattr(denoiser, "_orig_mod", denoiser)
     distilled = getattr(getattr(inner, "config", None), "guidance_embeds", False)
     what = (

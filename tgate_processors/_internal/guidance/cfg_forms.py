@@ -142,7 +142,7 @@ class DenoiserCFG(CFGForm):
         if ends_step:
             self.error = None
         packed = isinstance(latents, torch.Tensor) and latents.dim() == 3
-        if self._layout.given_last and packed:
+        if self._layout.reference_tokens_last and packed:
             # The tokens of a reference image follow those of the latents.
             self.limit_tokens(latents.shape[1])
 
@@ -220,4 +220,4 @@ class GuiderCFG(CFGForm):
 
 def form_of(schedule: TGateSchedule, layout: Layout, scale_of: Callable[[int], Any]) -> DenoiserCFG:
     """The form of guidance of a family."""
-    return (SequentialCFG if layout.calls > 1 else BatchedCFG)(schedule, layout, scale_of)
+    return (SequentialCFG if layout.calls_per_step > 1 else BatchedCFG)(schedule, layout, scale_of)

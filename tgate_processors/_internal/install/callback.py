@@ -13,7 +13,7 @@ from ..attention.state import TGateState
 from ..caches.detect import detect_caches
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards, validate_custom_forwards
 from ..denoiser.lock import exclusively
-from ..families import ResolvedPipeline, check_guidance, check_half, resolve_pipeline
+from ..families import ResolvedPipeline, check_cfg_half, check_guidance_mode, resolve_pipeline
 from ..plan.schedule import TGateSchedule, first_step
 from ..plan.step_plan import CFGHalf
 from ..plan.validation import is_choice, shown
@@ -125,11 +125,13 @@ class TGateCallback:
         layers = GatedLayers(found.denoiser, self.state, "gate", layout)
         layers.discover()
         call = call_of(found, pipeline)
-        run = PipelineRun(self.state, call, layers, can_skip_half=found.kept_half is not None)
+        run = PipelineRun(self.state, call, layers, can_skip_half=found.default_cfg_half is not None)
         first, self.state.first_step_cache = self.state.first_step_cache, None
         assert isinstance(first, AttentionCache)
         self._run = run
-        hooks = DenoiserHooks(self.state, found.denoiser, found.controlnet, self.cfg_half, found.kept_half, layout)
+        hooks = DenoiserHooks(
+            self.state, found.denoiser, found.controlnet, self.cfg_half, found.default_cfg_half, layout
+        )
         watch = found.denoiser.register_forward_pre_hook(self._reset_stale_run)
         exclusively(hooks.install)
         self._attached.callback(watch.remove)
@@ -149,9 +151,9 @@ class TGateCallback:
     def _check(self, pipeline: Any, found: ResolvedPipeline) -> None:
         """Refuse what a callback alone cannot gate."""
         schedule = self.state.schedule
-        check_half(pipeline, found, self.cfg_half)
-        check_guidance(pipeline, found, schedule)
-        if found.family.layout.calls > 1:
+        check_cfg_half(pipeline, found, self.cfg_half)
+        check_guidance_mode(pipeline, found, schedule)
+        if found.family.layout.calls_per_step > 1:
             raise ValueError(
                 f"T-GATE: the guidance of {type(pipeline).__name__} is two calls of its denoiser, and a callback alone "
                 "cannot leave one out: use apply_tgate(pipe, ...)."

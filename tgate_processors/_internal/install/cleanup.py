@@ -10,8 +10,8 @@ class Cleanup:
     What has to be undone at the end of a call.
 
     Each part is added before it is done, and can be undone twice. So `run` is called in two `finally` blocks, one
-    inside the other: an interrupt in the first one leaves the rest to the second. `contextlib.ExitStack` loses the
-    part that it is at.
+    inside the other: an interrupt in the first one leaves the rest to the second. `contextlib.ExitStack` loses the part
+    that it is at.
 
     Attributes:
         completed (`bool`): Whether the call has come to its end.

@@ -22,7 +22,7 @@ from .installation import Installation
 # What makes a guider's two predictions and its output of them. Who changes none of it guides as its base class does.
 _CFG_METHODS = ("__call__", "forward", "num_conditions", "prepare_inputs", "prepare_inputs_from_block_state")
 _DENOISERS = ("unet", "transformer", "transformer_2")
-_NO_GATED_LAYERS = Layout(joint=True, calls=2)
+_NO_GATED_LAYERS = Layout(joint=True, calls_per_step=2)
 
 
 def is_modular(pipe: Any) -> bool:

@@ -111,12 +111,14 @@ class DenoiserHooks(OrderedHooks):
         # For the hooks after this forward, and for the next one: some may have come since the last.
         exclusively(self._move_innermost)
         is_halved = memory.ran_on_half
-        may_halve = innermost or is_halved or self._layout.calls > 1
+        may_halve = innermost or is_halved or self._layout.calls_per_step > 1
         run.before_forward(inputs, self._active_half(run), may_halve=may_halve, is_halved=is_halved, denoiser=module)
         if run.guided and run.may_halve_batch:
             self._reject_unknown_batches(module, inputs, self._layout.denoiser_arguments)
         if not run.halves_batch:
-            memory.read_residuals(batch_size_of([inputs.arguments.get(name) for name in self._layout.residuals]))
+            memory.read_residuals(
+                batch_size_of([inputs.arguments.get(name) for name in self._layout.controlnet_residuals])
+            )
             if is_halved:
                 raise ValueError(
                     "T-GATE: the ControlNet ran on half of the batch, but the denoiser has to run on all of it, "
@@ -129,7 +131,9 @@ class DenoiserHooks(OrderedHooks):
         """Slice the arguments to the active half. They are restored for the user's hooks after the forward."""
         layout, memory, batch = self._layout, self._memory(run), inputs.batch_size
         wanted: BatchArguments = (
-            layout.denoiser_arguments if memory.ran_on_half else {**layout.denoiser_arguments, **layout.residuals}
+            layout.denoiser_arguments
+            if memory.ran_on_half
+            else {**layout.denoiser_arguments, **layout.controlnet_residuals}
         )
         active_half = self._active_half(run)
         positional = dict(zip(inputs.arguments, args, strict=False))
@@ -143,7 +147,7 @@ class DenoiserHooks(OrderedHooks):
         """Refuse arguments that diffusers does not have, if they may hold the batch that is to be sliced."""
         if self._batch_is_known:
             return
-        for name, tensor in unknown_batch_arguments(module, inputs, {**names, **self._layout.residuals}):
+        for name, tensor in unknown_batch_arguments(module, inputs, {**names, **self._layout.controlnet_residuals}):
             raise ValueError(
                 f"T-GATE: {type(module).__name__} has an argument {name!r} of its own, here of shape "
                 f"{tuple(tensor.shape)} with a guided batch of {inputs.batch_size}, where T-GATE has to know whether "
@@ -196,7 +200,7 @@ class DenoiserHooks(OrderedHooks):
         difference = run.after_forward(output)
         if original is None:
             return None
-        if self._layout.entries:
+        if self._layout.list_arguments:
             output = stack_samples(output)
         rows = batch_size_of(output)
         if rows != original.rows:
@@ -213,4 +217,4 @@ class DenoiserHooks(OrderedHooks):
             original.active_half,
             lambda both: guided_parts(both, original.inputs, self._layout),
         )
-        return unstack_samples(doubled) if self._layout.entries else doubled
+        return unstack_samples(doubled) if self._layout.list_arguments else doubled

@@ -18,7 +18,7 @@ from ..caches.deepcache import DeepCacheAdapter
 from ..caches.detect import detect_caches, reject_caches_on_controlnet
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards
 from ..denoiser.lock import exclusively, soon
-from ..families import ResolvedPipeline, check_guidance, check_half, check_mode, resolve_pipeline
+from ..families import ResolvedPipeline, check_cfg_half, check_guidance_mode, reject_free_noise, resolve_pipeline
 from ..plan.report import TGateReport
 from ..plan.step_plan import CFGHalf
 from ..run.guider_run import GuiderRun
@@ -176,18 +176,22 @@ class Installation:
 
     def refresh(self, pipe: Any, found: ResolvedPipeline | None = None) -> PreparedCall:
         """Install into the pipeline's present denoisers, and refuse caches and wrappers that T-GATE cannot run with."""
-        check_mode(pipe)
+        reject_free_noise(pipe)
         here = next((installed for installed in self._installed if installed.found.is_of(pipe)), None)
         if here is not None:
             found = here.found
         elif found is None:
             found = resolve_pipeline(pipe, self.cross_attention)
-            check_half(pipe, found, self.cfg_half)
-            check_guidance(pipe, found, self.state.schedule, self.cross_attention)
+            check_cfg_half(pipe, found, self.cfg_half)
+            check_guidance_mode(pipe, found, self.state.schedule, self.cross_attention)
         helper = self.deepcache.helper if self.deepcache else None
         layout = found.family.layout
-        gates_cross = layout.keeps_cross if self.cross_attention is None else self.cross_attention
-        asked: dict[str, Any] = {"calls_per_step": layout.calls, "gates_cross": gates_cross, "cfg_half": self.cfg_half}
+        gates_cross = layout.gates_cross_by_default if self.cross_attention is None else self.cross_attention
+        asked: dict[str, Any] = {
+            "calls_per_step": layout.calls_per_step,
+            "gates_cross": gates_cross,
+            "cfg_half": self.cfg_half,
+        }
         caches = [detect_caches(denoiser, self.state.schedule, helper, **asked) for denoiser in found.denoisers]
         if self.deepcache is not None:
             caches[0].insert(0, self.deepcache)
@@ -213,9 +217,11 @@ class Installation:
             return here.install()
         # Not `self`, which would keep the pipeline's installation alive.
         state, custom_processors, batch_is_known = self.state, self.custom_processors, self.batch_arguments is not None
-        layout = found.family.layout.with_own(self.batch_arguments or ())
+        layout = found.family.layout.with_batch_arguments(self.batch_arguments or ())
         hooks = [
-            DenoiserHooks(state, denoiser, found.controlnet, self.cfg_half, found.kept_half, layout, batch_is_known)
+            DenoiserHooks(
+                state, denoiser, found.controlnet, self.cfg_half, found.default_cfg_half, layout, batch_is_known
+            )
             for denoiser in found.denoisers
         ]
         here = InstalledDenoisers(

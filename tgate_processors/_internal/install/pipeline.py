@@ -171,12 +171,12 @@ def _begin_run(
     if not found.counts_forwards:
         chain_callback(pipe, installation.state, bound, is_diffusers_loop=found.is_diffusers_loop)
     suspend_in_legacy_callback(state, bound)
-    adapters = CacheAdapters(caches, found.family.layout.calls)
+    adapters = CacheAdapters(caches, found.family.layout.calls_per_step)
     run = PipelineRun(
         state,
         call,
         layers,
-        can_skip_half=found.kept_half is not None and not adapters.owns_cfg,
+        can_skip_half=found.default_cfg_half is not None and not adapters.owns_cfg,
         counts_forwards=found.counts_forwards,
         caches=adapters,
         cross_attention=installation.cross_attention,
@@ -189,7 +189,7 @@ def _begin_run(
     for denoiser in found.denoisers:
         cleanup.add(functools.partial(stop_replaying_checkpoints, denoiser, run))
         replay_checkpoints(denoiser, state, run)
-        if found.family.layout.calls > 1:
+        if found.family.layout.calls_per_step > 1:
             cleanup.add(functools.partial(stop_intercepting, denoiser, run))
             intercept_calls(denoiser, state, run)
     adapters.begin_call(cleanup.add)

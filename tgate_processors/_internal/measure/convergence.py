@@ -1,4 +1,4 @@
-"""Which settings suit a model: how its cross-attention and its guidance settle from step to step."""
+"""Which settings suit a model: how its cross-attention and its guidance converge from step to step."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def measure_convergence(
         )
     schedules = [TGateSchedule("auto", tolerance=validate_tolerance(each, "tolerances")) for each in tolerances]
     calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
-    if has_guider(pipe) or resolve_pipeline(pipe).family.layout.calls > 1:
+    if has_guider(pipe) or resolve_pipeline(pipe).family.layout.calls_per_step > 1:
         raise ValueError(
             f"the guidance of {type(pipe).__name__} is two calls of its denoiser, and the probe watches guidance in "
             'one batch: use gate_step="auto" there, whose report tells the errors.'
@@ -150,28 +150,28 @@ def measure_convergence(
     if not calls:
         raise ValueError(f"prompts={shown(prompts)} is empty: give some prompts, with a call for each.")
     probe = ConvergenceProbe()
-    with _watched(pipe, probe):
+    with _probing(pipe, probe):
         for each in pipe.progress_bar(calls):
             pipe(**{**(call or {}), **each})
-            probe.end_call(schedules)
+            probe.on_call_end(schedules)
     steps = pd.DataFrame({name: probe.mean(name) for name in ("cross_attention", "difference", "error")})
     steps = steps.reindex(range(probe.steps)).rename_axis("step")
     layers = pd.DataFrame({name: probe.mean(name) for name in probe.layers}).reindex(range(probe.steps))
     half = _half_share(pipe, {**(call or {}), **calls[0]}, probe.steps)
-    columns = [probe.setting(schedule, half) for schedule in schedules]
+    columns = [probe.forecast(schedule, half) for schedule in schedules]
     names = ("full_steps", "gate_step", "speedup")
     index = pd.Index([schedule.tolerance for schedule in schedules], name="tolerance")
     return TGateConvergence(steps, layers.rename_axis("step"), pd.DataFrame(columns, index=index, columns=list(names)))
 
 
 @contextmanager
-def _watched(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
-    """Have T-GATE follow the calls of a pipeline without gating anything, and everything as it was afterwards."""
+def _probing(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
+    """Probe the calls of a pipeline without gating anything, and restore it afterwards."""
     before = installed(pipe)
     remove_tgate(pipe)
     found = resolve_pipeline(pipe)
     # A gate that no run reaches. Guidance with a memory cannot be dropped, not even then.
-    schedule = TGateSchedule(10**9, guidance="predict" if found.family.layout.remembers else None)
+    schedule = TGateSchedule(10**9, guidance="predict" if found.family.layout.has_momentum else None)
     state = TGateState(schedule, by_hand=False)
     state.warned.add("late")
     handles = []
@@ -194,29 +194,31 @@ def _watched(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
 
 
 def _layer_hook(probe: ConvergenceProbe, name: str, state: TGateState) -> Any:
-    """Tell the probe what a layer gives out."""
+    """Make a hook that passes the output of a layer to the probe."""
 
     def hook(module: Any, args: Any, output: Any) -> None:
         run = state.current()
         if run is not None:
-            probe.layer(name, run, output)
+            probe.on_layer_output(name, run, output)
 
     return hook
 
 
 def _denoiser_hook(probe: ConvergenceProbe, state: TGateState) -> Any:
-    """Tell the probe what the denoiser gives out."""
+    """Make a hook that passes the output of the denoiser to the probe."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         run = state.current()
         if run is not None and run.guided:
-            probe.both_halves(noise_prediction_of(output, read_inputs(module, args, kwargs).sample_shape).detach(), run)
+            probe.on_guided_output(
+                noise_prediction_of(output, read_inputs(module, args, kwargs).sample_shape).detach(), run
+            )
 
     return hook
 
 
 def _half_share(pipe: Any, call: Mapping[str, Any], steps: int) -> float:
-    """What a half step takes of the MACs of a full one."""
+    """The share of a full step's MACs that a half step takes."""
     size = {name: call[name] for name in ("height", "width", "max_sequence_length", "num_frames") if call.get(name)}
     try:
         cost = estimate_cost(pipe, TGateSchedule(1), steps, **size)

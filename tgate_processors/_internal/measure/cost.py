@@ -12,7 +12,7 @@ import torch
 
 from ..attention.budget import gates_cross_attention, validate_max_memory
 from ..attention.state import TGateState
-from ..families import check_dropped, family_of
+from ..families import family_of, reject_dropping_momentum
 from ..plan.report import TGateReport
 from ..plan.schedule import TGateSchedule
 from ..plan.steps import StepCounter
@@ -20,17 +20,17 @@ from ..plan.validation import shown, validate_int, validate_switch
 from ..run.messages import RunWarnings
 from .dry_run import simulate_schedule
 from .inputs import InputSize
-from .macs import DenoiserProfile, MACs, count_forward, measure
+from .macs import DenoiserProfile, MACs, count_forward, profile_denoiser
 from .meta_model import (
     MAX_SIZE,
-    check_conditions,
-    check_parameters,
     family_inputs,
-    input_size,
     make_inputs,
     make_meta_model,
+    reject_modified_model,
+    reject_unknown_conditioning,
+    resolve_input_size,
 )
-from .target import DenoiserCall, config_of, read_timeline, resolve_cfg, resolve_dtype, resolve_target
+from .target import DenoiserCall, config_json, read_timeline, resolve_cfg, resolve_dtype, resolve_target
 
 
 @dataclass(frozen=True)
@@ -154,18 +154,18 @@ def estimate_cost(
     num_inference_steps = validate_int("num_inference_steps", num_inference_steps, 1, maximum=MAX_SIZE)
     batch_size = validate_int("batch_size", batch_size, 1, maximum=MAX_SIZE)
     guided = resolve_cfg(pipe, denoiser, do_classifier_free_guidance)
-    size = input_size(pipe, denoiser, height, width, max_sequence_length, num_frames, vae_scale_factor)
+    size = resolve_input_size(pipe, denoiser, height, width, max_sequence_length, num_frames, vae_scale_factor)
     dtype = resolve_dtype(denoiser, dtype)
-    check_conditions(denoiser)
+    reject_unknown_conditioning(denoiser)
     profile = _profile_of(denoiser, size)
     family = family_of(denoiser)
     assert family is not None
     layout = family.layout
     timeline, takes_over = read_timeline(pipe, num_inference_steps, family)
     if guided:
-        check_dropped(type(denoiser).__name__, layout, schedule)
+        reject_dropping_momentum(type(denoiser).__name__, layout, schedule)
     if cross_attention is None:
-        cross_attention = layout.keeps_cross
+        cross_attention = layout.gates_cross_by_default
     run = simulate_schedule(
         profile,
         schedule,
@@ -183,17 +183,17 @@ def estimate_cost(
     )
     warnings.no_cfg()
     warnings.gate_too_late(StepCounter(schedule, timeline))
-    if run.least is not None:
-        warnings.budget_too_small(run.least)
+    if run.min_bytes is not None:
+        warnings.budget_too_small(run.min_bytes)
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
-    beside = _beside(denoiser, size, extra_forwards) * (timeline.passes * batch_size)
+    extra = _extra_forward_macs(denoiser, size, extra_forwards) * (timeline.passes * batch_size)
     return TGateCost(
         full=full.macs,
         without_cross_attention=without_cross.macs,
         without_self_attention=profile.forwards[False, True].macs,
         without_attention=profile.forwards[True, True].macs,
-        without_tgate=full.macs * (timeline.passes * batch_size * (2 if guided else 1)) + beside,
-        with_tgate=run.macs + beside,
+        without_tgate=full.macs * (timeline.passes * batch_size * (2 if guided else 1)) + extra,
+        with_tgate=run.macs + extra,
         parameters=full.parameters,
         parameters_after_gate=without_cross.parameters,
         report=run.report,
@@ -201,10 +201,10 @@ def estimate_cost(
 
 
 def _profile_of(denoiser: Any, size: InputSize) -> DenoiserProfile:
-    """What a denoiser takes; refused if it is not what its configuration describes."""
+    """Profile a denoiser, and refuse it if it is not what its configuration describes."""
     denoiser_class: Any = type(denoiser)
     try:
-        profile, names = _profile(denoiser_class, config_of(denoiser), size)
+        profile, names = _profile(denoiser_class, config_json(denoiser), size)
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
@@ -212,29 +212,29 @@ def _profile_of(denoiser: Any, size: InputSize) -> DenoiserProfile:
             f"height, width, num_frames and max_sequence_length make tensors larger than torch counts, {size}: give "
             "smaller ones."
         ) from None
-    check_parameters(denoiser, names)
+    reject_modified_model(denoiser, names)
     return profile
 
 
 @functools.lru_cache(maxsize=16)
 def _profile(denoiser_class: Any, config: str, size: InputSize) -> tuple[DenoiserProfile, frozenset[str]]:
-    """What a denoiser takes, and the names of its parameters; kept, because most calls differ in the schedule only."""
+    """Profile a denoiser, and list its parameters; cached, because most calls differ in the schedule only."""
     meta_model = make_meta_model(denoiser_class, json.loads(config))
-    return measure(meta_model, size), frozenset(name for name, _ in meta_model.named_parameters())
+    return profile_denoiser(meta_model, size), frozenset(name for name, _ in meta_model.named_parameters())
 
 
-def _beside(denoiser: Any, size: InputSize, extra_forwards: Sequence[Any] | None) -> MACs:
-    """What the calls beside those of guidance take in a step, for one picture."""
+def _extra_forward_macs(denoiser: Any, size: InputSize, extra_forwards: Sequence[Any] | None) -> MACs:
+    """MACs of a step's calls other than those of guidance, for one sample."""
     family, name = family_of(denoiser), type(denoiser).__name__
     assert family is not None
-    known = family.layout.beside
+    known = family.layout.auxiliary_call_arguments
     if extra_forwards is not None and not isinstance(extra_forwards, Sequence):
         raise TypeError(
             f"extra_forwards={shown(extra_forwards)} is of type {type(extra_forwards).__name__}: give a list, with a "
             "dict for each call."
         )
     if extra_forwards is None:
-        if family_inputs(denoiser).further:
+        if family_inputs(denoiser).has_extra_forwards:
             raise ValueError(
                 f"pipelines call {name} further times in every step, with {' or '.join(known)}, and these calls "
                 "run whole: give extra_forwards, a list with the arguments of each such as "
@@ -250,7 +250,7 @@ def _beside(denoiser: Any, size: InputSize, extra_forwards: Sequence[Any] | None
             )
     if not extra_forwards:
         return MACs()
-    meta_model = make_meta_model(type(denoiser), json.loads(config_of(denoiser)))
+    meta_model = make_meta_model(type(denoiser), json.loads(config_json(denoiser)))
     return sum(
         (count_forward(meta_model, make_inputs(meta_model, 1, size) | dict(given)).macs for given in extra_forwards),
         MACs(),

@@ -1,4 +1,4 @@
-"""A run without a network: the plan of every forward, and what a denoiser of known layers takes for it."""
+"""A run without a network: the plan of every forward, and the MACs of a denoiser with a known profile."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .macs import DenoiserProfile, MACs
 
 @dataclass
 class _Cached:
-    """What the layers of a denoiser hold: rows of each layer with cross-attention, and of self-attention."""
+    """What the layers of a denoiser have cached: rows of each layer with cross-attention, and of self-attention."""
 
     cross: dict[int, int] = field(default_factory=dict)
-    beyond_budget: set[int] = field(default_factory=set)
+    over_budget: set[int] = field(default_factory=set)
     self_rows: int | None = None
     key: CacheKey | None = None
 
 
 class _SimulatedDenoiser:
-    """A denoiser of which is known what its layers take and give out."""
+    """A denoiser that runs by its profile, without tensors."""
 
     def __init__(
         self, profile: DenoiserProfile, *, itemsize: int, gates_cross: bool, joint: bool, max_memory: int | None
@@ -49,13 +49,13 @@ class _SimulatedDenoiser:
 
     @property
     def cached_layer_counts(self) -> tuple[int, int]:
-        """How many layers hold cross-attention, and how many would without a budget."""
-        return len(self.cached.cross), len(self.cached.cross) + len(self.cached.beyond_budget)
+        """How many layers have cross-attention cached, and how many would without a budget."""
+        return len(self.cached.cross), len(self.cached.cross) + len(self.cached.over_budget)
 
     @property
     def min_bytes(self) -> int | None:
         """The bytes that the first layer needs, if any is beyond the budget."""
-        return self._budget.min_bytes if self._budget is not None and self.cached.beyond_budget else None
+        return self._budget.min_bytes if self._budget is not None and self.cached.over_budget else None
 
     def release(self) -> None:
         """Another denoiser takes over, or the run has ended."""
@@ -64,7 +64,7 @@ class _SimulatedDenoiser:
             self._budget.reset()
 
     def forward(self, plan: ForwardPlan, rows: int) -> MACs:
-        """Run a forward, and tell what it takes for so many rows."""
+        """Run a forward with so many rows, and return its MACs."""
         cached_rows = rows if plan.part is CachedPart.ALL else rows // 2
         reuses_own = not self._joint and plan.self_attention is Action.REUSE and self.cached.self_rows == rows
         computed = list(range(len(self._profile.cross)))
@@ -90,30 +90,30 @@ class _SimulatedDenoiser:
         if self._budget is not None:
             for index, nbytes in widths.items():
                 self._budget.offer(index, self._profile.cross[index].saved, nbytes, index)
-            self.cached.beyond_budget = {index for index in widths if index not in self._budget}
-        self.cached.cross = {index: rows for index in widths if index not in self.cached.beyond_budget}
+            self.cached.over_budget = {index for index in widths if index not in self._budget}
+        self.cached.cross = {index: rows for index in widths if index not in self.cached.over_budget}
 
     def _macs(self, computed: list[int], *, reuses_own: bool) -> MACs:
-        """What a forward takes for one sample, in which these layers compute cross-attention."""
+        """MACs of a forward for one sample, in which these layers compute cross-attention."""
         reuses = len(computed) < len(self._profile.cross)
-        apart = [self._profile.cross[index].macs for index in computed] if reuses else []
-        return sum(apart, start=self._profile.forwards[reuses, reuses_own].macs)
+        separately = [self._profile.cross[index].macs for index in computed] if reuses else []
+        return sum(separately, start=self._profile.forwards[reuses, reuses_own].macs)
 
 
 @dataclass(frozen=True)
 class DryRun:
     """
-    What a run takes.
+    The result of a simulated run.
 
     Args:
         macs (`MACs`): Multiply-accumulates of all forwards.
-        report (`TGateReport`): What T-GATE says of the run.
-        least (`int`, *optional*): The bytes that the first layer needs, if `max_memory` is too little for it.
+        report (`TGateReport`): The report of the run.
+        min_bytes (`int`, *optional*): The bytes that the first layer needs, if `max_memory` is too little for it.
     """
 
     macs: MACs
     report: TGateReport
-    least: int | None
+    min_bytes: int | None
 
 
 def simulate_schedule(
@@ -146,7 +146,7 @@ def simulate_schedule(
         takes_over (`int`, *optional*): The pass from which another denoiser of the same size runs.
 
     Returns:
-        `DryRun`: What the run takes, and what T-GATE says of it.
+        `DryRun`: The MACs and the report of the run.
     """
     denoiser = _SimulatedDenoiser(
         profile, itemsize=itemsize, gates_cross=cross_attention, joint=joint, max_memory=max_memory
@@ -155,13 +155,13 @@ def simulate_schedule(
     rows = (2 if guided else 1) * batch_size
     part = CachedPart.MEAN if guided else CachedPart.ALL
     # How many differences of guidance are known, and the errors of their predictions.
-    known, switched, least = 0, False, None
+    num_known, switched, min_bytes = 0, False, None
     for index in range(timeline.passes):
         if index == takes_over:
             denoiser.release()
             counter.restart_controller()
-            known, switched = 0, index > 0
-        has_history = known >= MIN_HISTORY
+            num_known, switched = 0, index > 0
+        has_history = num_known >= MIN_HISTORY
         context = ForwardContext(
             batch_size=rows,
             sample_shape=(profile.width,),
@@ -180,12 +180,12 @@ def simulate_schedule(
         step, error = counter.step_index, None
         if guided and schedule.predicts and not plan.is_half_step and counter.has_half_steps_left:
             error = 0.0 if has_history and schedule.is_auto else None
-            known = min(known + 1, MIN_HISTORY)
+            num_known = min(num_known + 1, MIN_HISTORY)
         if error is not None:
             builder.add_error(step, error)
         counter.begin_forward()
         counter.end_pass(full=not plan.is_half_step, error=error)
-        held = denoiser.nbytes + known * profile.width * batch_size * itemsize
+        held = denoiser.nbytes + num_known * profile.width * batch_size * itemsize
         is_half, kept = plan.is_half_step, denoiser.cached_layer_counts
         builder.add_pass(
             counter, step, is_half_step=is_half, counts=denoiser.counts, cached_bytes=held, cached_layers=kept
@@ -193,5 +193,5 @@ def simulate_schedule(
         if not cross_attention and not is_half:
             builder.add_uncached_bytes(denoiser.uncached_bytes // (2 if plan.caches_one_half else 1))
         if denoiser.min_bytes is not None and not builder.report.kept_layers:
-            least = denoiser.min_bytes
-    return DryRun(taken, builder.report, least)
+            min_bytes = denoiser.min_bytes
+    return DryRun(taken, builder.report, min_bytes)

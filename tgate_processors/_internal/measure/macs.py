@@ -1,4 +1,4 @@
-"""Counting: the forwards of a denoiser without weights, by torch's counter."""
+"""MACs of the forwards of a denoiser without weights, counted by torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class MACs:
 
 @dataclass(frozen=True)
 class ForwardCost:
-    """What one forward took: MACs, those of some layers by themselves, and the parameters of the modules that ran."""
+    """The cost of one forward: MACs, also of some layers separately, and parameters of the modules that ran."""
 
     macs: MACs
     parameters: int
@@ -62,7 +62,7 @@ class ForwardCost:
 
 @dataclass(frozen=True)
 class CrossAttentionCost:
-    """A layer with cross-attention: the numbers that it gives out, what it takes, and by what it is chosen."""
+    """A layer with cross-attention: the size of its output, its MACs, and the MACs that reuse saves."""
 
     width: int
     macs: MACs
@@ -72,7 +72,7 @@ class CrossAttentionCost:
 @dataclass(frozen=True)
 class DenoiserProfile:
     """
-    What a denoiser takes for one picture.
+    The cost of a denoiser for one sample.
 
     Args:
         forwards (`dict`): The forwards, by whether cross-attention and self-attention are reused in them.
@@ -122,17 +122,17 @@ class RecordingCache:
 
 def count_forwards(
     module: Any,
-    make: Callable[[], dict[str, Any]],
-    ways: Sequence[tuple[Action, Action]],
+    new_inputs: Callable[[], dict[str, Any]],
+    modes: Sequence[tuple[Action, Action]],
     layout: Layout | None = None,
 ) -> Iterator[tuple[ForwardCost, RecordingCache]]:
     """
-    Run a module with T-GATE's processors, one way of doing cross- and self-attention after the other.
+    Run a module with T-GATE's processors, once for each combination of actions.
 
     Args:
         module (`torch.nn.Module`): The module.
-        make (`Callable`): Makes the inputs of a forward.
-        ways (`Sequence` of `tuple`): What cross-attention and self-attention do.
+        new_inputs (`Callable`): Makes the inputs of a forward.
+        modes (`Sequence` of `tuple`): What cross-attention and self-attention do.
         layout (`Layout`, *optional*): Which layers are never gated.
 
     Yields:
@@ -143,16 +143,16 @@ def count_forwards(
     for name, layer in layers.items():
         if layout is None or layout.is_gateable(name):
             layer.set_processor(TGateAttnProcessor(layer.processor, state))
-    for cross, own in ways:
+    for cross, own in modes:
         recorder.actions.set(cross, own)
         with state.entered(recorder):
-            forward = count_forward(module, make(), layers)
+            forward = count_forward(module, new_inputs(), layers)
         yield forward, recorder
 
 
-def measure(meta_model: Any, size: InputSize) -> DenoiserProfile:
-    """Run a denoiser without weights in every way in which its attention can be computed and reused."""
-    ways = (
+def profile_denoiser(meta_model: Any, size: InputSize) -> DenoiserProfile:
+    """Profile a denoiser without weights, in each way that its attention can be computed and reused."""
+    modes = (
         (Action.STORE, Action.STORE),
         (Action.STORE, Action.REUSE),
         (Action.REUSE, Action.REUSE),
@@ -164,13 +164,13 @@ def measure(meta_model: Any, size: InputSize) -> DenoiserProfile:
     assert family is not None
     layout = family.layout
 
-    def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def record_output(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         given.append(sum(part.numel() for part in guided_parts(output, read_inputs(module, args, kwargs), layout)))
 
-    handle = meta_model.register_forward_hook(note, with_kwargs=True)
-    counted = count_forwards(meta_model, lambda: make_inputs(meta_model, 1, size), ways, layout)
-    for way, (forward, recorder) in zip(ways, counted, strict=True):
-        forwards[way[0] is Action.REUSE, way[1] is Action.REUSE] = forward
+    handle = meta_model.register_forward_hook(record_output, with_kwargs=True)
+    counted = count_forwards(meta_model, lambda: make_inputs(meta_model, 1, size), modes, layout)
+    for mode, (forward, recorder) in zip(modes, counted, strict=True):
+        forwards[mode[0] is Action.REUSE, mode[1] is Action.REUSE] = forward
         widths.append(recorder.nbytes // meta_model.dtype.itemsize)
     handle.remove()
     taken, seen = forwards[False, False].layers, recorder.cross
@@ -182,13 +182,13 @@ def measure(meta_model: Any, size: InputSize) -> DenoiserProfile:
 
 
 def count_forward(
-    module: torch.nn.Module, inputs: dict[str, Any], apart: Mapping[str, torch.nn.Module] | None = None
+    module: torch.nn.Module, inputs: dict[str, Any], separately: Mapping[str, torch.nn.Module] | None = None
 ) -> ForwardCost:
-    """Run a module once and count, in some of its parts by themselves too."""
+    """Run a module once and count MACs, also of some of its parts separately."""
     counter = FlopCounterMode(display=False)
     ran: set[torch.nn.Parameter] = set()
     in_layers = 0
-    names = {part: name for name, part in (apart or {}).items()}
+    names = {part: name for name, part in (separately or {}).items()}
     taken: dict[str, MACs] = {}
 
     def so_far() -> MACs:

@@ -11,10 +11,10 @@ import torch
 
 from ..families import family_of
 from ..plan.validation import shown, validate_int
-from .inputs import INPUTS, InputShapes, InputSize, fill
+from .inputs import INPUTS, InputShapes, InputSize, materialize
 
 # Settings that may need an input which is not among these shapes, with the values that do not.
-_KNOWN_CONDITIONS: dict[str, tuple[str | None, ...]] = {
+_SUPPORTED_CONDITIONING: dict[str, tuple[str | None, ...]] = {
     "encoder_hid_dim_type": (None, "text_proj"),
     "addition_embed_type": (None, "text_time"),
     "class_embed_type": (None,),
@@ -40,7 +40,7 @@ def family_inputs(denoiser: torch.nn.Module) -> InputShapes:
     return inputs
 
 
-def input_size(
+def resolve_input_size(
     pipe: Any,
     denoiser: Any,
     height: int | None,
@@ -49,32 +49,34 @@ def input_size(
     num_frames: int | None,
     vae_scale_factor: int | None,
 ) -> InputSize:
-    """The size of the inputs: as given, else as the pipeline or the configuration has it."""
+    """The size of the inputs: as given, or else by the pipeline or the configuration."""
     name, inputs = type(denoiser).__name__, family_inputs(denoiser)
     for argument, value, senseless in (
         ("num_frames", num_frames, inputs.frames is None),
-        ("max_sequence_length", max_sequence_length, not inputs.text),
-        ("height", height, not inputs.sized),
-        ("width", width, not inputs.sized),
+        ("max_sequence_length", max_sequence_length, not inputs.has_text_length),
+        ("height", height, not inputs.has_height_width),
+        ("width", width, not inputs.has_height_width),
     ):
         if value is not None and senseless:
             raise ValueError(f"{argument}={shown(value)} means nothing for a {name}: leave it out.")
-    factor = _scale(pipe, inputs) if vae_scale_factor is None else vae_scale_factor
+    factor = _spatial_compression(pipe, inputs) if vae_scale_factor is None else vae_scale_factor
     factor = validate_int("vae_scale_factor", factor, 1, maximum=MAX_SIZE)
     sides = []
     for axis, (argument, value) in enumerate((("height", height), ("width", width))):
-        if not inputs.sized:
+        if not inputs.has_height_width:
             value = factor
         if value is None:
-            value = _call_default(pipe, argument) or _sample_size(denoiser, axis, argument) * factor
+            value = _call_default_of(pipe, argument) or _sample_size(denoiser, axis, argument) * factor
         value = validate_int(argument, value, factor, maximum=MAX_SIZE)
         if value % factor:
             raise ValueError(f"{argument}={shown(value)} is not a multiple of {factor}: give one.")
         sides.append(value // factor)
     tokens = max_sequence_length
     if tokens is None:
-        padded = getattr(getattr(pipe, "tokenizer", None), "model_max_length", None) if inputs.padded else None
-        tokens = _call_default(pipe, "max_sequence_length") or padded or inputs.tokens
+        padded = (
+            getattr(getattr(pipe, "tokenizer", None), "model_max_length", None) if inputs.pads_to_tokenizer else None
+        )
+        tokens = _call_default_of(pipe, "max_sequence_length") or padded or inputs.tokens
     frames = num_frames
     if frames is None and inputs.frames is not None:
         frames = _frames(pipe, denoiser, inputs)
@@ -86,29 +88,29 @@ def input_size(
         height=sides[0],
         width=sides[1],
         tokens=validate_int("max_sequence_length", tokens, 1, maximum=MAX_SIZE),
-        frames=(frames - 1) // _frame_scale(pipe, inputs) + 1,
+        frames=(frames - 1) // _temporal_compression(pipe, inputs) + 1,
         picture=_picture_tokens(pipe),
         given=_is_given_parts(pipe, inputs),
-        crossed=bool(_call_default(pipe, "use_cross_timestep")),
+        crossed=bool(_call_default_of(pipe, "use_cross_timestep")),
     )
 
 
 def _frames(pipe: Any, denoiser: Any, inputs: InputShapes) -> int | None:
-    """Frames of the video if nobody says how many; one where the call draws a picture."""
-    if pipe is not None and inputs.sized and not takes(pipe, "frame", "video"):
+    """Frames of the video if no argument says how many; one where the call makes an image."""
+    if pipe is not None and inputs.has_height_width and not call_has_argument(pipe, "frame", "video"):
         return 1
-    told = (getattr(denoiser.config, name, None) or _call_default(pipe, name) for name in _FRAMES)
+    told = (getattr(denoiser.config, name, None) or _call_default_of(pipe, name) for name in _FRAMES)
     return next(filter(None, told), inputs.frames)
 
 
-def takes(pipe: Any, *words: str) -> bool:
+def call_has_argument(pipe: Any, *words: str) -> bool:
     """Whether the call of a pipeline has an argument with one of these words in its name, or any argument."""
     parameters = inspect.signature(type(pipe).__call__).parameters.values()
     return any(each.kind is each.VAR_KEYWORD or any(word in each.name for word in words) for each in parameters)
 
 
 def _picture_tokens(pipe: Any) -> int:
-    """Tokens of a given picture, where it is encoded."""
+    """Tokens of a reference image, where it is encoded."""
     config: Any = getattr(getattr(pipe, "image_encoder", None), "config", None)
     if not isinstance(getattr(config, "image_size", None), int):
         return InputSize.picture
@@ -116,13 +118,13 @@ def _picture_tokens(pipe: Any) -> int:
 
 
 def _is_given_parts(pipe: Any, inputs: InputShapes) -> bool:
-    """Whether the denoiser is told which parts are given; of Wan some checkpoints want that in every call."""
-    named = any(base.__name__ in inputs.given for base in type(pipe).__mro__)
+    """Whether an input of the denoiser says which parts are given; some checkpoints of Wan need it in every call."""
+    named = any(base.__name__ in inputs.reference_pipelines for base in type(pipe).__mro__)
     return named or bool(getattr(getattr(pipe, "config", None), "expand_timesteps", False))
 
 
 def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
-    """A side of the latent as the configuration has it."""
+    """A side of the latent in the configuration."""
     # Some name the sides separately.
     size = getattr(denoiser.config, "sample_size", None) or getattr(denoiser.config, f"sample_{argument}", None)
     if size is None:
@@ -130,32 +132,32 @@ def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
     return int(size if isinstance(size, int) else size[axis])
 
 
-def _scale(pipe: Any, inputs: InputShapes) -> int:
+def _spatial_compression(pipe: Any, inputs: InputShapes) -> int:
     """Pixels of the picture for each of the latent."""
     told = (
         getattr(pipe, name, None)
         for name in ("vae_scale_factor", "vae_spatial_compression_ratio", "vae_scale_factor_spatial")
     )
-    return next((scale for scale in told if scale is not None), inputs.scale)
+    return next((scale for scale in told if scale is not None), inputs.spatial_compression)
 
 
-def _frame_scale(pipe: Any, inputs: InputShapes) -> int:
+def _temporal_compression(pipe: Any, inputs: InputShapes) -> int:
     """Frames of the video for each of the latent, if the latent has fewer."""
-    if inputs.frame_scale == 1:
+    if inputs.temporal_compression == 1:
         return 1
     told = (getattr(pipe, name, None) for name in ("vae_temporal_compression_ratio", "vae_scale_factor_temporal"))
-    return next((scale for scale in told if scale is not None), inputs.frame_scale)
+    return next((scale for scale in told if scale is not None), inputs.temporal_compression)
 
 
-def _call_default(pipe: Any, argument: str) -> int | None:
-    """The number that a pipeline takes if the call does not say."""
+def _call_default_of(pipe: Any, argument: str) -> int | None:
+    """The default of an argument in the call of a pipeline, if it is a number."""
     parameter = None if pipe is None else inspect.signature(type(pipe).__call__).parameters.get(argument)
     return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
 
 
-def check_conditions(denoiser: Any) -> None:
-    """Refuse a denoiser that takes an input which is not known here."""
-    for setting, known in _KNOWN_CONDITIONS.items():
+def reject_unknown_conditioning(denoiser: Any) -> None:
+    """Refuse a denoiser with an input that T-GATE does not support."""
+    for setting, known in _SUPPORTED_CONDITIONING.items():
         value = getattr(denoiser.config, setting, None)
         if value not in known:
             raise ValueError(
@@ -169,14 +171,14 @@ def make_meta_model(denoiser_class: Any, config: dict[str, Any]) -> Any:
     # From the configuration and not a copy: a copy would bring hooks, offloaded weights and patched forwards along.
     with torch.device("meta"):
         meta_model = denoiser_class.from_config(config)
-    for name, stand_in in family_inputs(meta_model).instead.items():
+    for name, stand_in in family_inputs(meta_model).stand_ins.items():
         part = meta_model.get_submodule(name)
         part.forward = functools.partial(stand_in, part)
     # Buffers that are made from numpy are not on meta yet.
     return meta_model.eval().requires_grad_(False).to("meta")
 
 
-def check_parameters(denoiser: torch.nn.Module, names: Set[str]) -> None:
+def reject_modified_model(denoiser: torch.nn.Module, names: Set[str]) -> None:
     """Refuse a denoiser with other parameters than its configuration describes."""
     other = names ^ {name for name, _ in denoiser.named_parameters()}
     if other:
@@ -190,4 +192,4 @@ def check_parameters(denoiser: torch.nn.Module, names: Set[str]) -> None:
 
 def make_inputs(meta_model: Any, batch: int, size: InputSize) -> dict[str, Any]:
     """Make the arguments of its forward."""
-    return fill(family_inputs(meta_model), meta_model, batch, size)
+    return materialize(family_inputs(meta_model), meta_model, batch, size)

@@ -1,4 +1,4 @@
-"""What is seen in watched calls: changes from step to step, and what each tolerance would have made of them."""
+"""Measurements of probed calls: changes from step to step, and a forecast for each tolerance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..run.run import PipelineRun
 
 class ConvergenceProbe:
     """
-    What is seen: sums by what changes and by step, and the differences of one call.
+    Measures changes by step in all calls, and the differences of guidance in one call.
 
     Attributes:
         steps (`int`): Steps of a call.
@@ -29,7 +29,7 @@ class ConvergenceProbe:
         self.steps = 0
         self.layers: list[str] = []
         # Step and pass of the forward that runs: PixArt's has ended when its hooks come.
-        self._now = (0, 0)
+        self._position = (0, 0)
         self._changes: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         self._before: dict[str, torch.Tensor] = {}
         # The passes of every loop of a call.
@@ -40,25 +40,25 @@ class ConvergenceProbe:
         """Mean change by step, of a layer or of one of `cross_attention`, `difference` and `error`."""
         return {step: sum(values) / len(values) for step, values in sorted(self._changes[name].items())}
 
-    def layer(self, name: str, run: PipelineRun, output: torch.Tensor) -> None:
-        """A layer with cross-attention has given its output."""
+    def on_layer_output(self, name: str, run: PipelineRun, output: torch.Tensor) -> None:
+        """A layer with cross-attention has returned its output."""
         step = run.step_index
-        if run.pass_index < self._now[1]:
+        if run.pass_index < self._position[1]:
             # Another loop of the call begins (FreeInit).
             self._before.clear()
             self._loops.append([])
-        self._now = (step, run.pass_index)
+        self._position = (step, run.pass_index)
         self.steps = max(self.steps, step + 1)
         before = self._before.get(name)
         if before is not None and before.shape == output.shape:
-            changed = change(before, output)
+            changed = relative_change(before, output)
             self._changes[name][step].append(changed)
             self._changes["cross_attention"][step].append(changed)
         self._before[name] = output.detach().clone()
 
-    def both_halves(self, prediction: torch.Tensor, run: PipelineRun) -> None:
-        """The denoiser has given both halves of guidance."""
-        (step, number), halves = self._now, prediction.chunk(2)
+    def on_guided_output(self, prediction: torch.Tensor, run: PipelineRun) -> None:
+        """The denoiser has returned both halves of guidance."""
+        (step, number), halves = self._position, prediction.chunk(2)
         difference = CFGDifference(number, halves[1] - halves[0])
         scale = run.call.guidance_scale()
         now = GuidedForward(
@@ -72,23 +72,23 @@ class ConvergenceProbe:
             # Like another loop: the run starts again there.
             self._loops.append(passes := [])
         if passes:
-            self._changes["difference"][step].append(change(passes[-1].difference.value, difference.value))
+            self._changes["difference"][step].append(relative_change(passes[-1].difference.value, difference.value))
         if len(passes) > 1:
             self._changes["error"][step].append(now.error([each.difference for each in passes[-2:]]))
         passes.append(now)
 
-    def end_call(self, schedules: Sequence[TGateSchedule]) -> None:
-        """A call has ended: see what each tolerance would have given, and let go of what it held."""
+    def on_call_end(self, schedules: Sequence[TGateSchedule]) -> None:
+        """A call has ended: forecast the steps for each tolerance, and release cached tensors."""
         for schedule in schedules:
             halves = [step for passes in self._loops for step in self._half_steps(schedule, passes)]
             plan = self.steps - len(halves), min(halves, default=self.steps)
             self._plans[schedule.tolerance].append(plan)
         self._loops = [[]]
         self._before.clear()
-        self._now = (0, 0)
+        self._position = (0, 0)
 
-    def setting(self, schedule: TGateSchedule, half: float) -> tuple[float, float, float]:
-        """Full steps, the first half step, and the speed-up, the means of all calls."""
+    def forecast(self, schedule: TGateSchedule, half: float) -> tuple[float, float, float]:
+        """Forecast full steps, the first half step and the speed-up, as means of all calls."""
         plans = self._plans[schedule.tolerance]
         full, gate = (sum(values) / len(plans) for values in zip(*plans, strict=True))
         return full, gate, self.steps / (full + (self.steps - full) * half)
@@ -121,7 +121,7 @@ class GuidedForward:
 
     @property
     def part(self) -> GuidedPart:
-        """What a predictor is told of it."""
+        """This forward as a part that a predictor records."""
         return GuidedPart(self.difference.value, self.guided, self.scale)
 
     def error(self, known: Sequence[CFGDifference]) -> float:
@@ -130,7 +130,7 @@ class GuidedForward:
         return float(relative_error(predicted, self.difference.value, self.guided, self.scale).max())
 
 
-def change(before: torch.Tensor, now: torch.Tensor) -> float:
+def relative_change(before: torch.Tensor, now: torch.Tensor) -> float:
     """How far two tensors are apart, relative to the later one; the mean of the samples."""
     apart = (now.float() - before.float()).flatten(1).norm(dim=1)
     return float((apart / now.float().flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)).mean())

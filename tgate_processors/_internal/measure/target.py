@@ -1,4 +1,4 @@
-"""What is to be counted: the denoiser, its guidance and its steps, as a pipeline or a denoiser alone says them."""
+"""What is to be counted: the denoiser, its guidance and its steps, from a pipeline or a denoiser alone."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from typing import Any
 import diffusers
 import torch
 
-from ..families import check_attention, check_denoiser, distilled_by, family_of, known, resolve_pipeline
+from ..families import (
+    check_attention,
+    check_denoiser,
+    family_of,
+    guidance_distillation_flag,
+    resolve_pipeline,
+    supported_names,
+)
 from ..families.family import Family
 from ..plan.steps import Timeline
 from ..plan.validation import shown
 from ..run.call import PipelineCall
 from ..run.timesteps import TimestepReader
-from .meta_model import takes
+from .meta_model import call_has_argument
 
 
 class DenoiserCall(PipelineCall):
-    """A call of which nothing is known but whether it is guided."""
+    """A call of a denoiser alone, of which only guidance is known."""
 
     def __init__(self, guided: bool) -> None:
         super().__init__(None)
@@ -36,12 +43,12 @@ class DenoiserCall(PipelineCall):
         return self._supports_cfg
 
     def do_cfg_ever(self) -> bool:
-        """Whether it is on in some step."""
+        """Whether guidance is on in some step."""
         return self._supports_cfg
 
 
-def config_of(denoiser: Any) -> str:
-    """The configuration as JSON; diffusers writes into what it makes that of."""
+def config_json(denoiser: Any) -> str:
+    """The configuration as JSON, made from a copy, because diffusers writes into it."""
     given = denoiser._internal_dict
     denoiser._internal_dict = type(given)(given)
     try:
@@ -55,7 +62,7 @@ def resolve_target(given: Any, cross_attention: bool | None) -> tuple[Any, Any]:
     """A pipeline, if one is given, and its denoiser."""
     if isinstance(given, diffusers.DiffusionPipeline):
         found = resolve_pipeline(given, cross_attention)
-        if found.kept_half is None:
+        if found.default_cfg_half is None:
             raise ValueError(
                 f"the guidance of {type(given).__name__} is not two halves; how many parts it has is up to the call: "
                 "give its denoiser, do_classifier_free_guidance=False, and the pictures times the parts as batch_size."
@@ -68,7 +75,9 @@ def resolve_target(given: Any, cross_attention: bool | None) -> tuple[Any, Any]:
     family = family_of(given)
     if family is None:
         check_denoiser(given, name)
-        raise ValueError(f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {known()}.")
+        raise ValueError(
+            f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {supported_names()}."
+        )
     check_attention(given, name, family.layout, cross_attention)
     return None, getattr(given, "_orig_mod", given)
 
@@ -80,15 +89,17 @@ def resolve_cfg(pipe: Any, denoiser: Any, asked: bool | None) -> bool:
             f"do_classifier_free_guidance={shown(asked)} is of type {type(asked).__name__}: give True or False."
         )
     timed = getattr(denoiser.config, "time_cond_proj_dim", None) is not None
-    embedded = "time_cond_proj_dim" if timed else distilled_by(denoiser)
+    embedded = "time_cond_proj_dim" if timed else guidance_distillation_flag(denoiser)
     family = family_of(denoiser)
-    # Guidance by a second call, with a negative prompt, may come beside the embedded one.
-    if asked and embedded and (family is None or family.layout.calls == 1):
+    # Sequential CFG with a negative prompt may be added to the embedded guidance.
+    if asked and embedded and (family is None or family.layout.calls_per_step == 1):
         raise ValueError(
             f"do_classifier_free_guidance=True, but this {type(denoiser).__name__} has its guidance in itself "
             f"(config.{embedded}), so its batch is never two halves: leave out `do_classifier_free_guidance`."
         )
-    asks = pipe is None or hasattr(type(pipe), "do_classifier_free_guidance") or takes(pipe, "guidance", "cfg")
+    asks = (
+        pipe is None or hasattr(type(pipe), "do_classifier_free_guidance") or call_has_argument(pipe, "guidance", "cfg")
+    )
     if asked and not asks:
         raise ValueError(
             f"do_classifier_free_guidance=True, but the call of {type(pipe).__name__} takes no guidance_scale, so its "
@@ -98,7 +109,7 @@ def resolve_cfg(pipe: Any, denoiser: Any, asked: bool | None) -> bool:
 
 
 def resolve_dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
-    """The type of what is stored."""
+    """The dtype of cached outputs."""
     dtype = denoiser.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
@@ -111,9 +122,7 @@ def resolve_dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
 
 def read_timeline(pipe: Any, num_inference_steps: int, family: Family | None) -> tuple[Timeline, int | None]:
     """
-    Passes of the loop, passes per step, first passes that repeat step 0; as in the pipeline's own run.
-
-    And the pass from which another denoiser runs, as in Wan 2.2.
+    Read the timeline of a run, and the pass from which another denoiser runs, as in Wan 2.2.
     """
     if pipe is None:
         return Timeline(num_inference_steps), None
@@ -124,6 +133,11 @@ def read_timeline(pipe: Any, num_inference_steps: int, family: Family | None) ->
     scheduler.set_timesteps(num_inference_steps, **more)
     ratio = getattr(pipe.config, "boundary_ratio", None)
     takes_over = None
-    if ratio is not None and family is not None and family.second and getattr(pipe, family.second, None) is not None:
+    if (
+        ratio is not None
+        and family is not None
+        and family.second_denoiser
+        and getattr(pipe, family.second_denoiser, None) is not None
+    ):
         takes_over = int((scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps).sum())
     return TimestepReader(SimpleNamespace(scheduler=scheduler)).read_timeline(), takes_over

@@ -30,7 +30,7 @@ class PipelineCall:
             Whether the pipeline can have guidance of two halves at all.
         scale_offset (`float`, *optional*, defaults to 0):
             What is added to the scale before guidance multiplies the difference of its halves with it.
-        scales (`tuple` of `str`, *optional*): Where the pipeline has several scales.
+        scale_attributes (`tuple` of `str`, *optional*): Where the pipeline has several scales.
         rereads_scale (`bool`, *optional*, defaults to `False`):
             Whether a loop that does not report its guidance reads the scale anew in every step.
         first_denoiser_index (`int`, *optional*, defaults to 0): The place of the first denoiser that the pipeline has.
@@ -47,7 +47,7 @@ class PipelineCall:
         is_diffusers_loop: bool = True,
         supports_cfg: bool = True,
         scale_offset: float = 0.0,
-        scales: tuple[str, ...] = (),
+        scale_attributes: tuple[str, ...] = (),
         rereads_scale: bool = False,
         first_denoiser_index: int = 0,
     ) -> None:
@@ -56,7 +56,7 @@ class PipelineCall:
         self.is_diffusers_loop = is_diffusers_loop
         self._supports_cfg = supports_cfg
         self._scale_offset = scale_offset
-        self._scales = scales
+        self._scale_attributes = scale_attributes
         self._rereads_scale = rereads_scale
         self._first_denoiser_index = first_denoiser_index
         self._do_cfg: bool | None = None
@@ -107,8 +107,8 @@ class PipelineCall:
         Raises:
             ValueError: If the pipeline does not report it.
         """
-        if self._scales:
-            first, *others = self._scales
+        if self._scale_attributes:
+            first, *others = self._scale_attributes
             # A pipeline without another scale does not guide what it would be for (the sound, in HDR).
             return [getattr(self._pipe, first), *(getattr(self._pipe, name, 0.0) for name in others)]
         if self._arguments.get("use_dynamic_cfg"):

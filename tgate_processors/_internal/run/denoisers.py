@@ -28,7 +28,7 @@ class DenoiserCache:
     def __init__(self, state: TGateState, layers: GatedLayers, index: int = 0) -> None:
         self.layers = layers
         self.index = index
-        self.per_call = tuple(AttentionCache(state, layers) for _ in range(layers.layout.calls))
+        self.per_call = tuple(AttentionCache(state, layers) for _ in range(layers.layout.calls_per_step))
         self.cache_key: CacheKey | None = None
 
     @property

@@ -93,7 +93,7 @@ class ForwardPlanner:
         active, sequential, part = self._denoisers.active, self._cfg.calls_per_step > 1, CachedPart.ALL
         if guided and can_skip_half and not sequential:
             part = CachedPart.FIRST if active_half == "unconditional" else CachedPart.SECOND
-            if active.layers.layout.mean and not self._schedule.predicts:
+            if active.layers.layout.averages_when_dropped and not self._schedule.predicts:
                 part = CachedPart.MEAN
         context = ForwardContext(
             batch_size=inputs.batch_size,

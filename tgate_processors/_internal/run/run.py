@@ -58,7 +58,7 @@ class PipelineRun(Run[DenoiserCFG]):
         cfg = form_of(state.schedule, layout, call.guidance_scale)
         super().__init__(state, cfg, forwards or ForeignForwards(()), can_skip_half=can_skip_half)
         self.call = call
-        self.gates_cross = layout.keeps_cross if cross_attention is None else cross_attention
+        self.gates_cross = layout.gates_cross_by_default if cross_attention is None else cross_attention
         self.batch = CFGBatchCheck(call, layout)
         self._counts_forwards = counts_forwards
         self._caches = caches or CacheAdapters()

@@ -2,9 +2,9 @@
 
 from .cross_attention import CROSS_ATTENTION
 from .joint import JOINT
-from .shapes import InputShapes, InputSize, fill
+from .shapes import InputShapes, InputSize, materialize
 from .unets import UNETS
 
 INPUTS: dict[str, InputShapes] = {**UNETS, **CROSS_ATTENTION, **JOINT}
 
-__all__ = ["INPUTS", "InputShapes", "InputSize", "fill"]
+__all__ = ["INPUTS", "InputShapes", "InputSize", "materialize"]

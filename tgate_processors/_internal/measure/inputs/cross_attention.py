@@ -209,39 +209,51 @@ _LTX_GIVEN = ("LTXImageToVideoPipeline", "LTXConditionPipeline")
 _LTX2_GIVEN = tuple(f"LTX2{kind}Pipeline" for kind in ("ImageToVideo", "Condition", "InContext", "HDR"))
 _COSMOS_GIVEN = ("Cosmos2VideoToWorldPipeline", "Cosmos2_5_PredictBasePipeline", "Cosmos2_5_TransferPipeline")
 _STABLE_AUDIO3_GIVEN = ("StableAudio3InpaintPipeline",)
-_WAN: dict[str, Any] = {"tokens": 512, "frames": 81, "frame_scale": 4}
+_WAN: dict[str, Any] = {"tokens": 512, "frames": 81, "temporal_compression": 4}
 
 # Without Sana-WM and Helios: they ask for the precision of their device, and the meta device has none.
 CROSS_ATTENTION = {
     "PixArtTransformer2DModel": InputShapes(_PIXART, tokens=120),
-    "SanaTransformer2DModel": InputShapes(_sana, tokens=300, scale=32),
+    "SanaTransformer2DModel": InputShapes(_sana, tokens=300, spatial_compression=32),
     "SanaVideoTransformer3DModel": InputShapes(
-        _sana_video, tokens=300, frames=81, frame_scale=4, given=("SanaImageToVideoPipeline",)
+        _sana_video, tokens=300, frames=81, temporal_compression=4, reference_pipelines=("SanaImageToVideoPipeline",)
     ),
-    "LTXVideoTransformer3DModel": InputShapes(_ltx, tokens=128, frames=161, scale=32, frame_scale=8, given=_LTX_GIVEN),
+    "LTXVideoTransformer3DModel": InputShapes(
+        _ltx, tokens=128, frames=161, spatial_compression=32, temporal_compression=8, reference_pipelines=_LTX_GIVEN
+    ),
     "LTX2VideoTransformer3DModel": InputShapes(
-        _ltx2, tokens=1024, frames=121, scale=32, frame_scale=8, further=True, given=_LTX2_GIVEN
+        _ltx2,
+        tokens=1024,
+        frames=121,
+        spatial_compression=32,
+        temporal_compression=8,
+        has_extra_forwards=True,
+        reference_pipelines=_LTX2_GIVEN,
     ),
-    "HunyuanDiT2DModel": InputShapes(_hunyuan, tokens=77, text=False),
+    "HunyuanDiT2DModel": InputShapes(_hunyuan, tokens=77, has_text_length=False),
     "LatteTransformer3DModel": InputShapes(_LATTE, tokens=120, frames=16),
-    "AllegroTransformer3DModel": InputShapes(_allegro, tokens=512, frames=88, frame_scale=4),
+    "AllegroTransformer3DModel": InputShapes(_allegro, tokens=512, frames=88, temporal_compression=4),
     "LuminaNextDiT2DModel": InputShapes(_lumina, tokens=256),
-    "Kandinsky5Transformer3DModel": InputShapes(_kandinsky5, tokens=512, frames=121, frame_scale=4),
-    "Kandinsky6Transformer3DModel": InputShapes(_kandinsky6, tokens=1024, frames=121, frame_scale=4),
-    "StableAudioDiTModel": InputShapes(_stable_audio, tokens=128, sized=False),
+    "Kandinsky5Transformer3DModel": InputShapes(_kandinsky5, tokens=512, frames=121, temporal_compression=4),
+    "Kandinsky6Transformer3DModel": InputShapes(_kandinsky6, tokens=1024, frames=121, temporal_compression=4),
+    "StableAudioDiTModel": InputShapes(_stable_audio, tokens=128, has_height_width=False),
     # 30 seconds.
-    "LongCatAudioDiTTransformer": InputShapes(_LONGCAT, tokens=512, frames=351, sized=False),
+    "LongCatAudioDiTTransformer": InputShapes(_LONGCAT, tokens=512, frames=351, has_height_width=False),
     # 10 seconds.
     "StableAudio3DiTModel": InputShapes(
-        _stable_audio3, tokens=256, frames=108, sized=False, given=_STABLE_AUDIO3_GIVEN
+        _stable_audio3, tokens=256, frames=108, has_height_width=False, reference_pipelines=_STABLE_AUDIO3_GIVEN
     ),
     # A minute, 25 to a second.
-    "AceStepTransformer1DModel": InputShapes(_ace_step, tokens=512, frames=1500, sized=False, padded=False),
+    "AceStepTransformer1DModel": InputShapes(
+        _ace_step, tokens=512, frames=1500, has_height_width=False, pads_to_tokenizer=False
+    ),
     "WanTransformer3DModel": InputShapes(_wan, **_WAN),
     "WanVACETransformer3DModel": InputShapes(_vace, **_WAN),
-    "WanAnimateTransformer3DModel": InputShapes(_animate, tokens=512, frames=77, frame_scale=4),
+    "WanAnimateTransformer3DModel": InputShapes(_animate, tokens=512, frames=77, temporal_compression=4),
     "SkyReelsV2Transformer3DModel": InputShapes(_wan, **_WAN),
     "ChronoEditTransformer3DModel": InputShapes(_wan, **_WAN),
     "AnyFlowTransformer3DModel": InputShapes(_any_flow, **_WAN),
-    "CosmosTransformer3DModel": InputShapes(_cosmos, tokens=512, frames=121, frame_scale=8, given=_COSMOS_GIVEN),
+    "CosmosTransformer3DModel": InputShapes(
+        _cosmos, tokens=512, frames=121, temporal_compression=8, reference_pipelines=_COSMOS_GIVEN
+    ),
 }

@@ -1,4 +1,4 @@
-"""How a row says what a denoiser takes, and tensors on the meta device that are so."""
+"""How a row describes the inputs of a denoiser, and tensors on the meta device made by it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Shapes = Mapping[str, Any]
 @dataclass(frozen=True)
 class InputSize:
     """
-    What a denoiser's inputs are as large as, for one picture.
+    The size of a denoiser's inputs, for one sample.
 
     Args:
-        height (`int`): Pixels of the latent.
-        width (`int`): Likewise.
+        height (`int`): Pixels of the latent, from top to bottom.
+        width (`int`): Pixels of the latent, across.
         tokens (`int`): Tokens of the text.
         frames (`int`): Frames of the latent.
         picture (`int`): Tokens of a picture that is given, where an encoder makes some of it.
@@ -49,32 +49,32 @@ class InputShapes:
         shapes (`Mapping` or `Callable`):
             Shapes of the arguments, or what makes them of the configuration, the batch and the size.
         tokens (`int`): Text tokens if nothing says how many.
-        frames (`int`, *optional*): Frames likewise; nothing for pictures.
-        text (`bool`): Whether the number of tokens may be told.
-        padded (`bool`): Whether pipelines fill the text up to what their tokenizer takes.
-        sized (`bool`): Whether it has a height and a width.
-        scale (`int`): Pixels of the picture for one of the latent, if no pipeline says it.
-        frame_scale (`int`): Frames of the video, but for the first one, for one of the latent.
-        further (`bool`): Whether its pipelines call the denoiser further times in a step by default.
-        given (`tuple` of `str`): Pipelines that tell the denoiser which parts are given, by a time for every token or
-            frame, or by an input more.
-        instead (`Mapping`): Parts without weights that do not run on the meta device, and what gives out as much.
+        frames (`int`, *optional*): Frames if nothing says how many; `None` for images.
+        has_text_length (`bool`): Whether the number of text tokens is an argument.
+        pads_to_tokenizer (`bool`): Whether pipelines pad the text to the length of their tokenizer.
+        has_height_width (`bool`): Whether a sample has a height and a width.
+        spatial_compression (`int`): Pixels of the sample for one of the latent, if no pipeline says it.
+        temporal_compression (`int`): Frames of the video, without the first one, for one of the latent.
+        has_extra_forwards (`bool`): Whether its pipelines call the denoiser further times in a step by default.
+        reference_pipelines (`tuple` of `str`): Pipelines that pass the denoiser which parts are given, by a time for
+            every token or frame, or by a further input.
+        stand_ins (`Mapping`): Parts without weights that do not run on the meta device, and functions in their place.
     """
 
     shapes: Shapes | Callable[[Any, int, InputSize], Shapes]
     tokens: int
     frames: int | None = None
-    text: bool = True
-    padded: bool = True
-    sized: bool = True
-    scale: int = 8
-    frame_scale: int = 1
-    further: bool = False
-    given: tuple[str, ...] = ()
-    instead: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    has_text_length: bool = True
+    pads_to_tokenizer: bool = True
+    has_height_width: bool = True
+    spatial_compression: int = 8
+    temporal_compression: int = 1
+    has_extra_forwards: bool = False
+    reference_pipelines: tuple[str, ...] = ()
+    stand_ins: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
-def fill(inputs: InputShapes, denoiser: Any, batch: int, size: InputSize) -> dict[str, Any]:
+def materialize(inputs: InputShapes, denoiser: Any, batch: int, size: InputSize) -> dict[str, Any]:
     """Make the arguments of a forward: tensors on the meta device."""
     config = denoiser.config
     shapes = inputs.shapes(config, batch, size) if callable(inputs.shapes) else inputs.shapes
@@ -83,21 +83,21 @@ def fill(inputs: InputShapes, denoiser: Any, batch: int, size: InputSize) -> dic
     def side(word: str) -> int:
         if word.isdigit():
             return int(word)
-        return sizes[word] if word in sizes else first(getattr(config, word))
+        return sizes[word] if word in sizes else first_of(getattr(config, word))
 
-    def made(value: Any) -> Any:
+    def materialized(value: Any) -> Any:
         if isinstance(value, str):
             words, _, dtype = value.partition(":")
             sums = ([term.split("*") for term in word.split("+")] for word in words.split())
             shape = [sum(math.prod(map(side, factors)) for factors in terms) for terms in sums]
             return torch.empty(shape, dtype=getattr(torch, dtype) if dtype else denoiser.dtype, device="meta")
         if isinstance(value, Mapping):
-            return {name: made(inner) for name, inner in value.items()}
-        return [made(inner) for inner in value] if isinstance(value, list) else value
+            return {name: materialized(inner) for name, inner in value.items()}
+        return [materialized(inner) for inner in value] if isinstance(value, list) else value
 
-    return {name: made(value) for name, value in shapes.items()}
+    return {name: materialized(value) for name, value in shapes.items()}
 
 
-def first(width: Any) -> int:
+def first_of(width: Any) -> int:
     """A width that a configuration may give for every block."""
     return int(width[0] if isinstance(width, (list, tuple)) else width)

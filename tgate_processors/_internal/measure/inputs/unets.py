@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from .shapes import InputShapes, InputSize, Shapes, first
+from .shapes import InputShapes, InputSize, Shapes, first_of
 
 
 def _unet(config: Any, batch: int, size: InputSize) -> Shapes:
-    width = getattr(config, "encoder_hid_dim", None) or first(config.cross_attention_dim)
+    width = getattr(config, "encoder_hid_dim", None) or first_of(config.cross_attention_dim)
     # With ControlNet-XS the channels are fixed.
     channels = getattr(config, "in_channels", 4)
     shapes = {"sample": f"B {channels} H W", "timestep": "", "encoder_hidden_states": f"B T {width}"}
@@ -61,10 +61,10 @@ _KANDINSKY = {"encoder_hidden_states": "B T encoder_hid_dim", "encoder_attention
 UNETS = {
     "UNet2DConditionModel": InputShapes(_unet, tokens=77),
     "UNetMotionModel": InputShapes(_motion, tokens=77, frames=16),
-    "UNetSpatioTemporalConditionModel": InputShapes(_video, tokens=1, frames=25, text=False),
+    "UNetSpatioTemporalConditionModel": InputShapes(_video, tokens=1, frames=25, has_text_length=False),
     "I2VGenXLUNet": InputShapes({**_FRAMES, "fps": "B", **_PICTURE}, tokens=77, frames=16),
     "UNet3DConditionModel": InputShapes(_FRAMES, tokens=77, frames=16),
     "UNetControlNetXSModel": InputShapes(_with_control, tokens=77),
     "Kandinsky3UNet": InputShapes({"sample": "B in_channels H W", "timestep": "", **_KANDINSKY}, tokens=128),
-    "AudioLDM2UNet2DConditionModel": InputShapes(_audioldm2, tokens=512, scale=4),
+    "AudioLDM2UNet2DConditionModel": InputShapes(_audioldm2, tokens=512, spatial_compression=4),
 }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.zoo.case import thorough
-from tests.zoo.catalogue import BY_NAME
+from tests.zoo.catalogue import ALL, BY_NAME
 from tgate_processors import apply_tgate, is_tgate_applied
 
 
@@ -37,3 +37,7 @@ def test_every_pipeline_is_as_it_is_built_and_on_its_own(name):
     assert not is_tgate_applied(second)
     for pipe in (second, case.build()):
         assert torch.equal(case.run(pipe), picture)
+
+
+def test_no_two_pipelines_have_one_name():
+    assert len(BY_NAME) == len(ALL)

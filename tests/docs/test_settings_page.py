@@ -9,16 +9,14 @@ import pytest
 import torch
 
 from tests.support.paths import ROOT
-from tests.zoo.addons import HOSTS_BY_NAME
 from tests.zoo.case import TIERS
-from tests.zoo.core import CASES
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report
 
 PAGE = (ROOT / "docs/settings.md").read_text().replace("\N{GREEK SMALL LETTER ALPHA}", "alpha")
 PAGE = PAGE.replace("\N{MULTIPLICATION SIGN}", "x")
 CONFIGS = {"SD-1.5": "sd15", "SDXL": "sdxl", "PixArt-alpha": "pixart_alpha", "LCM-SDXL": "lcm_sdxl"}
 GUIDED = ["SD-1.5", "SDXL", "PixArt-alpha"]
-TINY = {case.name: case for case in CASES} | HOSTS_BY_NAME
 # For a row, by how its first cell begins.
 PIPELINES = {
     "SD-1.5": "sd",
@@ -98,7 +96,7 @@ def steps_of(name):
 
 @pytest.mark.parametrize(("name", "cells"), [*BY_MODEL.items(), *PUBLISHED.items()])
 def test_a_line_can_be_pasted(name, cells):
-    case = TINY[PIPELINES[max((begin for begin in PIPELINES if name.startswith(begin)), key=len)]]
+    case = BY_NAME[PIPELINES[max((begin for begin in PIPELINES if name.startswith(begin)), key=len)]]
     pipe = case.build()
     eval(cells[0], {"apply_tgate": apply_tgate, "pipe": pipe})
     case.run(pipe, num_inference_steps=steps_of(name))

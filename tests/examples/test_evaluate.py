@@ -170,7 +170,9 @@ def test_the_macs_are_those_of_the_estimate(whole):
     assert rows["tgate-1"]["macs"] == cost.with_tgate.layers
 
 
+# Two processes do so in CI.
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path, whole):
     start_and_kill([sys.executable, *SCRIPT], tmp_path, 4, subprocess.Popen.kill)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("pictures/*.png")}

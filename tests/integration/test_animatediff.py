@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from tests.support.comparing import distance
-from tests.zoo.addons import FRAMES, HOSTS, HOSTS_BY_NAME, text_encoder, tokenizer, with_frames
+from tests.zoo.addons import FRAMES, HOSTS, text_encoder, tokenizer, with_frames
 from tests.zoo.case import slow, thorough
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
 GATE = 2
-HOST = HOSTS_BY_NAME["animatediff"]
+HOST = BY_NAME["animatediff"]
 ANIMATED = [host for host in HOSTS if host.name.startswith("animatediff")]
 CONTROLLED = [host for host in ANIMATED if "controlnet" in host.name]
 

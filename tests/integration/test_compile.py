@@ -12,13 +12,11 @@ from torch._dynamo.testing import CompileCounter
 from examples.benchmarks.cost_table import load_denoiser
 from examples.benchmarks.random_pipelines import narrowed, random_inputs, random_pipeline
 from tests.support.compiling import compile_blocks, compile_in_place, exchange_for_compiled
-from tests.zoo.addons import HOSTS_BY_NAME
 from tests.zoo.case import quiet, thorough
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.install.recompile_limit import RaisedRecompileLimit, restore_recompile_limit
 
-ALL = {**BY_NAME, **HOSTS_BY_NAME}
 SLOW = pytest.mark.slow
 
 
@@ -45,7 +43,7 @@ def other_calls(case):
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_other_latents_of_a_callback_are_computed_anew():
-    case = ALL["sd"]
+    case = BY_NAME["sd"]
 
     def resample(pipe, step, timestep, tensors):
         return {"latents": tensors["latents"][[0, 0]]} if step == 4 else {}
@@ -64,7 +62,7 @@ def test_other_latents_of_a_callback_are_computed_anew():
 
 @pytest.mark.parametrize("name", ["pixart_alpha", *map(thorough, ("sd", "sdxl", "lora", "ip_adapter"))])
 def test_three_graphs_and_none_for_other_prompts_steps_and_scales(name):
-    case = ALL[name]
+    case = BY_NAME[name]
     pipe = apply_tgate(case.build(), 3)
     expected = [case.run(pipe, **call) for call in other_calls(case)]
     counter = CompileCounter()

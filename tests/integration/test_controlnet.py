@@ -9,7 +9,8 @@ import torch
 from tests.support.comparing import distance
 from tests.support.paths import ROOT
 from tests.zoo.case import rows, slow
-from tests.zoo.core import BY_NAME, CASES
+from tests.zoo.catalogue import BY_NAME
+from tests.zoo.core import CASES
 from tgate_processors import apply_tgate, get_tgate_report
 from tgate_processors._internal.measure.inputs import InputSize
 from tgate_processors._internal.measure.macs import count_forwards

@@ -9,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.offload import group_offload_by_blocks, group_offload_by_leaves, model_offload, skip_if_missing
 from tests.zoo.addons import lora
-from tests.zoo.cross_attention import KINDS
-from tests.zoo.sequential import TWO_CALLS
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
@@ -38,7 +37,7 @@ def load_lora(pipe, kind, folder):
 
 @pytest.fixture(params=NAMES)
 def kind(request):
-    found = next(kind for kind in KINDS + TWO_CALLS if kind.name == request.param)
+    found = BY_NAME[request.param]
     if not found.is_there:
         pytest.skip(f"this diffusers has no {found.pipeline}")
     return found

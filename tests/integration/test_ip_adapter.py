@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.zoo.addons import HOSTS_BY_NAME, IMAGE_EMBEDDING, image_embeds, ip_adapter_weights, load_ip_adapter
+from tests.zoo.addons import IMAGE_EMBEDDING, image_embeds, ip_adapter_weights, load_ip_adapter
 from tests.zoo.case import slow, thorough
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
@@ -84,7 +84,7 @@ def test_scales_set_before_and_after_are_the_same(scale):
 
 @pytest.mark.parametrize("half", ["unconditional", "conditional"])
 def test_after_the_gate_the_image_of_one_half_goes_in_and_its_keys_are_not_computed(half):
-    host = HOSTS_BY_NAME["two_ip_adapters"]
+    host = BY_NAME["two_ip_adapters"]
     pipe = apply_tgate(host.build(), GATE, cfg_half=half)
     images, keys = [], []
     pipe.unet.encoder_hid_proj.register_forward_pre_hook(lambda module, args: images.append(args[0]))
@@ -102,7 +102,7 @@ def test_after_the_gate_the_image_of_one_half_goes_in_and_its_keys_are_not_compu
 
 
 def test_a_scale_that_changes_after_the_gate_has_no_effect():
-    host = HOSTS_BY_NAME["ip_adapter"]
+    host = BY_NAME["ip_adapter"]
     pipe = apply_tgate(host.build(), GATE)
     expected = host.run(pipe)
 

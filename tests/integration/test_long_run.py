@@ -10,7 +10,8 @@ import psutil
 import pytest
 import torch
 
-from tests.zoo.core import BY_NAME, with_scheduler
+from tests.zoo.catalogue import BY_NAME
+from tests.zoo.core import with_scheduler
 from tgate_processors import apply_tgate, is_tgate_applied, remove_tgate
 
 SCHEDULERS = ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler"]

@@ -9,7 +9,7 @@ import torch
 from tests.support.comparing import distance
 from tests.zoo.addons import load_lora, lora, text_encoder
 from tests.zoo.case import thorough
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, remove_tgate
 
 GATE = 2

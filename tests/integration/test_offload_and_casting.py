@@ -16,7 +16,7 @@ from tests.support.offload import (
     skip_if_missing,
 )
 from tests.zoo.case import TIERS, slow
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, remove_tgate
 
 WAYS = [

@@ -6,7 +6,8 @@ from transformers import CLIPTextModelWithProjection
 
 from tests.zoo.addons import text_encoder, tokenizer
 from tests.zoo.case import STEPS, images
-from tests.zoo.core import BY_NAME, GOLDEN_SD, GOLDEN_XL, load_golden
+from tests.zoo.catalogue import BY_NAME
+from tests.zoo.core import GOLDEN_SD, GOLDEN_XL, load_golden
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
 GATE = 2
@@ -116,9 +117,8 @@ def test_base_and_refiner_are_gated_apart():
 
 
 def test_denoising_end_of_a_pipeline_that_does_not_tell_its_steps():
-    from tests.zoo.addons import HOSTS_BY_NAME
 
-    host = HOSTS_BY_NAME["sdxl_adapter"]
+    host = BY_NAME["sdxl_adapter"]
     pipe = apply_tgate(host.build(), 0.5)
     host.run(pipe, num_inference_steps=10, denoising_end=0.6)
     report = get_tgate_report(pipe)

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.zoo.case import thorough
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 NAMES = ["sd", thorough("sdxl"), "pixart_alpha"]

@@ -10,9 +10,7 @@ import torch
 
 from tests.support.states import state_of
 from tests.zoo.case import quiet
-from tests.zoo.core import BY_NAME
-from tests.zoo.joint import BY_JOINT
-from tests.zoo.sequential import BY_KIND
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 STEPS = {"num_inference_steps": 4}
@@ -21,8 +19,8 @@ DROPPED = {"gate_step": 2, "guidance": "drop"}
 # With so many requests: those of a UNet take five times as long.
 CASES = [
     (BY_NAME["sd"], {}, 90),
-    (BY_JOINT["sd3"], {"cross_attention": False}, 300),
-    (BY_KIND["wan"], {"cross_attention": True}, 300),
+    (BY_NAME["sd3"], {"cross_attention": False}, 300),
+    (BY_NAME["wan"], {"cross_attention": True}, 300),
 ]
 
 

@@ -8,8 +8,9 @@ import torch
 
 from tests.support.paths import ROOT
 from tests.support.settings import computed
-from tests.zoo.addons import FRAMES, HOSTS, HOSTS_BY_NAME
+from tests.zoo.addons import FRAMES, HOSTS
 from tests.zoo.case import TIERS, Case, rows, thorough
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import TGateCallback, TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
@@ -58,7 +59,7 @@ COUNTED += [thorough(name, "v1") for name in ("ip_adapter", "sdxl_loras", "anima
 
 @pytest.mark.parametrize(("name", "version"), COUNTED)
 def test_to_k_runs_exactly_as_the_schedule_says(name, version):
-    host, settings = HOSTS_BY_NAME[name], SETTINGS[version]
+    host, settings = BY_NAME[name], SETTINGS[version]
     pipe = apply_tgate(host.build(), **settings)
     assert (type(pipe).__name__, host.row, host.stays) in matrix()
     seen, kinds = count(getattr(pipe, host.denoiser))
@@ -98,7 +99,7 @@ def test_a_controlnet_of_any_kind_is_halved_with_the_denoiser(host: Case):
 
 
 def test_after_the_gate_the_half_with_the_boxes_stays_in_gligen():
-    host = HOSTS_BY_NAME["gligen"]
+    host = BY_NAME["gligen"]
     pipe = apply_tgate(host.build(), 1)
     masks = []
     pipe.unet.position_net.register_forward_pre_hook(
@@ -112,7 +113,7 @@ def test_after_the_gate_the_half_with_the_boxes_stays_in_gligen():
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["unclip", "unclip_image"])
 def test_after_the_gate_the_half_with_the_picture_stays_in_unclip(name):
-    host, told = HOSTS_BY_NAME[name], []
+    host, told = BY_NAME[name], []
     pipe = apply_tgate(host.build(), 1)
     pipe.unet.class_embedding.register_forward_pre_hook(lambda module, args: told.append(args[0].any(1).tolist()))
     host.run(pipe)
@@ -122,7 +123,7 @@ def test_after_the_gate_the_half_with_the_picture_stays_in_unclip(name):
 @pytest.mark.parametrize("steps", [1, 2, 4, thorough(8)])
 @pytest.mark.parametrize("name", ["lcm_lora", "tcd", "turbo"])
 def test_few_steps_without_guidance(name, steps):
-    host = HOSTS_BY_NAME[name]
+    host = BY_NAME[name]
     pipe = apply_tgate(host.build(), 1)
     seen, kinds = count(pipe.unet)
     host.run(pipe, [0, 1], num_inference_steps=steps)
@@ -178,18 +179,18 @@ def test_guidance_of_other_parts_stays_on_and_every_part_keeps_its_own_cross_att
 
 
 def test_guidance_that_stays_on_is_told(caplog):
-    pipe = apply_tgate(HOSTS_BY_NAME["pix2pix"].build(), GATE)
+    pipe = apply_tgate(BY_NAME["pix2pix"].build(), GATE)
     (record,) = caplog.records
     assert record.message.startswith(
         f"T-GATE: the guidance of {type(pipe).__name__} is not two halves, so all of it stays on"
     )
     caplog.clear()
-    apply_tgate(HOSTS_BY_NAME["ip_adapter"].build(), GATE)
+    apply_tgate(BY_NAME["ip_adapter"].build(), GATE)
     assert not [record for record in caplog.records if "tgate" in record.name]
 
 
 def test_a_half_cannot_be_chosen_where_guidance_has_none():
-    host = HOSTS_BY_NAME["pix2pix"]
+    host = BY_NAME["pix2pix"]
     pipe = host.build()
     with pytest.raises(ValueError, match=r"cfg_half='conditional' has no effect: the guidance of .*Pix2PixPipeline is"):
         apply_tgate(pipe, GATE, cfg_half="conditional")
@@ -201,7 +202,7 @@ def test_a_half_cannot_be_chosen_where_guidance_has_none():
 
 
 def test_a_failure_leaves_no_perturbed_attention_behind():
-    host = HOSTS_BY_NAME["pag"]
+    host = BY_NAME["pag"]
     pipe = apply_tgate(host.build(), GATE)
     baseline, expected = host.plain(), host.gated(GATE)
     gates = {name: layer.processor for name, layer in attention_modules(pipe.unet).items()}

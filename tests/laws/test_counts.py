@@ -7,7 +7,7 @@ from tests.support.comparing import distance
 from tests.support.counting import count, is_cross
 from tests.support.settings import FIXED, PATIENT, SETTINGS, computed, full_steps
 from tests.zoo.case import STEPS, Case, rows, thorough
-from tests.zoo.catalogue import CROSS_ATTENTION, MOST, SEQUENTIAL
+from tests.zoo.catalogue import BY_NAME, CROSS_ATTENTION, MOST, SEQUENTIAL
 from tests.zoo.core import CASES, GUIDED
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
@@ -159,7 +159,6 @@ def test_after_the_gate_the_denoiser_gives_what_it_gives_with_the_mean_in_the_pl
 
 @pytest.mark.slow
 def test_cfg_half_matters_where_more_than_cross_attention_is_conditioned():
-    from tests.zoo.core import BY_NAME
 
     for name, matters in (("sdxl", True), ("svd", True), ("sd", False)):
         case = BY_NAME[name]

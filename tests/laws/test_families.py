@@ -12,9 +12,8 @@ from tests.support.macs import COSTS, taken
 from tests.support.prediction import refuses_a_choice
 from tests.support.settings import EVERY, FIXED, PATIENT, SETTINGS
 from tests.zoo.case import STEPS, Case, rows
-from tests.zoo.catalogue import CROSS_ATTENTION, OWN_DENOISERS
+from tests.zoo.catalogue import BY_NAME, CROSS_ATTENTION, OWN_DENOISERS
 from tests.zoo.cross_attention import TOKENS
-from tests.zoo.sequential import BY_KIND
 from tests.zoo.variants import AROUND
 from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.families import attention_modules
@@ -39,7 +38,7 @@ def further_calls(kind):
     return {**scales, "spatio_temporal_guidance_blocks": [1]}
 
 
-LTX2 = pytest.mark.parametrize("kind", rows([BY_KIND["ltx2"]], default=()))
+LTX2 = pytest.mark.parametrize("kind", rows([BY_NAME["ltx2"]], default=()))
 
 
 @LTX2

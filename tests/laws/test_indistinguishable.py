@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.zoo.addons import HOSTS_BY_NAME
 from tests.zoo.case import slow, thorough
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import TGateSchedule, apply_tgate, remove_tgate
 
 NAMES = ["sd", thorough("sdxl_img2img"), "pixart_alpha", "svd", slow("sd_controlnet"), "lcm", slow("animatediff")]
-ALL = {**BY_NAME, **HOSTS_BY_NAME}
 
 
 @pytest.fixture(params=NAMES)
 def case(request):
-    return ALL[request.param]
+    return BY_NAME[request.param]
 
 
 def call(case, pipe, **overrides):
@@ -114,7 +112,7 @@ def test_wrong_arguments_get_the_errors_of_the_pipeline(case):
 )
 @pytest.mark.parametrize("when", [slow("before"), "after"])
 def test_sequential_offload(name, when):
-    case = ALL[name]
+    case = BY_NAME[name]
     pipe = case.build()
     baseline = first(call(case, pipe))
     gated = first(call(case, apply_tgate(pipe, 2)))

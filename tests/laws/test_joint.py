@@ -11,10 +11,10 @@ from tests.support.custom_loops import OwnLoop
 from tests.support.macs import taken
 from tests.support.settings import EVERY, FIXED, PATIENT, full_steps
 from tests.zoo.case import STEPS, TIERS, Case, rows
-from tests.zoo.catalogue import MOST
+from tests.zoo.catalogue import BY_NAME, JOINT_ATTENTION, MOST
 from tests.zoo.cross_attention import TOKENS, assemble, text, together
-from tests.zoo.joint import BY_JOINT, flux, pooled, sd3
-from tests.zoo.joint import JOINT as OWN
+from tests.zoo.joint import JOINT as FIRST
+from tests.zoo.joint import flux, pooled, sd3
 from tests.zoo.joint_images import GLM_EDIT
 from tests.zoo.variants import AROUND_JOINT
 from tests.zoo.z_image import EVEN
@@ -30,14 +30,13 @@ from tgate_processors._internal.families import attention_modules
 from tgate_processors._internal.guidance.prediction import CFGDifference, predict, relative_error
 
 # Some have no row by default: their denoiser is that of others.
-JOINT = [*OWN, *AROUND_JOINT]
 GATE = 3
 DROP = {"gate_step": GATE}
 ALONE = {"cross_attention": False}
-every = pytest.mark.parametrize("kind", rows(JOINT, default=MOST))
-every_slow = pytest.mark.parametrize("kind", rows(JOINT, default=()))
+every = pytest.mark.parametrize("kind", rows(JOINT_ATTENTION, default=MOST))
+every_slow = pytest.mark.parametrize("kind", rows(JOINT_ATTENTION, default=()))
 patient = pytest.param(PATIENT, marks=TIERS["thorough"])
-SD3 = pytest.mark.parametrize("kind", rows([BY_JOINT["sd3"]]))
+SD3 = pytest.mark.parametrize("kind", rows([BY_NAME["sd3"]]))
 
 
 def full_of(settings):
@@ -173,7 +172,7 @@ def frames_of(guided, noise):
     return guided if guided.dim() == 3 else guided[:, :, -noise.shape[2] :]
 
 
-@pytest.mark.parametrize("kind", rows([BY_JOINT["sd3"], BY_JOINT["qwen"], EVEN[0]], default=()))
+@pytest.mark.parametrize("kind", rows([BY_NAME["sd3"], BY_NAME["qwen"], EVEN[0]], default=()))
 def test_a_compiled_denoiser_gives_the_same_and_counts_no_attention(kind: Case):
     pipe = kind.build()
     if kind.calls == 2:
@@ -242,9 +241,9 @@ def test_calls_before_the_loop_run_as_without_tgate(kind: Case):
 
 # These read values of their inputs.
 UNCOUNTED = {"lumina2", "mochi", "framepack", "hidream", "qwen21", "glm", "fibo2", "nucleus"}
-ALSO = {"flux2", "krea2", "ovis", "bria", "easy_animate", "longcat", "fibo"}
+ALSO = {"flux2", "krea2", "ovis", "bria", "easy_animate", "longcat_image", "fibo"}
 MORE = [kind for kind in AROUND_JOINT if kind.name in ALSO]
-COUNTED = [kind for kind in [*OWN, *MORE, *EVEN] if kind.name not in UNCOUNTED and kind.batches]
+COUNTED = [kind for kind in [*FIRST, *MORE, *EVEN] if kind.name not in UNCOUNTED and kind.batches]
 COUNTED = [kind for kind in COUNTED if "sd3_" not in kind.name]
 # It takes one prompt and one picture.
 COUNTED += [kind for kind in AROUND_JOINT if kind.name == "joy"]
@@ -272,13 +271,13 @@ def test_the_estimate_is_what_a_run_takes(kind: Case, settings):
     assert cost.report == get_tgate_report(pipe)
 
 
-@pytest.mark.parametrize("kind", rows([kind for kind in JOINT if kind.name in UNCOUNTED], default=()))
+@pytest.mark.parametrize("kind", rows([kind for kind in JOINT_ATTENTION if kind.name in UNCOUNTED], default=()))
 def test_what_reads_its_inputs_is_not_counted(kind: Case):
     with pytest.raises(ValueError, match="reads values of its inputs"):
         estimate_cost(kind.build(), TGateSchedule(**DROP), STEPS, **kind.size, **ALONE)
 
 
-@pytest.mark.parametrize("kind", rows([BY_JOINT["qwen"]]))
+@pytest.mark.parametrize("kind", rows([BY_NAME["qwen"]]))
 def test_a_scale_without_a_negative_prompt_does_not_guide(kind: Case, caplog):
     pipe = apply_tgate(kind.build(), **DROP, **ALONE)
     absent = {"negative_prompt_embeds": None, "negative_prompt_embeds_mask": None}
@@ -286,7 +285,7 @@ def test_a_scale_without_a_negative_prompt_does_not_guide(kind: Case, caplog):
     assert "It guides with true_cfg_scale above 1 and a negative prompt." in caplog.text
 
 
-@pytest.mark.parametrize("kind", rows([BY_JOINT["lumina2"], EVEN[0]]))
+@pytest.mark.parametrize("kind", rows([BY_NAME["lumina2"], EVEN[0]]))
 def test_guidance_that_ends_by_itself_is_refused(kind: Case):
     pipe = apply_tgate(kind.build(), **DROP, **ALONE)
     name = "cfg_trunc_ratio" if kind.name == "lumina2" else "cfg_truncation"
@@ -326,7 +325,7 @@ def test_the_user_finds_a_list_and_may_ask_for_several_pictures(kind: Case):
         apply_tgate(own, **ALONE)
 
 
-@pytest.mark.parametrize("kind", rows([BY_JOINT["cogvideox"]]))
+@pytest.mark.parametrize("kind", rows([BY_NAME["cogvideox"]]))
 def test_a_scale_that_changes_in_every_step_needs_a_number(kind: Case):
     pipe, dynamic = kind.build(), {"use_dynamic_cfg": True}
     baseline = kind.run(pipe, **dynamic)
@@ -353,7 +352,7 @@ class SkipsLayers(diffusers.DiffusionPipeline):
 
 @pytest.mark.parametrize("alone", [{}, ALONE], ids=["all", "alone"])
 def test_a_loop_of_someone_else_that_does_not_tell_its_guidance_is_not_called_distilled(alone):
-    whole = BY_JOINT["cogvideox"].build()
+    whole = BY_NAME["cogvideox"].build()
     pipe = SkipsLayers(whole.transformer, whole.scheduler)
     with pytest.raises(
         ValueError, match="it has no do_classifier_free_guidance, so its steps and its guidance are not"
@@ -405,7 +404,7 @@ def test_processors_of_ones_own_leave_guidance_whole(kind: Case, caplog):
     assert torch.equal(kind.run(pipe), kind.gated(**FIXED, **ALONE))
 
 
-@pytest.mark.parametrize("kind", rows(JOINT, default={"sd3", "qwen"}))
+@pytest.mark.parametrize("kind", rows(JOINT_ATTENTION, default={"sd3", "qwen"}))
 def test_what_the_model_has_is_gated_by_default(kind: Case):
     pipe = apply_tgate(kind.build(), **FIXED)
     gated = kind.run(pipe)

@@ -13,8 +13,8 @@ from tests.support.settings import EVERY, FIXED, PATIENT
 from tests.support.states import assert_same, check_restored, snapshot
 from tests.zoo.addons import HOSTS
 from tests.zoo.case import STEPS, Case, rows
-from tests.zoo.catalogue import ALL, MOST
-from tests.zoo.core import BY_NAME, CASES
+from tests.zoo.catalogue import ALL, BY_NAME, MOST
+from tests.zoo.core import CASES
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.families import attention_modules
 

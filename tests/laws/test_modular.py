@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.zoo.case import seeded
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tests.zoo.modular import IS_THERE, MODULAR, Modular, hunyuan
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, measure_convergence, remove_tgate
 

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.support.operations import operations
 from tests.zoo.case import slow, thorough
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report
 from tgate_processors._internal.attention.processor import mean_of_halves
 

@@ -27,11 +27,11 @@ from tests.support.offload import (
 from tests.support.operations import operations
 from tests.support.prediction import errors_of, refuses_a_choice
 from tests.support.settings import AUTO, EVERY, FIXED, PATIENT, full_steps
-from tests.zoo.addons import HOSTS, HOSTS_BY_NAME
+from tests.zoo.addons import HOSTS
 from tests.zoo.audio import CLASS_CONDITIONED
 from tests.zoo.case import STEPS, Case, rows, slow, thorough
-from tests.zoo.catalogue import OWN_DENOISERS
-from tests.zoo.core import BY_NAME, GUIDED, with_scheduler
+from tests.zoo.catalogue import BY_NAME, OWN_DENOISERS
+from tests.zoo.core import GUIDED, with_scheduler
 from tgate_processors import (
     TGateAttnProcessor,
     TGateCallback,
@@ -322,7 +322,7 @@ def test_steps_are_full_or_half_with_all_their_passes(scheduler, passes, setting
     "name", ["sd_controlnet", "adapter", *map(slow, ("sdxl_controlnet", "union", "ip_adapter", "gligen"))]
 )
 def test_what_runs_in_a_step_besides_is_halved_with_it(name):
-    case = {**BY_NAME, **HOSTS_BY_NAME}[name]
+    case = BY_NAME[name]
     pipe = case.build()
     baseline = case.plain()
     for every in EVERY:
@@ -415,7 +415,7 @@ def test_guidance_alone_of_other_parts_is_refused(name):
     with pytest.raises(
         ValueError, match=r"cross_attention=False gates guidance alone, and that of .* is not two halves"
     ):
-        apply_tgate(HOSTS_BY_NAME[name].build(), 3, cross_attention=False)
+        apply_tgate(BY_NAME[name].build(), 3, cross_attention=False)
 
 
 @families
@@ -427,7 +427,7 @@ def test_without_settings_the_run_decides(case: Case):
 
 @pytest.mark.parametrize("name", ["pag", "pag_pixart", "pix2pix", "sdxl_pix2pix"])
 def test_guidance_of_other_parts_is_refused(name):
-    case = HOSTS_BY_NAME[name]
+    case = BY_NAME[name]
     pipe = case.build()
     for settings in (FIXED, AUTO, {}):
         with pytest.raises(ValueError, match=r"guidance, and that of .* is not two halves.*tgate\(pipe, 10\)"):

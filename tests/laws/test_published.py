@@ -4,7 +4,7 @@ import pytest
 import tgate
 
 from tests.support.comparing import distance
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate
 
 

@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from tests.zoo.addons import HOSTS_BY_NAME
 from tests.zoo.case import slow
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report
 
-ALL = {**BY_NAME, **HOSTS_BY_NAME}
 GATE, STEPS = 3, 6
 # By what is conditioned on: text, sizes and pooled text, masks, pictures, control, boxes, adapters.
 NAMES = [
@@ -31,7 +29,7 @@ NAMES = [
 
 @pytest.fixture(params=NAMES)
 def case(request):
-    return ALL[request.param]
+    return BY_NAME[request.param]
 
 
 def tensors_in(value):

@@ -3,22 +3,14 @@
 import pytest
 import torch
 
-from tests.zoo.addons import HOSTS
 from tests.zoo.case import slow, thorough
-from tests.zoo.core import GUIDED
-from tests.zoo.cross_attention import KINDS
-from tests.zoo.joint import JOINT
-from tests.zoo.sequential import TWO_CALLS
-from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
-from tests.zoo.z_image import Z_IMAGE
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report
 from tgate_processors._internal.families import resolve_pipeline
 from tgate_processors._internal.install.pipeline_call import call_of
 from tgate_processors._internal.run.scale_source import uses_given_scale
 
 STEPS = 5
-CASES = [*HOSTS, *AROUND, *AROUND_JOINT, *AROUND_TWO, *Z_IMAGE, *JOINT, *GUIDED, *KINDS, *TWO_CALLS]
-CASES = {case.name: case for case in CASES}
 # One that asks for the scale in every step, and one that does not ask again.
 DEFAULT = ("kandinsky5", "latte")
 # Of every way to ask: in one batch or in two calls, by the pipeline's word, by the scale, or once for all.
@@ -48,8 +40,8 @@ def outcome(case, pipe, values, **more):
 
 
 def case_of(name):
-    case = CASES[name]
-    if not getattr(case, "is_there", True):
+    case = BY_NAME[name]
+    if not case.is_there:
         pytest.skip("this diffusers has no such pipeline")
     return case
 

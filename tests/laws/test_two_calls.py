@@ -12,10 +12,7 @@ from tests.support.macs import COUNTED, taken
 from tests.support.offload import group_offload_by_leaves, model_offload, skip_if_missing
 from tests.support.settings import FIXED, PATIENT, SETTINGS, computed, full_steps
 from tests.zoo.case import STEPS, TIERS, Case, rows, thorough
-from tests.zoo.catalogue import MOST
-from tests.zoo.sequential import BY_KIND
-from tests.zoo.sequential import TWO_CALLS as OWN
-from tests.zoo.variants import AROUND_TWO
+from tests.zoo.catalogue import BY_NAME, MOST, SEQUENTIAL
 from tgate_processors import (
     TGateCallback,
     TGateSchedule,
@@ -29,15 +26,14 @@ from tgate_processors import (
 from tgate_processors._internal.families import attention_modules
 from tgate_processors._internal.guidance.prediction import CFGDifference, predict, relative_error
 
-TWO_CALLS = [*OWN, *AROUND_TWO]
 GATE = 3
 DROP = {"gate_step": GATE}
 # The step in which the second of two denoisers takes over.
 TAKEN_OVER = 3
-kinds = pytest.mark.parametrize("kind", rows(TWO_CALLS, default=MOST))
-kinds_once = pytest.mark.parametrize("kind", rows(TWO_CALLS))
-WAN = pytest.mark.parametrize("kind", rows([BY_KIND["wan"]]))
-WAN_SLOW = pytest.mark.parametrize("kind", rows([BY_KIND["wan"]], default=()))
+kinds = pytest.mark.parametrize("kind", rows(SEQUENTIAL, default=MOST))
+kinds_once = pytest.mark.parametrize("kind", rows(SEQUENTIAL))
+WAN = pytest.mark.parametrize("kind", rows([BY_NAME["wan"]]))
+WAN_SLOW = pytest.mark.parametrize("kind", rows([BY_NAME["wan"]], default=()))
 
 
 def experts(pipe):
@@ -259,7 +255,7 @@ def test_another_pipeline_on_the_same_denoiser_makes_all_its_calls(kind: Case):
 ESTIMATED = {"wan", "kandinsky5", "kandinsky6"}
 
 
-@pytest.mark.parametrize("kind", rows([kind for kind in TWO_CALLS if kind.name in ESTIMATED], default=()))
+@pytest.mark.parametrize("kind", rows([kind for kind in SEQUENTIAL if kind.name in ESTIMATED], default=()))
 @pytest.mark.parametrize("cross", [None, True])
 @pytest.mark.parametrize("settings", [DROP, FIXED, PATIENT], ids=str)
 def test_the_estimate_is_what_a_run_takes(kind: Case, settings, cross):
@@ -275,7 +271,7 @@ def test_the_estimate_is_what_a_run_takes(kind: Case, settings, cross):
 SEGMENTED = {"wan_animate", "helios", "helios_pyramid"}
 
 
-@pytest.mark.parametrize("kind", rows([kind for kind in TWO_CALLS if kind.name in SEGMENTED], default=()))
+@pytest.mark.parametrize("kind", rows([kind for kind in SEQUENTIAL if kind.name in SEGMENTED], default=()))
 def test_every_segment_of_a_video_has_a_gate_of_its_own(kind: Case):
     pipe = apply_tgate(kind.build(), GATE, cross_attention=True)
     runs = []
@@ -288,7 +284,7 @@ def test_every_segment_of_a_video_has_a_gate_of_its_own(kind: Case):
     assert len(runs) == 2 * (2 * GATE + STEPS - GATE)
 
 
-@pytest.mark.parametrize("kind", rows([BY_KIND["chronoedit"]], default=()))
+@pytest.mark.parametrize("kind", rows([BY_NAME["chronoedit"]], default=()))
 @pytest.mark.parametrize(("settings", "full"), [(DROP, (0, 1, 2, 4)), (FIXED, (0, 1, 3, 4, 5))], ids=["drop", "fixed"])
 def test_frames_that_are_dropped_after_the_gate_get_a_full_step(kind: Case, settings, full):
     pipe = apply_tgate(kind.build(), **settings, cross_attention=True)
@@ -301,7 +297,7 @@ def test_frames_that_are_dropped_after_the_gate_get_a_full_step(kind: Case, sett
     assert frames == expected
 
 
-@pytest.mark.parametrize("kind", rows([BY_KIND["helios"]], default=()))
+@pytest.mark.parametrize("kind", rows([BY_NAME["helios"]], default=()))
 def test_what_does_not_run_without_weights_is_not_estimated(kind: Case):
     with pytest.raises(ValueError, match="HeliosTransformer3DModel does not run on the meta device"):
         estimate_cost(kind.build(), TGateSchedule(GATE), STEPS)

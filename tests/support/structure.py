@@ -120,12 +120,11 @@ def walk(package: Path, pipe: Any, call: Callable[[], object]) -> Steps:
 def half_steps(package: Path) -> Iterator[tuple[str, list[CodeType]]]:
     """What is entered where guidance is one batch, two calls, and a guider."""
     # Not before `main` has said whose package it is.
-    from tests.zoo.core import BY_NAME
+    from tests.zoo.catalogue import BY_NAME
     from tests.zoo.modular import IS_THERE, MODULAR
-    from tests.zoo.sequential import BY_KIND
     from tgate_processors import apply_tgate
 
-    cases: list[Any] = [BY_NAME["sd"], BY_KIND["wan"], *MODULAR[: int(IS_THERE)]]
+    cases: list[Any] = [BY_NAME["sd"], BY_NAME["wan"], *MODULAR[: int(IS_THERE)]]
     for name, case in zip(("SD", "Wan", "modular SDXL"), cases, strict=False):
         pipe = apply_tgate(case.build(), 3, guidance="predict")
         # The last one that the scheduler ends.

@@ -7,11 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from tests.zoo.addons import HOSTS
-from tests.zoo.cross_attention import KINDS
+from tests.zoo.catalogue import CROSS_ATTENTION, JOINT_ATTENTION, SEQUENTIAL
 from tests.zoo.inventory import AS_ANOTHER
-from tests.zoo.joint import JOINT
-from tests.zoo.sequential import TWO_CALLS
-from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
 from tgate_processors._internal.families import FAMILIES
 from tgate_processors._internal.families.family import Family
 
@@ -65,15 +62,13 @@ def denoisers() -> str:
 
 def families() -> str:
     """Pipelines around the denoisers with cross-attention."""
-    rows = {kind.pipeline: kind.kept or "no guidance" for kind in [*KINDS, *AROUND, *TWO_CALLS, *AROUND_TWO]}
+    rows = {kind.pipeline: kind.kept or "no guidance" for kind in [*CROSS_ATTENTION, *SEQUENTIAL]}
     return pipelines("pipeline class", "half that stays by default", rows=rows)
 
 
 def joint() -> str:
     """Pipelines around those with joint attention."""
-    return pipelines(
-        "pipeline class", "guidance", rows={kind.pipeline: CALLS[kind.calls] for kind in [*JOINT, *AROUND_JOINT]}
-    )
+    return pipelines("pipeline class", "guidance", rows={kind.pipeline: CALLS[kind.calls] for kind in JOINT_ATTENTION})
 
 
 def as_another() -> str:

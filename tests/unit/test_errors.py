@@ -14,7 +14,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from tests.zoo.case import seeded, slow
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tests.zoo.cross_attention import assemble, ltx, ltx2, model, wan_vae
 from tests.zoo.inventory import shell
 from tests.zoo.sequential import cosmos, wan
@@ -306,9 +306,8 @@ def attention_guidance():
 
 
 def free_noise():
-    from tests.zoo.addons import HOSTS_BY_NAME
 
-    pipe = HOSTS_BY_NAME["animatediff"].build()
+    pipe = BY_NAME["animatediff"].build()
     pipe.enable_free_noise(context_length=2, context_stride=1)
     return pipe
 

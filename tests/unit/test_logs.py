@@ -6,7 +6,7 @@ import types
 import diffusers
 import pytest
 
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report
 
 CASE = BY_NAME["pixart_alpha"]

@@ -794,4 +794,3 @@ HOSTS += [
         row="perturbed-attention guidance, HunyuanDiT",
     ),
 ]
-HOSTS_BY_NAME = {host.name: host for host in HOSTS}

@@ -10,8 +10,9 @@ from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
 
 CROSS_ATTENTION = [*KINDS, *AROUND]
 SEQUENTIAL = [*TWO_CALLS, *AROUND_TWO]
-GUIDANCE_ALONE = [*JOINT, *AROUND_JOINT, *CLASS_CONDITIONED]
-ALL = [*CASES, *HOSTS, *CROSS_ATTENTION, *SEQUENTIAL, *GUIDANCE_ALONE]
+JOINT_ATTENTION = [*JOINT, *AROUND_JOINT]
+ALL = [*CASES, *HOSTS, *CROSS_ATTENTION, *SEQUENTIAL, *JOINT_ATTENTION, *CLASS_CONDITIONED]
+BY_NAME = {case.name: case for case in ALL}
 
 # Others of them have the denoiser of one of these.
 _OWN = {"any_flow", "stable_audio3", "text_to_video", "controlnet_xs", "sana_world", "ace_step"}

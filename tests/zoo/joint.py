@@ -404,5 +404,3 @@ JOINT = [
         **_TWO,
     ),
 ]
-
-BY_JOINT = {kind.name: kind for kind in JOINT}

@@ -303,7 +303,7 @@ PICTURES = [
         extra={**_SHORT, "image": images([0])[0]},
     ),
     Joint(
-        "longcat",
+        "longcat_image",
         longcat,
         _numbers,
         pipeline="LongCatImagePipeline",

@@ -18,7 +18,6 @@ from transformers import (
 
 from tests.zoo.case import images, seeded
 from tests.zoo.cross_attention import (
-    KINDS,
     SHAPES,
     TOKENS,
     Kind,
@@ -369,5 +368,3 @@ TWO_CALLS = [
         size=_SHORT,
     ),
 ]
-
-BY_KIND = {kind.name: kind for kind in KINDS + TWO_CALLS}

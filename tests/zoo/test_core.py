@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from tests.zoo.addons import HOSTS_BY_NAME
 from tests.zoo.case import thorough
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import ALL, BY_NAME
 from tgate_processors import apply_tgate, is_tgate_applied
-
-ALL = {**BY_NAME, **HOSTS_BY_NAME}
 
 
 def tensors(pipe):
@@ -20,7 +17,7 @@ def tensors(pipe):
     "name", ["sd_controlnet", "pixart_sigma", "svd", "pag", *map(thorough, ("sdxl_inpaint", "lora", "animatediff"))]
 )
 def test_every_pipeline_is_as_it_is_built_and_on_its_own(name):
-    case = ALL[name]
+    case = BY_NAME[name]
     built, first, second = case.build.__wrapped__(), case.build(), case.build()
     expected = tensors(built)
     for pipe in (first, second):
@@ -40,3 +37,7 @@ def test_every_pipeline_is_as_it_is_built_and_on_its_own(name):
     assert not is_tgate_applied(second)
     for pipe in (second, case.build()):
         assert torch.equal(case.run(pipe), picture)
+
+
+def test_no_two_pipelines_have_one_name():
+    assert len(BY_NAME) == len(ALL)

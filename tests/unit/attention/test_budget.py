@@ -15,8 +15,7 @@ from tests.support.counting import keys_of
 from tests.support.macs import COSTS, COUNTED, sizes, taken
 from tests.support.states import check_restored, snapshot
 from tests.zoo.case import STEPS, Case
-from tests.zoo.core import BY_NAME
-from tests.zoo.sequential import BY_KIND
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.attention.budget import MemoryBudget
 from tgate_processors._internal.families import attention_modules, family_of
@@ -25,7 +24,6 @@ GATE = 3
 DROP = {"gate_step": GATE}
 # Every third step after the gate is a full one, and so is the last.
 PREDICT = {"gate_step": GATE, "guidance": "predict", "cfg_interval": 3}
-ALL = {**BY_NAME, **BY_KIND}
 
 
 def rows(*names, quick=()):
@@ -33,11 +31,13 @@ def rows(*names, quick=()):
     marks = [pytest.mark.slow, pytest.mark.thorough]
     return [
         pytest.param(
-            ALL[name],
+            BY_NAME[name],
             id=name,
             marks=[
                 *([] if name in quick else marks),
-                pytest.mark.skipif(not getattr(ALL[name], "is_there", True), reason=f"this diffusers has no {name}"),
+                pytest.mark.skipif(
+                    not getattr(BY_NAME[name], "is_there", True), reason=f"this diffusers has no {name}"
+                ),
             ],
         )
         for name in names

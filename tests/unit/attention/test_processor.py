@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models import attention_processor as ap
 
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, remove_tgate
 from tgate_processors._internal.measure.macs import RecordingCache
 from tgate_processors._internal.plan.step_plan import Action

@@ -6,7 +6,7 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from tests.support.comparing import distance
 from tests.zoo.case import slow
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import TGateAttnProcessor, apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules
 

@@ -6,7 +6,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.support.counting import layers
 from tests.zoo.case import quiet, slow
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 GATE = 3

@@ -7,7 +7,7 @@ from DeepCache import DeepCacheSDHelper
 from tests.support.comparing import distance
 from tests.support.states import assert_same, snapshot
 from tests.zoo.case import slow
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 NAMES = ["sd", "sdxl", slow("sd_img2img"), "lcm_sdxl"]

@@ -11,9 +11,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from tests.support.comparing import distance
 from tests.support.paths import ROOT
 from tests.zoo.case import STEPS, slow
-from tests.zoo.core import BY_NAME
-from tests.zoo.cross_attention import KINDS
-from tests.zoo.joint import BY_JOINT
+from tests.zoo.catalogue import BY_NAME
 from tests.zoo.sequential import TWO_CALLS
 from tgate_processors import (
     TGateAttnProcessor,
@@ -87,7 +85,7 @@ class Pair:
 
     def __init__(self, name, cache, **call):
         self.call = call
-        self.case = BY_NAME.get(name) or next(kind for kind in KINDS + TWO_CALLS if kind.name == name)
+        self.case = BY_NAME[name]
         self.cache = cache
         self.pipe = self.case.build()
 
@@ -407,7 +405,7 @@ def test_a_cache_on_a_controlnet_is_refused(name):
 @pytest.mark.parametrize("wrapped", [lambda module: module, slow(torch.compile)], ids=["eager", "compiled"])
 def test_cache_dit_on_a_controlnet_is_refused(wrapped):
     cache_dit = pytest.importorskip("cache_dit", reason="cache-dit wants newer versions than the oldest")
-    pipe = BY_JOINT["sd3_controlnet"].build()
+    pipe = BY_NAME["sd3_controlnet"].build()
     net, pattern = pipe.controlnet, cache_dit.ForwardPattern.Pattern_1
     adapter = cache_dit.BlockAdapter(transformer=net, blocks=net.transformer_blocks, forward_pattern=pattern)
     logging.disable(logging.CRITICAL)

@@ -13,10 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.support.counting import layers
 from tests.zoo import modular
 from tests.zoo.case import slow, thorough
-from tests.zoo.core import BY_NAME
-from tests.zoo.cross_attention import KINDS
-from tests.zoo.joint import JOINT
-from tests.zoo.sequential import TWO_CALLS
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import (
     TGateAttnProcessor,
     TGateCallback,
@@ -26,7 +23,6 @@ from tgate_processors import (
 )
 
 GATE = 3
-FAMILIES = dict(BY_NAME) | {kind.name: kind for kind in (*KINDS, *TWO_CALLS, *JOINT)}
 FOUND = r"T-GATE found a forward that is not its class's own"
 
 
@@ -122,7 +118,7 @@ def part_of(case, pipe, place):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", ["sd", thorough("ltx"), slow("wan"), thorough("sd3")])
 def test_it_is_refused_by_name_whichever_came_first_and_gone_when_it_is_taken_out(family, way, place, first):
-    case = FAMILIES[family]
+    case = BY_NAME[family]
     pipe, (put_in, make) = case.build(), WAYS[way]
     name, module = part_of(case, pipe, place)
     subject = f"that of {f'{name} ({type(module).__name__})' if name else type(module).__name__} is"
@@ -196,7 +192,7 @@ def test_it_is_found_where_t_gate_is_wired_by_hand(custom):
 
 @pytest.mark.parametrize("family", ["sd", slow("pixart_alpha"), slow("wan")])
 def test_the_user_may_say_that_it_keeps_nothing(family):
-    case = FAMILIES[family]
+    case = BY_NAME[family]
     pipe = case.build()
     apply_tgate(pipe, GATE, custom_forwards="gate")
     with on_module(denoiser_of(case, pipe), cached):
@@ -280,7 +276,7 @@ HARMLESS += [slow("registry and accelerate"), slow("torch.fx"), slow("a compiled
 @pytest.mark.parametrize("way", HARMLESS)
 @pytest.mark.parametrize("family", ["sd", slow("pixart_alpha")])
 def test_what_is_known_to_keep_nothing_changes_nothing(family, way):
-    case = FAMILIES[family]
+    case = BY_NAME[family]
     pipe = case.build()
     unchanged(pipe, case, way)
     got = case.run(apply_tgate(pipe, GATE))
@@ -428,7 +424,7 @@ def keeper(kind, where):
 @pytest.mark.parametrize("place", ["denoiser", slow("attention")])
 @pytest.mark.parametrize("family", ["sd", slow("ltx"), slow("wan")])
 def test_a_class_in_the_place_of_another_that_keeps_tensors_of_the_batch_is_refused(family, place, where):
-    case = FAMILIES[family]
+    case = BY_NAME[family]
     pipe = case.build()
     settings = {"gate_step": GATE, "cross_attention": None if family == "sd" else False}
     apply_tgate(pipe, **settings)

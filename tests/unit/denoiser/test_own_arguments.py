@@ -6,15 +6,13 @@ import torch
 
 from tests.support.custom_loops import Loop, built
 from tests.zoo.case import quiet, seeded, slow
-from tests.zoo.core import BY_NAME
-from tests.zoo.joint import BY_JOINT
-from tests.zoo.sequential import BY_KIND
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied
 from tgate_processors._internal.families import resolve_pipeline
 from tgate_processors._internal.install.pipeline_call import call_of
 
 CASE = BY_NAME["sd"]
-NEEDS_EXPERTS = pytest.mark.skipif(not BY_KIND["wan_experts"].is_there, reason="this diffusers has no Wan 2.2")
+NEEDS_EXPERTS = pytest.mark.skipif(not BY_NAME["wan_experts"].is_there, reason="this diffusers has no Wan 2.2")
 
 
 class Dressed(diffusers.UNet2DConditionModel):
@@ -96,12 +94,12 @@ def test_names_are_checked(value, error, message):
 
 def test_names_have_no_effect_where_guidance_is_two_calls():
     with pytest.raises(ValueError, match="has no effect: the guidance of WanPipeline is not two halves of one batch"):
-        apply_tgate(BY_KIND["wan"].build(), 3, batch_arguments=("hidden_states",))
+        apply_tgate(BY_NAME["wan"].build(), 3, batch_arguments=("hidden_states",))
 
 
 @NEEDS_EXPERTS
 def test_a_second_denoiser_alone_is_gated():
-    kind = BY_KIND["wan_experts"]
+    kind = BY_NAME["wan_experts"]
     parts = {**kind.build().components, "transformer": None}
     # Above every timestep, as in the second part of a run.
     pipe = quiet(diffusers.WanPipeline(**parts, boundary_ratio=1.5))
@@ -131,9 +129,9 @@ class Engine:
     [
         (CASE, "unet"),
         (BY_NAME["pixart_alpha"], "transformer"),
-        (BY_JOINT["sd3"], "transformer"),
+        (BY_NAME["sd3"], "transformer"),
         (BY_NAME["sd_controlnet"], "controlnet"),
-        pytest.param(BY_KIND["wan_experts"], "transformer_2", marks=NEEDS_EXPERTS),
+        pytest.param(BY_NAME["wan_experts"], "transformer_2", marks=NEEDS_EXPERTS),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -164,7 +162,7 @@ def test_a_traced_graph_is_refused_by_name(graph_of):
 @pytest.mark.parametrize("layers", [[], pytest.param([0], marks=pytest.mark.slow)], ids=["none", "one"])
 def test_layers_to_skip_may_be_none(layers):
     """A further call is made for an empty list too."""
-    case = BY_JOINT["sd3"]
+    case = BY_NAME["sd3"]
     given = {"skip_guidance_layers": layers, "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
     plain = case.run(case.build(), **given)
     assert torch.equal(case.run(apply_tgate(case.build(), 1000, cross_attention=False), **given), plain)

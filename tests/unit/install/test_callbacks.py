@@ -7,7 +7,8 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback, SDCFGCutoffCallback
 
 from tests.zoo.case import STEPS, rows
-from tests.zoo.core import BY_NAME, CASES
+from tests.zoo.catalogue import BY_NAME
+from tests.zoo.core import CASES
 from tgate_processors import TGateCallback, TGateSchedule, apply_tgate, get_tgate_report
 
 WITH_CALLBACK = rows((case for case in CASES if case.has_callback), default={"sd", "svd", "sd_controlnet", "lcm"})

@@ -11,9 +11,7 @@ import torch
 import tgate_processors
 from tests.support.states import state_of
 from tests.zoo.case import slow, thorough
-from tests.zoo.core import BY_NAME
-from tests.zoo.joint import BY_JOINT
-from tests.zoo.sequential import BY_KIND
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, remove_tgate
 from tgate_processors._internal.denoiser import lock
 
@@ -31,7 +29,6 @@ SETTINGS = {
     "sd3": {"gate_step": "auto", "tolerance": 5.0, "cross_attention": False},
     "wan": {"gate_step": 2, "guidance": "predict", "cfg_interval": 2, "cross_attention": True},
 }
-CASES = {name: (BY_NAME | BY_JOINT | BY_KIND)[name] for name in SETTINGS}
 STEPS = {"num_inference_steps": 4}
 
 
@@ -96,7 +93,7 @@ class Sweep:
     """A pipeline that is interrupted again and again."""
 
     def __init__(self, name):
-        self.case = CASES[name]
+        self.case = BY_NAME[name]
         self.settings = SETTINGS[name]
         self.pipe = self.case.build()
         self.plain = self.run()
@@ -163,9 +160,9 @@ def sweep(name, every, last=False, error=KeyboardInterrupt):
     ("name", "every", "last", "error"),
     [
         ("sd3", SPARSE, False, KeyboardInterrupt),
-        slow("pixart_alpha", 12, False, KeyboardInterrupt),
-        slow("wan", 6, False, KeyboardInterrupt),
-        slow("sd3", 9, True, MemoryError),
+        slow("pixart_alpha", 24, False, KeyboardInterrupt),
+        slow("wan", 12, False, KeyboardInterrupt),
+        slow("sd3", 18, True, MemoryError),
         *(
             thorough(name, 1, last, error)
             for name in SETTINGS

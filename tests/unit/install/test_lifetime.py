@@ -16,9 +16,7 @@ from tests.support.custom_loops import Loop
 from tests.support.states import state_of
 from tests.support.threads import in_threads
 from tests.zoo.case import quiet, slow, thorough
-from tests.zoo.core import BY_NAME
-from tests.zoo.joint import BY_JOINT
-from tests.zoo.sequential import BY_KIND
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.attention.layers import attention_modules
 
@@ -121,13 +119,10 @@ def pickled_copy(pipe):
     return pickle.loads(pickle.dumps(pipe))
 
 
-OTHERS = {**BY_NAME, "wan": BY_KIND["wan"], "sd3": BY_JOINT["sd3"]}
-
-
 @pytest.mark.parametrize("clone", [copy.deepcopy, pickled_copy], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("name", ["sd3", slow("sd"), slow("wan"), slow("sd_controlnet"), slow("pixart_alpha")])
 def test_copies_of_a_plain_pipeline_beside_a_gated_one_are_plain(name, clone):
-    case = OTHERS[name]
+    case = BY_NAME[name]
     base = case.build()
     plain = case.run(base)
     expected = state_of(base, case)
@@ -189,7 +184,7 @@ def test_the_report_is_that_of_the_copy_that_ran():
 
 @pytest.mark.parametrize("name", ["sd", "sd3", slow("wan")])
 def test_a_copy_that_starts_or_fails_leaves_the_one_that_runs_alone(name):
-    case = OTHERS[name]
+    case = BY_NAME[name]
     pipe = apply_tgate(case.build(), GATE, cross_attention=False if name == "sd3" else None)
     expected = case.run(pipe)
     other = shallow(pipe)

@@ -8,7 +8,8 @@ from diffusers.callbacks import MultiPipelineCallbacks
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.zoo.case import rows
-from tests.zoo.core import BY_NAME, CASES, GOLDEN_SD, other
+from tests.zoo.catalogue import BY_NAME
+from tests.zoo.core import CASES, GOLDEN_SD, other
 from tgate_processors import TGateAttnProcessor, TGateCallback, TGateSchedule, apply_tgate, remove_tgate
 
 WITH_CALLBACK = rows((case for case in CASES if case.has_callback), default={"sd", "svd", "sd_controlnet", "lcm"})

@@ -8,7 +8,7 @@ import torch
 
 from tests.support.threads import in_threads
 from tests.zoo.case import quiet, slow
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 
 GATE = 2

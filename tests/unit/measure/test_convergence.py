@@ -9,13 +9,12 @@ from PIL import Image
 
 from tests.support.custom_loops import Inverting, Loop, built
 from tests.support.states import assert_same, snapshot
-from tests.zoo.addons import HOSTS_BY_NAME
 from tests.zoo.case import STEPS, slow
-from tests.zoo.core import BY_NAME, with_scheduler
+from tests.zoo.catalogue import BY_NAME
+from tests.zoo.core import with_scheduler
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, measure_convergence
 from tgate_processors._internal.families import attention_modules
 
-ALL = {**BY_NAME, **HOSTS_BY_NAME}
 SOME = pytest.mark.parametrize("name", ["sd", "pixart_alpha", "svd", *map(slow, ("sdxl", "sd_controlnet"))])
 
 
@@ -108,7 +107,7 @@ def test_what_was_applied_is_applied_again_also_after_an_error():
 
 @pytest.mark.parametrize("name", ["lcm", "lcm_pixart", "pag", "pix2pix"])
 def test_without_guidance_of_two_halves_cross_attention_alone_is_measured(name):
-    case = ALL[name]
+    case = BY_NAME[name]
     found = probe(case, case.build())
     assert found.steps["cross_attention"].notna().sum() == STEPS - 1
     assert found.steps[["difference", "error"]].isna().all().all()
@@ -136,7 +135,7 @@ def test_what_runs_before_the_loop_is_no_step():
 
 @pytest.mark.slow
 def test_every_loop_of_a_call_begins_anew():
-    host = HOSTS_BY_NAME["animatediff_free_init"]
+    host = BY_NAME["animatediff_free_init"]
     pipe = host.build()
     settings = measure_convergence(pipe, [host.inputs([0])], tolerances=(0.0, 1e6)).settings
     for tolerance in (0.0, 1e6):

@@ -20,9 +20,10 @@ from examples.benchmarks import cost_table, gains
 from tests.support.macs import sizes, taken
 from tests.support.paths import ROOT
 from tests.support.settings import SETTINGS
-from tests.zoo.addons import FRAMES, HOSTS_BY_NAME
+from tests.zoo.addons import FRAMES
 from tests.zoo.case import SIZE, STEPS, slow
-from tests.zoo.core import BY_NAME, GUIDED
+from tests.zoo.catalogue import BY_NAME
+from tests.zoo.core import GUIDED
 from tgate_processors import MACs, TGateSchedule, apply_tgate, estimate_cost, get_tgate_report
 
 DEAR = {"sd_img2img", "lcm_sdxl"}
@@ -69,7 +70,7 @@ def test_the_estimate_is_what_a_run_takes(name, settings, prompts):
 
 @pytest.mark.slow
 def test_the_estimate_of_animatediff():
-    host = HOSTS_BY_NAME["animatediff"]
+    host = BY_NAME["animatediff"]
     pipe, settings = host.build(), SETTINGS["v2"]
     size = {"height": SIZE // 2, "width": SIZE // 2}
     given = {"num_frames": FRAMES, "max_sequence_length": 7, "batch_size": 2}
@@ -80,7 +81,7 @@ def test_the_estimate_of_animatediff():
 
 
 def test_guidance_of_other_parts_is_up_to_the_caller():
-    host = HOSTS_BY_NAME["pix2pix"]
+    host = BY_NAME["pix2pix"]
     pipe = host.build()
     with pytest.raises(
         ValueError, match="give its denoiser, do_classifier_free_guidance=False, and the pictures times the parts"

@@ -4,16 +4,14 @@ import pytest
 import torch
 
 from tests.zoo.case import STEPS, TIERS
-from tests.zoo.cross_attention import KINDS, TOKENS
-from tests.zoo.joint import JOINT
-from tests.zoo.sequential import TWO_CALLS
-from tests.zoo.variants import AROUND, AROUND_JOINT, AROUND_TWO
+from tests.zoo.catalogue import CROSS_ATTENTION, JOINT_ATTENTION, SEQUENTIAL
+from tests.zoo.cross_attention import TOKENS
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost
 from tgate_processors._internal.families import guidance_distillation_flag
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 GATE = 3
-ALL = [*KINDS, *AROUND, *TWO_CALLS, *AROUND_TWO, *JOINT, *AROUND_JOINT]
+ALL = [*CROSS_ATTENTION, *SEQUENTIAL, *JOINT_ATTENTION]
 
 
 def layers_of(pipe):

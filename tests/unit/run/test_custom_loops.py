@@ -8,7 +8,7 @@ import torch
 
 from tests.support.custom_loops import NAMES, Loop, built
 from tests.zoo.case import quiet, thorough
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 GATE = 3

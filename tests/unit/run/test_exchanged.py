@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from tests.zoo.case import slow, thorough
-from tests.zoo.core import BY_NAME, with_scheduler
-from tests.zoo.joint import BY_JOINT
-from tests.zoo.sequential import BY_KIND
+from tests.zoo.catalogue import BY_NAME
+from tests.zoo.core import with_scheduler
 from tgate_processors import apply_tgate, get_tgate_report
 
 STEPS, AT = 12, 4
@@ -29,7 +28,6 @@ FULL = {
     "auto": (0, 1, 2, 4, 5, 6, 7, 9),
     "reuse": tuple(range(8)),
 }
-FAMILIES = {**BY_NAME, **BY_KIND, **BY_JOINT}
 # Those whose step callback is the old one, which can only write to latents.
 LEGACY = {"pixart_alpha", "stable_audio"}
 
@@ -82,8 +80,8 @@ ROWS += [thorough("sd3", "drop"), thorough("sd3", "predict"), thorough("stable_a
 
 @pytest.mark.parametrize(("name", "way"), ROWS)
 def test_copies_of_one_picture_stay_equal(name, way):
-    case = FAMILIES[name]
-    joint = {"cross_attention": False} if name in BY_JOINT else {}
+    case = BY_NAME[name]
+    joint = {} if BY_NAME[name].way.get("cross_attention", True) else BY_NAME[name].way
     # The solvers of some remember by the place in the batch too.
     plain = with_scheduler(case.build(), "DDIMScheduler") if case.name in LEGACY else case.build()
     assert spread(case, plain) < 1e-3
@@ -134,7 +132,7 @@ def test_latents_that_are_given_back_as_they_were_change_no_bit(way, caplog):
     [slow("sd", "drop"), ("sd", "auto"), slow("sd", "predict"), slow("wan", "predict"), slow("wan", "auto")],
 )
 def test_latents_that_are_others_in_every_step_leave_nothing_to_gate_and_it_is_said_once(name, way, caplog):
-    case = FAMILIES[name]
+    case = BY_NAME[name]
 
     def blend(pipe, step, timestep, tensors):
         return {"latents": tensors["latents"] * 0.99}
@@ -201,7 +199,7 @@ def travel(new, names=("prompt_embeds",), asked=None):
 @pytest.mark.parametrize("name", ["sd3", "wan", slow("sd"), slow("qwen"), slow("lumina2")])
 @pytest.mark.parametrize("way", ["predict", slow("auto")])
 def test_another_text_gets_a_full_step_where_guidance_is_predicted(name, way, caplog):
-    case = FAMILIES[name]
+    case = BY_NAME[name]
     seen = []
 
     def callback(pipe, step, timestep, tensors):
@@ -233,7 +231,7 @@ def copied(value):
 @pytest.mark.parametrize("asked", [True, slow(False)])
 def test_another_negative_prompt_gets_a_full_step_too(asked):
     # Where guidance is two calls, a half step is not given it.
-    case = BY_KIND["wan"]
+    case = BY_NAME["wan"]
     new = case.conditioning([5], True)["prompt_embeds"]
     name = "negative_prompt_embeds"
     pipe = apply_tgate(case.build(), **WAYS["predict"])
@@ -247,7 +245,7 @@ def test_another_negative_prompt_gets_a_full_step_too(asked):
 
 
 def test_with_guidance_dropped_and_nothing_else_gated_the_text_needs_no_full_step(caplog):
-    case = BY_KIND["wan"]
+    case = BY_NAME["wan"]
     new = case.conditioning([5], True)["prompt_embeds"]
     pipe = apply_tgate(case.build(), 3)
     case.run(pipe, num_inference_steps=STEPS, **travel(new))

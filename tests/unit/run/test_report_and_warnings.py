@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.support.counting import layers
 from tests.zoo.case import STEPS, quiet, slow
-from tests.zoo.core import BY_NAME
+from tests.zoo.catalogue import BY_NAME
 from tgate_processors import (
     TGateAttnProcessor,
     TGateCallback,

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tests.zoo.case import slow
-from tests.zoo.core import BY_NAME, with_scheduler
+from tests.zoo.catalogue import BY_NAME
+from tests.zoo.core import with_scheduler
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
 

@@ -232,50 +232,6 @@ def test_removing_what_is_not_there_does_nothing():
     still_works(pipe, baseline)
 
 
-def sd3():
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        out_channels=4,
-    )
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        **dict.fromkeys(
-            ["text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"]
-        ),
-    )
-
-
-def flux():
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
-    return diffusers.FluxPipeline(
-        transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=None,
-        **dict.fromkeys(["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]),
-    )
-
-
 def ddpm(attention):
     down = "AttnDownBlock2D" if attention else "DownBlock2D"
     up = "AttnUpBlock2D" if attention else "UpBlock2D"
@@ -350,22 +306,6 @@ def ledits():
 def kandinsky():
     movq = diffusers.VQModel(block_out_channels=(4,), norm_num_groups=2)
     return diffusers.KandinskyV22Pipeline(unet=added_keys().unet, scheduler=diffusers.DDPMScheduler(), movq=movq)
-
-
-def mochi():
-    transformer = diffusers.MochiTransformer3DModel(
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        pooled_projection_dim=16,
-        in_channels=12,
-        text_embed_dim=32,
-        time_embed_dim=4,
-        max_sequence_length=16,
-    )
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.MochiPipeline(scheduler, None, None, None, transformer)
 
 
 def stable_cascade():

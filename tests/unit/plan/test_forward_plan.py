@@ -48,7 +48,7 @@ TABLE = {
     "may not be skipped": ((IMPROVING, REUSE, REUSE), {"may_skip": False}, (GATE, STORE, STORE, FULL, "second half")),
     "self-attention afresh": (
         (IMPROVING, REUSE, REUSE),
-        {"begins_afresh": True},
+        {"cache_invalidated": True},
         (IMPROVING, REUSE, STORE, HALF, "all"),
     ),
     "cached unseen": ((IMPROVING, REUSE, COMPUTE), {"cached": UNSEEN}, (GATE, STORE, COMPUTE, FULL, "second half")),
@@ -119,7 +119,7 @@ def test_no_forward_skips_a_half_that_it_may_not_or_reuses_what_does_not_fit():
     steps = [StepPlan(*each, own) for each, own in itertools.product(cross_of, Action)]
     switches = [{name: False} for name in ("guided", "can_skip_half", "may_skip", "gates_cross")]
     keys = [{"cached": key} for key in (None, HALF_KEY, WHOLE_KEY, UNSEEN, CacheKey(2, (4, 9, 8), CachedPart.SECOND))]
-    more = [{"begins_afresh": True}, {"stores_early": True}, {"calls_per_step": 2}, {}]
+    more = [{"cache_invalidated": True}, {"stores_early": True}, {"calls_per_step": 2}, {}]
     for step, first, second, key in itertools.product(steps, switches + more, switches + more, keys):
         known = context(**{**first, **second, **key})
         plan = plan_forward(step, known)

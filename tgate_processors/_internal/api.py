@@ -14,7 +14,7 @@ from .families import ResolvedPipeline, check_batch_arguments, check_cfg_half, c
 from .install.callback import validate_cfg_half
 from .install.guiders import GuiderInstallation, has_guider, validate_guider_settings
 from .install.installation import Installation
-from .install.pipeline import install, installed, uninstall
+from .install.pipeline import installed, replace, uninstall
 from .install.pipeline_check import validate_pipeline
 from .install.recompile_limit import restore_recompile_limit
 from .logs import logger
@@ -172,14 +172,7 @@ def apply_tgate(
         found = _resolve_and_check(pipe, schedule, half, cross_attention, batch_names)
         adapter = _deepcache_adapter(deepcache, pipe, schedule)
         installation = Installation(state, half, custom_processors, adapter, cross_attention, forwards, batch_names)
-    before = installed(pipe)
-    remove_tgate(pipe)
-    try:
-        install(pipe, installation, found)
-    except BaseException:
-        if before is not None:
-            install(pipe, before)
-        raise
+    replace(pipe, installation, found)
     if found is not None and found.default_cfg_half is None:
         logger.warning(
             "T-GATE: the guidance of %s is not two halves, so all of it stays on after the gate: cross-attention alone "

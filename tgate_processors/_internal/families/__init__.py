@@ -6,14 +6,8 @@ Imports `plan`, `denoiser` and `attention`.
 
 from ..attention.layers import attention_modules
 from .catalog import FAMILIES, family_of, supported_names
-from .resolve import (
-    ResolvedPipeline,
-    check_batch_arguments,
-    check_cfg_half,
-    check_guidance_mode,
-    guidance_distillation_flag,
-    resolve_pipeline,
-)
+from .check_settings import check_batch_arguments, check_cfg_half, check_guidance_mode
+from .resolve import ResolvedPipeline, guidance_distillation_flag, resolve_pipeline
 from .unsupported import check_attention, check_denoiser, reject_dropping_momentum, reject_free_noise
 
 __all__ = [

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..plan.schedule import TGateSchedule
 from ..plan.step_plan import CFGHalf
 from .catalog import family_of, supported_names
 from .family import Family
@@ -17,11 +16,9 @@ from .unsupported import (
     check_attention,
     check_denoiser,
     check_module,
-    check_self_attention,
     distilled_message,
     no_denoiser_message,
     reject_class_conditioned,
-    reject_dropping_momentum,
     reject_free_noise,
     reject_unsupported_loop,
 )
@@ -98,12 +95,8 @@ def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> Resolved
             check_attention(part, subject, family.layout, cross_attention)
     reject_free_noise(pipe)
     reject_class_conditioned(pipe, cross_attention)
-    if (family.layout.calls_per_step > 1 or family.layout.list_arguments) and not is_diffusers_loop:
-        what = "half of its batch" if family.layout.list_arguments else "of its calls of the denoiser"
-        raise ValueError(
-            f"{subject} cannot be gated: its loop is not diffusers' own, and which {what} is the unconditional one "
-            f"cannot be told. Use the pipeline of diffusers that it derives from. {ALTERNATIVES}"
-        )
+    if not is_diffusers_loop:
+        _check_order_of_halves(family, subject)
     if not legacy:
         _check_loop(type(pipe), has_step_callback, subject, supports_cfg=not embedded and not by_negative)
     names = {base.__name__ for base in type(pipe).__mro__}
@@ -152,70 +145,6 @@ def _parameters(pipeline_class: type) -> set[str]:
     return {name for call in calls for name in inspect.signature(call).parameters}
 
 
-def check_cfg_half(pipe: Any, found: ResolvedPipeline, cfg_half: CFGHalf | None) -> None:
-    """Refuse `cfg_half` where guidance has no such half to choose."""
-    if cfg_half is not None and found.default_cfg_half is None:
-        raise ValueError(
-            f"cfg_half={cfg_half!r} has no effect: the guidance of {type(pipe).__name__} is not two halves, so all "
-            "of it stays on. Leave cfg_half out."
-        )
-    if cfg_half == "unconditional" and found.family.layout.auxiliary_call_arguments:
-        raise ValueError(
-            f"cfg_half={cfg_half!r} is not possible: {type(pipe).__name__} guides by further calls too, and compares "
-            "them with the conditional half. Leave cfg_half out."
-        )
-    if cfg_half == "unconditional" and found.family.layout.calls_per_step > 1:
-        raise ValueError(
-            f"cfg_half={cfg_half!r} is not possible: the guidance of {type(pipe).__name__} is two calls of its "
-            "denoiser, the conditional one first, and it is the second one that is left out. Leave cfg_half out."
-        )
-
-
-def check_batch_arguments(pipe: Any, found: ResolvedPipeline, names: tuple[str, ...] | None) -> None:
-    """Refuse arguments that no denoiser of a pipeline takes, or where no batch is halved."""
-    if names and (found.default_cfg_half is None or found.family.layout.calls_per_step > 1):
-        raise ValueError(
-            f"batch_arguments={names!r} has no effect: the guidance of {type(pipe).__name__} is not two halves of one "
-            "batch. Leave it out."
-        )
-    module = getattr(found.denoiser, "_orig_mod", found.denoiser)
-    parameters = inspect.signature(type(module).forward).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for name in names or ():
-        if name.partition(".")[0] not in parameters:
-            raise ValueError(
-                f"batch_arguments={names!r}: {type(module).__name__} has no argument {name.partition('.')[0]!r}. It "
-                f"has {', '.join(list(parameters)[1:])}."
-            )
-
-
-def check_guidance_mode(
-    pipe: Any, found: ResolvedPipeline, schedule: TGateSchedule, cross_attention: bool | None = None
-) -> None:
-    """Refuse to predict guidance that has no two halves, or to gate it alone, and to reuse what is joint."""
-    joint = found.family.layout.joint
-    if (joint or cross_attention is False) and found.default_cfg_half is None:
-        alone = (
-            "where attention is joint, guidance alone is gated"
-            if joint
-            else "cross_attention=False gates guidance alone"
-        )
-        raise ValueError(
-            f"{alone}, and that of {type(pipe).__name__} is not two halves, so all of it stays on. "
-            f"{ALTERNATIVES if joint else 'Leave cross_attention out.'}"
-        )
-    if found.supports_cfg:
-        reject_dropping_momentum(type(pipe).__name__, found.family.layout, schedule)
-    check_self_attention(found.denoiser, type(pipe).__name__, found.family.layout, schedule)
-    if schedule.predicts and found.default_cfg_half is None:
-        what = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"'
-        raise ValueError(
-            f"{what} predicts guidance, and that of {type(pipe).__name__} is not two halves, so all of it stays on. "
-            "Give gate_step as a number of steps to reuse cross-attention alone, apply_tgate(pipe, 10)."
-        )
-
-
 def _find_denoiser(pipe: Any, subject: str, cross_attention: bool | None) -> tuple[Family, torch.nn.Module]:
     """The part of a pipeline that is called in every step."""
     unsupported = []
@@ -238,6 +167,16 @@ def _find_denoiser(pipe: Any, subject: str, cross_attention: bool | None) -> tup
         f"{subject} cannot be gated: T-GATE does not know how {' and '.join(unsupported)} does guidance. It knows "
         f"{supported_names(joint=cross_attention is False)}. {ALTERNATIVES}"
     )
+
+
+def _check_order_of_halves(family: Family, subject: str) -> None:
+    """Refuse a loop that is not diffusers' own where its denoiser does not show which half is the unconditional one."""
+    if family.layout.calls_per_step > 1 or family.layout.list_arguments:
+        what = "half of its batch" if family.layout.list_arguments else "of its calls of the denoiser"
+        raise ValueError(
+            f"{subject} cannot be gated: its loop is not diffusers' own, and which {what} is the unconditional one "
+            f"cannot be told. Use the pipeline of diffusers that it derives from. {ALTERNATIVES}"
+        )
 
 
 def _check_loop(pipeline_class: type, has_step_callback: bool, subject: str, *, supports_cfg: bool) -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from ..attention.layers import CustomProcessors, GatedLayers
 from ..attention.state import TGateState
-from ..caches.adapter import CacheAdapter
 from ..caches.deepcache import DeepCacheAdapter
 from ..caches.detect import detect_caches, reject_caches_on_controlnet
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards
@@ -25,51 +22,7 @@ from ..run.guider_run import GuiderRun
 from ..run.run import PipelineRun
 from .cleanup import Cleanup
 from .hooks import DenoiserHooks
-
-
-class PreparedCall(NamedTuple):
-    """What a call of a pipeline begins with: its denoisers, their layers and caches, the check of their `forward`."""
-
-    found: ResolvedPipeline
-    layers: list[GatedLayers]
-    caches: list[list[CacheAdapter]]
-    forwards: ForeignForwards
-
-
-class InstalledDenoisers:
-    """
-    The gates and hooks of one pipeline in its denoiser, or in both that it has.
-
-    Args:
-        found (`ResolvedPipeline`): The denoisers, and how they are gated.
-        hooks (`list` of `DenoiserHooks`): The hooks of each.
-        new_layers (`Callable`): Makes the `GatedLayers` of a denoiser for one call.
-
-    Attributes:
-        users (`WeakSet`): The copies of the pipeline that use it: one may still do so when another no longer does.
-    """
-
-    def __init__(
-        self, found: ResolvedPipeline, hooks: list[DenoiserHooks], new_layers: Callable[[torch.nn.Module], GatedLayers]
-    ) -> None:
-        self.found = found
-        self.hooks = hooks
-        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._new_layers = new_layers
-
-    def install(self) -> list[GatedLayers]:
-        """Install what is missing: all of it, or gates and hooks for layers and hooks that were added."""
-        all_layers = [self._new_layers(denoiser) for denoiser in self.found.denoisers]
-        for layers, hooks in zip(all_layers, self.hooks, strict=True):
-            layers.gate_all()
-            hooks.install()
-        return all_layers
-
-    def uninstall(self) -> None:
-        """The inverse of `install`, also of a part of it."""
-        for denoiser, hooks in zip(self.found.denoisers, self.hooks, strict=True):
-            hooks.uninstall()
-            self._new_layers(denoiser).ungate_all()
+from .installed_denoisers import InstalledDenoisers, PreparedCall
 
 
 class Installation:

@@ -19,7 +19,7 @@ from .gradient_checkpointing import replay_checkpoints, stop_replaying_checkpoin
 from .guiders import GuiderInstallation
 from .installation import Installation
 from .pipeline_call import call_of
-from .recompile_limit import RaisedRecompileLimit
+from .recompile_limit import RaisedRecompileLimit, restore_recompile_limit
 
 # The attribute of a pipeline with T-GATE that holds its installation.
 _TGATE_ATTRIBUTE = "_tgate"
@@ -62,6 +62,19 @@ def uninstall(pipe: Any) -> None:
     installation.uninstall(pipe)
     pipe.__class__ = restore_class(type(pipe))
     del vars(pipe)[_TGATE_ATTRIBUTE]
+
+
+def replace(pipe: Any, installation: Installation, found: ResolvedPipeline | None = None) -> None:
+    """Install in place of what is installed already, which is there again if that fails."""
+    before = installed(pipe)
+    uninstall(pipe)
+    restore_recompile_limit()
+    try:
+        install(pipe, installation, found)
+    except BaseException:
+        if before is not None:
+            install(pipe, before)
+        raise
 
 
 @functools.cache

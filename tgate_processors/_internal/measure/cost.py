@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,17 +19,16 @@ from ..plan.validation import shown, validate_int, validate_switch
 from ..run.messages import RunWarnings
 from .dry_run import simulate_schedule
 from .inputs import InputSize
-from .macs import DenoiserProfile, MACs, count_forward, profile_denoiser
+from .macs import MACs, count_forward
 from .meta_model import (
     MAX_SIZE,
     family_inputs,
     make_inputs,
     make_meta_model,
-    reject_modified_model,
     reject_unknown_conditioning,
     resolve_input_size,
 )
-from .target import DenoiserCall, config_json, read_timeline, resolve_cfg, resolve_dtype, resolve_target
+from .target import DenoiserCall, config_json, profile_of, read_timeline, resolve_cfg, resolve_dtype, resolve_target
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def estimate_cost(
     size = resolve_input_size(pipe, denoiser, height, width, max_sequence_length, num_frames, vae_scale_factor)
     dtype = resolve_dtype(denoiser, dtype)
     reject_unknown_conditioning(denoiser)
-    profile = _profile_of(denoiser, size)
+    profile = profile_of(denoiser, size)
     family = family_of(denoiser)
     assert family is not None
     layout = family.layout
@@ -181,10 +179,7 @@ def estimate_cost(
     warnings = RunWarnings(
         TGateState(schedule, max_bytes), DenoiserCall(guided), gates_cross=cross_attention, joint=layout.joint
     )
-    warnings.no_cfg()
-    warnings.gate_too_late(StepCounter(schedule, timeline))
-    if run.min_bytes is not None:
-        warnings.budget_too_small(run.min_bytes)
+    _warn(warnings, StepCounter(schedule, timeline), run.min_bytes)
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
     extra = _extra_forward_macs(denoiser, size, extra_forwards) * (timeline.passes * batch_size)
     return TGateCost(
@@ -200,27 +195,12 @@ def estimate_cost(
     )
 
 
-def _profile_of(denoiser: Any, size: InputSize) -> DenoiserProfile:
-    """Profile a denoiser, and refuse it if it is not what its configuration describes."""
-    denoiser_class: Any = type(denoiser)
-    try:
-        profile, names = _profile(denoiser_class, config_json(denoiser), size)
-    except RuntimeError as error:
-        if "overflow" not in str(error):
-            raise
-        raise ValueError(
-            f"height, width, num_frames and max_sequence_length make tensors larger than torch counts, {size}: give "
-            "smaller ones."
-        ) from None
-    reject_modified_model(denoiser, names)
-    return profile
-
-
-@functools.lru_cache(maxsize=16)
-def _profile(denoiser_class: Any, config: str, size: InputSize) -> tuple[DenoiserProfile, frozenset[str]]:
-    """Profile a denoiser, and list its parameters; cached, because most calls differ in the schedule only."""
-    meta_model = make_meta_model(denoiser_class, json.loads(config))
-    return profile_denoiser(meta_model, size), frozenset(name for name, _ in meta_model.named_parameters())
+def _warn(warnings: RunWarnings, counter: StepCounter, min_bytes: int | None) -> None:
+    """Warn of what a run would warn of."""
+    warnings.no_cfg()
+    warnings.gate_too_late(counter)
+    if min_bytes is not None:
+        warnings.budget_too_small(min_bytes)
 
 
 def _extra_forward_macs(denoiser: Any, size: InputSize, extra_forwards: Sequence[Any] | None) -> MACs:

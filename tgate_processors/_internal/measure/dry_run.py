@@ -186,12 +186,23 @@ def simulate_schedule(
         counter.begin_forward()
         counter.end_pass(full=not plan.is_half_step, error=error)
         held = denoiser.nbytes + num_known * profile.width * batch_size * itemsize
-        is_half, kept = plan.is_half_step, denoiser.cached_layer_counts
-        builder.add_pass(
-            counter, step, is_half_step=is_half, counts=denoiser.counts, cached_bytes=held, cached_layers=kept
-        )
-        if not cross_attention and not is_half:
+        _report_pass(builder, counter, step, denoiser, plan, held)
+        if not cross_attention and not plan.is_half_step:
             builder.add_uncached_bytes(denoiser.uncached_bytes // (2 if plan.caches_one_half else 1))
         if denoiser.min_bytes is not None and not builder.report.kept_layers:
             min_bytes = denoiser.min_bytes
     return DryRun(taken, builder.report, min_bytes)
+
+
+def _report_pass(
+    builder: ReportBuilder, counter: StepCounter, step: int, denoiser: _SimulatedDenoiser, plan: ForwardPlan, held: int
+) -> None:
+    """Add a pass to the report."""
+    builder.add_pass(
+        counter,
+        step,
+        is_half_step=plan.is_half_step,
+        counts=denoiser.counts,
+        cached_bytes=held,
+        cached_layers=denoiser.cached_layer_counts,
+    )

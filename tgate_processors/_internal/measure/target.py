@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +25,9 @@ from ..plan.steps import Timeline
 from ..plan.validation import shown
 from ..run.call import PipelineCall
 from ..run.timesteps import TimestepReader
-from .meta_model import call_has_argument
+from .inputs import InputSize
+from .macs import DenoiserProfile, profile_denoiser
+from .meta_model import call_has_argument, make_meta_model, reject_modified_model
 
 
 class DenoiserCall(PipelineCall):
@@ -141,3 +145,26 @@ def read_timeline(pipe: Any, num_inference_steps: int, family: Family | None) ->
     ):
         takes_over = int((scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps).sum())
     return TimestepReader(SimpleNamespace(scheduler=scheduler)).read_timeline(), takes_over
+
+
+def profile_of(denoiser: Any, size: InputSize) -> DenoiserProfile:
+    """Profile a denoiser, and refuse it if it is not what its configuration describes."""
+    denoiser_class: Any = type(denoiser)
+    try:
+        profile, names = _profile(denoiser_class, config_json(denoiser), size)
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise ValueError(
+            f"height, width, num_frames and max_sequence_length make tensors larger than torch counts, {size}: give "
+            "smaller ones."
+        ) from None
+    reject_modified_model(denoiser, names)
+    return profile
+
+
+@functools.lru_cache(maxsize=16)
+def _profile(denoiser_class: Any, config: str, size: InputSize) -> tuple[DenoiserProfile, frozenset[str]]:
+    """Profile a denoiser, and list its parameters; cached, because most calls differ in the schedule only."""
+    meta_model = make_meta_model(denoiser_class, json.loads(config))
+    return profile_denoiser(meta_model, size), frozenset(name for name, _ in meta_model.named_parameters())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .adaptive import MIN_HISTORY, AdaptiveController
-from .step_plan import Action, Phase, StepPlan
+from .step_plan import Action, Phase, StepPlan, drop_unused_stores
 from .validation import Auto, is_choice, shown, validate_gate_step, validate_int, validate_tolerance
 
 GuidanceMode = Literal["drop", "predict"]
@@ -138,8 +138,8 @@ class TGateSchedule:
     def _plan_with_gate(self, gate: int, num_inference_steps: int) -> tuple[StepPlan, ...]:
         """The plan of every step for a gate that is known."""
         steps = range(num_inference_steps)
-        cross = _drop_unused_stores([self._cross_attention(step, gate) for step in steps])
-        own = _drop_unused_stores([self._self_attention(step, gate) for step in steps])
+        cross = drop_unused_stores([self._cross_attention(step, gate) for step in steps])
+        own = drop_unused_stores([self._self_attention(step, gate) for step in steps])
         return tuple(StepPlan(self._phase(step, gate), cross[step], own[step]) for step in steps)
 
     def _optimistic_plan(self, steps: int) -> tuple[StepPlan, ...]:
@@ -240,16 +240,3 @@ def first_step(schedule: TGateSchedule) -> StepPlan:
     latest = 3
     gate = min(schedule.gate_step, latest) if isinstance(schedule.gate_step, int) else latest
     return schedule.plan(latest)[0] if schedule.is_auto else schedule._plan_with_gate(gate, latest + 1)[0]
-
-
-def _drop_unused_stores(actions: list[Action]) -> list[Action]:
-    """Turn every store that nothing reuses into a plain compute."""
-    reused = False
-    for step in reversed(range(len(actions))):
-        if actions[step] is Action.REUSE:
-            reused = True
-        else:
-            if not reused:
-                actions[step] = Action.COMPUTE
-            reused = False
-    return actions

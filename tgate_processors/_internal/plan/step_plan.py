@@ -32,3 +32,16 @@ class StepPlan:
     phase: Phase
     cross_attention: Action
     self_attention: Action
+
+
+def drop_unused_stores(actions: list[Action]) -> list[Action]:
+    """Turn every store that nothing reuses into a plain compute."""
+    reused = False
+    for step in reversed(range(len(actions))):
+        if actions[step] is Action.REUSE:
+            reused = True
+        else:
+            if not reused:
+                actions[step] = Action.COMPUTE
+            reused = False
+    return actions

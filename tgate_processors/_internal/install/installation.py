@@ -76,6 +76,11 @@ class Installation:
         self._finalizer = weakref.finalize(self, soon, functools.partial(_remove_all, self._installed))
         self._finalizer.atexit = False
 
+    @property
+    def callback(self) -> Installation:
+        """What has the `state`, as a callback that is wired by hand has it: scripts that watch a run ask for both."""
+        return self
+
     def is_running(self, pipe: Any) -> bool:
         """Whether a call of the pipeline is under way."""
         return id(pipe) in self._calls

@@ -513,3 +513,11 @@ def test_a_batch_that_is_not_what_guidance_makes_it_is_found_out():
     halve.remove()
     assert CASE.run(pipe, guidance_scale=1.0).isfinite().all()
     assert get_tgate_report(pipe).cross_attention_reused == 3
+
+
+@pytest.mark.parametrize("cross_attention", [None, False, True])
+def test_an_unknown_denoiser_is_told_of_all_that_can_be_gated_so(cross_attention):
+    with pytest.raises(ValueError, match="does not know how unet=OwnUNet") as error:
+        apply_tgate(own_denoiser(), cross_attention=cross_attention)
+    assert ("SD3Transformer2DModel" in str(error.value)) is (cross_attention is not True)
+    assert "UNet2DConditionModel" in str(error.value)

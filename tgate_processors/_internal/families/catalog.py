@@ -19,6 +19,6 @@ def family_of(denoiser: torch.nn.Module) -> Family | None:
     return next((family for family in FAMILIES if family.denoiser_class in names), None)
 
 
-def supported_names(*, joint: bool = False) -> str:
-    """The denoisers that are known, for messages; those with joint attention only if guidance alone is gated."""
+def supported_names(*, joint: bool) -> str:
+    """The denoisers that are known, for messages; those with joint attention where they can be gated."""
     return ", ".join(family.denoiser_class for family in FAMILIES if joint or not family.layout.joint)

@@ -165,7 +165,7 @@ def _find_denoiser(pipe: Any, subject: str, cross_attention: bool | None) -> tup
         raise ValueError(f"{subject} cannot be gated: {no_denoiser_message(pipe)}")
     raise ValueError(
         f"{subject} cannot be gated: T-GATE does not know how {' and '.join(unsupported)} does guidance. It knows "
-        f"{supported_names(joint=cross_attention is False)}. {ALTERNATIVES}"
+        f"{supported_names(joint=not cross_attention)}. {ALTERNATIVES}"
     )
 
 

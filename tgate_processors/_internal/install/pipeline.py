@@ -177,12 +177,12 @@ def _begin_run(
     installation.begin_call(pipe, cleanup, wrapped=wrapped)
     if isinstance(installation, GuiderInstallation):
         if bound.arguments.get("callback_on_step_end") is not None:
-            chain_callback(pipe, installation.state, bound, is_diffusers_loop=True)
+            chain_callback(pipe, state, bound, is_diffusers_loop=True)
         return state, installation.gate_guiders(pipe, cleanup)
     found, layers, caches, forwards = installation.refresh(pipe)
     call = call_of(found, pipe, _all_arguments(bound))
     if not found.counts_forwards:
-        chain_callback(pipe, installation.state, bound, is_diffusers_loop=found.is_diffusers_loop)
+        chain_callback(pipe, state, bound, is_diffusers_loop=found.is_diffusers_loop)
     suspend_in_legacy_callback(state, bound)
     adapters = CacheAdapters(caches, found.family.layout.calls_per_step)
     run = PipelineRun(

@@ -79,9 +79,8 @@ def resolve_target(given: Any, cross_attention: bool | None) -> tuple[Any, Any]:
     family = family_of(given)
     if family is None:
         check_denoiser(given, name)
-        raise ValueError(
-            f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {supported_names()}."
-        )
+        names = supported_names(joint=not cross_attention)
+        raise ValueError(f"{name} cannot be gated: T-GATE does not know how it does guidance. It knows {names}.")
     check_attention(given, name, family.layout, cross_attention)
     return None, getattr(given, "_orig_mod", given)
 

@@ -172,9 +172,8 @@ class PipelineRun(Run[DenoiserCFG]):
         self._check_prompt_embeds(inputs.encoder_hidden_states, loop, guided, is_halved)
         self.denoisers.active.layers.set_active(inputs.arguments)
         self._inputs, self._guided = inputs, guided
-        can_skip, may_skip = self._can_skip_half, may_halve
         step, context = self._planner.begin_step(
-            loop, inputs, active_half, guided=guided, can_skip_half=can_skip, may_halve=may_skip
+            loop, inputs, active_half, guided=guided, can_skip_half=self._can_skip_half, may_halve=may_halve
         )
         self._warnings.on_step_planned(step, context)
 

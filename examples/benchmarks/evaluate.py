@@ -45,8 +45,8 @@ from examples.benchmarks.evaluation.report import (
     rows_of,
     write_csv,
 )
-from examples.benchmarks.evaluation.store import clear_parts, write, write_json
-from examples.benchmarks.loading import MODELS, check_device, check_dtype, load_pipeline
+from examples.benchmarks.evaluation.store import claim, clear_parts, write, write_json
+from examples.benchmarks.loading import MODELS, check_device, check_dtype, load_pipeline, one_of
 from examples.benchmarks.tables import print_table
 from examples.testbeds.shapes.evaluation import call_options, draws_videos
 from examples.testbeds.shapes.tokens import LENGTH
@@ -66,29 +66,6 @@ FLOW_SCHEDULERS = {
     "unipc": diffusers.UniPCMultistepScheduler,
 }
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "torchmetrics", "DeepCache", "tomesd", "cache-dit")
-
-
-def one_of(option: str, given: list[str], known: Any) -> list[str]:
-    """The given names, if all of them are known."""
-    for name in given:
-        if name not in known:
-            raise typer.BadParameter(f"{option}={name!r} is unknown: give one of {', '.join(known)}")
-    return given
-
-
-def claim(output: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or refuse one that has pictures of other settings: the two would be mixed."""
-    if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"output={str(output)!r} is a file: give a folder")
-    file = output / "settings.json"
-    if file.exists():
-        earlier = json.loads(file.read_text())
-        for name, value in settings.items():
-            if earlier.get(name) != value:
-                raise typer.BadParameter(
-                    f"{name}={value!r}, but the run in {str(output)!r} has {earlier.get(name)!r}: "
-                    "give the same to resume it, or another --output"
-                )
 
 
 def load(model: str, scheduler: str, device: torch.device, dtype: str) -> Any:

@@ -15,6 +15,14 @@ OTHER_NAMES = {"fp32": "float32", "float": "float32", "fp16": "float16", "half":
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
 
+def one_of(option: str, given: list[str], known: Any) -> list[str]:
+    """The given names, if all of them are known."""
+    for name in given:
+        if name not in known:
+            raise typer.BadParameter(f"{option}={name!r} is unknown: give one of {', '.join(known)}")
+    return given
+
+
 def check_dtype(dtype: str) -> str:
     """One of the types, or an error that names the one to give."""
     if dtype not in DTYPES:

@@ -37,6 +37,17 @@ class CFGCutoffCallback(PipelineCallback):
         return callback_kwargs
 
 
+def half_of(value: Any, whole: int) -> Any:
+    """The conditional half of what is as long as the batch, in containers too."""
+    if isinstance(value, dict):
+        return {name: half_of(part, whole) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(half_of(part, whole) for part in value)
+    if isinstance(value, torch.Tensor) and value.ndim and len(value) == whole:
+        return value[whole // 2 :]
+    return value
+
+
 class CutoffHooks:
     """The same for a denoiser whose pipeline has no callbacks: the conditional half in, and out twice."""
 
@@ -49,16 +60,7 @@ class CutoffHooks:
         self.forwards += 1
         if self.forwards <= self.step:
             return None
-        whole = len(args[0])
-
-        def half(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: half(part) for name, part in value.items()}
-            if isinstance(value, torch.Tensor) and value.ndim and len(value) == whole:
-                return value[whole // 2 :]
-            return value
-
-        return tuple(half(value) for value in args), half(kwargs)
+        return half_of(args, len(args[0])), half_of(kwargs, len(args[0]))
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Give the output for both halves: guidance of any scale then yields it."""

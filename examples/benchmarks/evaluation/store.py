@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import typer
 from PIL import Image
 
 
@@ -23,6 +24,21 @@ def write(file: Path, content: bytes) -> None:
 def write_json(file: Path, content: Any) -> None:
     """Likewise, as JSON."""
     write(file, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def claim(output: Path, settings: dict[str, Any]) -> None:
+    """Make the folder, or refuse one that has pictures of other settings: the two would be mixed."""
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"output={str(output)!r} is a file: give a folder")
+    file = output / "settings.json"
+    if file.exists():
+        earlier = json.loads(file.read_text())
+        for name, value in settings.items():
+            if earlier.get(name) != value:
+                raise typer.BadParameter(
+                    f"{name}={value!r}, but the run in {str(output)!r} has {earlier.get(name)!r}: "
+                    "give the same to resume it, or another --output"
+                )
 
 
 def clear_parts(folder: Path) -> None:

@@ -1,0 +1,167 @@
+"""
+T-GATE and its rivals against the best plain run that costs as much, over solvers and spacings.
+
+    python -m examples.benchmarks.yardstick --output runs/yardstick-sd
+    python -m examples.benchmarks.yardstick --model examples/models/shapes-pixart --tolerance 0.2 --tolerance 0.4 \
+        --output runs/yardstick-pixart
+
+All are compared with the pictures of many steps of UniPC. What was drawn is kept in the folder: after an interruption
+the same command goes on where it stopped, and one with other solvers, steps or settings adds to what is there.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from examples.benchmarks.evaluation.cells import Bench, Cell
+from examples.benchmarks.evaluation.front import KINDS, compare, contenders, front, refused, summary, table
+from examples.benchmarks.evaluation.prompts import held_out_captions
+from examples.benchmarks.evaluation.rivals import NEED_GUIDANCE, RIVALS
+from examples.benchmarks.evaluation.solvers import SOLVERS, own_spacing, spacings_of
+from examples.benchmarks.evaluation.store import claim, clear_parts, write_json
+from examples.benchmarks.loading import MODELS, check_device, load_pipeline, one_of
+from examples.benchmarks.tables import print_table, write_table
+
+GATED_SOLVERS = ["dpm-2", "unipc", "ddim", "euler"]
+GATED_STEPS = [8, 10, 13, 16, 20, 25, 32, 40]
+PLAIN_STEPS = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 25, 28, 32, 40]
+# The best of few captions need not be the best of all: so many of each kind with each number of steps go on to all.
+CONTENDERS = 3
+# Of the comparison in print, besides the name of a row.
+COLUMNS = ["cost", "full", "half", "forecast", "psnr", "ahead of as many"]
+COLUMNS += [f"{part} {kind}" for kind in KINDS for part in ("ahead of", "best")] + ["right", "right, as many"]
+
+
+def load_bench(model: str, device: str, captions: int, guidance_scale: float, seed: int, output: Path) -> Bench:
+    """The testbed that draws."""
+    pipe = load_pipeline(model, check_device(device), "float32")
+    if pipe.scheduler.config.get("prediction_type") == "flow_prediction":
+        raise typer.BadParameter(f"model={model!r} predicts a flow, for which most of the solvers have no times")
+    return Bench(pipe, held_out_captions(captions), guidance_scale, seed, output)
+
+
+def plain_cells(solvers: list[str], steps: list[int]) -> list[Cell]:
+    """Every solver with every spacing that it takes."""
+    return [Cell(name, place, number) for name in solvers for place in spacings_of(name) for number in steps]
+
+
+def gated_cells(
+    solvers: list[str], spacings: list[str], steps: list[int], methods: list[tuple[str, str]]
+) -> list[Cell]:
+    """T-GATE and its rivals."""
+    places = [(name, place) for name, place in itertools.product(solvers, spacings) if place in spacings_of(name)]
+    return [Cell(*where, number, *how) for where, number, how in itertools.product(places, steps, methods)]
+
+
+def measure_plain(
+    bench: Bench, cells: list[Cell], needed: list[Cell], screen: int, batch_size: int
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """All plain runs, or those that few captions show to be the best and those that are needed; what is impossible."""
+    everything = range(len(bench.captions))
+    impossible = {}
+    if screen < len(everything):
+        few = everything[:: -(-len(everything) // screen)]
+        seen = [bench.measure(cell, few, batch_size, "screen") for cell in track(cells, "Plain, few captions")]
+        impossible = refused(seen)
+        best = contenders(table(seen), CONTENDERS)[["solver", "spacing", "steps"]]
+        cells = [Cell(*row) for row in best.itertuples(index=False)]
+    cells = list(dict.fromkeys([*cells, *needed]))
+    found = [bench.measure(cell, everything, batch_size) for cell in track(cells, "Plain")]
+    return table(found), impossible | refused(found)
+
+
+def printed(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Headings and figures: shares in per cent, distances with their sign."""
+
+    def cell(name: str, value: Any) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        if pd.isna(value):
+            return ""
+        if name.startswith("right"):
+            return f"{100 * value:.1f}"
+        return f"{value:+.2f}" if name.startswith(("ahead of", "as many", *KINDS)) else f"{value:.2f}"
+
+    names = list(frame.columns)
+    return names, [[cell(*each) for each in zip(names, row, strict=True)] for row in frame.itertuples(index=False)]
+
+
+def report(plain: pd.DataFrame, rows: pd.DataFrame, impossible: dict[str, str], folder: Path, console: Console) -> None:
+    """Print the tables, and write them as Markdown, CSV and JSON."""
+    fronts = pd.concat([front(plain, kind) for kind in KINDS])
+    compared = compare(rows, plain)
+    name = compared.run + " " + compared.steps.astype(str) + " " + compared.method + " " + compared.setting
+    summed = summary(compared)
+    tables = {
+        "front": fronts.assign(row=fronts.run + " " + fronts.steps.astype(str))[["row", "kind", "psnr", "right"]],
+        "comparison": compared.assign(row=name.str.strip())[["row", *COLUMNS]],
+        "summary": summed.assign(method=(summed.method + " " + summed.setting).str.strip()).drop(columns="setting"),
+    }
+    for title, frame in tables.items():
+        headings, lines = printed(frame)
+        print_table(console, title, headings, lines)
+        for ending in ("md", "csv"):
+            write_table(folder / f"{title}.{ending}", headings, lines)
+    found = {"plain": plain, "front": fronts, "comparison": compared, "summary": summed}
+    records = {
+        title: frame.astype(object).where(frame.notna(), None).to_dict("records") for title, frame in found.items()
+    }
+    write_json(folder / "results.json", records | {"impossible": impossible})
+    for run, reason in impossible.items():
+        console.print(f"{run}: {reason}", soft_wrap=True, highlight=False, markup=False)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="Folder for what is measured.")],
+    model: Annotated[str, typer.Option(help="A testbed that draws shapes.")] = str(MODELS / "shapes-sd"),
+    guidance_scale: Annotated[float, typer.Option()] = 7.0,
+    captions: Annotated[int, typer.Option(min=2, help="Number of captions.")] = 500,
+    screen: Annotated[int, typer.Option(min=2, help="Captions by which the best plain runs are chosen.")] = 12,
+    solver: Annotated[list[str] | None, typer.Option(help=f"Of the gated runs; {', '.join(GATED_SOLVERS)}.")] = None,
+    spacing: Annotated[list[str] | None, typer.Option(help="Of the gated runs; the pipeline's own.")] = None,
+    steps: Annotated[list[int] | None, typer.Option(min=2, help=f"Of the gated runs; {GATED_STEPS}.")] = None,
+    tolerance: Annotated[list[float] | None, typer.Option(min=0, help="Of T-GATE; its default.")] = None,
+    tgate: Annotated[list[str] | None, typer.Option(help="More of T-GATE: 'gate_step=8,guidance=predict'.")] = None,
+    rival: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(RIVALS)}, or none; all.")] = None,
+    plain_solver: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(SOLVERS)}; all.")] = None,
+    plain_steps: Annotated[list[int] | None, typer.Option(min=1, help=f"{PLAIN_STEPS}")] = None,
+    reference_steps: Annotated[int, typer.Option(min=1, help="Of UniPC.")] = 150,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of the gated runs.")] = 1,
+    plain_batch_size: Annotated[int, typer.Option(min=1, help="Of the plain runs.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Picture number i has seed + i.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
+) -> None:
+    """Draw, measure, and write the front of the plain runs and what is ahead of it."""
+    solvers = one_of("solver", solver or GATED_SOLVERS, SOLVERS)
+    plain_solvers = one_of("plain_solver", plain_solver or list(SOLVERS), SOLVERS)
+    rivals = [name for name in one_of("rival", rival or list(RIVALS), [*RIVALS, "none"]) if name != "none"]
+    about = {"model": Path(model).name, "guidance_scale": guidance_scale, "captions": captions, "seed": seed}
+    about |= {"screen": screen, "batch_size": batch_size, "reference_steps": reference_steps}
+    claim(output, about)
+    bench = load_bench(model, device, captions, guidance_scale, seed, output)
+    output.mkdir(parents=True, exist_ok=True)
+    clear_parts(output)
+    write_json(output / "settings.json", about)
+
+    methods = [
+        ("tgate", setting) for setting in [*(f"tolerance={value:g}" for value in tolerance or []), *(tgate or [])]
+    ]
+    methods = methods or [("tgate", "")]
+    usable = [name for name in rivals if guidance_scale > 1 or name not in NEED_GUIDANCE]
+    methods += [(name, f"{value:g}") for name in usable for value in RIVALS[name][1]]
+    gated = gated_cells(solvers, spacing or [own_spacing(bench.config)], steps or GATED_STEPS, methods)
+    bench.refer(reference_steps, plain_batch_size)
+    needed = [Cell(cell.solver, cell.spacing, cell.steps) for cell in gated]
+    cells = plain_cells(plain_solvers, plain_steps or PLAIN_STEPS)
+    plain, impossible = measure_plain(bench, cells, needed, screen, plain_batch_size)
+    rows = [bench.measure(cell, range(captions), batch_size) for cell in track(gated, "T-GATE and rivals")]
+    report(plain, table(rows), impossible, output, Console())
+
+
+if __name__ == "__main__":
+    typer.run(main)

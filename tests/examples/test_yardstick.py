@@ -166,6 +166,14 @@ def test_the_cost_is_that_of_the_layers_that_ran(bench, method, setting, left):
     assert "forward" not in vars(bench.pipe.unet)
 
 
+def test_each_caption_has_its_own_seed(bench):
+    images, _ = bench.draw(Cell("ddim", "trailing", 2), [1])
+    numbers = torch.Generator().manual_seed(1)
+    options = {"guidance_scale": 7.0, "num_inference_steps": 2, "output_type": "np"}
+    expected = bench.pipe(bench.captions[1], generator=numbers, **options).images
+    assert np.array_equal(images.permute(0, 2, 3, 1), expected)
+
+
 @pytest.mark.parametrize(("method", "setting"), [("held", 1), ("alternate", 1), ("reuse", 0), ("interval", 1)])
 def test_a_rival_that_leaves_nothing_out_draws_the_plain_picture(bench, method, setting):
     plain, _ = bench.draw(Cell("dpm-2", "trailing", 5), [0, 1])
@@ -174,27 +182,22 @@ def test_a_rival_that_leaves_nothing_out_draws_the_plain_picture(bench, method, 
     assert counts["cost"] == 5
 
 
-def outputs(kind, setting, forward, steps=8):
-    """What a rival gives in each step; both halves of the input are the step."""
-    rival = kind(forward, steps, setting)
-    return [rival(torch.full((2,), float(step)))[0].tolist() for step in range(steps)]
-
-
-def line(given):
-    """Halves that go their own ways, from which a conditional row alone can be told."""
-    way = torch.tensor([2.0, 5.0])[-len(given) :]
-    return (1 + way * given,)
+def outputs(kind, setting, steps=8):
+    """What a rival gives in each step, where each half grows as its text says."""
+    rival = kind(lambda given, text: (1 + text * given,), steps, setting)
+    text = torch.tensor([2.0, 5.0])
+    return [rival(torch.full((2,), float(step)), text=text)[0].tolist() for step in range(steps)]
 
 
 def test_rivals_give_what_they_are_said_to_give():
     exact = [[1 + 2.0 * step, 1 + 5.0 * step] for step in range(8)]
-    assert outputs(Interval, 3, line) == exact
+    assert outputs(Interval, 3) == exact
     held = [[low, high] if step < 2 else [high - 3.0, high] for step, (low, high) in enumerate(exact)]
-    assert outputs(Held, 0.25, line) == held
-    assert outputs(Alternate, 2, line) == [[high if step % 2 else low, high] for step, (low, high) in enumerate(exact)]
-    # The third step's output changes by the same again with each step: by a half at last, by less before.
+    assert outputs(Held, 0.25) == held
+    assert outputs(Alternate, 2) == [[high if step % 2 else low, high] for step, (low, high) in enumerate(exact)]
+    # What the third step's output changes by in a step, as a share of it: it is used again until the sum is above 2.5.
     share = math.dist(*exact[:2]) / math.hypot(*exact[2])
-    assert outputs(Reuse, 2.5 * share, line)[2:6] == [exact[2], exact[2], exact[2], exact[5]]
+    assert outputs(Reuse, 2.5 * share)[2:] == [exact[2]] * 3 + [exact[5]] * 2 + [exact[7]]
     assert set(RIVALS) == {"interval", "held", "alternate", "reuse"}
 
 

@@ -21,7 +21,7 @@ from rich.progress import track
 from examples.benchmarks.evaluation.cells import Bench, Cell
 from examples.benchmarks.evaluation.front import KINDS, compare, contenders, front, refused, summary, table
 from examples.benchmarks.evaluation.prompts import held_out_captions
-from examples.benchmarks.evaluation.rivals import NEED_GUIDANCE, RIVALS
+from examples.benchmarks.evaluation.rivals import FIXED, NEED_GUIDANCE, RIVALS
 from examples.benchmarks.evaluation.solvers import SOLVERS, own_spacing, spacings_of
 from examples.benchmarks.evaluation.store import claim, clear_parts, write_json
 from examples.benchmarks.loading import MODELS, check_device, load_pipeline, one_of
@@ -131,8 +131,8 @@ def main(
     plain_solver: Annotated[list[str] | None, typer.Option(help=f"Some of {', '.join(SOLVERS)}; all.")] = None,
     plain_steps: Annotated[list[int] | None, typer.Option(min=1, help=f"{PLAIN_STEPS}")] = None,
     reference_steps: Annotated[int, typer.Option(min=1, help="Of UniPC.")] = 150,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of the gated runs.")] = 1,
-    plain_batch_size: Annotated[int, typer.Option(min=1, help="Of the plain runs.")] = 50,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of T-GATE and of rivals that decide by the picture.")] = 1,
+    plain_batch_size: Annotated[int, typer.Option(min=1, help="Of all other runs.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Picture number i has seed + i.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
 ) -> None:
@@ -159,7 +159,11 @@ def main(
     needed = [Cell(cell.solver, cell.spacing, cell.steps) for cell in gated]
     cells = plain_cells(plain_solvers, plain_steps or PLAIN_STEPS)
     plain, impossible = measure_plain(bench, cells, needed, screen, plain_batch_size)
-    rows = [bench.measure(cell, range(captions), batch_size) for cell in track(gated, "T-GATE and rivals")]
+    sizes = dict.fromkeys(FIXED, plain_batch_size)
+    rows = [
+        bench.measure(cell, range(captions), sizes.get(cell.method, batch_size))
+        for cell in track(gated, "T-GATE and rivals")
+    ]
     report(plain, table(rows), impossible, output, Console())
 
 

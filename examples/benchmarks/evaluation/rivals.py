@@ -117,6 +117,8 @@ RIVALS: dict[str, tuple[type[Rival], tuple[float, ...]]] = {
     "interval": (Interval, (2, 3)),
 }
 NEED_GUIDANCE = ("held", "alternate")
+# What these leave out is the same for every picture, so that they may be drawn in batches of any size.
+FIXED = ("held", "alternate", "interval")
 
 
 @contextlib.contextmanager

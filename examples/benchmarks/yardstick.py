@@ -6,7 +6,8 @@ T-GATE and its rivals against the best plain run that costs as much, over solver
         --output runs/yardstick-pixart
 
 All are compared with the pictures of many steps of UniPC. What was drawn is kept in the folder: after an interruption
-the same command goes on where it stopped, and one with other solvers, steps or settings adds to what is there.
+the same command goes on where it stopped, and one with other solvers, steps or settings adds to what is there. After a
+change of the package remove `cells/*tgate*`.
 """
 
 import itertools
@@ -32,7 +33,8 @@ GATED_STEPS = [8, 10, 13, 16, 20, 25, 32, 40]
 PLAIN_STEPS = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 25, 28, 32, 40]
 # The best of few captions need not be the best of all: so many of each kind with each number of steps go on to all.
 CONTENDERS = 3
-# Of the comparison in print, besides the name of a row.
+# The comparison in print: what names a row, and its figures.
+ROW = ["run", "steps", "method", "setting"]
 COLUMNS = ["cost", "full", "half", "forecast", "psnr", "ahead of as many"]
 COLUMNS += [f"{part} {kind}" for kind in KINDS for part in ("ahead of", "best")] + ["right", "right, as many"]
 
@@ -75,6 +77,12 @@ def measure_plain(
     return table(found), impossible | refused(found)
 
 
+def named(frame: pd.DataFrame, parts: list[str]) -> pd.DataFrame:
+    """The first column names the rows, in place of its parts."""
+    row = frame[parts].astype(str).agg(" ".join, axis=1).str.strip()
+    return pd.concat([row.rename("row"), frame.drop(columns=parts)], axis=1)
+
+
 def printed(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Headings and figures: shares in per cent, distances with their sign."""
 
@@ -95,12 +103,11 @@ def report(plain: pd.DataFrame, rows: pd.DataFrame, impossible: dict[str, str], 
     """Print the tables, and write them as Markdown, CSV and JSON."""
     fronts = pd.concat([front(plain, kind) for kind in KINDS])
     compared = compare(rows, plain)
-    name = compared.run + " " + compared.steps.astype(str) + " " + compared.method + " " + compared.setting
     summed = summary(compared)
     tables = {
-        "front": fronts.assign(row=fronts.run + " " + fronts.steps.astype(str))[["row", "kind", "psnr", "right"]],
-        "comparison": compared.assign(row=name.str.strip())[["row", *COLUMNS]],
-        "summary": summed.assign(method=(summed.method + " " + summed.setting).str.strip()).drop(columns="setting"),
+        "front": named(fronts[["run", "steps", "kind", "psnr", "right"]], ["run", "steps"]),
+        "comparison": named(compared[[*ROW, *COLUMNS]], ROW),
+        "summary": named(summed, ["spacing", "method", "setting"]),
     }
     for title, frame in tables.items():
         headings, lines = printed(frame)

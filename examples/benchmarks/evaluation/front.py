@@ -56,14 +56,14 @@ def compare(rows: pd.DataFrame, plain: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(compared: pd.DataFrame) -> pd.DataFrame:
-    """A row for each method and setting: means over its runs, and the worst of them."""
+    """A row for each spacing, method and setting: means over its runs, and the worst of them."""
     columns = {"saving": compared.steps / compared.cost, "loss": compared["right, as many"] - compared.right}
     distances = {
         f"{against}, {what}": (f"ahead of {against}", how)
         for against in (*KINDS, "as many")
         for what, how in (("mean", "mean"), ("least", "min"))
     }
-    groups = compared.assign(**columns).groupby(["method", "setting"], sort=False)
+    groups = compared.assign(**columns).groupby(["spacing", "method", "setting"], sort=False)
     figures = {
         "runs": ("cost", "size"),
         "times fewer": ("saving", "mean"),

@@ -14,6 +14,7 @@ from tests.zoo.cross_attention import SHAPES
 from tests.zoo.joint import flux
 from tests.zoo.modular import save_sdxl
 from tgate_processors import is_tgate_applied
+from tgate_processors._internal.plan import schedule
 
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("[!_]*.py"))
@@ -83,7 +84,9 @@ def run(tmp_path, monkeypatch):
 # As under `python -W error`.
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in STANDS_FOR])
-def test_a_script_draws_with_half_steps(name, run, capsys):
+def test_a_script_draws_with_fewer_full_steps(name, run, capsys, monkeypatch):
+    # Random weights predict badly: this accepts whatever comes.
+    monkeypatch.setattr(schedule, "FORECAST_TOLERANCE", 1e6)
     namespace = run(name)
     pipe = namespace["pipe"]
     if name == "server":
@@ -93,10 +96,10 @@ def test_a_script_draws_with_half_steps(name, run, capsys):
         rows = []
         pipe.unet.conv_in.register_forward_hook(lambda layer, args, output: rows.append(len(output)))
         namespace["answer"]("a ship")
-        assert {*rows} == {1, 2}
+        assert rows.count(2) < 25 > len(rows)
     else:
-        (half,) = re.findall(r"(\d+) ran on half the batch", capsys.readouterr().out)
-        assert int(half) > 0
+        ((forecast, half),) = re.findall(r"(\d+) were forecast, (\d+) ran on half the batch", capsys.readouterr().out)
+        assert int(forecast) + int(half) > 0
     assert is_tgate_applied(pipe) == (name != "sdxl")
 
 

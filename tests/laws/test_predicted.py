@@ -42,7 +42,7 @@ from tgate_processors import (
     remove_tgate,
 )
 from tgate_processors._internal.families import attention_modules
-from tgate_processors._internal.plan.validation import DEFAULT_TOLERANCE
+from tgate_processors._internal.plan.schedule import FORECAST_TOLERANCE
 
 # The families once each; their other pipelines take long.
 QUICK = {"sd", "pixart_alpha", "svd", "sd_controlnet"}
@@ -138,9 +138,9 @@ def test_a_tolerance_between_the_errors_of_two_runs_tells_them_apart(name):
     case.run(pipe)
     ((step, error), *_) = get_tgate_report(pipe).prediction_errors
     assert step == 2
-    case.run(apply_tgate(pipe, "auto", tolerance=error * 1.01))
+    case.run(apply_tgate(pipe, "auto", tolerance=error * 1.01, forecast=False))
     assert 3 not in get_tgate_report(pipe).full_steps
-    case.run(apply_tgate(pipe, "auto", tolerance=error * 0.99))
+    case.run(apply_tgate(pipe, "auto", tolerance=error * 0.99, forecast=False))
     assert get_tgate_report(pipe).full_steps[:4] == (0, 1, 2, 3)
 
 
@@ -421,7 +421,7 @@ def test_guidance_alone_of_other_parts_is_refused(name):
 @families
 def test_without_settings_the_run_decides(case: Case):
     pipe = apply_tgate(case.build())
-    assert torch.equal(case.run(pipe), case.gated("auto", tolerance=DEFAULT_TOLERANCE))
+    assert torch.equal(case.run(pipe), case.gated("auto", tolerance=FORECAST_TOLERANCE))
     assert get_tgate_report(pipe).prediction_errors
 
 
@@ -484,16 +484,16 @@ def test_settings_in_the_call_are_told_how_to_be_given(setting, remedy):
 
 
 def test_the_plan_of_a_run_that_decides_itself_is_the_shortest():
-    plan = TGateSchedule("auto").plan(12)
+    plan = TGateSchedule(**AUTO).plan(12)
     assert "".join("." if step.cross_attention.value == "reuse" else "F" for step in plan) == "FFF.F..F...F"
-    assert TGateSchedule("auto").resolve_gate_step(12) == 3
+    assert TGateSchedule(**AUTO).resolve_gate_step(12) == 3
     assert all(step.cross_attention.value == "compute" for step in TGateSchedule("auto", tolerance=0).plan(5))
 
 
 def test_a_published_run_is_what_it_was():
     # `tests/laws/test_golden.py` holds its pictures; that is what a number alone means.
     assert TGateSchedule(10) == TGateSchedule(10, guidance="drop")
-    assert TGateSchedule("auto") == TGateSchedule("auto", guidance="predict", tolerance=0.6)
+    assert TGateSchedule("auto") == TGateSchedule("auto", guidance="predict", tolerance=0.2, forecast=True)
 
 
 def test_it_says_nothing(caplog):

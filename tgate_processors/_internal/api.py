@@ -48,6 +48,8 @@ def apply_tgate(
     guidance: GuidanceMode | None = None,
     cfg_interval: SupportsIndex | None = None,
     tolerance: SupportsFloat | None = None,
+    forecast: bool | None = None,
+    levels: str | None = None,
     sp_interval: SupportsIndex = 1,
     fi_interval: SupportsIndex = 1,
     warm_up: SupportsIndex = 0,
@@ -63,8 +65,9 @@ def apply_tgate(
     Apply T-GATE to a pipeline, in place. Then call the pipeline as before.
 
     In *full steps* the pipeline computes everything. In *half steps* kept cross-attention is reused, and one half of
-    the batch of classifier-free guidance is left out: guidance is predicted, or dropped. By default the run decides
-    which steps are full, by the measured error of its predictions. Steps are those that really run, so `strength`,
+    the batch of classifier-free guidance is left out: guidance is predicted, or dropped. In *forecast steps* the
+    denoiser is not called: what it would give is extrapolated from its last two outputs. By default the run decides
+    how much of each step is computed, by the measured error of its predictions. Steps are those that really run, so `strength`,
     `denoising_start`/`denoising_end` and custom timesteps are taken into account. A second call replaces the settings
     of the first.
 
@@ -73,9 +76,9 @@ def apply_tgate(
             The pipeline. Its class, denoiser hooks and attention processors change until [`remove_tgate`]. Where its
             guidance is a guider, as in modular pipelines, only the class does.
         gate_step (`int`, `float` or `str`, *optional*, defaults to `"auto"`):
-            With `"auto"` the run decides which steps are full. A number is how many steps are full before the half
-            steps begin, as in the published method; a `float` in (0, 1) is their share of the steps that really run.
-            A call without guidance needs a number: `"auto"` gates nothing there, and warns.
+            With `"auto"` the run decides how much of each step is computed. A number is how many steps are full before
+            the half steps begin, as in the published method; a `float` in (0, 1) is their share of the steps that
+            really run.
         guidance (`str`, *optional*):
             What happens to classifier-free guidance after the gate: `"drop"` ends it, as the published method does;
             `"predict"` keeps it, with the difference of the two halves predicted from the last full steps. Defaults to
@@ -85,7 +88,14 @@ def apply_tgate(
             computed, and cross-attention and the difference are kept anew. By default there are none.
         tolerance (`float`, *optional*):
             With `gate_step="auto"`, the accepted error of the guided output, relative to that output. Smaller values
-            make more steps full, `0` all of them. Defaults to `0.6`.
+            make more steps full, `0` all of them. Defaults to `0.2`, and with `forecast=False` to `0.6`. Where nothing
+            can be forecast (beside another cache), half steps are accepted up to three times the tolerance.
+        forecast (`bool`, *optional*):
+            With `gate_step="auto"`, whether steps are forecast, also in calls without guidance. Defaults to `True`.
+        levels (`str`, *optional*):
+            A fixed plan in the place of `gate_step`: a letter for each step that runs, `"F"` for a full step, `"H"` for
+            a half step and `"-"` for a forecast step, such as `"FFFF-F--FH"`. Guidance is predicted. The report of a
+            run gives its own `levels`.
         sp_interval (`int`, *optional*, defaults to `1`):
             Before the gate, self-attention is computed every `sp_interval` steps. `1` computes it in every step.
         fi_interval (`int`, *optional*, defaults to `1`):
@@ -153,7 +163,8 @@ def apply_tgate(
     """
     validate_pipeline(pipe, gate_step)
     # The schedule turns numbers of every kind, numpy's too, into ints and floats.
-    schedule = TGateSchedule(gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance)  # type: ignore[arg-type]
+    settings: Any = (gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance, forecast, levels)
+    schedule = TGateSchedule(*settings)
     half = validate_cfg_half(cfg_half)
     validate_switch("cross_attention", cross_attention)
     max_bytes = validate_max_memory(max_memory, cross_attention)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tgate_processors._internal.guidance.prediction import CFGDifference, predict, relative_error
-from tgate_processors._internal.plan.adaptive import MAX_HALF_STEPS, AdaptiveController
+from tgate_processors._internal.plan.adaptive import MAX_HALF_STEPS, AdaptiveController, StepErrors
+from tgate_processors._internal.plan.step_plan import Level
 
 
 def sample(seed=0, shape=(2, 4, 5, 3)):
@@ -126,15 +127,16 @@ def plan(tolerance, errors, interval=1):
     A cache repeats all steps, `r`, but each `interval`-th.
     """
     pace, steps, left = AdaptiveController(tolerance), "", list(errors)
-    while left or not pace.is_full_step:
+    while left or pace.next_level() is Level.HALF:
+        level = pace.next_level()
         if len(steps) % interval:
             steps += "r"
-            pace.end_half_step(computed=False)
-        elif not pace.is_full_step:
+            pace.end_step(Level.HALF, computed=False)
+        elif level is Level.HALF:
             steps += "."
-            pace.end_half_step()
+            pace.end_step(level)
         else:
-            pace.end_full_step(None if steps.count("F") < 2 else left.pop(0))
+            pace.end_step(level, StepErrors(None if steps.count("F") < 2 else left.pop(0)))
             steps += "F"
     return steps
 

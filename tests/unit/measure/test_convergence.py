@@ -87,9 +87,12 @@ def test_the_settings_of_a_tolerance_are_those_of_such_a_run_while_it_goes_as_th
         case.run(apply_tgate(pipe, "auto", tolerance=tolerance))
         report = get_tgate_report(pipe)
         assert settings.loc[tolerance, "full_steps"] == len(report.full_steps)
+        assert settings.loc[tolerance, "forecast_steps"] == report.forecast_forwards
         assert settings.loc[tolerance, "gate_step"] == report.gate_step
     assert settings.loc[0.0, "speedup"] == 1
-    assert settings.loc[1e6, "speedup"] > STEPS / (4 + 2 * 0.5) * 0.999
+    # Three full steps, two forecast ones and a half one, as the last step is not forecast.
+    assert report.levels == "FFF--H"
+    assert STEPS / 3.5 * 0.999 < settings.loc[1e6, "speedup"] < STEPS / 3
 
 
 def test_what_was_applied_is_applied_again_also_after_an_error():

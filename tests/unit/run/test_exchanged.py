@@ -17,7 +17,8 @@ WAYS = {
     "predict": {"gate_step": 3, "guidance": "predict"},
     "interval": {"gate_step": 3, "guidance": "predict", "cfg_interval": 4},
     # Tiny pipelines with random weights predict badly: this accepts whatever comes.
-    "auto": {"gate_step": "auto", "tolerance": 1e6},
+    "auto": {"gate_step": "auto", "tolerance": 1e6, "forecast": False},
+    "forecast": {"gate_step": "auto", "tolerance": 1e6},
     "reuse": {"gate_step": 8, "sp_interval": 6, "fi_interval": 2},
 }
 # Full steps after an exchange at the end of step `AT`, and of those from the beginning.
@@ -26,6 +27,7 @@ FULL = {
     "predict": (0, 1, 2, 5),
     "interval": (0, 1, 2, 5, 6, 10),
     "auto": (0, 1, 2, 4, 5, 6, 7, 9),
+    "forecast": (0, 1, 2, 5, 6, 7),
     "reuse": tuple(range(8)),
 }
 # Those whose step callback is the old one, which can only write to latents.
@@ -66,11 +68,10 @@ def spread(case, pipe, **callback):
     return (result - result[:1]).abs().max().item()
 
 
-ROWS = [("sd", "drop"), ("sd", "auto"), ("pixart_alpha", "drop"), ("wan", "predict")]
+ROWS = [("sd", "drop"), ("sd", "auto"), ("sd", "forecast"), ("pixart_alpha", "drop"), ("wan", "predict")]
 ROWS += [
     *(slow("sd", way) for way in ("predict", "interval", "reuse")),
-    slow("wan", "auto"),
-    slow("wan", "drop"),
+    *(slow("wan", way) for way in ("auto", "drop", "forecast")),
     slow("sd3", "auto"),
 ]
 ROWS += [slow(name, way) for name in ("pixart_alpha", "sdxl") for way in ("predict", "auto")]

@@ -91,7 +91,7 @@ def complete_batch(
     Returns:
         `torch.Tensor` or container: As `output`, every tensor with both halves.
     """
-    doubled = _map_tensors(
+    doubled = map_tensors(
         output, lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() and len(tensor) == rows else tensor
     )
     if difference is not None:
@@ -113,7 +113,7 @@ def complete_second_call(output: Any, difference: Sequence[torch.Tensor] | None,
     Returns:
         `torch.Tensor` or container: As `output`, in tensors of its own.
     """
-    other = _map_tensors(output, torch.clone)
+    other = map_tensors(output, torch.clone)
     if difference is not None:
         _add_to_parts(parts_of(other), difference)
     return other
@@ -161,12 +161,12 @@ def _add_to_parts(parts: Sequence[torch.Tensor], difference: Sequence[torch.Tens
         part[:, : more.shape[1]].add_(more, alpha=sign)
 
 
-def _map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Apply a function to every tensor, however deep it lies."""
     return (
         function(value)
         if isinstance(value, torch.Tensor)
-        else _map_structure(value, lambda item: _map_tensors(item, function))
+        else _map_structure(value, lambda item: map_tensors(item, function))
     )
 
 

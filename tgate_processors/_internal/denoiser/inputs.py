@@ -51,12 +51,16 @@ def _parameter_names(module_class: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(module_class.forward).parameters)[1:]
 
 
-def read_inputs(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> DenoiserInputs:
-    """Read the arguments of a forward."""
+def read_arguments(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward, by name."""
     # `torch.compile(pipe.unet)` wraps the module.
     module_class: Any = type(getattr(module, "_orig_mod", module))
-    names = _parameter_names(module_class)
-    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(_parameter_names(module_class), args, strict=False)), **kwargs}
+
+
+def read_inputs(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> DenoiserInputs:
+    """Read the arguments of a forward."""
+    arguments = read_arguments(module, args, kwargs)
     sample = get_latents(arguments)
     if sample is None:
         raise ValueError(

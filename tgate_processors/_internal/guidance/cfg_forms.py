@@ -2,7 +2,7 @@
 The forms of classifier-free guidance: two halves of one batch, two calls of the denoiser, or a guider.
 
 A form of its own is a subclass of `CFGForm`: how often the denoiser is called in a step, where both halves are seen,
-and what stands for the half that is skipped.
+and what stands for the half, or for the calls, that are skipped.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..denoiser.batch import complete_second_call, guided_parts
+from ..denoiser.batch import complete_second_call, guided_parts, stack_samples, unstack_samples
 from ..denoiser.inputs import DenoiserInputs
 from ..denoiser.spec import Layout
+from ..plan.adaptive import StepErrors
 from ..plan.schedule import TGateSchedule
+from .forecast import OutputForecaster
+from .prediction import apply_cfg, relative_error
 from .predictor import GuidancePredictor
 
 
@@ -31,6 +34,8 @@ class ComputedCall(NamedTuple):
         uncond_index (`int`): Which half of a batch is the unconditional one, 0 or 1.
         denoiser_index (`int`): The denoiser's place among those of the pipeline.
         cache_hit (`bool`): Whether a cache has repeated what it gave before, which says nothing new of guidance.
+        is_split (`bool`): Whether it has guidance of two halves, of which one can be skipped.
+        active_index (`int`): Which half of a batch half steps compute, 0 or 1.
     """
 
     position: int
@@ -40,17 +45,19 @@ class ComputedCall(NamedTuple):
     uncond_index: int = 0
     denoiser_index: int = 0
     cache_hit: bool = False
+    is_split: bool = True
+    active_index: int = 1
 
 
 class CFGForm:
     """
-    The guidance of a run. It owns the predictor of the loop that runs, and the error that this step has shown.
+    The guidance of a run. It owns the predictor of the loop that runs, and the errors that this step has shown.
 
     Args:
         schedule (`TGateSchedule`): Whether guidance is predicted, and whether errors are measured.
 
     Attributes:
-        error (`float`, *optional*): The largest error that was measured in this step.
+        errors (`StepErrors`): The largest errors that were measured in this step.
     """
 
     calls_per_step: ClassVar[int] = 1
@@ -58,7 +65,9 @@ class CFGForm:
     def __init__(self, schedule: TGateSchedule) -> None:
         self._schedule = schedule
         self._predictor: GuidancePredictor | None = None
-        self.error: float | None = None
+        # Errors on the device, of this pass.
+        self._unread: dict[str, list[torch.Tensor]] = {}
+        self.errors = StepErrors()
 
     @property
     def nbytes(self) -> int:
@@ -75,14 +84,38 @@ class CFGForm:
         """Whether guidance is predicted, but not enough is known of it yet."""
         return self._predictor is not None and not self._predictor.has_history
 
-    def begin(self) -> None:
-        """Begin without history: at the start of a loop, and when the history no longer holds."""
+    def begin(self, *, can_forecast: bool = False) -> None:
+        """
+        Begin without history: at the start of a loop, and when the history no longer holds.
+
+        Args:
+            can_forecast (`bool`, *optional*, defaults to `False`): Whether calls of the denoiser can be left out.
+        """
         self._predictor = GuidancePredictor(measures_errors=self._schedule.is_auto) if self._schedule.predicts else None
-        self.error = None
+        self._unread = {}
+        self.errors = StepErrors()
 
     def release(self) -> None:
         """A loop has ended: release cached tensors."""
         self._predictor = None
+        self._unread = {}
+
+    def read_errors(self) -> StepErrors:
+        """Read the errors of this pass: the one wait for the device in it."""
+        names = [*self._unread]
+        # The sample with the largest error decides for all. NaN counts as above every tolerance.
+        largest = [torch.cat([errors.flatten() for errors in self._unread[name]]).max() for name in names]
+        read = map(float, torch.stack(largest).cpu()) if largest else ()
+        self._unread = {}
+        for name, error in zip(names, read, strict=True):
+            before = getattr(self.errors, name)
+            if before is None or not error <= before:
+                self.errors = self.errors._replace(**{name: error})
+        return self.errors
+
+    def end_step(self) -> None:
+        """A step has ended, and the next one measures anew."""
+        self.errors = StepErrors()
 
     def limit_tokens(self, tokens: int) -> None:
         """Keep the first tokens of each difference: the pipeline does not read the others."""
@@ -90,20 +123,20 @@ class CFGForm:
             self._predictor.limit_tokens(tokens)
 
     def record(self, position: int, halves: Sequence[Sequence[torch.Tensor]], uncond_index: int, scale: Any) -> None:
-        """Record both halves of each part of an output. This is the one wait for the device in a full step."""
+        """Record both halves of each part of an output."""
         if self._predictor is None:
             return
         errors = self._predictor.record(position, halves, uncond_index, scale)
-        if errors is None:
-            return
-        # The sample with the largest error decides for all. NaN counts as above every tolerance.
-        error = float(errors.detach().max())
-        if self.error is None or not error <= self.error:
-            self.error = error
+        if errors is not None:
+            self._add_errors("difference", errors)
 
     def predict(self, position: int) -> list[torch.Tensor] | None:
         """Predict the second half minus the first, of each part; `None` where guidance is dropped."""
         return None if self._predictor is None else self._predictor.predict(position)
+
+    def _add_errors(self, name: str, errors: torch.Tensor) -> None:
+        """Note errors of this pass, by their name in `StepErrors`."""
+        self._unread.setdefault(name, []).append(errors.detach())
 
 
 class DenoiserCFG(CFGForm):
@@ -120,8 +153,26 @@ class DenoiserCFG(CFGForm):
         super().__init__(schedule)
         self._layout = layout
         self._scale_of = scale_of
+        self._forecaster: OutputForecaster | None = None
+        self._num_tokens: int | None = None
         # The outputs of the calls of this step that are skipped.
         self._ready_outputs: list[Any] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in differences of the halves, and in outputs to forecast from."""
+        return super().nbytes + (0 if self._forecaster is None else self._forecaster.nbytes)
+
+    @property
+    def can_forecast(self) -> bool:
+        """Whether anything is known to forecast from."""
+        return self._forecaster is not None and self._forecaster.can_forecast
+
+    def begin(self, *, can_forecast: bool = False) -> None:
+        """Begin without history: at the start of a loop, and when the history no longer holds."""
+        super().begin()
+        self._forecaster = OutputForecaster() if can_forecast else None
+        self._num_tokens = None
 
     @property
     def skips_call(self) -> bool:
@@ -135,15 +186,17 @@ class DenoiserCFG(CFGForm):
     def release(self) -> None:
         """A loop has ended: release cached tensors."""
         super().release()
+        self._forecaster = None
         self._ready_outputs.clear()
 
     def end_pass(self, latents: Any, *, ends_step: bool) -> None:
         """A pass has ended with these latents; it may be the last one of its step."""
         if ends_step:
-            self.error = None
+            self.end_step()
         packed = isinstance(latents, torch.Tensor) and latents.dim() == 3
         if self._layout.reference_tokens_last and packed:
             # The tokens of a reference image follow those of the latents.
+            self._num_tokens = latents.shape[1]
             self.limit_tokens(latents.shape[1])
 
     def complete(self, call: ComputedCall) -> list[torch.Tensor] | None:
@@ -158,6 +211,48 @@ class DenoiserCFG(CFGForm):
     def observe(self, call: ComputedCall) -> None:
         """The denoiser has given its output, in a full step."""
         raise NotImplementedError
+
+    def observe_output(self, call: ComputedCall) -> None:
+        """The pipeline gets this output of a call that was computed, with both halves in it if it is split."""
+        raise NotImplementedError
+
+    def forecast(self, call: ComputedCall) -> Any:
+        """The output of the first call of a step in which none is computed; those of the others are made ready."""
+        raise NotImplementedError
+
+    def _record_output(
+        self, call: ComputedCall, parts: Sequence[torch.Tensor], halves: Sequence[Sequence[torch.Tensor]] = ()
+    ) -> None:
+        """Record what can be forecast of an output, and measure the forecast; guidance combines the halves."""
+        forecaster = self._forecaster
+        assert forecaster is not None
+        parts = [part[:, : self._num_tokens] for part in parts]
+        if self._schedule.is_auto and forecaster.has_history:
+            guided = self._guided(call, halves) if halves else parts
+            forecast = forecaster.forecast_parts(call.position)
+            if [part.shape for part in parts] == [part.shape for part in forecast]:
+                compared = zip(forecast, parts, guided, strict=True)
+                self._add_errors("forecast", torch.cat([relative_error(*each, 1.0) for each in compared]))
+        forecaster.record(call.position, parts)
+
+    def _guided(self, call: ComputedCall, halves: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """The guided output, as the pipeline computes it from these halves."""
+        scale = self._scale_of(call.denoiser_index)
+        scales = scale if isinstance(scale, list) else [scale] * len(halves)
+        cut = [[half[:, : self._num_tokens] for half in pair] for pair in halves]
+        return [apply_cfg(pair, call.uncond_index, own) for pair, own in zip(cut, scales, strict=True)]
+
+    def _record_template(self, call: ComputedCall) -> None:
+        """Record the form of an output."""
+        assert self._forecaster is not None
+        output = stack_samples(call.output) if self._layout.list_arguments else call.output
+        self._forecaster.record_template(output, self._parts_of(call._replace(output=output)))
+
+    def _make_output(self, call: ComputedCall, write: Callable[[list[torch.Tensor]], None]) -> Any:
+        """Make an output of the recorded form, into whose parts `write` writes."""
+        assert self._forecaster is not None
+        output = self._forecaster.make_output(lambda made: write(self._parts_of(call._replace(output=made))))
+        return unstack_samples(output) if self._layout.list_arguments else output
 
     def _parts_of(self, call: ComputedCall) -> list[torch.Tensor]:
         """The parts of a call's output that guidance combines."""
@@ -181,6 +276,36 @@ class BatchedCFG(DenoiserCFG):
         if self._predictor is not None and not call.cache_hit:
             self._record_halves(call, [part.chunk(2) for part in self._parts_of(call)], call.uncond_index)
 
+    def observe_output(self, call: ComputedCall) -> None:
+        """Record the active half of an output, or all of one that is not split."""
+        if self._forecaster is None:
+            return
+        parts = self._parts_of(call)
+        if call.is_split:
+            halves = [part.chunk(2) for part in parts]
+            self._record_output(call, [pair[call.active_index] for pair in halves], halves)
+        else:
+            self._record_output(call, parts)
+        self._record_template(call)
+
+    def forecast(self, call: ComputedCall) -> Any:
+        """Forecast the active half, and predict the other one."""
+        assert self._forecaster is not None
+        active = self._forecaster.forecast_parts(call.position)
+        difference = self.predict(call.position) if call.is_split else None
+
+        def write(parts: list[torch.Tensor]) -> None:
+            for index, (part, value) in enumerate(zip(parts, active, strict=True)):
+                if difference is None:
+                    part[:, : value.shape[1]].copy_(value)
+                    continue
+                halves, more = part.chunk(2), difference[index]
+                other = value - more if call.active_index else value + more
+                halves[call.active_index][:, : value.shape[1]].copy_(value)
+                halves[1 - call.active_index][:, : value.shape[1]].copy_(other)
+
+        return self._make_output(call, write)
+
 
 class SequentialCFG(DenoiserCFG):
     """Two calls of the denoiser, the conditional one first. The second call of a half step is skipped."""
@@ -190,11 +315,12 @@ class SequentialCFG(DenoiserCFG):
     def __init__(self, schedule: TGateSchedule, layout: Layout, scale_of: Callable[[int], Any]) -> None:
         super().__init__(schedule, layout, scale_of)
         self._first: list[torch.Tensor] | None = None
+        self._first_output: list[torch.Tensor] | None = None
 
     def release(self) -> None:
         """A loop has ended: release cached tensors."""
         super().release()
-        self._first = None
+        self._first = self._first_output = None
 
     def complete(self, call: ComputedCall) -> None:
         """Make the output of the second call from that of the first."""
@@ -212,6 +338,38 @@ class SequentialCFG(DenoiserCFG):
             self._first = self._parts_of(call)
         elif first is not None and not call.cache_hit:
             self._record_halves(call, [*zip(first, self._parts_of(call), strict=True)], 1)
+
+    def observe_output(self, call: ComputedCall) -> None:
+        """Record the output of the first call, once that of the second is known too."""
+        if self._forecaster is None:
+            return
+        parts = self._parts_of(call)
+        first, self._first_output = self._first_output, None
+        if call.call_index == 0:
+            self._record_template(call)
+            if not call.is_split:
+                self._record_output(call, parts)
+            elif self._ready_outputs:
+                second = self._parts_of(call._replace(output=self._ready_outputs[0]))
+                self._record_output(call, parts, [*zip(parts, second, strict=True)])
+            else:
+                self._first_output = parts
+        elif first is not None:
+            self._record_output(call, first, [*zip(first, parts, strict=True)])
+
+    def forecast(self, call: ComputedCall) -> Any:
+        """Forecast the output of the first call, and make that of the second from it."""
+        assert self._forecaster is not None
+        values = self._forecaster.forecast_parts(call.position)
+
+        def write(parts: list[torch.Tensor]) -> None:
+            for part, value in zip(parts, values, strict=True):
+                part[:, : value.shape[1]].copy_(value)
+
+        output = self._make_output(call, write)
+        if call.is_split:
+            self.complete(call._replace(output=output))
+        return output
 
 
 class GuiderCFG(CFGForm):

@@ -21,6 +21,7 @@ from ..run.run import PipelineRun
 from .gradient_checkpointing import replay_checkpoints, stop_replaying_checkpoints
 from .hooks import DenoiserHooks
 from .pipeline_call import call_of
+from .pipeline_check import reject_forecasts
 
 
 class TGateCallback:
@@ -158,6 +159,7 @@ class TGateCallback:
                 f"T-GATE: the guidance of {type(pipeline).__name__} is two calls of its denoiser, and a callback alone "
                 "cannot leave one out: use apply_tgate(pipe, ...)."
             )
+        reject_forecasts(schedule, "a callback alone cannot leave out a call of the denoiser")
         reason = "a callback alone cannot tell it where the batch changes: use apply_tgate(pipe, ...)"
         detect_caches(found.denoiser, schedule, reason=reason)
         ForeignForwards([found.denoiser], self._custom_forwards).check()

@@ -105,6 +105,7 @@ class DenoiserHooks(OrderedHooks):
         memory = self._memory(run)
         if self._layout.is_auxiliary_call(inputs.arguments):
             memory.is_announced = False
+            run.on_auxiliary_call(inputs)
             self._state.suspend()
             return None
         innermost = self._is_innermost()

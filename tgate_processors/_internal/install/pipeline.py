@@ -19,6 +19,7 @@ from .gradient_checkpointing import replay_checkpoints, stop_replaying_checkpoin
 from .guiders import GuiderInstallation
 from .installation import Installation
 from .pipeline_call import call_of
+from .pipeline_check import reject_forecasts
 from .recompile_limit import RaisedRecompileLimit, restore_recompile_limit
 
 # The attribute of a pipeline with T-GATE that holds its installation.
@@ -185,6 +186,8 @@ def _begin_run(
         chain_callback(pipe, state, bound, is_diffusers_loop=found.is_diffusers_loop)
     suspend_in_legacy_callback(state, bound)
     adapters = CacheAdapters(caches, found.family.layout.calls_per_step)
+    if adapters:
+        reject_forecasts(state.schedule, "another cache on the denoiser counts the steps in which it is called")
     run = PipelineRun(
         state,
         call,
@@ -194,6 +197,7 @@ def _begin_run(
         caches=adapters,
         cross_attention=installation.cross_attention,
         forwards=forwards,
+        can_forecast=not adapters,
     )
     cleanup.add(lambda: installation.end_run(pipe, run, layers, completed=cleanup.completed))
     room = RaisedRecompileLimit()
@@ -202,9 +206,9 @@ def _begin_run(
     for denoiser in found.denoisers:
         cleanup.add(functools.partial(stop_replaying_checkpoints, denoiser, run))
         replay_checkpoints(denoiser, state, run)
-        if found.family.layout.calls_per_step > 1:
-            cleanup.add(functools.partial(stop_intercepting, denoiser, run))
-            intercept_calls(denoiser, state, run)
+    for module in (*found.denoisers, *([] if found.controlnet is None else [found.controlnet])):
+        cleanup.add(functools.partial(stop_intercepting, module, run))
+        intercept_calls(module, state, run)
     adapters.begin_call(cleanup.add)
     return state, run
 

@@ -1,4 +1,4 @@
-"""Whether something is a pipeline at all."""
+"""What is refused before anything is installed: what is no pipeline, and plans that it cannot follow."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 
+from ..plan.schedule import TGateSchedule
 from ..plan.validation import shown
 from .guiders import is_modular
 
@@ -27,3 +28,12 @@ def validate_pipeline(pipe: Any, gate_step: Any = None) -> None:
     else:
         what, remedy = f"{shown(pipe)}, of type {type(pipe).__name__}", "give a DiffusionPipeline"
     raise TypeError(f"pipe is {what}, not a diffusers pipeline: {remedy}.")
+
+
+def reject_forecasts(schedule: TGateSchedule, reason: str) -> None:
+    """Refuse a plan with forecast steps where no call of the denoiser can be left out."""
+    if schedule.levels is not None and schedule.forecast:
+        raise ValueError(
+            f'T-GATE: levels={shown(schedule.levels)} has forecast steps ("-"), and {reason}: give a plan of full and '
+            "half steps."
+        )

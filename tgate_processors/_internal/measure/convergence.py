@@ -41,8 +41,8 @@ class TGateConvergence:
             empty where there is nothing to compare with, and without guidance.
         layers (`pandas.DataFrame`): By step, the change of each cross-attention layer, a column each.
         settings (`pandas.DataFrame`):
-            By `tolerance`: the steps that `gate_step="auto"` would have made full, the first half step, and how many
-            times fewer MACs the denoiser takes. Means over the calls.
+            By `tolerance`: the full steps and the forecast steps that `gate_step="auto"` would have had, the first step
+            that is not full, and how many times fewer MACs the denoiser takes. Means over the calls.
     """
 
     steps: pd.DataFrame
@@ -102,7 +102,7 @@ def measure_convergence(
         prompts (`list` of `str` or `dict`): What to draw, a call for each: a prompt, or the arguments of the call.
         call (`dict`, *optional*): Arguments that every call gets, such as `num_inference_steps`.
         tolerances (`list` of `float`, *optional*, defaults to `(0.1, 0.2, 0.4, 0.6)`):
-            The values of `tolerance` to forecast.
+            The values of `tolerance` to go through.
 
     Returns:
         `TGateConvergence`: Changes and errors by step, and what each tolerance would give.
@@ -158,8 +158,8 @@ def measure_convergence(
     steps = steps.reindex(range(probe.steps)).rename_axis("step")
     layers = pd.DataFrame({name: probe.mean(name) for name in probe.layers}).reindex(range(probe.steps))
     half = _half_share(pipe, {**(call or {}), **calls[0]}, probe.steps)
-    columns = [probe.forecast(schedule, half) for schedule in schedules]
-    names = ("full_steps", "gate_step", "speedup")
+    columns = [probe.expect(schedule, half) for schedule in schedules]
+    names = ("full_steps", "forecast_steps", "gate_step", "speedup")
     index = pd.Index([schedule.tolerance for schedule in schedules], name="tolerance")
     return TGateConvergence(steps, layers.rename_axis("step"), pd.DataFrame(columns, index=index, columns=list(names)))
 

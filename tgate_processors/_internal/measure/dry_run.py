@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..attention.budget import MemoryBudget
-from ..plan.adaptive import MIN_HISTORY
-from ..plan.forward_plan import CachedPart, CacheKey, ForwardContext, ForwardPlan, plan_forward
+from ..plan.adaptive import MIN_HISTORY, StepErrors
+from ..plan.forward_plan import NO_FORWARD, CachedPart, CacheKey, ForwardContext, ForwardPlan, plan_forward
 from ..plan.report import TGateReport
 from ..plan.report_builder import ReportBuilder
 from ..plan.schedule import TGateSchedule
-from ..plan.step_plan import Action
+from ..plan.step_plan import Action, Level
 from ..plan.steps import StepCounter, Timeline
 from .macs import DenoiserProfile, MACs
 
@@ -151,16 +151,17 @@ def simulate_schedule(
     denoiser = _SimulatedDenoiser(
         profile, itemsize=itemsize, gates_cross=cross_attention, joint=joint, max_memory=max_memory
     )
-    counter, builder, taken = StepCounter(schedule, timeline), ReportBuilder(is_auto=schedule.is_auto), MACs()
+    counter = StepCounter(schedule, timeline, can_forecast=bool(schedule.forecast))
+    builder, taken = ReportBuilder(is_auto=schedule.is_auto), MACs()
     rows = (2 if guided else 1) * batch_size
     part = CachedPart.MEAN if guided else CachedPart.ALL
-    # How many differences of guidance are known, and the errors of their predictions.
-    num_known, switched, min_bytes = 0, False, None
+    # How many differences of guidance are known, and how many outputs.
+    num_known, num_outputs, switched, min_bytes = 0, 0, False, None
     for index in range(timeline.passes):
         if index == takes_over:
             denoiser.release()
             counter.restart_controller()
-            num_known, switched = 0, index > 0
+            num_known, num_outputs, switched = 0, 0, index > 0
         has_history = num_known >= MIN_HISTORY
         context = ForwardContext(
             batch_size=rows,
@@ -171,23 +172,31 @@ def simulate_schedule(
             cached=denoiser.cached.key,
             gates_cross=cross_attention,
         )
-        plan = plan_forward(counter.current_plan(has_history=has_history), context)
-        taken += denoiser.forward(plan, batch_size if plan.halves_batch else rows)
+        step_plan = counter.current_plan(has_history=has_history, guided=guided)
+        forecast = step_plan.level is Level.FORECAST and num_outputs > 0
+        plan = NO_FORWARD if forecast else plan_forward(step_plan, context)
+        if forecast:
+            denoiser.counts = ((False, False), (False, False))
+        else:
+            taken += denoiser.forward(plan, batch_size if plan.halves_batch else rows)
         if plan.marks_cache:
             denoiser.cached.key = CacheKey(
                 rows if plan.part is CachedPart.ALL else rows // 2, (profile.width,), plan.part
             )
-        step, error = counter.step_index, None
-        if guided and schedule.predicts and not plan.is_half_step and counter.has_half_steps_left:
-            error = 0.0 if has_history and schedule.is_auto else None
+        step, errors, left = counter.step_index, StepErrors(), counter.has_forecast_steps_left
+        if guided and schedule.predicts and plan.level is Level.FULL and (counter.has_half_steps_left or left):
+            errors = StepErrors(0.0 if has_history and schedule.is_auto else None)
             num_known = min(num_known + 1, MIN_HISTORY)
-        if error is not None:
-            builder.add_error(step, error)
+        if left and not forecast:
+            errors = errors._replace(forecast=0.0 if num_outputs == MIN_HISTORY and schedule.is_auto else None)
+            num_outputs = min(num_outputs + 1, MIN_HISTORY)
+        builder.add_errors(step, errors)
         counter.begin_forward()
-        counter.end_pass(full=not plan.is_half_step, error=error)
-        held = denoiser.nbytes + num_known * profile.width * batch_size * itemsize
+        counter.end_pass(level=plan.level, errors=errors)
+        held = denoiser.nbytes + (num_known + num_outputs) * profile.width * batch_size * itemsize
+        held += profile.template_width * rows * itemsize if num_outputs else 0
         _report_pass(builder, counter, step, denoiser, plan, held)
-        if not cross_attention and not plan.is_half_step:
+        if not cross_attention and plan.level is Level.FULL:
             builder.add_uncached_bytes(denoiser.uncached_bytes // (2 if plan.caches_one_half else 1))
         if denoiser.min_bytes is not None and not builder.report.kept_layers:
             min_bytes = denoiser.min_bytes
@@ -201,7 +210,7 @@ def _report_pass(
     builder.add_pass(
         counter,
         step,
-        is_half_step=plan.is_half_step,
+        level=plan.level,
         counts=denoiser.counts,
         cached_bytes=held,
         cached_layers=denoiser.cached_layer_counts,

@@ -14,7 +14,7 @@ from ..attention.layers import attention_modules
 from ..attention.processor import TGateAttnProcessor
 from ..attention.state import LayerActions, Slot, TGateState
 from ..denoiser.batch import guided_parts
-from ..denoiser.inputs import read_inputs
+from ..denoiser.inputs import iter_tensors, read_inputs
 from ..denoiser.spec import Layout
 from ..families import family_of
 from ..plan.schedule import TGateSchedule
@@ -79,12 +79,14 @@ class DenoiserProfile:
         cross (`tuple` of `CrossAttentionCost`): The cross-attention layers.
         self_width (`int`): Numbers that all self-attention layers give out.
         width (`int`): Numbers that the denoiser itself gives out, a variance left out.
+        template_width (`int`): All numbers that it gives out, if there is a variance among them, else 0.
     """
 
     forwards: dict[tuple[bool, bool], ForwardCost]
     cross: tuple[CrossAttentionCost, ...]
     self_width: int
     width: int
+    template_width: int = 0
 
 
 class RecordingCache:
@@ -165,7 +167,9 @@ def profile_denoiser(meta_model: Any, size: InputSize) -> DenoiserProfile:
     layout = family.layout
 
     def record_output(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        given.append(sum(part.numel() for part in guided_parts(output, read_inputs(module, args, kwargs), layout)))
+        guided = sum(part.numel() for part in guided_parts(output, read_inputs(module, args, kwargs), layout))
+        whole = sum(tensor.numel() for tensor in iter_tensors(output))
+        given.append((guided, 0 if guided == whole else whole))
 
     handle = meta_model.register_forward_hook(record_output, with_kwargs=True)
     counted = count_forwards(meta_model, lambda: make_inputs(meta_model, 1, size), modes, layout)
@@ -178,7 +182,7 @@ def profile_denoiser(meta_model: Any, size: InputSize) -> DenoiserProfile:
     layers = ((name, seen[layer]) for name, layer in attention_modules(meta_model).items() if layer in seen)
     cross = tuple(CrossAttentionCost(width, taken[name], saved) for name, (width, saved) in layers)
     # What is computed but not stored is released: after the last forward only cross-attention is held.
-    return DenoiserProfile(forwards, cross, self_width=widths[0] - widths[-1], width=given[0])
+    return DenoiserProfile(forwards, cross, widths[0] - widths[-1], *given[0])
 
 
 def count_forward(

@@ -1,4 +1,4 @@
-"""Measurements of probed calls: changes from step to step, and a forecast for each tolerance."""
+"""Measurements of probed calls: changes from step to step, and the steps that each tolerance leads to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from ..guidance.forecast import OutputForecaster
 from ..guidance.prediction import CFGDifference, apply_cfg, predict, relative_error
 from ..guidance.predictor import GuidancePredictor, GuidedPart
-from ..plan.adaptive import AdaptiveController
+from ..plan.adaptive import LevelController, StepErrors
 from ..plan.schedule import TGateSchedule
+from ..plan.step_plan import Level
 from ..run.run import PipelineRun
 
 
@@ -34,7 +36,8 @@ class ConvergenceProbe:
         self._before: dict[str, torch.Tensor] = {}
         # The passes of every loop of a call.
         self._loops: list[list[GuidedForward]] = [[]]
-        self._plans: dict[float | None, list[tuple[int, int]]] = defaultdict(list)
+        # The levels of all steps of each call, by the tolerance.
+        self._levels: dict[float | None, list[str]] = defaultdict(list)
 
     def mean(self, name: str) -> dict[int, float]:
         """Mean change by step, of a layer or of one of `cross_attention`, `difference` and `error`."""
@@ -59,11 +62,9 @@ class ConvergenceProbe:
     def on_guided_output(self, prediction: torch.Tensor, run: PipelineRun) -> None:
         """The denoiser has returned both halves of guidance."""
         (step, number), halves = self._position, prediction.chunk(2)
-        difference = CFGDifference(number, halves[1] - halves[0])
-        scale = run.call.guidance_scale()
-        now = GuidedForward(
-            step, difference, apply_cfg(halves, 0 if run.batch.unconditional_first else 1, scale), scale
-        )
+        unconditional = 0 if run.batch.unconditional_first else 1
+        difference, scale = CFGDifference(number, halves[1] - halves[0]), run.call.guidance_scale()
+        now = GuidedForward(step, difference, apply_cfg(halves, unconditional, scale), scale, halves[1 - unconditional])
         passes = self._loops[-1]
         if passes and passes[-1].difference.position == number:
             # Calls before the loop count as part of its first pass.
@@ -78,36 +79,48 @@ class ConvergenceProbe:
         passes.append(now)
 
     def on_call_end(self, schedules: Sequence[TGateSchedule]) -> None:
-        """A call has ended: forecast the steps for each tolerance, and release cached tensors."""
+        """A call has ended: find the steps that each tolerance leads to, and release cached tensors."""
         for schedule in schedules:
-            halves = [step for passes in self._loops for step in self._half_steps(schedule, passes)]
-            plan = self.steps - len(halves), min(halves, default=self.steps)
-            self._plans[schedule.tolerance].append(plan)
+            levels = "".join(self._levels_of(schedule, passes) for passes in self._loops)
+            # Steps without guidance are full.
+            self._levels[schedule.tolerance].append(levels.ljust(self.steps, Level.FULL.value))
         self._loops = [[]]
         self._before.clear()
         self._position = (0, 0)
 
-    def forecast(self, schedule: TGateSchedule, half: float) -> tuple[float, float, float]:
-        """Forecast full steps, the first half step and the speed-up, as means of all calls."""
-        plans = self._plans[schedule.tolerance]
-        full, gate = (sum(values) / len(plans) for values in zip(*plans, strict=True))
-        return full, gate, self.steps / (full + (self.steps - full) * half)
+    def expect(self, schedule: TGateSchedule, half: float) -> tuple[float, float, float, float]:
+        """Full steps, forecast steps, the first step that is not full and the speed-up, as means of all calls."""
+        calls = self._levels[schedule.tolerance]
+        full, halves, forecast = (
+            sum(levels.count(level.value) for levels in calls) / len(calls)
+            for level in (Level.FULL, Level.HALF, Level.FORECAST)
+        )
+        gate = sum(len(levels) - len(levels.lstrip(Level.FULL.value)) for levels in calls) / len(calls)
+        return full, forecast, gate, self.steps / (full + halves * half)
 
     @staticmethod
-    def _half_steps(schedule: TGateSchedule, passes: Sequence[GuidedForward]) -> list[int]:
-        """The steps of a loop that would have been half ones."""
+    def _levels_of(schedule: TGateSchedule, passes: Sequence[GuidedForward]) -> str:
+        """The levels of the steps of a loop, if it went on as without T-GATE."""
         assert schedule.tolerance is not None
-        controller, predictor = AdaptiveController(schedule.tolerance), GuidancePredictor(measures_errors=True)
-        halves = []
-        for step in sorted({each.step for each in passes}):
-            if not controller.is_full_step:
-                halves.append(step)
-                controller.end_half_step()
-                continue
-            full = [each for each in passes if each.step == step]
-            measured = [predictor.record_parts(each.difference.position, [each.part]) for each in full]
-            controller.end_full_step(max((float(each.max()) for each in measured if each is not None), default=None))
-        return halves
+        controller, differences = LevelController(schedule.tolerance), GuidancePredictor(measures_errors=True)
+        outputs, levels = OutputForecaster(), ""
+        steps = sorted({each.step for each in passes})
+        for step in steps:
+            level = controller.next_level(is_last=step == steps[-1])
+            levels += level.value
+            measured: dict[str, list[float]] = {"difference": [], "forecast": []}
+            for each in (each for each in passes if each.step == step and level is not Level.FORECAST):
+                position = each.difference.position
+                if level is Level.FULL:
+                    errors = differences.record_parts(position, [each.part])
+                    measured["difference"] += [] if errors is None else [float(errors.max())]
+                if outputs.has_history:
+                    (forecast,) = outputs.forecast_parts(position)
+                    error = relative_error(forecast, each.conditional, each.guided, 1.0)
+                    measured["forecast"].append(float(error.max()))
+                outputs.record(position, [each.conditional])
+            controller.end_step(level, StepErrors(*(max(errors, default=None) for errors in measured.values())))
+        return levels
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,7 @@ class GuidedForward:
     difference: CFGDifference
     guided: torch.Tensor
     scale: Any
+    conditional: torch.Tensor
 
     @property
     def part(self) -> GuidedPart:

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .step_plan import Action, Phase, StepPlan
+from .step_plan import Action, Level, Phase, StepPlan
 
 
 class CachedPart(enum.Enum):
@@ -24,6 +24,7 @@ class ForwardMode(enum.Enum):
     FULL = "all"
     HALF_BATCH = "half of the batch"
     SKIP_SECOND_CALL = "the first of two calls"
+    FORECAST = "nothing"
 
 
 class CacheKey(NamedTuple):
@@ -102,7 +103,19 @@ class ForwardPlan:
     @property
     def is_half_step(self) -> bool:
         """Whether one half of guidance is skipped."""
-        return self.mode is not ForwardMode.FULL
+        return self.mode in (ForwardMode.HALF_BATCH, ForwardMode.SKIP_SECOND_CALL)
+
+    @property
+    def is_forecast_step(self) -> bool:
+        """Whether the denoiser is not called."""
+        return self.mode is ForwardMode.FORECAST
+
+    @property
+    def level(self) -> Level:
+        """How much of the step is computed."""
+        if self.is_forecast_step:
+            return Level.FORECAST
+        return Level.HALF if self.is_half_step else Level.FULL
 
     @property
     def halves_batch(self) -> bool:
@@ -118,6 +131,10 @@ class ForwardPlan:
         return Action.COMPUTE if self.marks_cache else self.cross_attention, own
 
 
+# The plan of a step in which the denoiser is not called. What is cached stays.
+NO_FORWARD = ForwardPlan(phase=Phase.FORECAST, mode=ForwardMode.FORECAST)
+
+
 def plan_forward(step: StepPlan, context: ForwardContext) -> ForwardPlan:
     """
     Plan a forward, the first one of its step.
@@ -131,6 +148,10 @@ def plan_forward(step: StepPlan, context: ForwardContext) -> ForwardPlan:
         caches everything anew, as at the gate.
     """
     phase, cross, own = step.phase, step.cross_attention, step.self_attention
+    if phase is Phase.FORECAST:
+        # It cannot be one, as the denoiser is called.
+        split = context.splits_guidance
+        phase, cross = (Phase.GATE, Action.STORE) if split else (Phase.SEMANTICS_PLANNING, Action.COMPUTE)
     half = context.splits_guidance and phase is Phase.FIDELITY_IMPROVING
     fits = _cache_matches(context, half=half) and (context.may_skip or not half)
     refreshes = cross is Action.REUSE and not fits

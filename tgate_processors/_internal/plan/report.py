@@ -26,10 +26,16 @@ class TGateReport:
         self_attention_reused (`int`): Forwards in which gated layers reused their stored self-attention.
         full_batch_forwards (`int`): Forwards at the batch that the pipeline asked for.
         half_batch_forwards (`int`): Forwards at half that batch, with guidance dropped or predicted.
+        forecast_forwards (`int`): Forwards that were left out, and their output forecast.
+        levels (`str`):
+            How much of each step was computed: `"F"` all of it, `"H"` half of the batch, `"-"` nothing. A run with
+            `levels` of its own does the same again.
         full_steps (`tuple` of `int`): The steps that ran on the whole batch that the pipeline gave.
         prediction_errors (`tuple` of `tuple`):
             With `gate_step="auto"`, `(step, error)` for every full step whose guidance had been predicted too: how far
             off the guided output would have been, relative to that output, for the worst sample of the batch.
+        forecast_errors (`tuple` of `tuple`):
+            The same for every computed step of which a forecast would have been possible, and its output.
         peak_bytes (`int`): Most bytes held in stored outputs and differences of guidance at the end of a step.
         kept_layers (`int`): Layers that kept their cross-attention, at the end of the step in which most did.
         cross_attention_layers (`int`): Layers that could have; `max_memory` may leave some out. 0 without any to keep.
@@ -47,8 +53,11 @@ class TGateReport:
     self_attention_reused: int = 0
     full_batch_forwards: int = 0
     half_batch_forwards: int = 0
+    forecast_forwards: int = 0
+    levels: str = ""
     full_steps: tuple[int, ...] = ()
     prediction_errors: tuple[tuple[int, float], ...] = ()
+    forecast_errors: tuple[tuple[int, float], ...] = ()
     peak_bytes: int = 0
     kept_layers: int = 0
     cross_attention_layers: int = 0
@@ -57,13 +66,14 @@ class TGateReport:
     def __str__(self) -> str:
         if not self.num_inference_steps:
             return "T-GATE: no run yet."
-        forwards = self.full_batch_forwards + self.half_batch_forwards
+        forwards = self.full_batch_forwards + self.half_batch_forwards + self.forecast_forwards
         some = self.kept_layers < self.cross_attention_layers
         where = f" in {self.kept_layers} of {self.cross_attention_layers} layers" if some else ""
         unkept = self.cross_attention_bytes / 2**20
         more = f" cross_attention=True would hold {unkept:.1f} MiB more." if unkept else ""
         return (
-            f"T-GATE: {self.num_inference_steps} steps, gate at step {self.gate_step}; of {forwards} denoiser forwards "
-            f"{self.half_batch_forwards} ran on half the batch and {self.cross_attention_reused} reused "
-            f"cross-attention{where}; at most {self.peak_bytes / 2**20:.1f} MiB held.{more}"
+            f"T-GATE: {self.num_inference_steps} steps, {self.levels}; of {forwards} denoiser forwards "
+            f"{self.forecast_forwards} were forecast, {self.half_batch_forwards} ran on half the batch and "
+            f"{self.cross_attention_reused} reused cross-attention{where}; at most "
+            f"{self.peak_bytes / 2**20:.1f} MiB held.{more}"
         )

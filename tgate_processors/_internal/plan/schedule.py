@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from .adaptive import MIN_HISTORY, AdaptiveController
-from .step_plan import Action, Phase, StepPlan, drop_unused_stores
-from .validation import Auto, is_choice, shown, validate_gate_step, validate_int, validate_tolerance
+from .adaptive import MIN_HISTORY, NO_ERRORS, AdaptiveController, LevelController, StepErrors
+from .step_plan import Action, Level, Phase, StepPlan, drop_unused_stores
+from .validation import (
+    Auto,
+    is_choice,
+    shown,
+    validate_gate_step,
+    validate_int,
+    validate_levels,
+    validate_switch,
+    validate_tolerance,
+)
 
 GuidanceMode = Literal["drop", "predict"]
+
+# The default of `tolerance`, with forecast steps and without.
+FORECAST_TOLERANCE = 0.2
+HALF_STEP_TOLERANCE = 0.6
 
 
 @dataclass(frozen=True)
@@ -23,8 +37,8 @@ class TGateSchedule:
 
     Args:
         gate_step (`int`, `float` or `str`, *optional*, defaults to `"auto"`):
-            With `"auto"` the run decides which steps are full, by the measured error of predicted guidance: see
-            `tolerance`. A number is how many steps compute cross-attention: its output is stored in step
+            With `"auto"` the run decides how much of each step is computed, by the measured error of what is predicted:
+            see `tolerance`. A number is how many steps compute cross-attention: its output is stored in step
             `gate_step - 1` and reused from step `gate_step` on, where half of the guidance batch is left out too.
             A `float` in (0, 1) is a share of the steps that really run, rounded to the nearest step and at least 1.
         sp_interval (`int`, *optional*, defaults to `1`):
@@ -44,9 +58,15 @@ class TGateSchedule:
             With `guidance="predict"`, every `cfg_interval`-th step after the gate is a full step, in which guidance and
             cross-attention are computed and kept anew. By default there are none.
         tolerance (`float`, *optional*):
-            With `gate_step="auto"`, the accepted error of the guided output, relative to that output. Every full step
-            measures it. The larger it is, the sooner the next full step comes. `0` makes every step a full one.
-            Defaults to `0.6`.
+            With `gate_step="auto"`, the accepted error of the guided output, relative to that output. Every step that
+            calls the denoiser measures it. The larger it is, the fewer steps are full. `0` makes every step a full one.
+            Defaults to `0.2`, and with `forecast=False` to `0.6`.
+        forecast (`bool`, *optional*):
+            With `gate_step="auto"`, whether there are forecast steps: the denoiser is not called in them, and what it
+            would give is extrapolated from its last two outputs. Defaults to `True`.
+        levels (`str`, *optional*):
+            A fixed plan in the place of `gate_step`: a letter for each step that runs, `"F"` for a full step, `"H"` for
+            a half step and `"-"` for a forecast step, such as `"FFFF-F--FH"`. Guidance is predicted.
 
     Raises:
         TypeError: If a setting is not a number of the right kind.
@@ -73,6 +93,8 @@ class TGateSchedule:
     guidance: GuidanceMode | None = None
     cfg_interval: int | None = None
     tolerance: float | None = None
+    forecast: bool | None = None
+    levels: str | None = None
 
     def __post_init__(self) -> None:
         checked: dict[str, object] = {"gate_step": validate_gate_step(self.gate_step)}
@@ -80,19 +102,25 @@ class TGateSchedule:
             checked[name] = validate_int(name, getattr(self, name), minimum)
         if not is_choice("guidance", self.guidance, "drop", "predict"):
             raise ValueError(f'guidance={shown(self.guidance)} is unknown: give "drop" or "predict".')
-        checked["guidance"] = self.guidance or ("predict" if self.is_auto else "drop")
+        validate_switch("forecast", self.forecast)
+        if self.levels is not None:
+            validate_levels(self.levels)
+        checked["guidance"] = self.guidance or ("predict" if self.is_auto or self.levels else "drop")
+        checked["forecast"] = "-" in self.levels if self.levels else self.is_auto and self.forecast is not False
         if self.cfg_interval is not None:
             checked["cfg_interval"] = validate_int("cfg_interval", self.cfg_interval, 1)
         if self.is_auto or self.tolerance is not None:
-            checked["tolerance"] = validate_tolerance(self.tolerance)
+            default = FORECAST_TOLERANCE if checked["forecast"] else HALF_STEP_TOLERANCE
+            checked["tolerance"] = validate_tolerance(self.tolerance, default=default)
+        self._check_levels()
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         self._check_combinations()
 
     @property
     def is_auto(self) -> bool:
-        """Whether the run itself decides which steps are full."""
-        return self.gate_step == "auto"
+        """Whether the run itself decides how much of each step is computed."""
+        return self.gate_step == "auto" and self.levels is None
 
     @property
     def predicts(self) -> bool:
@@ -111,8 +139,8 @@ class TGateSchedule:
         """
         num_inference_steps = validate_int("num_inference_steps", num_inference_steps, 0)
         if isinstance(self.gate_step, str):
-            halves = (i for i, step in enumerate(self.plan(num_inference_steps)) if step.phase is _HALF)
-            return next(halves, num_inference_steps)
+            skipping = (i for i, step in enumerate(self.plan(num_inference_steps)) if step.level is not Level.FULL)
+            return next(skipping, num_inference_steps)
         if isinstance(self.gate_step, int):
             return self.gate_step
         return max(1, math.floor(self.gate_step * num_inference_steps + 0.5))
@@ -129,8 +157,13 @@ class TGateSchedule:
 
         Returns:
             `tuple` of `StepPlan`: One entry per step.
+
+        Raises:
+            ValueError: If `levels` has another number of steps.
         """
         num_inference_steps = validate_int("num_inference_steps", num_inference_steps, 0)
+        if self.levels is not None:
+            return self._plan_of_levels(self.levels, num_inference_steps)
         if isinstance(self.gate_step, str):
             return self._optimistic_plan(num_inference_steps)
         return self._plan_with_gate(self.resolve_gate_step(num_inference_steps), num_inference_steps)
@@ -145,15 +178,30 @@ class TGateSchedule:
     def _optimistic_plan(self, steps: int) -> tuple[StepPlan, ...]:
         """The plan of a run in which every prediction is right."""
         assert self.tolerance is not None
-        controller, plan = AdaptiveController(self.tolerance), []
+        controller = (LevelController if self.forecast else AdaptiveController)(self.tolerance)
+        plan = []
         for step in range(steps):
-            full, has_history = controller.is_full_step, step >= MIN_HISTORY
-            stores = controller.can_skip and has_history and step < steps - 1
-            plan.append(adaptive_step(self, step, full=full, stores=stores))
-            if full:
-                controller.end_full_step(0.0 if has_history else None)
-            else:
-                controller.end_half_step()
+            has_history, is_last = step >= MIN_HISTORY, step == steps - 1
+            level = controller.next_level(is_last=is_last)
+            stores = controller.can_skip and has_history and not is_last
+            plan.append(adaptive_step(self, step, level, stores=stores))
+            controller.end_step(level, StepErrors(0.0, 0.0) if has_history else NO_ERRORS)
+        return tuple(plan)
+
+    def _plan_of_levels(self, levels: str, steps: int) -> tuple[StepPlan, ...]:
+        """The plan of every step, as `levels` gives it."""
+        if steps and steps != len(levels):
+            raise ValueError(
+                f"levels={shown(levels)} is a plan for {len(levels)} steps, and {steps} run: give a letter for each "
+                f"step that runs, or call the pipeline with num_inference_steps={len(levels)}."
+            )
+        called = [step for step in range(steps) if levels[step] != Level.FORECAST.value]
+        followers = dict(itertools.pairwise(called))
+        plan = []
+        for step, letter in enumerate(levels[:steps]):
+            follower = followers.get(step)
+            stores = follower is not None and levels[follower] == Level.HALF.value
+            plan.append(adaptive_step(self, step, Level(letter), stores=stores))
         return tuple(plan)
 
     def _phase(self, step: int, gate: int) -> Phase:
@@ -178,6 +226,29 @@ class TGateSchedule:
             return Action.COMPUTE
         return Action.STORE if step == self.warm_up or step % self.sp_interval == 0 else Action.REUSE
 
+    def _check_levels(self) -> None:
+        """Refuse settings that say the same as `levels`, or the contrary."""
+        if self.levels is None:
+            if self.forecast and not self.is_auto:
+                raise ValueError(
+                    f'forecast=True is for gate_step="auto", not gate_step={self.gate_step}: leave it out.'
+                )
+            return
+        given = f"levels={shown(self.levels)}"
+        if self.gate_step != "auto":
+            raise ValueError(f"{given} and gate_step={self.gate_step} both say which steps are full: give one of them.")
+        if self.forecast is not None and self.forecast is not ("-" in self.levels):
+            raise ValueError(
+                f"{given} says which steps are forecast, and forecast={self.forecast} otherwise: leave it out."
+            )
+        if self.guidance == "drop":
+            raise ValueError(f'{given} predicts guidance, and guidance="drop" ends it: leave guidance out.')
+        if self.sp_interval > 1 or self.warm_up or self.cfg_interval is not None:
+            raise ValueError(
+                f"{given} says what every step is, and sp_interval={self.sp_interval}, warm_up={self.warm_up} and "
+                f"cfg_interval={self.cfg_interval} are for gate_step as a number of steps: leave them out."
+            )
+
     def _check_combinations(self) -> None:
         """Refuse settings that have no meaning together."""
         if self.is_auto and self.guidance == "drop":
@@ -197,14 +268,14 @@ class TGateSchedule:
                 'out, or give gate_step as a number of steps and guidance="predict".'
             )
         if not self.is_auto and self.tolerance is not None:
-            raise ValueError(f'tolerance={self.tolerance} is for gate_step="auto", not gate_step={self.gate_step}.')
+            other = f"levels={shown(self.levels)}" if self.levels else f"gate_step={self.gate_step}"
+            raise ValueError(f'tolerance={self.tolerance} is for gate_step="auto", not {other}.')
         if self.cfg_interval is not None and not self.predicts:
             raise ValueError(
                 f'cfg_interval={self.cfg_interval} is for guidance="predict": with "drop" guidance never comes back.'
             )
 
 
-_HALF = Phase.FIDELITY_IMPROVING
 _BY_PHASE = {
     Phase.SEMANTICS_PLANNING: Action.COMPUTE,
     Phase.GATE: Action.STORE,
@@ -212,23 +283,25 @@ _BY_PHASE = {
 }
 
 
-def adaptive_step(schedule: TGateSchedule, step: int, *, full: bool, stores: bool) -> StepPlan:
+def adaptive_step(schedule: TGateSchedule, step: int, level: Level, *, stores: bool) -> StepPlan:
     """
-    Give the plan of a step that the run decides on (`gate_step="auto"`).
+    Give the plan of a step of this level.
 
     Args:
         schedule (`TGateSchedule`): The schedule.
         step (`int`): The step.
-        full (`bool`): Whether both halves of guidance are computed.
-        stores (`bool`): Whether the next step may be a half step, if this one is full.
+        level (`Level`): How much of it is computed.
+        stores (`bool`): Whether a half step may come before the next full step, if this one is full.
 
     Returns:
         `StepPlan`: What happens in it.
     """
     reuses_own = schedule.fi_interval > 1
-    if not full:
+    if level is Level.FORECAST:
+        return StepPlan(Phase.FORECAST, Action.COMPUTE, Action.COMPUTE)
+    if level is Level.HALF:
         between = Action.STORE if step % schedule.fi_interval == 0 else Action.REUSE
-        return StepPlan(_HALF, Action.REUSE, between if reuses_own else Action.COMPUTE)
+        return StepPlan(Phase.FIDELITY_IMPROVING, Action.REUSE, between if reuses_own else Action.COMPUTE)
     if not stores:
         return StepPlan(Phase.SEMANTICS_PLANNING, Action.COMPUTE, Action.COMPUTE)
     return StepPlan(Phase.GATE, Action.STORE, Action.STORE if reuses_own else Action.COMPUTE)
@@ -236,6 +309,8 @@ def adaptive_step(schedule: TGateSchedule, step: int, *, full: bool, stores: boo
 
 def first_step(schedule: TGateSchedule) -> StepPlan:
     """The plan of the first step of a run that is not known to be short."""
+    if schedule.levels is not None:
+        return schedule.plan(len(schedule.levels))[0]
     # Whatever comes later than the third step has no say in it.
     latest = 3
     gate = min(schedule.gate_step, latest) if isinstance(schedule.gate_step, int) else latest

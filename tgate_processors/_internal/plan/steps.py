@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .adaptive import AdaptiveController
+from .adaptive import HALF_STEP_SHARE_ALONE, NO_ERRORS, AdaptiveController, LevelController, StepErrors
 from .schedule import TGateSchedule, adaptive_step
-from .step_plan import Phase, StepPlan
+from .step_plan import Level, StepPlan
 
 
 class Timeline(NamedTuple):
@@ -45,14 +45,19 @@ class StepCounter:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
         timeline (`Timeline`): The steps that the pipeline reports.
         calls_per_step (`int`, *optional*, defaults to 1): Calls of the denoiser that guidance of two halves is made of.
+        can_forecast (`bool`, *optional*, defaults to `False`): Whether calls of the denoiser can be left out.
 
     Attributes:
-        controller (`AdaptiveController`, *optional*): Decides which steps are full, with `gate_step="auto"`.
+        controller (`LevelController` or `AdaptiveController`, *optional*):
+            Decides how much of each step is computed, with `gate_step="auto"`.
     """
 
-    def __init__(self, schedule: TGateSchedule, timeline: Timeline, calls_per_step: int = 1) -> None:
+    def __init__(
+        self, schedule: TGateSchedule, timeline: Timeline, calls_per_step: int = 1, *, can_forecast: bool = False
+    ) -> None:
         self._schedule = schedule
         self._calls_per_step = calls_per_step
+        self._can_forecast = can_forecast
         self.restart_controller()
         self._pass = 0
         self._forwards = 0
@@ -80,7 +85,9 @@ class StepCounter:
         """Inference step that runs now."""
         return min(self.timeline.step_of(self._pass), max(0, len(self.plan) - 1))
 
-    def current_plan(self, *, has_history: bool, cache_hit: bool = False, was_half: bool = False) -> StepPlan:
+    def current_plan(
+        self, *, has_history: bool, cache_hit: bool = False, was_half: bool = False, guided: bool = True
+    ) -> StepPlan:
         """
         Give the plan of the step that runs now.
 
@@ -89,12 +96,16 @@ class StepCounter:
             cache_hit (`bool`, *optional*, defaults to `False`):
                 Whether a cache hardly computes anything in it. If the run decides, it then goes on as it was.
             was_half (`bool`, *optional*, defaults to `False`): Whether the step before was on half of the batch.
+            guided (`bool`, *optional*, defaults to `True`): Whether the step has guidance of two halves.
         """
         if self.controller is None:
             return self.plan[self.step_index]
-        stores = self.controller.can_skip and has_history and self.step_index < len(self.plan) - 1
-        full = not was_half if cache_hit else self.controller.is_full_step
-        return adaptive_step(self._schedule, self.step_index, full=full, stores=stores)
+        is_last = self.step_index >= len(self.plan) - 1
+        stores = self.controller.can_skip and has_history and not is_last
+        level = self.controller.next_level(guided=guided, is_last=is_last)
+        if cache_hit:
+            level = Level.HALF if was_half else Level.FULL
+        return adaptive_step(self._schedule, self.step_index, level, stores=stores)
 
     @property
     def can_halve_batch(self) -> bool:
@@ -105,7 +116,13 @@ class StepCounter:
     def has_half_steps_left(self) -> bool:
         """Whether a step to come may be a half step."""
         rest = self.plan[self.step_index :]
-        return self._schedule.is_auto or any(step.phase is Phase.FIDELITY_IMPROVING for step in rest)
+        return self._schedule.is_auto or any(step.level is Level.HALF for step in rest)
+
+    @property
+    def has_forecast_steps_left(self) -> bool:
+        """Whether a step to come may be a forecast one."""
+        rest = self.plan[self.step_index :]
+        return self._can_forecast and (self._schedule.is_auto or any(step.level is Level.FORECAST for step in rest))
 
     @property
     def is_finished(self) -> bool:
@@ -120,7 +137,17 @@ class StepCounter:
     def restart_controller(self) -> None:
         """Begin with full steps: at the start, and when what is known of guidance no longer holds."""
         tolerance = self._schedule.tolerance
-        self.controller = None if tolerance is None else AdaptiveController(tolerance)
+        self.controller: LevelController | AdaptiveController | None = None
+        if tolerance is not None and self._can_forecast and self._schedule.forecast:
+            self.controller = LevelController(tolerance)
+        elif tolerance is not None:
+            share = HALF_STEP_SHARE_ALONE if self._schedule.forecast else 1.0
+            self.controller = AdaptiveController(share * tolerance)
+
+    def forbid_forecasts(self) -> None:
+        """No call can be left out from now on."""
+        self._can_forecast = False
+        self.restart_controller()
 
     def begin_forward(self, *, guided: bool = False) -> None:
         """The denoiser is called."""
@@ -139,20 +166,20 @@ class StepCounter:
         self,
         index: int | None = None,
         *,
-        full: bool = True,
+        level: Level = Level.FULL,
         computed: bool = True,
         guided: bool = False,
-        error: float | None = None,
+        errors: StepErrors = NO_ERRORS,
     ) -> bool:
         """
         A pass has ended.
 
         Args:
             index (`int`, *optional*): The pipeline's own number of the pass.
-            full (`bool`, *optional*, defaults to `True`): Whether both halves of guidance were computed in it.
+            level (`Level`, *optional*, defaults to `Level.FULL`): How much of it was computed.
             computed (`bool`, *optional*, defaults to `True`): Whether a cache did not repeat all of it.
             guided (`bool`, *optional*, defaults to `False`): Whether guidance was on.
-            error (`float`, *optional*): How far off a prediction was in this step, if one was compared.
+            errors (`StepErrors`, *optional*): How far off predictions were in this step, if any was compared.
 
         Returns:
             `bool`: Whether its step has ended too.
@@ -179,10 +206,8 @@ class StepCounter:
         self._pass += 1
         if not self.is_finished and self.step_index == ended:
             return False
-        if self.controller is not None and full:
-            self.controller.end_full_step(error)
-        elif self.controller is not None:
-            self.controller.end_half_step(computed=computed)
+        if self.controller is not None:
+            self.controller.end_step(level, errors, computed=computed)
         return True
 
     def _check_call_count(self, guided: bool) -> None:

@@ -9,7 +9,6 @@ from typing import Literal
 
 Auto = Literal["auto"]
 
-DEFAULT_TOLERANCE = 0.6
 # What numpy's types stand for: complex numbers, times, texts and objects are not numbers of steps.
 _NON_NUMERIC_KINDS = "cmMSUO"
 _MAX_SHOWN_LENGTH = 200
@@ -33,17 +32,29 @@ def validate_gate_step(value: object) -> int | float | Auto:
     return share
 
 
-def validate_tolerance(value: object, name: str = "tolerance") -> float:
+def validate_tolerance(value: object, name: str = "tolerance", *, default: float = 0.2) -> float:
     """Validate `tolerance`."""
     if value is None:
-        return DEFAULT_TOLERANCE
-    hint = "give the relative error to accept, a number of at least 0 such as 0.6"
+        return default
+    hint = f"give the relative error to accept, a number of at least 0 such as {default}"
     tolerance = _as_float(value)
     if tolerance is None:
         raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: {hint}.")
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"{name}={shown(value)} is out of range: {hint}.")
     return tolerance
+
+
+def validate_levels(value: object) -> None:
+    """Validate `levels`."""
+    hint = 'give a letter for each step, "F" for full, "H" for half and "-" for forecast, such as "FFFF-F--FH"'
+    if not isinstance(value, str):
+        raise TypeError(f"levels={shown(value)} is of type {type(value).__name__}: {hint}.")
+    unknown = next((letter for letter in value if letter not in "FH-"), None)
+    if unknown is not None or not value:
+        raise ValueError(f"levels={shown(value)} has {f'the letter {unknown!r}' if unknown else 'no steps'}: {hint}.")
+    if value[0] != "F":
+        raise ValueError(f'levels={shown(value)} has to begin with a full step, "F": nothing is known before it.')
 
 
 def _as_float(value: object) -> float | None:

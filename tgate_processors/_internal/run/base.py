@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 from ..attention.state import TGateState
 from ..caches.foreign_forwards import ForeignForwards
 from ..guidance.cfg_forms import CFGForm
+from ..plan.adaptive import StepErrors
 from ..plan.report import TGateReport
 from ..plan.report_builder import ReportBuilder
 from ..plan.steps import StepCounter, Timeline
@@ -23,13 +24,23 @@ class Run(Generic[Form]):
         cfg (`CFGForm`): The form of guidance.
         forwards (`ForeignForwards`): What its denoisers do when they are called.
         can_skip_half (`bool`): Whether guidance is two halves, of which one can be skipped.
+        can_forecast (`bool`, *optional*, defaults to `False`): Whether calls of the denoiser can be left out.
     """
 
-    def __init__(self, state: TGateState, cfg: Form, forwards: ForeignForwards, *, can_skip_half: bool) -> None:
+    def __init__(
+        self,
+        state: TGateState,
+        cfg: Form,
+        forwards: ForeignForwards,
+        *,
+        can_skip_half: bool,
+        can_forecast: bool = False,
+    ) -> None:
         self._state = state
         self._cfg = cfg
         self._forwards = forwards
         self._can_skip_half = can_skip_half
+        self._can_forecast = can_forecast and bool(state.schedule.forecast)
         self._report_builder = ReportBuilder(is_auto=state.schedule.is_auto)
         self._loop: StepCounter | None = None
 
@@ -46,19 +57,22 @@ class Run(Generic[Form]):
     def _begin_counting(self, timeline: Timeline) -> StepCounter:
         """A loop begins: count its steps, without history of its guidance."""
         self._forwards.begin_loop()
-        self._loop = loop = StepCounter(self._state.schedule, timeline, self._cfg.calls_per_step)
-        self._cfg.begin()
+        self._loop = loop = StepCounter(
+            self._state.schedule, timeline, self._cfg.calls_per_step, can_forecast=self._can_forecast
+        )
+        self._cfg.begin(can_forecast=self._can_forecast)
         return loop
 
     def _restart_guidance(self, loop: StepCounter) -> None:
         """The history of guidance no longer holds: begin with full steps."""
         loop.restart_controller()
-        self._cfg.begin()
+        self._cfg.begin(can_forecast=self._can_forecast)
 
-    def _record_error(self, loop: StepCounter) -> None:
-        """Report the error of the prediction for a full step, if it was measured."""
-        if self._cfg.error is not None:
-            self._report_builder.add_error(loop.step_index, self._cfg.error)
+    def _read_errors(self, loop: StepCounter) -> StepErrors:
+        """The errors of the predictions for the step that runs, which go into the report."""
+        errors = self._cfg.read_errors()
+        self._report_builder.add_errors(loop.step_index, errors)
+        return errors
 
     def _release(self) -> TGateReport:
         """The call has ended, however it ended: release cached tensors, store the report."""

@@ -79,6 +79,10 @@ class DenoiserCaches:
             for cache in each.per_call:
                 cache.sees_half_inside = halved
 
+    def find(self, module: Any) -> DenoiserCache | None:
+        """The denoiser that is this module, if any is."""
+        return next((each for each in self._all if each.layers.denoiser is module), None)
+
     def activate(self, denoiser: Any) -> bool:
         """
         The first call of a step begins.
@@ -87,7 +91,7 @@ class DenoiserCaches:
             `bool`: Whether another denoiser takes over. The outputs of the one before are released.
         """
         self.call_index = 0
-        found = next((each for each in self._all if each.layers.denoiser is denoiser), self.active)
+        found = self.find(denoiser) or self.active
         if found is self.active:
             return False
         self.active.reset()

@@ -12,7 +12,7 @@ from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.batch import complete_second_call
 from ..denoiser.inputs import differs, is_latents
 from ..guidance.cfg_forms import GuiderCFG
-from ..plan.step_plan import Phase
+from ..plan.step_plan import Level, Phase
 from ..plan.steps import StepCounter, Timeline
 from .base import Run
 from .call import PipelineCall
@@ -171,7 +171,6 @@ class GuiderRun(Run[GuiderCFG]):
         if loop is None or not (self._can_skip_half and loop.has_half_steps_left):
             return
         self._cfg.record(loop.pass_index, [halves], 1, scale)
-        self._record_error(loop)
 
     def end_step(self, *, guided: bool) -> None:
         """
@@ -191,16 +190,14 @@ class GuiderRun(Run[GuiderCFG]):
                 "pipeline."
             )
         # Where a step is two passes (Heun), guiders count passes, and guide in none beyond the number of steps.
-        half, step, counts = self._is_half_step, loop.step_index, not loop.is_finished
+        level, step, counts = Level.HALF if self._is_half_step else Level.FULL, loop.step_index, not loop.is_finished
         self._in_step = self._is_half_step = False
-        if loop.end_pass(full=not half, error=self._cfg.error):
-            self._cfg.error = None
+        if loop.end_pass(level=level, errors=self._read_errors(loop)):
+            self._cfg.end_step()
         if loop.is_finished:
             self._restart_guidance(loop)
         if counts:
-            self._report_builder.add_pass(
-                loop, step, is_half_step=half, counts=_NO_LAYER_COUNTS, cached_bytes=self.nbytes
-            )
+            self._report_builder.add_pass(loop, step, level=level, counts=_NO_LAYER_COUNTS, cached_bytes=self.nbytes)
         if guided and self._can_skip_half:
             warn_gate_too_late(self._state, self._call, loop, gates_cross=False)
 

@@ -35,7 +35,7 @@ class PromptEmbedsWatcher:
         if before is None or text is None or before is text or len(before) != len(text):
             return False
         now = phase()
-        watched = now is Phase.FIDELITY_IMPROVING or (at_gate and now is Phase.GATE)
+        watched = now is Phase.FIDELITY_IMPROVING or (at_gate and now in (Phase.GATE, Phase.FORECAST))
         return watched and differs(before, text)
 
 
@@ -75,7 +75,7 @@ class RunWarnings:
         self.text = PromptEmbedsWatcher()
         reused = report.cross_attention_reused + report.self_attention_reused
         too_little = report.cross_attention_layers > report.kept_layers == 0
-        gated = reused or report.half_batch_forwards or report.prediction_errors
+        gated = reused or report.half_batch_forwards or report.prediction_errors or report.forecast_errors
         ran = report.num_inference_steps > 0
         expected = self._expected_reuse or not (ran or self._call.timesteps.has_no_steps)
         if completed and self._lost_reuse and not gated:

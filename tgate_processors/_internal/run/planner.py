@@ -6,7 +6,7 @@ from ..attention.state import TGateState
 from ..caches.adapter import CacheAdapters
 from ..denoiser.inputs import DenoiserInputs
 from ..guidance.cfg_forms import CFGForm
-from ..plan.forward_plan import CachedPart, ForwardContext, ForwardPlan, plan_forward
+from ..plan.forward_plan import NO_FORWARD, CachedPart, ForwardContext, ForwardPlan, plan_forward
 from ..plan.step_plan import CFGHalf, Phase, StepPlan
 from ..plan.steps import StepCounter
 from .denoisers import DenoiserCaches
@@ -53,11 +53,23 @@ class ForwardPlanner:
         """What was cached no longer holds: the next step computes everything."""
         self._cache_invalidated = True
 
-    def step_plan(self, loop: StepCounter) -> StepPlan:
-        """The plan of the step that runs now, by the schedule or the controller."""
+    @property
+    def is_invalidated(self) -> bool:
+        """Whether what was cached no longer holds."""
+        return self._cache_invalidated
+
+    def step_plan(self, loop: StepCounter, *, is_split: bool = True) -> StepPlan:
+        """The plan of the step that runs now, by the schedule or the controller; `is_split` if it has two halves."""
         return loop.current_plan(
-            has_history=self._cfg.has_history, cache_hit=self._caches.will_hit(), was_half=self._caches.was_half_step
+            has_history=self._cfg.has_history,
+            cache_hit=self._caches.will_hit(),
+            was_half=self._caches.was_half_step,
+            guided=is_split,
         )
+
+    def skip_forward(self) -> None:
+        """The denoiser is not called in this step."""
+        self.plan = NO_FORWARD
 
     def halves_next_forward(self, loop: StepCounter, shape: tuple[int, ...]) -> bool:
         """Whether a guided step that begins now will run on half the batch, if its latents are of this shape."""
@@ -109,7 +121,7 @@ class ForwardPlanner:
             cache_invalidated=self._cache_invalidated,
             stores_early=self._caches.may_skip_gate_step and loop.has_half_steps_left,
         )
-        step = self.step_plan(loop)
+        step = self.step_plan(loop, is_split=context.splits_guidance)
         self.plan, self._cache_invalidated = plan_forward(step, context), False
         # Without guidance there is no second call either.
         self._apply_plan(inputs, active_half, skips_half=self.plan.is_half_step or (sequential and not guided))

@@ -1,0 +1,135 @@
+"""How much of each step is computed, on errors that are made up."""
+
+import math
+
+import pytest
+
+from tgate_processors import TGateSchedule
+from tgate_processors._internal.plan.adaptive import (
+    HALF_STEP_SHARE,
+    MAX_FORECAST_STEPS,
+    MAX_GAP,
+    LevelController,
+    StepErrors,
+)
+from tgate_processors._internal.plan.step_plan import Action, Level
+
+
+def levels(tolerance, forecast, difference=0.0, steps=24, *, guided=True):
+    """The levels of a run whose errors these functions of the steps between give, as in a run without noise."""
+    controller, found, computed, full = LevelController(tolerance), "", [], []
+    for step in range(steps):
+        level = controller.next_level(guided=guided, is_last=step == steps - 1)
+        found += level.value
+        errors = StepErrors()
+        if level is not Level.FORECAST:
+            if len(computed) > 1:
+                errors = errors._replace(forecast=forecast * (step - computed[-1]) * (step - computed[-2]))
+            computed.append(step)
+        if level is Level.FULL:
+            if len(full) > 1 and guided:
+                errors = errors._replace(difference=difference * (step - full[-1]))
+            full.append(step)
+        controller.end_step(level, errors)
+    return found
+
+
+def test_a_step_is_known_after_three():
+    assert levels(1.0, 0.0).startswith("FFF-")
+    assert levels(1.0, 0.0, guided=False).startswith("FFF-")
+
+
+def test_nothing_is_skipped_with_a_tolerance_of_zero():
+    assert levels(0.0, 0.0) == "F" * 24
+    assert not LevelController(0.0).can_skip
+
+
+@pytest.mark.parametrize("error", [math.nan, math.inf, 1e300])
+def test_what_is_no_number_or_too_large_keeps_every_step_full(error):
+    assert levels(1.0, error, error) == "F" * 24
+    assert levels(1.0, error, guided=False) == "F" * 24
+
+
+def test_without_error_the_longest_gaps():
+    found = levels(1.0, 0.0)
+    assert max(map(len, found.replace("H", "F").split("F"))) == MAX_FORECAST_STEPS
+    assert max(map(len, found.split("F"))) == MAX_GAP
+    # No half steps without guidance.
+    assert "H" not in levels(1.0, 0.0, guided=False)
+    assert max(map(len, levels(1.0, 0.0, guided=False).split("F"))) == MAX_FORECAST_STEPS
+
+
+def test_the_last_step_is_not_forecast():
+    assert all(levels(1.0, 0.0, steps=steps)[-1] != "-" for steps in range(1, 30))
+    assert all(levels(1.0, 0.0, steps=steps, guided=False)[-1] == "F" for steps in range(1, 30))
+
+
+def test_a_forecast_grows_with_its_distance():
+    # One step ahead of two neighbours it is off by 0.1 * 1 * 2, two ahead by 0.1 * 2 * 3.
+    assert levels(0.25, 0.1, guided=False).startswith("FFF-F")
+    assert levels(0.65, 0.1, guided=False).startswith("FFF--F")
+    assert levels(0.15, 0.1, guided=False) == "F" * 24
+
+
+def test_half_steps_pay_where_guidance_is_smooth_and_the_picture_is_not():
+    share = HALF_STEP_SHARE
+    assert levels(1.0, 9.0, 0.9 * share).startswith("FFFHFHF")
+    assert levels(1.0, 9.0, 1.1 * share) == "F" * 24
+
+
+def test_both_errors_together_decide_about_a_forecast():
+    assert levels(1.0, 0.35, 0.0)[3] == "-"
+    assert levels(1.0, 0.0, 0.7)[3] == "-"
+    # 0.7 and 0.8 together are above 1.
+    assert levels(1.0, 0.35, 0.8)[3] == "F"
+
+
+def test_a_rate_comes_from_the_last_error():
+    controller = LevelController(1.0)
+    for errors in (StepErrors(), StepErrors(), StepErrors(9.0, 9.0)):
+        assert controller.next_level() is Level.FULL
+        controller.end_step(Level.FULL, errors)
+    assert controller.next_level() is Level.FULL
+    controller.end_step(Level.FULL, StepErrors(0.1, 0.1))
+    assert controller.next_level() is Level.FORECAST
+
+
+def test_the_plan_of_a_run_that_forecasts_is_the_shortest():
+    assert "".join(step.level.value for step in TGateSchedule().plan(12)) == levels(1.0, 0.0, steps=12)
+    assert TGateSchedule().resolve_gate_step(12) == 3
+    assert all(step.level is Level.FULL for step in TGateSchedule(tolerance=0).plan(9))
+
+
+def test_a_plan_of_letters():
+    schedule = TGateSchedule(levels="FF-FH-HF-F")
+    plan = schedule.plan(10)
+    assert "".join(step.level.value for step in plan) == "FF-FH-HF-F"
+    assert [step.cross_attention for step in plan if step.level is Level.HALF] == [Action.REUSE] * 2
+    # Stored where a half step comes before the next full one.
+    assert [number for number, step in enumerate(plan) if step.cross_attention is Action.STORE] == [3]
+    assert schedule.resolve_gate_step(10) == 2
+    assert (schedule.predicts, schedule.is_auto, schedule.forecast, schedule.tolerance) == (True, False, True, None)
+    with pytest.raises(ValueError, match=r"is a plan for 10 steps, and 9 run: .* num_inference_steps=10"):
+        schedule.plan(9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"levels": ""}, ValueError, "levels='' has no steps: give a letter for each step"),
+        ({"levels": "FXH"}, ValueError, "levels='FXH' has the letter 'X'"),
+        ({"levels": "-F"}, ValueError, "has to begin with a full step"),
+        ({"levels": ["F"]}, TypeError, "is of type list"),
+        ({"levels": "FF", "gate_step": 1}, ValueError, "both say which steps are full"),
+        ({"levels": "FF", "tolerance": 0.1}, ValueError, 'tolerance=0.1 is for gate_step="auto"'),
+        ({"levels": "FF", "guidance": "drop"}, ValueError, 'guidance="drop" ends it'),
+        ({"levels": "FF", "sp_interval": 2}, ValueError, "sp_interval=2"),
+        ({"levels": "FF", "cfg_interval": 2}, ValueError, "cfg_interval=2"),
+        ({"levels": "FF-F", "forecast": False}, ValueError, "and forecast=False otherwise"),
+        ({"gate_step": 3, "forecast": True}, ValueError, 'forecast=True is for gate_step="auto"'),
+        ({"forecast": 1}, TypeError, "forecast=1 is of type int"),
+    ],
+)
+def test_settings_that_mean_nothing_together(settings, error, message):
+    with pytest.raises(error, match=message):
+        TGateSchedule(**settings)

@@ -15,9 +15,11 @@ from tests.support.macs import sizes, taken
 from tests.support.offload import group_offload_by_leaves, model_offload, sequential_offload, skip_if_missing
 from tests.support.operations import operations
 from tests.support.settings import FORECAST, LEVELS
-from tests.zoo.case import STEPS, Case, rows, slow, thorough
+from tests.zoo.case import STEPS, Case, images, quiet, rows, slow, thorough
 from tests.zoo.catalogue import ALL, BY_NAME
 from tests.zoo.core import with_scheduler
+from tests.zoo.cross_attention import assemble, model
+from tests.zoo.joint import FLUX, flux
 from tgate_processors import (
     TGateCallback,
     TGateSchedule,
@@ -189,6 +191,51 @@ def test_a_call_without_guidance_is_forecast_whole(name, caplog):
     if seen:
         assert len(seen["denoiser"]) == 4
     assert not [record.message for record in caplog.records if "tgate" in record.name]
+
+
+@pytest.mark.parametrize("case", rows([case for case in ALL if case.guidance_parts], default={"pag", "sdxl_pix2pix"}))
+def test_guidance_of_several_parts_is_forecast_whole(case: Case):
+    pipe, baseline = case.build(), case.plain()
+    case.gate(pipe, tolerance=0)
+    assert torch.equal(case.run(pipe), baseline)
+    calls = calls_of(pipe, case)
+    case.gate(pipe, **FORECAST)
+    case.run(pipe)
+    report = get_tgate_report(pipe)
+    assert report.levels == "FFF--F"
+    assert calls["denoiser"] == 4
+    assert (report.half_batch_forwards, report.cross_attention_reused) == (0, 0)
+
+
+def flux_control():
+    """FLUX with a control in the channels, whose guidance is distilled into it."""
+    parts = flux()
+    transformer = model("FluxTransformer2DModel", **FLUX | {"in_channels": 32, "out_channels": 16})
+    return quiet(assemble("FluxControlPipeline", transformer=transformer, scheduler=parts.scheduler, vae=parts.vae))
+
+
+def test_what_has_no_guidance_of_halves_at_all_is_forecast():
+    pipe, case = flux_control(), BY_NAME["flux"]
+    if not case.is_there:
+        pytest.skip("this diffusers has no such FLUX")
+    inputs = case.inputs([0])
+    call = {name: inputs[name] for name in inputs if name != "true_cfg_scale" and not name.startswith("negative")}
+    call["control_image"] = images([9])
+
+    def drawn():
+        return pipe(**call | {"generator": torch.Generator().manual_seed(0)}).images
+
+    baseline = drawn()
+    apply_tgate(pipe, tolerance=0)
+    assert torch.equal(drawn(), baseline)
+    for settings, levels in ((FORECAST, "FFF--F"), ({"levels": "FFF-F-"}, "FFF-F-")):
+        calls = calls_of(apply_tgate(pipe, **settings), case)
+        first = drawn()
+        assert get_tgate_report(pipe).levels == levels
+        assert calls["denoiser"] == levels.count("F")
+        assert torch.equal(drawn(), first)
+    remove_tgate(pipe)
+    assert torch.equal(drawn(), baseline)
 
 
 @some

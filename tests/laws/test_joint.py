@@ -361,14 +361,17 @@ def test_a_loop_of_someone_else_that_does_not_tell_its_guidance_is_not_called_di
 
 
 @pytest.mark.parametrize("alone", [{}, ALONE], ids=["all", "alone"])
-def test_distilled_guidance_is_refused_either_way(alone):
+def test_distilled_guidance_has_no_half_to_leave_out_but_whole_steps(alone):
     pipe = flux()
     fill = assemble("FluxFillPipeline", transformer=pipe.transformer, scheduler=pipe.scheduler, vae=pipe.vae)
-    with pytest.raises(ValueError, match="its guidance is distilled into it, so there is no half to leave out"):
-        apply_tgate(fill, **alone)
+    for settings in ({"forecast": False}, {"gate_step": GATE}, {"levels": "FFH"}):
+        with pytest.raises(ValueError, match=r"so there is no half to leave out. Whole steps .*: apply_tgate\(pipe\)"):
+            apply_tgate(fill, **settings, **alone)
     perturbed = sd3("StableDiffusion3PAGPipeline")
     with pytest.raises(ValueError, match=r"attention is joint, guidance alone .* is not two halves, .* What helps"):
-        apply_tgate(perturbed, **alone)
+        apply_tgate(perturbed, GATE, **alone)
+    for whole in (fill, perturbed):
+        assert is_tgate_applied(apply_tgate(whole, **alone))
 
 
 @SD3

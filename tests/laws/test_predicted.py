@@ -429,7 +429,7 @@ def test_without_settings_the_run_decides(case: Case):
 def test_guidance_of_other_parts_is_refused(name):
     case = BY_NAME[name]
     pipe = case.build()
-    for settings in (FIXED, AUTO, {}):
+    for settings in (FIXED, AUTO, {"levels": "FFH"}):
         with pytest.raises(ValueError, match=r"guidance, and that of .* is not two halves.*tgate\(pipe, 10\)"):
             apply_tgate(pipe, **settings)
 

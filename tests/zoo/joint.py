@@ -213,7 +213,7 @@ def hunyuan_video(name: str = "HunyuanVideoPipeline", components: dict[str, Any]
     return assemble(name, transformer=transformer, scheduler=_flow(), **components or {})
 
 
-_FLUX = {
+FLUX = {
     "in_channels": 16,
     "num_layers": 1,
     "num_single_layers": 1,
@@ -227,12 +227,12 @@ _FLUX = {
 
 
 def flux(name: str = "FluxPipeline", **components: Any) -> Any:
-    transformer = model("FluxTransformer2DModel", **_FLUX)
+    transformer = model("FluxTransformer2DModel", **FLUX)
     return assemble(name, transformer=transformer, scheduler=_flow(), vae=_shifted_vae(), **components)
 
 
 def flux_controlnet() -> Any:
-    return flux("FluxControlNetPipeline", controlnet=model("FluxControlNetModel", **_FLUX))
+    return flux("FluxControlNetPipeline", controlnet=model("FluxControlNetModel", **FLUX))
 
 
 def aura_flow() -> Any:

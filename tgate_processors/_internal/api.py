@@ -67,9 +67,9 @@ def apply_tgate(
     In *full steps* the pipeline computes everything. In *half steps* kept cross-attention is reused, and one half of
     the batch of classifier-free guidance is left out: guidance is predicted, or dropped. In *forecast steps* the
     denoiser is not called: what it would give is extrapolated from its last two outputs. By default the run decides
-    how much of each step is computed, by the measured error of its predictions. Steps are those that really run, so `strength`,
-    `denoising_start`/`denoising_end` and custom timesteps are taken into account. A second call replaces the settings
-    of the first.
+    how much of each step is computed, by the measured error of its predictions. Steps are those that really run, so
+    `strength`, `denoising_start`/`denoising_end` and custom timesteps are taken into account. A second call replaces
+    the settings of the first.
 
     Args:
         pipe (`DiffusionPipeline` or `ModularPipeline`):
@@ -184,7 +184,7 @@ def apply_tgate(
         adapter = _deepcache_adapter(deepcache, pipe, schedule)
         installation = Installation(state, half, custom_processors, adapter, cross_attention, forwards, batch_names)
     replace(pipe, installation, found)
-    if found is not None and found.default_cfg_half is None:
+    if found is not None and found.default_cfg_half is None and not schedule.forecast:
         logger.warning(
             "T-GATE: the guidance of %s is not two halves, so all of it stays on after the gate: cross-attention alone "
             "stops.",

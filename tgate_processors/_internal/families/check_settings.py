@@ -8,7 +8,7 @@ from typing import Any
 from ..plan.schedule import TGateSchedule
 from ..plan.step_plan import CFGHalf
 from .resolve import ResolvedPipeline
-from .unsupported import ALTERNATIVES, check_self_attention, reject_dropping_momentum
+from .unsupported import ALTERNATIVES, check_self_attention, distilled_message, reject_dropping_momentum
 
 
 def check_cfg_half(pipe: Any, found: ResolvedPipeline, cfg_half: CFGHalf | None) -> None:
@@ -54,7 +54,9 @@ def check_guidance_mode(
 ) -> None:
     """Refuse to predict guidance that has no two halves, or to gate it alone, and to reuse what is joint."""
     joint = found.family.layout.joint
-    if (joint or cross_attention is False) and found.default_cfg_half is None:
+    if found.is_distilled and not schedule.forecast:
+        raise ValueError(distilled_message(found.denoiser, type(pipe).__name__))
+    if (joint or cross_attention is False) and found.default_cfg_half is None and not schedule.forecast:
         alone = (
             "where attention is joint, guidance alone is gated"
             if joint
@@ -67,9 +69,10 @@ def check_guidance_mode(
     if found.supports_cfg:
         reject_dropping_momentum(type(pipe).__name__, found.family.layout, schedule)
     check_self_attention(found.denoiser, type(pipe).__name__, found.family.layout, schedule)
-    if schedule.predicts and found.default_cfg_half is None:
-        what = 'gate_step="auto"' if schedule.is_auto else 'guidance="predict"'
+    if schedule.predicts and found.default_cfg_half is None and not schedule.forecast:
+        what = "forecast=False" if schedule.is_auto else f"levels={schedule.levels!r}"
+        what = 'guidance="predict"' if schedule.gate_step != "auto" else what
         raise ValueError(
-            f"{what} predicts guidance, and that of {type(pipe).__name__} is not two halves, so all of it stays on. "
-            "Give gate_step as a number of steps to reuse cross-attention alone, apply_tgate(pipe, 10)."
+            f"{what} leaves nothing but predicted guidance, and that of {type(pipe).__name__} is not two halves, so "
+            "all of it stays on. apply_tgate(pipe) forecasts whole steps, and apply_tgate(pipe, 10) reuses cross-attention."
         )

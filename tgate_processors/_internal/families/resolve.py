@@ -16,7 +16,6 @@ from .unsupported import (
     check_attention,
     check_denoiser,
     check_module,
-    distilled_message,
     no_denoiser_message,
     reject_class_conditioned,
     reject_free_noise,
@@ -40,7 +39,8 @@ class ResolvedPipeline:
     the active half where guidance is dropped (`None`: all of guidance stays), `controlnet` what else runs in a step.
     `is_diffusers_loop` says whether what is known of the class holds for the loop, `counts_forwards` whether a pipeline
     without step callbacks calls its denoiser once for each of `scheduler.timesteps`, `supports_cfg` whether it can have
-    guidance of two halves, and `attribute` which attribute of the pipeline holds the denoiser.
+    guidance of two halves, and `attribute` which attribute of the pipeline holds the denoiser. `is_distilled` says that
+    it has joint attention and no guidance of two halves, so that nothing but whole steps can be left out.
     """
 
     denoiser: torch.nn.Module
@@ -52,6 +52,7 @@ class ResolvedPipeline:
     supports_cfg: bool = True
     second_denoiser: torch.nn.Module | None = None
     attribute: str = ""
+    is_distilled: bool = False
 
     @property
     def denoisers(self) -> tuple[torch.nn.Module, ...]:
@@ -80,11 +81,8 @@ def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> Resolved
     is_diffusers_loop = call.__module__.split(".")[0] == "diffusers"
     has_step_callback = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
     reports_cfg = legacy or by_negative or hasattr(type(pipe), _CFG_PROPERTY)
-    if family.layout.joint and (embedded or not reports_cfg):
-        if not (embedded or is_diffusers_loop):
-            # A loop of someone else's may well guide, and not say so.
-            _check_loop(type(pipe), has_step_callback, subject, supports_cfg=True)
-        raise ValueError(distilled_message(denoiser, subject))
+    # A loop of someone else's may well guide, and not say so.
+    is_distilled = family.layout.joint and (embedded or not (reports_cfg or not is_diffusers_loop))
     attribute, second_denoiser = _denoiser_attributes(pipe, family)
     controlnet = getattr(pipe, "controlnet", None)
     for name, part in ((family.second_denoiser, second_denoiser), ("controlnet", controlnet)):
@@ -98,12 +96,13 @@ def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> Resolved
     if not is_diffusers_loop:
         _check_order_of_halves(family, subject)
     if not legacy:
-        _check_loop(type(pipe), has_step_callback, subject, supports_cfg=not embedded and not by_negative)
+        says_cfg = not (embedded or by_negative or is_distilled)
+        _check_loop(type(pipe), has_step_callback, subject, supports_cfg=says_cfg)
     names = {base.__name__ for base in type(pipe).__mro__}
     default_cfg_half: CFGHalf | None = (
         "conditional" if names & {*family.conditional_half_pipelines} else family.default_cfg_half
     )
-    if any(argument in parameters for argument in MULTI_PART_GUIDANCE_ARGUMENTS):
+    if is_distilled or any(argument in parameters for argument in MULTI_PART_GUIDANCE_ARGUMENTS):
         default_cfg_half = None
     return ResolvedPipeline(
         denoiser,
@@ -112,9 +111,10 @@ def resolve_pipeline(pipe: Any, cross_attention: bool | None = None) -> Resolved
         controlnet,
         is_diffusers_loop,
         counts_forwards=not has_step_callback,
-        supports_cfg=not embedded,
+        supports_cfg=not (embedded or is_distilled),
         second_denoiser=second_denoiser,
         attribute=attribute,
+        is_distilled=is_distilled,
     )
 
 

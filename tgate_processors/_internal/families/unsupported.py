@@ -124,8 +124,8 @@ def distilled_message(denoiser: torch.nn.Module, subject: str) -> str:
     """The reason why a pipeline has no half of guidance to skip."""
     name = type(getattr(denoiser, "_orig_mod", denoiser)).__name__
     return (
-        f"{subject} cannot be gated: it calls its {name} once in a step and its guidance is distilled into it, so "
-        f"there is no half to leave out. {ALTERNATIVES}"
+        f"{subject} cannot be gated like this: it calls its {name} once in a step and its guidance is distilled into "
+        "it, so there is no half to leave out. Whole steps can be forecast: apply_tgate(pipe)."
     )
 
 

@@ -18,7 +18,7 @@ from ..denoiser.spec import Layout
 from ..plan.adaptive import StepErrors
 from ..plan.schedule import TGateSchedule
 from .forecast import OutputForecaster
-from .prediction import apply_cfg, relative_error
+from .prediction import apply_cfg, largest_error, relative_error
 from .predictor import GuidancePredictor
 
 
@@ -36,6 +36,7 @@ class ComputedCall(NamedTuple):
         cache_hit (`bool`): Whether a cache has repeated what it gave before, which says nothing new of guidance.
         is_split (`bool`): Whether it has guidance of two halves, of which one can be skipped.
         active_index (`int`): Which half of a batch half steps compute, 0 or 1.
+        num_samples (`int`, *optional*): How many samples it is for, if known.
     """
 
     position: int
@@ -47,6 +48,7 @@ class ComputedCall(NamedTuple):
     cache_hit: bool = False
     is_split: bool = True
     active_index: int = 1
+    num_samples: int | None = None
 
 
 class CFGForm:
@@ -228,12 +230,27 @@ class DenoiserCFG(CFGForm):
         assert forecaster is not None
         parts = [part[:, : self._num_tokens] for part in parts]
         if self._schedule.is_auto and forecaster.has_history:
-            guided = self._guided(call, halves) if halves else parts
             forecast = forecaster.forecast_parts(call.position)
             if [part.shape for part in parts] == [part.shape for part in forecast]:
-                compared = zip(forecast, parts, guided, strict=True)
-                self._add_errors("forecast", torch.cat([relative_error(*each, 1.0) for each in compared]))
+                self._add_errors("forecast", self._forecast_errors(call, forecast, parts, halves))
         forecaster.record(call.position, parts)
+
+    def _forecast_errors(
+        self,
+        call: ComputedCall,
+        forecast: Sequence[torch.Tensor],
+        parts: Sequence[torch.Tensor],
+        halves: Sequence[Sequence[torch.Tensor]],
+    ) -> torch.Tensor:
+        """How far off the guided output would have been with this forecast, for each part and sample."""
+        if halves:
+            compared = zip(forecast, parts, self._guided(call, halves), strict=True)
+            return torch.cat([relative_error(*each, 1.0) for each in compared])
+        # Guidance that is no two halves has several parts in one batch.
+        number = max(1, call.inputs.batch_size // (call.num_samples or 1))
+        scale = self._scale_of(call.denoiser_index) if number > 1 else 1.0
+        scale = max(scale) if isinstance(scale, list) else scale
+        return torch.cat([largest_error(*each, number, scale) for each in zip(forecast, parts, strict=True)])
 
     def _guided(self, call: ComputedCall, halves: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
         """The guided output, as the pipeline computes it from these halves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -85,6 +86,30 @@ def relative_error(predicted: torch.Tensor, computed: torch.Tensor, guided: torc
     """
     off = (predicted.float() - computed.float()) * scale
     return _norm(off) / _norm(guided.float()).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def largest_error(forecast: torch.Tensor, computed: torch.Tensor, parts: int, scale: Any) -> torch.Tensor:
+    """
+    How far off guidance of several parts may be with a forecast of all of them, whatever it makes of them.
+
+    It adds differences of parts to one of them, so it is off by no more than the largest error of a part, and `scale`
+    times the largest error of a difference of two, where one scale is not above `scale` and the others are small.
+
+    Args:
+        forecast (`torch.Tensor`): The parts as forecast, one after the other in the first dimension.
+        computed (`torch.Tensor`): The parts as computed.
+        parts (`int`): Their number.
+        scale (`float` or `torch.Tensor`): The largest guidance scale.
+
+    Returns:
+        `torch.Tensor`: One error for every sample, relative to the longest part, in `float32`.
+    """
+    off = (forecast.float() - computed.float()).chunk(parts)
+    pairs = [_norm(first - second) for first, second in itertools.combinations(off, 2)]
+    length = torch.stack([_norm(part) for part in computed.float().chunk(parts)]).amax(0)
+    apart = torch.stack(pairs).amax(0) * scale if pairs else 0.0
+    largest: torch.Tensor = torch.stack([_norm(part) for part in off]).amax(0) + apart
+    return largest / length.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _weights(a: torch.Tensor, b: torch.Tensor, h: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -80,6 +80,7 @@ class PipelineRun(Run[DenoiserCFG]):
         self._settings: dict[str, Any] = {}
         self._guided = False
         self._active_index = 1
+        self._num_samples: int | None = None
         # Whether a call of the denoiser runs whose output the pipeline gets.
         self._awaits_output = False
         # What was exchanged too late for the step that runs.
@@ -325,7 +326,9 @@ class PipelineRun(Run[DenoiserCFG]):
         if self._can_skip_half:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
             self.batch.on_step_end(self._inputs, self._guided and not self._is_sequential, tensors or {}, latents)
-        self._cfg.end_pass((tensors or {}).get("latents"), ends_step=ends_step)
+        given = (tensors or {}).get("latents")
+        self._num_samples = len(given) if isinstance(given, torch.Tensor) else self._num_samples
+        self._cfg.end_pass(given, ends_step=ends_step)
         is_first = not self.report.num_inference_steps
         self._report_step(loop, step)
         if not self._counts_forwards:
@@ -386,7 +389,8 @@ class PipelineRun(Run[DenoiserCFG]):
         if self._caches.owns_cfg:
             self._warnings.cache_owns_cfg()
         if self._counts_forwards:
-            self.batch.set_num_samples(self.call.num_samples())
+            self._num_samples = self.call.num_samples()
+            self.batch.set_num_samples(self._num_samples)
         self.denoisers.set_budget(self._state.max_memory, shared=not self._can_skip_half)
         self._planner.reset()
         return loop
@@ -534,6 +538,7 @@ class PipelineRun(Run[DenoiserCFG]):
             cache_hit=self._state.schedule.is_auto and self._caches.was_hit(),
             is_split=self.guided,
             active_index=self._active_index,
+            num_samples=self._num_samples,
         )
 
     def _report_step(self, loop: StepCounter, step: int) -> None:

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 
+from tests.support.settings import FORECAST
 from tests.zoo.case import seeded
 from tests.zoo.catalogue import BY_NAME
 from tests.zoo.modular import IS_THERE, MODULAR, Modular, hunyuan
@@ -109,12 +110,44 @@ def test_a_half_step_is_one_call_and_agrees_with_the_classic_pipeline(case, sett
         assert error == pytest.approx(other, rel=1e-3)
 
 
+@pytest.mark.parametrize("settings", [FORECAST, {"levels": "FFF--HF-FH-F"}], ids=["auto", "plan"])
+def test_a_forecast_step_is_no_call_and_agrees_with_the_classic_pipeline(case, settings):
+    classic = case.classic.build()
+    pipe = apply_tgate(case.build(), **settings)
+    apply_tgate(classic, **settings, cross_attention=False)
+    expected = case.unpacked(case.classic.run(classic, num_inference_steps=STEPS))
+    calls = counted(case, pipe)
+    latents = case.run(pipe, num_inference_steps=STEPS)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    report, told = get_tgate_report(pipe), get_tgate_report(classic)
+    assert "-" in report.levels
+    assert report.levels == told.levels
+    assert list(calls.values()) == [{"F": 2, "H": 1}[level] for level in report.levels if level != "-"]
+    assert report.forecast_forwards == told.forecast_forwards == report.levels.count("-")
+    assert report.peak_bytes == told.peak_bytes
+    for (step, error), (other_step, other) in zip(report.forecast_errors, told.forecast_errors, strict=True):
+        assert (step, error) == (other_step, pytest.approx(other, rel=1e-3))
+    assert torch.equal(case.run(pipe, num_inference_steps=STEPS), latents)
+
+
+def test_without_guidance_a_guider_is_asked_for_nothing_in_a_forecast_step():
+    pipe = WAN.build()
+    pipe.guider = pipe.guider.new(enabled=False)
+    plain = WAN.run(pipe)
+    assert torch.equal(WAN.run(apply_tgate(pipe, tolerance=0)), plain)
+    calls = counted(WAN, apply_tgate(pipe, **FORECAST))
+    WAN.run(pipe)
+    assert get_tgate_report(pipe).levels == "FFF--F"
+    assert list(calls.values()) == [1] * 4
+    assert torch.equal(WAN.run(remove_tgate(pipe)), plain)
+
+
 def test_two_calls_agree_and_hold_nothing_afterwards(case):
     pipe = apply_tgate(case.build())
     first = case.run(pipe, num_inference_steps=STEPS)
     assert torch.equal(case.run(pipe, num_inference_steps=STEPS), first)
     gc.collect()
-    assert not any(type(thing).__name__ == "GuidedRun" for thing in gc.get_objects())
+    assert not any(type(thing).__name__ == "GuiderRun" for thing in gc.get_objects())
 
 
 @pytest.mark.slow
@@ -430,9 +463,10 @@ def test_a_loop_that_tells_its_guider_something_else_is_refused(twice):
     [
         ({"gate_step": 3}, (0, 1, 2)),
         ({"gate_step": 3, "guidance": "predict"}, (0, 1, 2, 5)),
-        ({"tolerance": 1e6}, (0, 1, 2, 4, 5, 6, 7, 9)),
+        ({"tolerance": 1e6, "forecast": False}, (0, 1, 2, 4, 5, 6, 7, 9)),
+        (FORECAST, (0, 1, 2, 5, 6, 7)),
     ],
-    ids=["drop", "predict", "auto"],
+    ids=["drop", "predict", "auto", "forecast"],
 )
 def test_text_that_a_block_exchanges_gets_a_full_step_where_guidance_is_predicted(field, settings, full, caplog):
     class Travel(diffusers.modular_pipelines.ModularPipelineBlocks):
@@ -452,8 +486,11 @@ def test_text_that_a_block_exchanges_gets_a_full_step_where_guidance_is_predicte
     sdxl = apply_tgate(SDXL.build(change), **settings)
     calls = counted(SDXL, sdxl)
     SDXL.run(sdxl, num_inference_steps=STEPS)
-    assert get_tgate_report(sdxl).full_steps == full
-    assert list(calls.values()) == [2 if step in full else 1 for step in range(STEPS)]
+    report = get_tgate_report(sdxl)
+    assert report.full_steps == full
+    computed = [step for step, level in enumerate(report.levels) if level != "-"]
+    assert list(calls.values()) == [2 if step in full else 1 for step in computed]
+    assert (len(computed) < STEPS) is (settings is FORECAST)
     assert not caplog.records
 
 

@@ -74,5 +74,5 @@ def check_guidance_mode(
         what = 'guidance="predict"' if schedule.gate_step != "auto" else what
         raise ValueError(
             f"{what} leaves nothing but predicted guidance, and that of {type(pipe).__name__} is not two halves, so "
-            "all of it stays on. apply_tgate(pipe) forecasts whole steps, and apply_tgate(pipe, 10) reuses cross-attention."
+            "all of it stays on. apply_tgate(pipe) forecasts whole steps, apply_tgate(pipe, 10) reuses cross-attention."
         )

@@ -164,6 +164,8 @@ class _GatedGuider:
     @property
     def num_conditions(self) -> int:
         """How many predictions a step takes."""
+        if self._run.skips_all(self):
+            return 0
         asked: int = super().num_conditions  # type: ignore[misc]
         return 1 if self._run.skips_unconditional(self) else asked
 
@@ -183,25 +185,37 @@ class _GatedGuider:
         """Prepare the inputs of the halves, and note in which they differ."""
         if isinstance(data, Mapping):
             self._run.set_conditions(data)
+        if self._run.skips_all(self):
+            return []
         return super().prepare_inputs(data, *args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: Any, *args: Any, **kwargs: Any) -> Any:
         """Prepare the inputs of the halves from the names of fields in a block's state."""
         pairs = {name: fields for name, fields in input_fields.items() if isinstance(fields, tuple)}
         self._run.set_conditions({name: tuple(getattr(data, each, None) for each in pairs[name]) for name in pairs})
+        if self._run.skips_all(self):
+            return []
         return super().prepare_inputs_from_block_state(data, input_fields, *args, **kwargs)  # type: ignore[misc]
 
-    def forward(self, pred_cond: Any, pred_uncond: Any = None) -> Any:
+    def forward(self, pred_cond: Any = None, pred_uncond: Any = None) -> Any:
         """Compute the guided output from the predictions of the step."""
         guider: Any = self
         guided = super().num_conditions > 1  # type: ignore[misc]
-        if self._run.skips_unconditional(self):
+        scale = guider.guidance_scale + (1 if guider.use_original_formulation else 0)
+        if self._run.skips_all(self):
+            pred_cond, pred_uncond = self._run.forecast()
+            # Count the skipped predictions as prepared.
+            guider._count_prepared += 2 if guided else 1
+        elif self._run.skips_unconditional(self):
             pred_uncond = self._run.make_unconditional(pred_cond)
             # Count the skipped prediction as prepared.
             guider._count_prepared += 1
+            self._run.record_conditional(pred_cond, pred_uncond, scale)
         elif guided:
-            scale = guider.guidance_scale + (1 if guider.use_original_formulation else 0)
             self._run.record((pred_cond, pred_uncond), scale)
+            self._run.record_conditional(pred_cond, pred_uncond, scale)
+        else:
+            self._run.record_conditional(pred_cond, None, scale)
         output = super().forward(pred_cond, pred_uncond)  # type: ignore[misc]
         self._run.end_step(guided=guided)
         return output

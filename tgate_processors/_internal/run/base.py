@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 from ..attention.state import TGateState
 from ..caches.foreign_forwards import ForeignForwards
-from ..guidance.cfg_forms import CFGForm
+from ..guidance.cfg_form import CFGForm
 from ..plan.adaptive import StepErrors
 from ..plan.report import TGateReport
 from ..plan.report_builder import ReportBuilder

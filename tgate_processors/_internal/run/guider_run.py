@@ -11,8 +11,8 @@ from ..attention.state import TGateState
 from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.batch import complete_second_call
 from ..denoiser.inputs import differs, is_latents
-from ..guidance.cfg_forms import GuiderCFG
-from ..plan.step_plan import Level, Phase
+from ..guidance.cfg_form import GuiderCFG
+from ..plan.step_plan import Level, Phase, StepPlan
 from ..plan.steps import StepCounter, Timeline
 from .base import Run
 from .call import PipelineCall
@@ -49,11 +49,15 @@ class GuiderRun(Run[GuiderCFG]):
     def __init__(
         self, state: TGateState, call: PipelineCall, forwards: ForeignForwards, *, can_skip_half: bool = True
     ) -> None:
-        super().__init__(state, GuiderCFG(state.schedule), forwards, can_skip_half=can_skip_half)
+        cfg = GuiderCFG(state.schedule)
+        # Where processors may count their calls, none is left out.
+        super().__init__(state, cfg, forwards, can_skip_half=can_skip_half, can_forecast=can_skip_half)
         self._call = call
         self._guider: Any = None
-        self._is_half_step = self._in_step = False
-        self._saw_cfg = self._switched = False
+        self._level = Level.FULL
+        self._in_step = self._saw_cfg = self._switched = False
+        # Whether guidance is on in the step that runs, or has run last.
+        self._guided: bool | None = None
         # Whether something was exchanged, and whether any step was full only because of that.
         self._exchanged = self._lost_half_step = False
         self._conditions: list[Any] = []
@@ -62,7 +66,11 @@ class GuiderRun(Run[GuiderCFG]):
 
     def skips_unconditional(self, guider: Any) -> bool:
         """Whether the step that runs now asks this guider for the conditional half alone."""
-        return self._is_half_step and guider is self._guider
+        return self._level is Level.HALF and guider is self._guider
+
+    def skips_all(self, guider: Any) -> bool:
+        """Whether the step that runs now asks this guider for nothing."""
+        return self._level is Level.FORECAST and guider is self._guider
 
     def begin_step(self, guider: Any, step: int, steps: int, *, guided: bool) -> None:
         """
@@ -91,9 +99,14 @@ class GuiderRun(Run[GuiderCFG]):
         self._in_step = True
         self._saw_cfg = self._saw_cfg or guided
         loop.begin_forward()
-        improving = self._phase(loop) is Phase.FIDELITY_IMPROVING
-        may_halve = guided and self._can_skip_half
-        self._is_half_step = may_halve and improving and self._has_history()
+        may_halve, before, self._guided = guided and self._can_skip_half, self._guided, guided
+        level = self._plan(loop).level
+        improving = level is Level.HALF
+        if level is Level.FORECAST and not (self._can_forecast and self._cfg.can_forecast and before is guided):
+            level = Level.FULL
+        if level is Level.HALF and not (may_halve and self._has_history()):
+            level = Level.FULL
+        self._level = level
         lost = self._exchanged and may_halve and bool(improving or self._state.schedule.tolerance)
         self._lost_half_step = self._lost_half_step or lost
         self._exchanged = False
@@ -110,11 +123,11 @@ class GuiderRun(Run[GuiderCFG]):
         loop = self._loop
         if loop is None or not self._state.schedule.predicts or not before:
             return
-        if self._phase(loop) is Phase.SEMANTICS_PLANNING:
+        if not self._can_forecast and self._plan(loop).phase is Phase.SEMANTICS_PLANNING:
             return
         if differs(before, self._conditions):
             self.invalidate(("text",))
-            self._is_half_step = self._exchanged = False
+            self._level, self._exchanged = Level.FULL, False
             self._lost_half_step = True
 
     def invalidate(self, names: Collection[str]) -> None:
@@ -157,6 +170,18 @@ class GuiderRun(Run[GuiderCFG]):
         other: torch.Tensor = complete_second_call(conditional, difference, lambda whole: [whole])
         return other
 
+    def forecast(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The halves of a forecast step; without guidance there is but one."""
+        assert self._loop is not None
+        conditional = self._cfg.forecast(self._loop.pass_index)
+        return conditional, self.make_unconditional(conditional) if self._guided and self._can_skip_half else None
+
+    def record_conditional(self, conditional: Any, unconditional: Any, scale: Any) -> None:
+        """Record the half that a computed step has of its own, beside the other one."""
+        loop = self._loop
+        if loop is not None and loop.has_forecast_steps_left:
+            self._cfg.record_conditional(loop.pass_index, conditional, unconditional, scale)
+
     def record(self, halves: tuple[Any, Any], scale: Any) -> None:
         """
         Record both halves of a full step.
@@ -168,7 +193,7 @@ class GuiderRun(Run[GuiderCFG]):
         loop = self._loop
         self._forwards.after_forward(len(halves[0]))
         self._full_steps += 1
-        if loop is None or not (self._can_skip_half and loop.has_half_steps_left):
+        if loop is None or not (self._can_skip_half and (loop.has_half_steps_left or loop.has_forecast_steps_left)):
             return
         self._cfg.record(loop.pass_index, [halves], 1, scale)
 
@@ -190,8 +215,8 @@ class GuiderRun(Run[GuiderCFG]):
                 "pipeline."
             )
         # Where a step is two passes (Heun), guiders count passes, and guide in none beyond the number of steps.
-        level, step, counts = Level.HALF if self._is_half_step else Level.FULL, loop.step_index, not loop.is_finished
-        self._in_step = self._is_half_step = False
+        level, step, counts = self._level, loop.step_index, not loop.is_finished
+        self._in_step, self._level = False, Level.FULL
         if loop.end_pass(level=level, errors=self._read_errors(loop)):
             self._cfg.end_step()
         if loop.is_finished:
@@ -205,11 +230,12 @@ class GuiderRun(Run[GuiderCFG]):
         """The call has ended, however it ended: release cached tensors, store the report."""
         report = self._release()
         self._guider, self._conditions = None, []
-        if completed and self._lost_half_step and not (report.half_batch_forwards or report.prediction_errors):
+        gated = report.half_batch_forwards or report.prediction_errors or report.forecast_errors
+        if completed and self._lost_half_step and not gated:
             warn_exchanged_in_every_step(self._state, self._call)
         elif completed and not report.num_inference_steps:
             warn_nothing_gated(self._call, steps_seen=False)
-        elif completed and not self._saw_cfg:
+        elif completed and not (self._saw_cfg or self._can_forecast):
             warn_no_cfg(self._state, self._call, gates_cross=False, joint=True)
 
     def _begin_loop(self, steps: int) -> StepCounter:
@@ -219,9 +245,10 @@ class GuiderRun(Run[GuiderCFG]):
         self._guider = None
         return self._begin_counting(Timeline(steps))
 
-    def _phase(self, loop: StepCounter) -> Phase:
-        """The phase of the step that runs now."""
-        return loop.current_plan(has_history=self._cfg.has_history).phase
+    def _plan(self, loop: StepCounter) -> StepPlan:
+        """The plan of the step that runs now."""
+        guided = bool(self._guided) and self._can_skip_half
+        return loop.current_plan(has_history=self._cfg.has_history, guided=guided)
 
     def _switch_guider(self, guider: Any, loop: StepCounter) -> None:
         """Another guider comes with another denoiser, whose guidance has no history yet."""

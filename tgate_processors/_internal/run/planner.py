@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..attention.state import TGateState
 from ..caches.adapter import CacheAdapters
 from ..denoiser.inputs import DenoiserInputs
-from ..guidance.cfg_forms import CFGForm
+from ..guidance.cfg_form import CFGForm
 from ..plan.forward_plan import NO_FORWARD, CachedPart, ForwardContext, ForwardPlan, plan_forward
 from ..plan.step_plan import CFGHalf, Phase, StepPlan
 from ..plan.steps import StepCounter

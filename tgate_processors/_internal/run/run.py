@@ -14,7 +14,7 @@ from ..caches.adapter import CacheAdapters
 from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.inputs import DenoiserInputs, is_latents, read_arguments, read_inputs
 from ..guidance.batch_check import CFGBatchCheck
-from ..guidance.cfg_forms import ComputedCall, DenoiserCFG, form_of
+from ..guidance.denoiser_cfg import ComputedCall, DenoiserCFG, form_of
 from ..plan.forward_plan import UNSEEN, CachedPart, CacheKey
 from ..plan.step_plan import Action, CFGHalf, Level
 from ..plan.steps import StepCounter

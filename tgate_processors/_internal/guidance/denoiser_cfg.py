@@ -1,25 +1,19 @@
-"""
-The forms of classifier-free guidance: two halves of one batch, two calls of the denoiser, or a guider.
-
-A form of its own is a subclass of `CFGForm`: how often the denoiser is called in a step, where both halves are seen,
-and what stands for the half, or for the calls, that are skipped.
-"""
+"""Guidance that a pipeline computes itself: two halves of one batch, or two calls of the denoiser."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..denoiser.batch import complete_second_call, guided_parts, stack_samples, unstack_samples
 from ..denoiser.inputs import DenoiserInputs
 from ..denoiser.spec import Layout
-from ..plan.adaptive import StepErrors
 from ..plan.schedule import TGateSchedule
-from .forecast import OutputForecaster
+from .cfg_form import CFGForm
 from .prediction import apply_cfg, largest_error, relative_error
-from .predictor import GuidancePredictor
 
 
 class ComputedCall(NamedTuple):
@@ -51,96 +45,6 @@ class ComputedCall(NamedTuple):
     num_samples: int | None = None
 
 
-class CFGForm:
-    """
-    The guidance of a run. It owns the predictor of the loop that runs, and the errors that this step has shown.
-
-    Args:
-        schedule (`TGateSchedule`): Whether guidance is predicted, and whether errors are measured.
-
-    Attributes:
-        errors (`StepErrors`): The largest errors that were measured in this step.
-    """
-
-    calls_per_step: ClassVar[int] = 1
-
-    def __init__(self, schedule: TGateSchedule) -> None:
-        self._schedule = schedule
-        self._predictor: GuidancePredictor | None = None
-        # Errors on the device, of this pass.
-        self._unread: dict[str, list[torch.Tensor]] = {}
-        self.errors = StepErrors()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in differences of the halves."""
-        return 0 if self._predictor is None else self._predictor.nbytes
-
-    @property
-    def has_history(self) -> bool:
-        """Whether what the next full step computes has a prediction to be compared with."""
-        return self._predictor is not None and self._predictor.has_history
-
-    @property
-    def lacks_history(self) -> bool:
-        """Whether guidance is predicted, but not enough is known of it yet."""
-        return self._predictor is not None and not self._predictor.has_history
-
-    def begin(self, *, can_forecast: bool = False) -> None:
-        """
-        Begin without history: at the start of a loop, and when the history no longer holds.
-
-        Args:
-            can_forecast (`bool`, *optional*, defaults to `False`): Whether calls of the denoiser can be left out.
-        """
-        self._predictor = GuidancePredictor(measures_errors=self._schedule.is_auto) if self._schedule.predicts else None
-        self._unread = {}
-        self.errors = StepErrors()
-
-    def release(self) -> None:
-        """A loop has ended: release cached tensors."""
-        self._predictor = None
-        self._unread = {}
-
-    def read_errors(self) -> StepErrors:
-        """Read the errors of this pass: the one wait for the device in it."""
-        names = [*self._unread]
-        # The sample with the largest error decides for all. NaN counts as above every tolerance.
-        largest = [torch.cat([errors.flatten() for errors in self._unread[name]]).max() for name in names]
-        read = map(float, torch.stack(largest).cpu()) if largest else ()
-        self._unread = {}
-        for name, error in zip(names, read, strict=True):
-            before = getattr(self.errors, name)
-            if before is None or not error <= before:
-                self.errors = self.errors._replace(**{name: error})
-        return self.errors
-
-    def end_step(self) -> None:
-        """A step has ended, and the next one measures anew."""
-        self.errors = StepErrors()
-
-    def limit_tokens(self, tokens: int) -> None:
-        """Keep the first tokens of each difference: the pipeline does not read the others."""
-        if self._predictor is not None:
-            self._predictor.limit_tokens(tokens)
-
-    def record(self, position: int, halves: Sequence[Sequence[torch.Tensor]], uncond_index: int, scale: Any) -> None:
-        """Record both halves of each part of an output."""
-        if self._predictor is None:
-            return
-        errors = self._predictor.record(position, halves, uncond_index, scale)
-        if errors is not None:
-            self._add_errors("difference", errors)
-
-    def predict(self, position: int) -> list[torch.Tensor] | None:
-        """Predict the second half minus the first, of each part; `None` where guidance is dropped."""
-        return None if self._predictor is None else self._predictor.predict(position)
-
-    def _add_errors(self, name: str, errors: torch.Tensor) -> None:
-        """Note errors of this pass, by their name in `StepErrors`."""
-        self._unread.setdefault(name, []).append(errors.detach())
-
-
 class DenoiserCFG(CFGForm):
     """
     Guidance that the pipeline computes itself from the outputs of its denoiser.
@@ -155,25 +59,13 @@ class DenoiserCFG(CFGForm):
         super().__init__(schedule)
         self._layout = layout
         self._scale_of = scale_of
-        self._forecaster: OutputForecaster | None = None
         self._num_tokens: int | None = None
         # The outputs of the calls of this step that are skipped.
         self._ready_outputs: list[Any] = []
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held in differences of the halves, and in outputs to forecast from."""
-        return super().nbytes + (0 if self._forecaster is None else self._forecaster.nbytes)
-
-    @property
-    def can_forecast(self) -> bool:
-        """Whether anything is known to forecast from."""
-        return self._forecaster is not None and self._forecaster.can_forecast
-
     def begin(self, *, can_forecast: bool = False) -> None:
         """Begin without history: at the start of a loop, and when the history no longer holds."""
-        super().begin()
-        self._forecaster = OutputForecaster() if can_forecast else None
+        super().begin(can_forecast=can_forecast)
         self._num_tokens = None
 
     @property
@@ -188,7 +80,6 @@ class DenoiserCFG(CFGForm):
     def release(self) -> None:
         """A loop has ended: release cached tensors."""
         super().release()
-        self._forecaster = None
         self._ready_outputs.clear()
 
     def end_pass(self, latents: Any, *, ends_step: bool) -> None:
@@ -226,21 +117,15 @@ class DenoiserCFG(CFGForm):
         self, call: ComputedCall, parts: Sequence[torch.Tensor], halves: Sequence[Sequence[torch.Tensor]] = ()
     ) -> None:
         """Record what can be forecast of an output, and measure the forecast; guidance combines the halves."""
-        forecaster = self._forecaster
-        assert forecaster is not None
         parts = [part[:, : self._num_tokens] for part in parts]
-        if self._schedule.is_auto and forecaster.has_history:
-            forecast = forecaster.forecast_parts(call.position)
-            if [part.shape for part in parts] == [part.shape for part in forecast]:
-                self._add_errors("forecast", self._forecast_errors(call, forecast, parts, halves))
-        forecaster.record(call.position, parts)
+        self.record_parts(call.position, parts, functools.partial(self._forecast_errors, call, halves))
 
     def _forecast_errors(
         self,
         call: ComputedCall,
+        halves: Sequence[Sequence[torch.Tensor]],
         forecast: Sequence[torch.Tensor],
         parts: Sequence[torch.Tensor],
-        halves: Sequence[Sequence[torch.Tensor]],
     ) -> torch.Tensor:
         """How far off the guided output would have been with this forecast, for each part and sample."""
         if halves:
@@ -360,6 +245,7 @@ class SequentialCFG(DenoiserCFG):
         """Record the output of the first call, once that of the second is known too."""
         if self._forecaster is None:
             return
+        call = call._replace(uncond_index=1)
         parts = self._parts_of(call)
         first, self._first_output = self._first_output, None
         if call.call_index == 0:
@@ -387,10 +273,6 @@ class SequentialCFG(DenoiserCFG):
         if call.is_split:
             self.complete(call._replace(output=output))
         return output
-
-
-class GuiderCFG(CFGForm):
-    """A guider of diffusers, which asks for the conditional half first. A half step asks for nothing else."""
 
 
 def form_of(schedule: TGateSchedule, layout: Layout, scale_of: Callable[[int], Any]) -> DenoiserCFG:

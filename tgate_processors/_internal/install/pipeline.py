@@ -10,7 +10,7 @@ from typing import Any
 from ..attention.state import ActiveRun, TGateState
 from ..caches.adapter import CacheAdapters
 from ..families import ResolvedPipeline
-from ..run.run import PipelineRun
+from ..run.intercepted_run import InterceptedRun
 from .call_interceptor import intercept_calls, stop_intercepting
 from .callback_chain import chain_callback, suspend_in_legacy_callback
 from .class_proxy import current_call, is_proxy_class, make_proxy_class, restore_class, unwrapped_call, wrapped_class_of
@@ -188,7 +188,7 @@ def _begin_run(
     adapters = CacheAdapters(caches, found.family.layout.calls_per_step)
     if adapters:
         reject_forecasts(state.schedule, "another cache on the denoiser counts the steps in which it is called")
-    run = PipelineRun(
+    run = InterceptedRun(
         state,
         call,
         layers,

@@ -140,7 +140,8 @@ def warn_gate_too_late(state: TGateState, call: PipelineCall, loop: StepCounter,
     gate, steps = loop.gate_step, loop.timeline.steps
     stays = ["cross-attention is always computed"] if gates_cross else []
     stays += ["guidance stays on"] if call.do_cfg_now() else []
-    if stays and gate >= steps and not state.schedule.is_auto and state.warn_once("late"):
+    fixed = not (state.schedule.is_auto or state.schedule.levels)
+    if stays and gate >= steps and fixed and state.warn_once("late"):
         logger.warning(
             "T-GATE: gate_step=%s is not before the last of the %s steps that run: %s. Give a smaller gate_step, or a "
             "share of the steps such as gate_step=0.4.",

@@ -12,7 +12,7 @@ from ..attention.layers import GatedLayers
 from ..attention.state import Slot, TGateState
 from ..caches.adapter import CacheAdapters
 from ..caches.foreign_forwards import ForeignForwards
-from ..denoiser.inputs import DenoiserInputs, is_latents, read_arguments, read_inputs
+from ..denoiser.inputs import DenoiserInputs, is_latents
 from ..guidance.batch_check import CFGBatchCheck
 from ..guidance.denoiser_cfg import ComputedCall, DenoiserCFG, form_of
 from ..plan.forward_plan import UNSEEN, CachedPart, CacheKey
@@ -20,7 +20,6 @@ from ..plan.step_plan import Action, CFGHalf, Level
 from ..plan.steps import StepCounter
 from .base import Run
 from .call import PipelineCall
-from .continuity import SkippableControlNet, settings_of
 from .denoisers import DenoiserCaches
 from .messages import RunWarnings, raise_uncached_layers
 from .planner import ForwardPlanner
@@ -73,16 +72,12 @@ class PipelineRun(Run[DenoiserCFG]):
         self.denoisers.set_sees_half_inside(self._caches.owns_cfg)
         self._planner = ForwardPlanner(state, self.denoisers, self._caches, cfg, gates_cross=self.gates_cross)
         self._warnings = RunWarnings(state, call, gates_cross=self.gates_cross, joint=layout.joint)
-        self._controlnet = SkippableControlNet()
         self._last_index: int | None = None
         # The inputs of the forward that runs, or has run last.
         self._inputs: DenoiserInputs | None = None
-        self._settings: dict[str, Any] = {}
         self._guided = False
         self._active_index = 1
         self._num_samples: int | None = None
-        # Whether a call of the denoiser runs whose output the pipeline gets.
-        self._awaits_output = False
         # What was exchanged too late for the step that runs.
         self._exchanged_late: Collection[str] = ()
 
@@ -173,7 +168,6 @@ class PipelineRun(Run[DenoiserCFG]):
         loop = self._loop or self._begin_loop()
         guided = self._is_guided(loop, inputs)
         loop.begin_forward(guided=guided)
-        self._awaits_output = True
         if self._is_sequential and loop.forwards_in_pass > 1:
             self._before_second_call(loop, inputs, denoiser)
             return
@@ -187,15 +181,7 @@ class PipelineRun(Run[DenoiserCFG]):
         self._check_prompt_embeds(inputs.encoder_hidden_states, loop, guided, is_halved)
         self.denoisers.active.layers.set_active(inputs.arguments)
         self._inputs, self._guided = inputs, guided
-        # Now, as some denoisers take their arguments apart.
-        self._settings = settings_of(inputs.arguments) if loop.has_forecast_steps_left else {}
         self._active_index = int(active_half == "conditional")
-        if self._controlnet.was_skipped:
-            raise ValueError(
-                f"T-GATE: the ControlNet was left out in step {loop.step_index}, which was to be forecast, but the "
-                "denoiser has to run, because its inputs are not those of the steps before (another size, other "
-                "settings). Change them in callback_on_step_end, or call apply_tgate(pipe, forecast=False)."
-            )
         step, context = self._planner.begin_step(
             loop, inputs, active_half, guided=guided, can_skip_half=self._can_skip_half, may_halve=may_halve
         )
@@ -231,66 +217,6 @@ class PipelineRun(Run[DenoiserCFG]):
             difference = self._on_guided_output(loop, output, inputs)
         return difference
 
-    def skip_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """
-        A module is called.
-
-        Args:
-            module (`torch.nn.Module`): The denoiser, or a ControlNet.
-            args (`tuple`): Its arguments.
-            kwargs (`dict`): Its keyword arguments.
-
-        Returns:
-            What the pipeline gets in place of its output, if the call is left out; else `None`.
-        """
-        loop = self._loop
-        if loop is None:
-            return None
-        if self.denoisers.find(module) is None:
-            forecasts = self._is_forecast_step(loop) and self.call.do_cfg_now() == self._guided
-            return self._controlnet.skip(read_arguments(module, args, kwargs)) if forecasts else None
-        if module is not self.denoisers.active.layers.denoiser:
-            return None
-        if self._cfg.skips_call and loop.forwards_in_pass == 1:
-            return self._take_skipped_output(loop)
-        if not self._is_forecast_step(loop):
-            return None
-        inputs = read_inputs(module, args, kwargs)
-        return self._forecast(loop, inputs) if self._continues(loop, inputs) else None
-
-    def after_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """
-        A module has been called, and the pipeline gets its output.
-
-        Args:
-            module (`torch.nn.Module`): The denoiser, or a ControlNet.
-            args (`tuple`): Its arguments.
-            kwargs (`dict`): Its keyword arguments.
-            output (`torch.Tensor` or container): What it has given.
-        """
-        loop = self._loop
-        if self.denoisers.find(module) is None:
-            if loop is not None and loop.has_forecast_steps_left:
-                self._controlnet.record(read_arguments(module, args, kwargs), output)
-            return
-        awaited, self._awaits_output = self._awaits_output, False
-        if not awaited or loop is None or self._inputs is None:
-            return
-        if loop.has_forecast_steps_left:
-            self._cfg.observe_output(self._computed_call(loop, output, self._inputs))
-        is_second = self.denoisers.call_index > 0
-        skips_second = self._cfg.skips_call
-        if self._counts_forwards and not skips_second and (is_second or not (self._guided and self._is_sequential)):
-            self.on_step_end()
-
-    def on_auxiliary_call(self, inputs: DenoiserInputs) -> None:
-        """The denoiser is called once more in a step, for guidance of another kind: then none of it is forecast."""
-        prepares = self.denoisers.active.layers.layout.is_prepare_call
-        if self._can_forecast and not (prepares is not None and prepares(inputs.arguments)):
-            self._can_forecast = False
-            if self._loop is not None:
-                self._loop.forbid_forecasts()
-
     def on_step_end(
         self,
         index: int | None = None,
@@ -322,7 +248,6 @@ class PipelineRun(Run[DenoiserCFG]):
         errors = self._read_errors(loop)
         paced = level if computed or level is not Level.FULL else Level.HALF
         ends_step = loop.end_pass(index, level=paced, computed=computed, guided=self._guided, errors=errors)
-        self._controlnet.end_step()
         if self._can_skip_half:
             # With `self._guided` as it was in the forward: the user's callback may have switched guidance off.
             self.batch.on_step_end(self._inputs, self._guided and not self._is_sequential, tensors or {}, latents)
@@ -374,7 +299,6 @@ class PipelineRun(Run[DenoiserCFG]):
     def finish(self, *, completed: bool = True) -> None:
         """The call has ended, however it ended: release cached tensors, store the report."""
         self.denoisers.reset()
-        self._controlnet.reset()
         self._inputs = None
         self._warnings.finish(self._release(), completed=completed)
 
@@ -402,7 +326,6 @@ class PipelineRun(Run[DenoiserCFG]):
         self._loop = None
         self.batch.reset()
         self._caches.on_loop_end()
-        self._controlnet.reset()
         self._cfg.release()
         self.denoisers.reset()
         self._planner.reset()
@@ -416,49 +339,6 @@ class PipelineRun(Run[DenoiserCFG]):
     def _predicts(self) -> bool:
         """Whether the difference of the halves of guidance is predicted from what is known."""
         return self._state.schedule.predicts and self._can_skip_half and self.call.do_cfg_now()
-
-    def _is_forecast_step(self, loop: StepCounter) -> bool:
-        """Whether the step that begins now is a forecast one, if its inputs are as those of the step before."""
-        begins = self._can_forecast and loop.pass_index > 0 and loop.forwards_in_pass == 0
-        known = begins and self._cfg.can_forecast and not self._planner.is_invalidated
-        return known and self._planner.step_plan(loop, is_split=self.guided).level is Level.FORECAST
-
-    def _continues(self, loop: StepCounter, inputs: DenoiserInputs) -> bool:
-        """Whether inputs are as those of the step before, but for the time and the latents."""
-        before = self._inputs
-        if (
-            before is None
-            or self._controlnet.was_computed
-            or self.denoisers.active.layers.layout.is_auxiliary_call(inputs.arguments)
-        ):
-            return False
-        guided = self._is_guided(loop, inputs)
-        same = (before.batch_size, before.sample_shape) == (inputs.batch_size, inputs.sample_shape)
-        if guided != self._guided or not same or self._settings != settings_of(inputs.arguments):
-            return False
-        self._check_batch(loop, inputs, guided)
-        self._check_prompt_embeds(inputs.encoder_hidden_states, loop, guided, self._controlnet.was_skipped)
-        return not self._planner.is_invalidated
-
-    def _forecast(self, loop: StepCounter, inputs: DenoiserInputs) -> Any:
-        """The output of the first call of a forecast step."""
-        loop.begin_forward(guided=self._guided)
-        self._inputs = inputs
-        self.denoisers.call_index = 0
-        self._planner.skip_forward()
-        output = self._cfg.forecast(self._computed_call(loop, None, inputs))
-        if self._counts_forwards and not self._cfg.skips_call:
-            self.on_step_end()
-        return output
-
-    def _take_skipped_output(self, loop: StepCounter) -> Any:
-        """The output of the second call, which is skipped."""
-        loop.begin_forward(guided=True)
-        self._caches.on_skip_second_call()
-        output = self._cfg.take_output()
-        if self._counts_forwards:
-            self.on_step_end()
-        return output
 
     def _switch_guidance(self, loop: StepCounter, guided: bool) -> None:
         """Guidance goes off or on within the loop; it begins with full steps, and nothing from before is reused."""

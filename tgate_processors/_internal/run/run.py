@@ -217,6 +217,9 @@ class PipelineRun(Run[DenoiserCFG]):
             difference = self._on_guided_output(loop, output, inputs)
         return difference
 
+    def on_auxiliary_call(self, inputs: DenoiserInputs) -> None:
+        """The denoiser is called once more in a step, for guidance of another kind, which runs whole."""
+
     def on_step_end(
         self,
         index: int | None = None,

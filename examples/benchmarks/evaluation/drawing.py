@@ -58,7 +58,7 @@ class Drawing:
         # Times are compared within one process only.
         self.session = uuid.uuid4().hex[:12]
         self.failed: set[Entry] = set()
-        self.full_steps: int | None = None
+        self.levels = ""
 
     @property
     def blocks(self) -> range:
@@ -88,7 +88,7 @@ class Drawing:
             made = self.pipe(prompts, **call)
             images = strips(made.frames) if draws_videos(self.pipe) else made.images
             # `auto` decides by what it draws.
-            self.full_steps = len(get_tgate_report(self.pipe).full_steps) if entry.method == "auto" else None
+            self.levels = get_tgate_report(self.pipe).levels if entry.method == "auto" else ""
         return images
 
     def prepare(self, pipe: Any, call: dict[str, Any]) -> None:
@@ -134,7 +134,8 @@ class Drawing:
                 images = self.draw(entry, indices)
             if total is not None:
                 line["macs"] = total[0]
-            line |= {"pictures": len(images), "steps": entry.steps, "full_steps": self.full_steps}
+            line |= {"pictures": len(images), "steps": entry.steps, "full_steps": self.levels.count("F")}
+            line["half_steps"] = self.levels.count("H")
             if isinstance(images, np.ndarray):
                 images = VaeImageProcessor.numpy_to_pil(images)
             self.table.shelf(entry).add(block, self.session, indices, images, line)

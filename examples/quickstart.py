@@ -163,10 +163,9 @@ def main(
     for heading in ("", "seconds", "speed-up", "forwards", "GMACs", "MiB held"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     full, half, forecast = report.full_batch_forwards, report.half_batch_forwards, report.forecast_forwards
-    gated_forwards = f"{full} + {half} half" + (f", {forecast} forecast" if forecast else "")
     for method, ratio, forwards, count, held in (
         (METHODS[0], 1, f"{full + half + forecast}", baseline_macs, 0),
-        (METHODS[1], statistics.median(ratios), gated_forwards, gated_macs, report.peak_bytes),
+        (METHODS[1], statistics.median(ratios), f"{full} + {half} half", gated_macs, report.peak_bytes),
     ):
         figures = (f"{statistics.median(seconds[method]):.3f}", f"{ratio:.2f}", forwards)
         table.add_row(method, *figures, f"{count / 1e9:.2f}", f"{held / 2**20:.1f}")

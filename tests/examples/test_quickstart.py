@@ -71,7 +71,7 @@ def test_the_distance_of_pictures():
 @pytest.mark.slow
 def test_the_quickstart_with_guidance_that_is_predicted(tmp_path):
     for arguments, forwards in (
-        (("--gate-step", "auto", "--tolerance", "100"), "3 + 1 half, 2 forecast"),
+        (("--gate-step", "auto", "--tolerance", "100"), "3 + 1 half"),
         (("--gate-step", "2", "--guidance", "predict", "--cfg-interval", "4"), "3 + 3 half"),
     ):
         output = ("--steps", "6", "--seeds", "1", "--output", str(tmp_path / "pictures.png"))

@@ -175,6 +175,7 @@ def estimate_cost(
         joint=layout.joint,
         max_memory=max_bytes,
         takes_over=takes_over,
+        can_forecast=not extra_forwards,
     )
     warnings = RunWarnings(
         TGateState(schedule, max_bytes), DenoiserCall(guided), gates_cross=cross_attention, joint=layout.joint

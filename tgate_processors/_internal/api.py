@@ -127,8 +127,8 @@ def apply_tgate(
             What happens to attention processors that are not diffusers' own. They may mix the pictures of a batch or
             count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone,
             all of guidance stays on and nothing is forecast; cross-attention of diffusers' own processors is still
-            gated. `"gate"` treats them like diffusers' own. `"leave"` leaves mere functions alone too, which are refused by
-            default.
+            gated. `"gate"` treats them like diffusers' own. `"leave"` leaves mere functions alone too, which are
+            refused by default.
         custom_forwards (`str`, *optional*):
             What happens where a `forward` of the denoiser, its blocks or its layers is not that of its class. It may be
             a cache (TeaCache and others), so by default the pipeline is refused, unless the function is known to keep

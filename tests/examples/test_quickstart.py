@@ -44,7 +44,7 @@ def test_the_quickstart_draws_both_pictures_and_prints_what_they_cost(tmp_path):
     done = invoke("--steps", "6", "--gate-step", "2", "--seeds", "1", "--output", str(output))
     assert done.exit_code == 0, done.output
     assert "…" not in done.output
-    assert "4 pictures, 6 steps: FFHHHH" in done.stdout
+    assert "4 pictures, gate at step 2 of 6" in done.stdout
     plain, gated = (re.split(r"\s*[│|]\s*", line) for line in done.stdout.splitlines() if re.match(r"[│|] with", line))
     assert plain[1:2] == ["without T-GATE"]
     assert (plain[4], gated[4]) == ("6", "2 + 4 half")
@@ -59,15 +59,6 @@ def test_the_quickstart_draws_both_pictures_and_prints_what_they_cost(tmp_path):
     picture = Image.open(output)
     assert picture.width > 300
     assert len(picture.convert("RGB").getcolors(10**6)) > 100
-
-
-def test_steps_that_are_forecast_count_as_forwards_of_the_plain_pipeline(tmp_path):
-    output = tmp_path / "pictures.png"
-    prompt = quickstart.PROMPTS[0]
-    done = invoke("--steps", "6", "--tolerance", "1e6", "--seeds", "1", "--prompt", prompt, "--output", str(output))
-    assert "6 steps: FFF--H" in done.stdout
-    plain, gated = (re.split(r"\s*[│|]\s*", line) for line in done.stdout.splitlines() if re.match(r"[│|] with", line))
-    assert (plain[4], gated[4]) == ("6", "3 + 1 half")
 
 
 def test_the_distance_of_pictures():

@@ -159,12 +159,12 @@ def main(
 
     ratios = [plain / gated for plain, gated in zip(seconds[METHODS[0]], seconds[METHODS[1]], strict=True)]
     distances = [psnr(*pair) for images in rows.values() for pair in zip(images[::2], images[1::2], strict=True)]
-    table = Table(title=f"{len(ratios)} pictures, gate at step {report.gate_step} of {report.num_inference_steps}")
+    table = Table(title=f"{len(ratios)} pictures, {report.num_inference_steps} steps: {report.levels}")
     for heading in ("", "seconds", "speed-up", "forwards", "GMACs", "MiB held"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    full, half = report.full_batch_forwards, report.half_batch_forwards
+    full, half, forecast = report.full_batch_forwards, report.half_batch_forwards, report.forecast_forwards
     for method, ratio, forwards, count, held in (
-        (METHODS[0], 1, f"{full + half}", baseline_macs, 0),
+        (METHODS[0], 1, f"{full + half + forecast}", baseline_macs, 0),
         (METHODS[1], statistics.median(ratios), f"{full} + {half} half", gated_macs, report.peak_bytes),
     ):
         figures = (f"{statistics.median(seconds[method]):.3f}", f"{ratio:.2f}", forwards)
@@ -174,6 +174,7 @@ def main(
     middle, farthest = statistics.median(distances), min(distances)
     for line in (
         "All figures are for one picture. Seconds are medians, and the speed-up is the median of the pairs.",
+        "Of the steps F computes both halves of guidance, H one of them, and - none: it is forecast.",
         "GMACs are those of the denoiser's Linear and Conv layers; MiB held is what T-GATE keeps during the run.",
         f"Pictures with T-GATE beside those without: PSNR {middle:.1f} dB (median), {farthest:.1f} dB (farthest).",
         f"{device}, {dtype}, torch {torch.__version__}",

@@ -197,7 +197,9 @@ def main(
         list[int] | None, typer.Option(min=1, help="The same for T-GATE v2 and for DeepCache with T-GATE.")
     ] = None,
     cfg_interval: Annotated[list[int] | None, typer.Option(min=1, help="Of 'predict'; 3 if not given.")] = None,
-    tolerance: Annotated[list[float] | None, typer.Option(min=0, help="Of 'auto'; 0.6 if not given.")] = None,
+    tolerance: Annotated[
+        list[float] | None, typer.Option(min=0, help="Of 'auto', 0.6 if not given, and of 'forecast', 0.2.")
+    ] = None,
     cache_interval: Annotated[
         list[int] | None, typer.Option(min=1, help="Of DeepCache and TaylorSeer; 3 if not given.")
     ] = None,
@@ -246,7 +248,7 @@ def main(
         tuple(gate_step or [3, 5, 8, 10, 15]),
         tuple(tuned_gate or [10]),
         tuple(cfg_interval or [3]),
-        tuple(tolerance or [0.6]),
+        tuple(tolerance or ()),
         tuple(cache_interval or [0]),
         tuple(cache_threshold or [0.0]),
     )

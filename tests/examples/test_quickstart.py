@@ -44,7 +44,7 @@ def test_the_quickstart_draws_both_pictures_and_prints_what_they_cost(tmp_path):
     done = invoke("--steps", "6", "--gate-step", "2", "--seeds", "1", "--output", str(output))
     assert done.exit_code == 0, done.output
     assert "…" not in done.output
-    assert "4 pictures, gate at step 2 of 6" in done.stdout
+    assert "4 pictures, 6 steps: FFHHHH" in done.stdout
     plain, gated = (re.split(r"\s*[│|]\s*", line) for line in done.stdout.splitlines() if re.match(r"[│|] with", line))
     assert plain[1:2] == ["without T-GATE"]
     assert (plain[4], gated[4]) == ("6", "2 + 4 half")
@@ -71,7 +71,7 @@ def test_the_distance_of_pictures():
 @pytest.mark.slow
 def test_the_quickstart_with_guidance_that_is_predicted(tmp_path):
     for arguments, forwards in (
-        (("--gate-step", "auto", "--tolerance", "100"), "4 + 2 half"),
+        (("--gate-step", "auto", "--tolerance", "100"), "3 + 1 half"),
         (("--gate-step", "2", "--guidance", "predict", "--cfg-interval", "4"), "3 + 3 half"),
     ):
         output = ("--steps", "6", "--seeds", "1", "--output", str(tmp_path / "pictures.png"))
@@ -123,7 +123,7 @@ def test_prompts_and_a_folder_of_your_own(tmp_path):
         *("--guidance-scale", "3", "--sp-interval", "2", "--dtype", "float32", "--output", str(output)),
     )
     assert done.returncode == 0, done.stderr
-    assert "2 pictures, gate at step 1 of 3" in done.stdout
+    assert "2 pictures, 3 steps: FHH" in done.stdout
     assert output.exists()
 
 

@@ -17,7 +17,7 @@ from examples.testbeds.shapes.evaluation import draws_videos
 from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report
 
 from .macs import counted_layers
-from .methods import COUNTED, METHODS, Entry, unsuited
+from .methods import COUNTED, DECIDING, METHODS, Entry, unsuited
 from .store import Shelf, write_json
 
 
@@ -58,7 +58,7 @@ class Drawing:
         # Times are compared within one process only.
         self.session = uuid.uuid4().hex[:12]
         self.failed: set[Entry] = set()
-        self.full_steps: int | None = None
+        self.levels = ""
 
     @property
     def blocks(self) -> range:
@@ -87,8 +87,8 @@ class Drawing:
             call = {"generator": numbers, "num_inference_steps": entry.steps, **self.call, **options}
             made = self.pipe(prompts, **call)
             images = strips(made.frames) if draws_videos(self.pipe) else made.images
-            # `auto` decides by what it draws.
-            self.full_steps = len(get_tgate_report(self.pipe).full_steps) if entry.method == "auto" else None
+            # These decide by what it draws.
+            self.levels = get_tgate_report(self.pipe).levels if entry.method in DECIDING else ""
         return images
 
     def prepare(self, pipe: Any, call: dict[str, Any]) -> None:
@@ -111,8 +111,8 @@ class Drawing:
             write_json(shelf.folder / "probe.json", probe if reason is None else {"error": reason})
 
     def count(self, entry: Entry) -> dict[str, Any]:
-        """MACs of the first picture; for `auto` those of a full and of a half step."""
-        if entry.method == "auto" and not self.counts(entry):
+        """MACs of the first picture; where T-GATE decides, those of a full and of a half step."""
+        if entry.method in DECIDING and not self.counts(entry):
             tokens = self.call.get("max_sequence_length")
             cost = estimate_cost(self.pipe, TGateSchedule(1), entry.steps, max_sequence_length=tokens)
             return {"full": 2 * cost.full.layers, "half": cost.without_cross_attention.layers}
@@ -123,7 +123,7 @@ class Drawing:
 
     def counts(self, entry: Entry) -> bool:
         """Whether what a row takes differs from picture to picture, and has to be counted."""
-        return entry.method in COUNTED or (entry.method == "auto" and draws_videos(self.pipe))
+        return entry.method in COUNTED or (entry.method in DECIDING and draws_videos(self.pipe))
 
     def block(self, block: int) -> Iterator[Entry]:
         """Draw what a block lacks, row by row."""
@@ -134,7 +134,8 @@ class Drawing:
                 images = self.draw(entry, indices)
             if total is not None:
                 line["macs"] = total[0]
-            line |= {"pictures": len(images), "steps": entry.steps, "full_steps": self.full_steps}
+            line |= {"pictures": len(images), "steps": entry.steps, "full_steps": self.levels.count("F")}
+            line["half_steps"] = self.levels.count("H")
             if isinstance(images, np.ndarray):
                 images = VaeImageProcessor.numpy_to_pil(images)
             self.table.shelf(entry).add(block, self.session, indices, images, line)

@@ -42,6 +42,10 @@ class Entry:
         return self.method + "".join(f"-{value:g}" for value in settings if value)
 
 
+# T-GATE deciding by itself, with half steps alone and with forecast steps too.
+DECIDING = ("auto", "forecast")
+
+
 def denoiser_kind(pipe: Any) -> str:
     """`unet` or `transformer`."""
     return "transformer" if hasattr(pipe, "transformer") else "unet"
@@ -62,8 +66,8 @@ def cutoff(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
 
 def tgate_settings(pipe: Any, entry: Entry) -> dict[str, Any]:
     """The arguments of `apply_tgate`: guidance dropped at the gate (v2 reuses self-attention too), or predicted."""
-    if entry.method == "auto":
-        return {"gate_step": "auto", "tolerance": entry.tolerance}
+    if entry.method in DECIDING:
+        return {"tolerance": entry.tolerance, "forecast": entry.method == "forecast"}
     if entry.method == "predict":
         return {"gate_step": entry.gate, "guidance": "predict", "cfg_interval": entry.interval}
     settings = {"gate_step": entry.gate, **(V2[denoiser_kind(pipe)] if entry.method == "tgate-v2" else {})}
@@ -92,7 +96,8 @@ def deepcache(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
     if gate is None:
         helper.enable()
     else:
-        apply_tgate(pipe, gate, tolerance=entry.tolerance or None, deepcache=helper)
+        deciding = {"tolerance": entry.tolerance, "forecast": False} if gate == "auto" else {}
+        apply_tgate(pipe, gate, deepcache=helper, **deciding)
     try:
         yield {}
     finally:
@@ -128,7 +133,7 @@ METHODS: dict[str, Switch] = {
     "reference": plain,
     "fewer-steps": plain,
     "cutoff": cutoff,
-    **dict.fromkeys(("tgate", "tgate-v2", "predict", "auto"), tgate),
+    **dict.fromkeys(("tgate", "tgate-v2", "predict", *DECIDING), tgate),
     "deepcache": deepcache,
     "deepcache-tgate": deepcache,
     "deepcache-auto": deepcache,
@@ -173,6 +178,10 @@ class Settings:
     cache_intervals: tuple[int, ...] = (0,)
     cache_thresholds: tuple[float, ...] = (0.0,)
 
+    def of_tgate(self, method: str) -> tuple[float, ...]:
+        """The tolerances of T-GATE, alone or together with a cache."""
+        return self.tolerances or ((0.2,) if method == "forecast" else (0.6,))
+
     def of_cache(self, method: str) -> tuple[float, ...]:
         """The settings of a cache, alone or together with T-GATE; 0 is its own default."""
         if method.startswith(("deepcache", "taylorseer")):
@@ -191,14 +200,14 @@ def entries(methods: list[str], steps: int, settings: Settings, reference: int |
     for method in methods:
         if method == "fewer-steps":
             found |= dict.fromkeys(Entry(method, (steps + gate) // 2) for gate in gates)
-        elif method == "auto":
-            found |= dict.fromkeys(Entry(method, steps, tolerance=tolerance) for tolerance in settings.tolerances)
+        elif method in DECIDING:
+            found |= dict.fromkeys(Entry(method, steps, tolerance=each) for each in settings.of_tgate(method))
         elif method == "predict":
             found |= dict.fromkeys(Entry(method, steps, gate, each) for gate in tuned for each in settings.intervals)
         elif method in ("tgate-v2", "deepcache-tgate"):
             found |= dict.fromkeys(Entry(method, steps, gate) for gate in tuned)
         elif method.endswith("-auto"):
-            pairs = itertools.product(settings.of_cache(method), settings.tolerances)
+            pairs = itertools.product(settings.of_cache(method), settings.of_tgate(method))
             found |= dict.fromkeys(Entry(method, steps, tolerance=each, cache=cache) for cache, each in pairs)
         elif method in GATED:
             found |= dict.fromkeys(Entry(method, steps, gate) for gate in gates)

@@ -19,6 +19,7 @@ LOOKS = {
     "fewer-steps": ("o", "dimgrey"),
     "reference": (".", "darkgrey"),
     "auto": ("^", "navy"),
+    "forecast": ("3", "blue"),
     "predict": ("P", "dodgerblue"),
     "tgate": ("s", "darkorange"),
     "tgate-v2": ("D", "goldenrod"),
@@ -41,7 +42,17 @@ LOOKS = {
 WIDTH, DPI = 8, 100
 PROMPTS = 5
 # The columns of a sheet: the first six of these that ran.
-SHEET = ("baseline", "fewer-steps", "auto", "tgate", "deepcache", "deepcache-tgate", "taylorseer", "first-block-cache")
+SHEET = (
+    "baseline",
+    "fewer-steps",
+    "forecast",
+    "auto",
+    "tgate",
+    "deepcache",
+    "deepcache-tgate",
+    "taylorseer",
+    "first-block-cache",
+)
 SHEET += ("predict", "tgate-v2", "cutoff", "cache-dit", "tome")
 COLUMNS = 6
 

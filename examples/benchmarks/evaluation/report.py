@@ -79,7 +79,7 @@ def macs(shelf: Shelf) -> float | None:
         return statistics.mean(counted)
     if "full" not in probe:
         return probe.get("macs")
-    each = [line["full_steps"] * (probe["full"] - probe["half"]) + line["steps"] * probe["half"] for line in blocks]
+    each = [line["full_steps"] * probe["full"] + line["half_steps"] * probe["half"] for line in blocks]
     return statistics.mean(each) if each else None
 
 

@@ -39,6 +39,8 @@ class CFGForm:
         # Errors on the device, of this pass.
         self._unread: dict[str, list[torch.Tensor]] = {}
         self.errors = StepErrors()
+        # Makes the largest errors of all processes from those of each, where they share a denoiser.
+        self.agree: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -82,6 +84,8 @@ class CFGForm:
         names = [*self._unread]
         # The sample with the largest error decides for all. NaN counts as above every tolerance.
         largest = [torch.cat([errors.flatten() for errors in self._unread[name]]).max() for name in names]
+        if largest and self.agree is not None:
+            largest = list(self.agree(torch.stack(largest)))
         read = map(float, torch.stack(largest).cpu()) if largest else ()
         self._unread = {}
         for name, error in zip(names, read, strict=True):

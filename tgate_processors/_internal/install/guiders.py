@@ -16,6 +16,7 @@ from ..plan.schedule import TGateSchedule
 from ..plan.step_plan import CFGHalf
 from ..run.guider_run import GuiderPipelineCall, GuiderRun
 from ..run.messages import warn_ungated_processors
+from ..run.ranks import agreement_of
 from .cleanup import Cleanup
 from .installation import Installation
 
@@ -129,7 +130,9 @@ class GuiderInstallation(Installation):
         ungated = [name for denoiser in _denoisers(pipe) for name in self._ungated_processors(denoiser)]
         if ungated:
             warn_ungated_processors(state, call, ungated)
-        run = GuiderRun(state, call, self._forwards(pipe), can_skip_half=not ungated)
+        run = GuiderRun(
+            state, call, self._forwards(pipe), can_skip_half=not ungated, agree=agreement_of(_denoisers(pipe))
+        )
         gated_guiders = {name: (guider, _gate_guider(guider, run)) for name, guider in guiders_of(pipe).items()}
 
         def end() -> None:

@@ -11,6 +11,7 @@ from ..plan.adaptive import StepErrors
 from ..plan.report import TGateReport
 from ..plan.report_builder import ReportBuilder
 from ..plan.steps import StepCounter, Timeline
+from .ranks import Agree
 
 Form = TypeVar("Form", bound=CFGForm)
 
@@ -25,6 +26,7 @@ class Run(Generic[Form]):
         forwards (`ForeignForwards`): What its denoisers do when they are called.
         can_skip_half (`bool`): Whether guidance is two halves, of which one can be skipped.
         can_forecast (`bool`, *optional*, defaults to `False`): Whether calls of the denoiser can be left out.
+        agree (`Callable`, *optional*): How processes that share a denoiser agree on errors.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class Run(Generic[Form]):
         *,
         can_skip_half: bool,
         can_forecast: bool = False,
+        agree: Agree | None = None,
     ) -> None:
         self._state = state
         self._cfg = cfg
+        self._cfg.agree = agree
         self._forwards = forwards
         self._can_skip_half = can_skip_half
         self._can_forecast = can_forecast and bool(state.schedule.forecast)

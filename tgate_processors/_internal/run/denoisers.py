@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..attention.cache import AttentionCache
@@ -78,6 +78,9 @@ class DenoiserCaches:
         for each in self._all:
             for cache in each.per_call:
                 cache.sees_half_inside = halved
+
+    def __iter__(self) -> Iterator[DenoiserCache]:
+        return iter(self._all)
 
     def find(self, module: Any) -> DenoiserCache | None:
         """The denoiser that is this module, if any is."""

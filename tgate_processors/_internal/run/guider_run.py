@@ -17,6 +17,7 @@ from ..plan.steps import StepCounter, Timeline
 from .base import Run
 from .call import PipelineCall
 from .messages import warn_exchanged_in_every_step, warn_gate_too_late, warn_no_cfg, warn_nothing_gated
+from .ranks import Agree
 
 # No attention layer is gated: none computes, and none reuses, what could be counted.
 _NO_LAYER_COUNTS = ((False, False), (False, False))
@@ -44,14 +45,21 @@ class GuiderRun(Run[GuiderCFG]):
         call (`PipelineCall`): The call, for messages.
         forwards (`ForeignForwards`): What its denoisers do when they are called.
         can_skip_half (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be skipped.
+        agree (`Callable`, *optional*): How processes that share a denoiser agree on errors.
     """
 
     def __init__(
-        self, state: TGateState, call: PipelineCall, forwards: ForeignForwards, *, can_skip_half: bool = True
+        self,
+        state: TGateState,
+        call: PipelineCall,
+        forwards: ForeignForwards,
+        *,
+        can_skip_half: bool = True,
+        agree: Agree | None = None,
     ) -> None:
         cfg = GuiderCFG(state.schedule)
         # Where processors may count their calls, none is left out.
-        super().__init__(state, cfg, forwards, can_skip_half=can_skip_half, can_forecast=can_skip_half)
+        super().__init__(state, cfg, forwards, can_skip_half=can_skip_half, can_forecast=can_skip_half, agree=agree)
         self._call = call
         self._guider: Any = None
         self._level = Level.FULL

@@ -23,6 +23,7 @@ from .call import PipelineCall
 from .denoisers import DenoiserCaches
 from .messages import RunWarnings, raise_uncached_layers
 from .planner import ForwardPlanner
+from .ranks import agreement_of
 
 # No layer has computed or reused anything.
 _NOTHING = ((False, False), (False, False))
@@ -63,7 +64,8 @@ class PipelineRun(Run[DenoiserCFG]):
         layout = self.denoisers.active.layers.layout
         cfg = form_of(state.schedule, layout, call.guidance_scale)
         forwards = forwards or ForeignForwards(())
-        super().__init__(state, cfg, forwards, can_skip_half=can_skip_half, can_forecast=can_forecast)
+        agree = agreement_of([each.layers.denoiser for each in self.denoisers])
+        super().__init__(state, cfg, forwards, can_skip_half=can_skip_half, can_forecast=can_forecast, agree=agree)
         self.call = call
         self.gates_cross = layout.gates_cross_by_default if cross_attention is None else cross_attention
         self.batch = CFGBatchCheck(call, layout)

@@ -1,4 +1,4 @@
-"""T-GATE for diffusers pipelines: reuse cross-attention, and predict guidance, once both have settled."""
+"""T-GATE for diffusers pipelines: reuse cross-attention, predict guidance, forecast whole steps."""
 
 from ._internal.api import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from ._internal.attention.processor import TGateAttnProcessor

@@ -29,7 +29,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     assert "s without, " in printed
-    assert "tolerance=0.6: full steps" in printed
+    assert "tolerance=0.2: FFF" in printed
     assert " none " in printed
 
 

@@ -10,7 +10,7 @@ from tests.support.comparing import Stop
 from tests.support.counting import count, is_cross, samples_of
 from tests.support.macs import COSTS, taken
 from tests.support.prediction import refuses_a_choice
-from tests.support.settings import EVERY, FIXED, PATIENT, SETTINGS
+from tests.support.settings import EVERY, FIXED, FORECAST, PATIENT, SETTINGS
 from tests.zoo.case import STEPS, Case, rows
 from tests.zoo.catalogue import BY_NAME, CROSS_ATTENTION, OWN_DENOISERS
 from tests.zoo.cross_attention import TOKENS
@@ -227,18 +227,24 @@ def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Case, sc
     size = {name: number for name, number in kind.size.items() if name in ("height", "width", "num_frames")}
     told = [{"spatio_temporal_guidance_blocks": [1]}, {"isolate_modalities": True}][: 1 if scales else 2]
 
-    def estimate(**given):
+    def estimate(schedule, **given):
         choice = {"cross_attention": True, "max_sequence_length": TOKENS, **given}
-        return estimate_cost(pipe, TGateSchedule(GATE), STEPS, **size, **choice)
+        return estimate_cost(pipe, schedule, STEPS, **size, **choice)
 
-    cost = estimate(extra_forwards=told)
+    fixed = TGateSchedule(GATE)
+    cost = estimate(fixed, extra_forwards=told)
     assert cost.without_tgate.total == taken(pipe, kind, [0], **further).total
     assert cost.with_tgate.total == taken(kind.gate(pipe, GATE), kind, [0], **further).total
-    assert cost.report == get_tgate_report(pipe) == estimate(extra_forwards=[]).report
+    assert cost.report == get_tgate_report(pipe) == estimate(fixed, extra_forwards=[]).report
+    # None of them is forecast.
+    cost = estimate(TGateSchedule(**FORECAST), extra_forwards=told)
+    kind.run(kind.gate(pipe, **FORECAST), **further)
+    assert cost.report.levels == get_tgate_report(pipe).levels
+    assert "-" not in cost.report.levels
     with pytest.raises(
         ValueError, match=r'give extra_forwards, .* each such as \{"isolate_modalities": True\}, or \[\]'
     ):
-        estimate()
+        estimate(fixed)
     for wrong in ([{"stg_scale": 1}], [{}], ["isolate_modalities"]):
         with pytest.raises(ValueError, match="means nothing for a LTX2VideoTransformer3DModel: give a dict for each"):
-            estimate(extra_forwards=wrong)
+            estimate(fixed, extra_forwards=wrong)

@@ -8,13 +8,17 @@ from pathlib import Path
 
 from tests.zoo.addons import HOSTS
 from tests.zoo.catalogue import CROSS_ATTENTION, JOINT_ATTENTION, SEQUENTIAL
-from tests.zoo.inventory import AS_ANOTHER
+from tests.zoo.inventory import AS_ANOTHER, forecast_only
 from tgate_processors._internal.families import FAMILIES
 from tgate_processors._internal.families.family import Family
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs/pipelines.md")
 CALLS = {1: "one batch", 2: "two calls"}
+NO_HALVES = {
+    "its guidance is distilled into it": "guidance is distilled into the denoiser",
+    "is not two halves": "guidance has several parts",
+}
 
 
 def table(*headings: str, rows: Iterable[tuple[str, ...]]) -> str:
@@ -76,13 +80,19 @@ def as_another() -> str:
     return pipelines("pipeline class", "as", rows={name: f"`{other}`" for name, other in AS_ANOTHER.items()})
 
 
+def forecast() -> str:
+    """Pipelines without half steps."""
+    rows = {name: NO_HALVES[reason] for name, reason in forecast_only().items()}
+    return pipelines("pipeline class", "why there are no half steps", rows=rows)
+
+
 def hosts() -> str:
     """What people build around a denoiser. The class of such a pipeline is known once it is made."""
     rows = ((f"`{type(host.build()).__name__}`", host.row, host.stays) for host in HOSTS)
     return table("pipeline class", "what", "stays after the gate", rows=rows)
 
 
-TABLES = {each.__name__: each for each in (models, denoisers, families, joint, as_another)}
+TABLES = {each.__name__: each for each in (models, denoisers, families, joint, forecast, as_another)}
 
 
 def rewritten(page: str, tables: Mapping[str, Callable[[], str]]) -> str:

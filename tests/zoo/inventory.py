@@ -85,9 +85,8 @@ REFUSED = {
         VersatileDiffusionDualGuided VersatileDiffusionImageVariation VersatileDiffusion
         VersatileDiffusionTextToImage
     """,
-    "its guidance is distilled into it": """
-        FluxControlImg2Img FluxControlInpaint FluxControlNetImg2Img FluxControlNetInpaint FluxControl FluxFill
-        VisualClozeGeneration VisualCloze Flux2 Flux2KleinKV
+    "it has no num_timesteps": """
+        VisualCloze
     """,
     "text and image share one softmax": """
         IFImg2Img IFImg2ImgSuperResolution IFInpainting IFInpaintingSuperResolution IF IFSuperResolution
@@ -128,11 +127,18 @@ REFUSED = {
     "diffusion forcing": """
         SkyReelsV2DiffusionForcingImageToVideo SkyReelsV2DiffusionForcing SkyReelsV2DiffusionForcingVideoToVideo
     """,
-    "is not two halves": """
-        StableDiffusion3PAGImg2Img StableDiffusion3PAG
-    """,
     "it denoises several views in every step": """
         StableDiffusionPanorama
+    """,
+}
+# Gated by forecast steps alone: what the error says where none are asked for.
+FORECAST_ONLY = {
+    "its guidance is distilled into it": """
+        Flux2KleinKV Flux2 FluxControlImg2Img FluxControlInpaint FluxControlNetImg2Img FluxControlNetInpaint
+        FluxControl FluxFill VisualClozeGeneration
+    """,
+    "is not two halves": """
+        StableDiffusion3PAGImg2Img StableDiffusion3PAG
     """,
 }
 
@@ -210,7 +216,17 @@ def with_rows() -> set[str]:
 
 def refused() -> dict[str, str]:
     """What the error says of every pipeline that is refused."""
-    named = {name: reason for reason, names in REFUSED.items() for name in names.split()}
+    return _by_name(REFUSED)
+
+
+def forecast_only() -> dict[str, str]:
+    """What the error says of every pipeline without half steps, where no steps are to be forecast."""
+    return _by_name(FORECAST_ONLY)
+
+
+def _by_name(reasons: dict[str, str]) -> dict[str, str]:
+    """The reason for each pipeline."""
+    named = {name: reason for reason, names in reasons.items() for name in names.split()}
     return {name[:-1] if name.endswith(".") else f"{name}Pipeline": reason for name, reason in named.items()}
 
 

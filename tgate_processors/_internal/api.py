@@ -125,9 +125,10 @@ def apply_tgate(
             come beside.
         custom_processors (`str`, *optional*):
             What happens to attention processors that are not diffusers' own. They may mix the pictures of a batch or
-            count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone
-            and all of guidance stays on; cross-attention of diffusers' own processors is still gated. `"gate"` treats
-            them like diffusers' own. `"leave"` leaves mere functions alone too, which are refused by default.
+            count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone,
+            all of guidance stays on and nothing is forecast; cross-attention of diffusers' own processors is still
+            gated. `"gate"` treats them like diffusers' own. `"leave"` leaves mere functions alone too, which are
+            refused by default.
         custom_forwards (`str`, *optional*):
             What happens where a `forward` of the denoiser, its blocks or its layers is not that of its class. It may be
             a cache (TeaCache and others), so by default the pipeline is refused, unless the function is known to keep
@@ -282,7 +283,7 @@ def get_tgate_report(pipe: DiffusionPipeline | _PipelineStub) -> TGateReport:
         pipe (`DiffusionPipeline` or `ModularPipeline`): A pipeline with T-GATE applied.
 
     Returns:
-        `TGateReport`: Steps computed and reused, denoiser forwards at full and half batch, bytes held.
+        `TGateReport`: The level of each step, denoiser forwards at full and half batch and left out, bytes held.
 
     Raises:
         TypeError: If `pipe` is not a pipeline.

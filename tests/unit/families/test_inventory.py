@@ -5,15 +5,26 @@ import re
 import pytest
 
 from tests.zoo.case import IS_OLD
-from tests.zoo.inventory import AS_ANOTHER, exported, refused, shell, with_rows
+from tests.zoo.inventory import AS_ANOTHER, exported, forecast_only, refused, shell, with_rows
 from tgate_processors import apply_tgate, remove_tgate
 
 pytestmark = pytest.mark.skipif(IS_OLD, reason="another diffusers has other pipelines")
-GROUPS = {"tested": with_rows, "as another": lambda: set(AS_ANOTHER), "refused": lambda: set(refused())}
-WAYS = ({}, {"cross_attention": False}, {"guidance": "predict"})
+GROUPS = {
+    "tested": with_rows,
+    "as another": lambda: set(AS_ANOTHER),
+    "forecast only": lambda: set(forecast_only()),
+    "refused": lambda: set(refused()),
+}
+WAYS = (
+    {},
+    {"forecast": False},
+    {"gate_step": 10},
+    {"gate_step": 10, "cross_attention": False},
+    {"gate_step": 10, "guidance": "predict"},
+)
 
 
-def test_every_pipeline_is_tested_or_as_another_or_refused():
+def test_every_pipeline_is_in_one_of_the_groups():
     known = {name: members() for name, members in GROUPS.items()}
     assert set(AS_ANOTHER.values()) <= known["tested"]
     for name in exported():
@@ -26,15 +37,20 @@ def test_every_pipeline_is_tested_or_as_another_or_refused():
 @pytest.mark.parametrize("group", GROUPS)
 def test_what_is_accepted_and_why_others_are_not_is_what_the_inventory_says(group):
     for name in sorted(GROUPS[group]() & set(exported())):
-        pipe, errors = shell(name), []
+        pipe, accepted, errors = shell(name), [], []
         for settings in WAYS:
             try:
-                remove_tgate(apply_tgate(pipe, 10, **settings))
+                remove_tgate(apply_tgate(pipe, **settings))
+                accepted.append(settings)
             except ValueError as error:
                 errors.append(str(error))
         if group == "refused":
-            assert len(errors) == len(WAYS), name
+            assert not accepted, name
             assert re.search(re.escape(refused()[name]), " ".join(errors)), (name, errors)
-            assert all(error.startswith((name, "cross_attention=False")) for error in errors)
+            assert all(error.startswith(name) for error in errors)
+        elif group == "forecast only":
+            assert accepted == [{}], name
+            assert all(forecast_only()[name] in error and name in error for error in errors), (name, errors)
         else:
-            assert len(errors) < len(WAYS), (name, errors)
+            # Not by forecast steps alone.
+            assert any("gate_step" in settings for settings in accepted), (name, errors)

@@ -395,10 +395,11 @@ def test_a_model_that_the_script_does_not_have_is_named():
 
 
 def test_an_estimate_without_guidance_says_whose_it_is(caplog):
-    estimate_cost(BY_NAME["sd"].build(), TGateSchedule(), 6, do_classifier_free_guidance=False)
+    pipe = BY_NAME["sd"].build()
+    estimate_cost(pipe, TGateSchedule(forecast=False), 6, do_classifier_free_guidance=False)
     assert "this call of the denoiser has no guidance" in caplog.text
     caplog.clear()
-    pipe = BY_NAME["sd"].build()
+    assert estimate_cost(pipe, TGateSchedule(), 6, do_classifier_free_guidance=False).report.forecast_forwards == 2
     for schedule, choice in ((TGateSchedule(), {}), (TGateSchedule(3), {"cross_attention": False})):
         assert estimate_cost(pipe, schedule, 6, **choice).report.half_batch_forwards > 0
     assert not caplog.records

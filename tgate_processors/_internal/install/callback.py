@@ -30,8 +30,8 @@ class TGateCallback:
 
     [`apply_tgate`] does all of this by itself. Make a clock yourself to choose the layers: put
     [`TGateAttnProcessor`]s with its `state` into the denoiser and pass it to the call. It then takes its place on the
-    denoiser at the end of the first step and leaves it at the end of the last one. Guidance is dropped only if every
-    cross-attention layer has a gate; else all of it stays on.
+    denoiser at the end of the first step and leaves it at the end of the last one. Half of guidance is left out only if
+    every cross-attention layer has a gate; else all of it stays on. Nothing is forecast.
 
     Args:
         schedule (`TGateSchedule`): When attention is computed, stored and reused.
@@ -49,8 +49,9 @@ class TGateCallback:
     Raises:
         TypeError: If `schedule` is not a `TGateSchedule`.
         ValueError:
-            If `cfg_half` or `custom_forwards` is none of its words; when run, if the pipeline cannot be gated, or if
-            the gate lies in the first step of a guided call, whose end is the first that a callback sees.
+            If `cfg_half` or `custom_forwards` is none of its words; when run, if the pipeline cannot be gated, if
+            `levels` has forecast steps, or if the gate lies in the first step of a guided call, whose end is the first
+            that a callback sees.
 
     Example:
 

@@ -175,10 +175,13 @@ def estimate_cost(
         joint=layout.joint,
         max_memory=max_bytes,
         takes_over=takes_over,
+        can_forecast=not extra_forwards,
     )
     warnings = RunWarnings(
         TGateState(schedule, max_bytes), DenoiserCall(guided), gates_cross=cross_attention, joint=layout.joint
     )
+    if not schedule.forecast:
+        warnings.no_cfg()
     _warn(warnings, StepCounter(schedule, timeline), run.min_bytes)
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
     extra = _extra_forward_macs(denoiser, size, extra_forwards) * (timeline.passes * batch_size)
@@ -197,7 +200,6 @@ def estimate_cost(
 
 def _warn(warnings: RunWarnings, counter: StepCounter, min_bytes: int | None) -> None:
     """Warn of what a run would warn of."""
-    warnings.no_cfg()
     warnings.gate_too_late(counter)
     if min_bytes is not None:
         warnings.budget_too_small(min_bytes)

@@ -128,6 +128,7 @@ def simulate_schedule(
     joint: bool = False,
     max_memory: int | None = None,
     takes_over: int | None = None,
+    can_forecast: bool = True,
 ) -> DryRun:
     """
     Go through a run, step by step, by the plans of its forwards. Every prediction is right in it, which gives the
@@ -144,6 +145,7 @@ def simulate_schedule(
         joint (`bool`, *optional*, defaults to `False`): Whether no layer is gated.
         max_memory (`int`, *optional*): Most bytes of kept cross-attention.
         takes_over (`int`, *optional*): The pass from which another denoiser of the same size runs.
+        can_forecast (`bool`, *optional*, defaults to `True`): Whether calls of the denoiser can be left out.
 
     Returns:
         `DryRun`: The MACs and the report of the run.
@@ -151,7 +153,7 @@ def simulate_schedule(
     denoiser = _SimulatedDenoiser(
         profile, itemsize=itemsize, gates_cross=cross_attention, joint=joint, max_memory=max_memory
     )
-    counter = StepCounter(schedule, timeline, can_forecast=bool(schedule.forecast))
+    counter = StepCounter(schedule, timeline, can_forecast=can_forecast and bool(schedule.forecast))
     builder, taken = ReportBuilder(is_auto=schedule.is_auto), MACs()
     rows = (2 if guided else 1) * batch_size
     part = CachedPart.MEAN if guided else CachedPart.ALL

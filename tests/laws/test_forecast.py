@@ -234,6 +234,7 @@ def test_what_has_no_guidance_of_halves_at_all_is_forecast():
         assert get_tgate_report(pipe).levels == levels
         assert calls["denoiser"] == levels.count("F")
         assert torch.equal(drawn(), first)
+        assert estimate_cost(pipe, TGateSchedule(**settings), STEPS, **case.size).report.levels == levels
     remove_tgate(pipe)
     assert torch.equal(drawn(), baseline)
 

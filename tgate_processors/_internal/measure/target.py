@@ -66,7 +66,7 @@ def resolve_target(given: Any, cross_attention: bool | None) -> tuple[Any, Any]:
     """A pipeline, if one is given, and its denoiser."""
     if isinstance(given, diffusers.DiffusionPipeline):
         found = resolve_pipeline(given, cross_attention)
-        if found.default_cfg_half is None:
+        if found.default_cfg_half is None and not found.is_distilled:
             raise ValueError(
                 f"the guidance of {type(given).__name__} is not two halves; how many parts it has is up to the call: "
                 "give its denoiser, do_classifier_free_guidance=False, and the pictures times the parts as batch_size."

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from tests.support.comparing import distance
 from tests.support.compiling import compile_in_place
 from tests.support.counting import count, is_cross, samples_of
+from tests.support.custom_loops import Loop, built
 from tests.support.macs import sizes, taken
 from tests.support.offload import group_offload_by_leaves, model_offload, sequential_offload, skip_if_missing
 from tests.support.operations import operations
@@ -312,6 +313,23 @@ def test_latents_and_text_that_a_callback_gives_begin_anew(settings):
 
         case.run(pipe, callback_on_step_end=exchange, callback_on_step_end_tensor_inputs=[name])
         assert get_tgate_report(pipe).levels == ("FFFFH-" if settings is LEVELS else "FFFFFF")
+
+
+class Merging(Loop):
+    """Exchanges the text itself, from the fourth step on, as PhotoMaker does; in each step it is another object."""
+
+    def predict(self, i, x, t, texts, pooled, scale):
+        return super().predict(i, x, t, [text * (1.0 if i < 3 else 0.5) for text in texts], pooled, scale)
+
+
+def test_a_text_that_the_loop_itself_exchanges_is_computed():
+    case = BY_NAME["sd"]
+    pipe = apply_tgate(built("sd", Loop), **FORECAST)
+    case.run(pipe)
+    assert get_tgate_report(pipe).levels == "FFF--H"
+    pipe = apply_tgate(built("sd", Merging), **FORECAST)
+    case.run(pipe)
+    assert get_tgate_report(pipe).levels == "FFFFFF"
 
 
 def test_settings_of_the_denoiser_that_change_are_computed():

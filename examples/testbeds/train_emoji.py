@@ -30,9 +30,9 @@ PACKAGES = Path("runs/emoji-packages")
 def main(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints and the pipeline.")],
     packages: Annotated[Path, typer.Option(help="Folder of the two npm packages.")] = PACKAGES,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the denoiser.")] = 4000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the denoiser.")] = 8000,
     reader_steps: Annotated[int, typer.Option(min=1, help="Steps of the text encoder alone.")] = 1000,
-    decoder_steps: Annotated[int, typer.Option(min=1)] = 600,
+    decoder_steps: Annotated[int, typer.Option(min=1)] = 1300,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures for each step and process.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Of the denoiser and the text encoder.")] = 1e-3,
     copies: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 4,

@@ -15,10 +15,12 @@ from typer.testing import CliRunner
 
 from examples.testbeds import train_emoji
 from examples.testbeds.emoji import data, glyphs, networks
-from examples.testbeds.emoji.judge import Judge, backgrounds, network
+from examples.testbeds.emoji.judge import Judge, backgrounds, network, returned
 from examples.testbeds.emoji.scenes import BACKGROUNDS, Scene, draw
 from examples.testbeds.shapes.stages import generator
+from tests.support.paths import ROOT
 
+MODEL = ROOT / "examples" / "models" / "emoji-sd"
 APP = typer.Typer()
 APP.command()(train_emoji.main)
 SHORT = ["--smoke", "--copies", "1", "--batch-size", "4", "--steps", "3", "--reader-steps", "2", "--decoder-steps", "2"]
@@ -28,7 +30,7 @@ LISTED = [
     ("RED APPLE", ["apple"], "food-fruit", True),
     ("LADY BEETLE", ["ladybug", "lady_beetle"], "animal-bug", True),
     ("T-REX", ["t-rex"], "animal-reptile", True),
-    ("FIRE ENGINE", ["fire_engine"], "transport-ground", True),
+    ("BLUE HEART", ["blue_heart"], "heart", True),
     ("CLINKING GLASSES", ["clinking_glasses"], "drink", True),
     ("SEEN BY ONE", ["one"], "food-fruit", False),
 ]
@@ -70,7 +72,7 @@ def packages(tmp_path_factory):
 
 def test_what_both_vendors_have_drawn_of_the_kinds_is_listed_with_all_its_names(packages):
     found, pictures = glyphs.read(packages)
-    assert [one.name for one in found] == ["red apple", "lady beetle", "t rex", "fire engine"]
+    assert [one.name for one in found] == ["red apple", "lady beetle", "t rex", "blue heart"]
     # What says the same as the name is no other name.
     assert [one.others for one in found] == [("apple",), ("ladybug",), (), ()]
     assert {style: shown.shape for style, shown in pictures.items()} == dict.fromkeys(glyphs.STYLES, (4, 64, 64, 4))
@@ -153,8 +155,28 @@ def test_the_judge_reads_real_glyphs_and_tells_how_far_pictures_are_apart(packag
     shifted = judge.scores(real, scenes[-16:] + scenes[:-16])
     assert np.mean([score.name for score in shifted]) < 0.2
     assert all(score.background for score in shifted)
+    # What the autoencoder makes soft is the same glyph to a judge that was fitted to it.
+    pipe = DiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    soft = returned(pipe.vae, real, 6)
+    judges = Judge(packages, 0, pipe.vae), judge
+    used, unused = (np.mean([one.name for one in each.scores(soft, scenes)]) for each in judges)
+    assert used > 0.8
+    assert used > unused
     near = np.clip(real.astype(int) + 4, 0, 255).astype(np.uint8)
     same, moved, other = (judge.distance(real[:8], shown) for shown in (real[:8], near[:8], real[16:24]))
     assert torch.equal(same, torch.zeros(8))
     assert (moved > 0).all()
     assert (moved < other).all()
+
+
+def test_the_trained_pipeline_is_small_and_draws_the_background_that_is_asked_for():
+    assert sum(file.stat().st_size for file in MODEL.rglob("*")) <= 14 * 10**6
+    pipe = DiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    captions = (MODEL / "captions.txt").read_text().splitlines()[::40]
+    generators = [torch.Generator().manual_seed(number) for number in range(len(captions))]
+    call = {"num_inference_steps": 8, "guidance_scale": 5.0, "generator": generators, "output_type": "np"}
+    shown = pipe(captions, **call).images
+    assert shown.shape == (len(captions), 64, 64, 3)
+    right = [f" on a {name} background" in one for one, name in zip(captions, backgrounds(shown), strict=True)]
+    assert sum(right) >= len(captions) - 1

@@ -21,7 +21,6 @@ KINDS = (
     "food-fruit",
     "food-vegetable",
     "food-sweet",
-    "animal-mammal",
     "animal-bird",
     "animal-bug",
     "animal-marine",
@@ -29,7 +28,6 @@ KINDS = (
     "plant-flower",
     "face-smiling",
     "heart",
-    "transport-ground",
 )
 
 

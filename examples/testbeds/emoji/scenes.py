@@ -64,11 +64,11 @@ def all_scenes(glyphs: list[Glyph]) -> list[Scene]:
 def draw(scene: Scene, glyphs: dict[str, np.ndarray], numbers: torch.Generator) -> np.ndarray:
     """A picture, 64 x 64 x 3 bytes: the glyph a little smaller than its own size and not always in the middle."""
     size, right, down = torch.rand(3, generator=numbers).tolist()
-    side = 52 + int(size * 9)
+    side = 56 + int(size * 5)
     left, top = (int(place * (SIDE - side + 1)) for place in (right, down))
-    # Shifts of more than a few pixels would blur what there is little time to learn.
+    # Larger shifts would blur what there is little time to learn.
     middle = (SIDE - side) // 2
-    left, top = (min(max(place, middle - 2), middle + 2) for place in (left, top))
+    left, top = (min(max(place, middle - 1), middle + 1) for place in (left, top))
     glyph = Image.fromarray(glyphs[scene.style][scene.number]).resize((side, side), Image.Resampling.LANCZOS)
     paper = Image.new("RGBA", (SIDE, SIDE), (*BACKGROUNDS[scene.background], 255))
     paper.alpha_composite(glyph, (left, top))

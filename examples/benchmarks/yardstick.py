@@ -4,6 +4,8 @@ T-GATE and its rivals against the best plain run that costs as much, over solver
     python -m examples.benchmarks.yardstick --output runs/yardstick-sd
     python -m examples.benchmarks.yardstick --model examples/models/shapes-pixart --tolerance 0.2 --tolerance 0.4 \
         --output runs/yardstick-pixart
+    python -m examples.benchmarks.yardstick --model examples/models/emoji-sd --captions 200 --guidance-scale 5 \
+        --prompts examples/models/emoji-sd/captions.txt --output runs/yardstick-emoji
 
 All are compared with the pictures of many steps of UniPC. What was drawn is kept in the folder: after an interruption
 the same command goes on where it stopped, and one with other solvers, steps or settings adds to what is there. After a
@@ -21,7 +23,7 @@ from rich.progress import track
 
 from examples.benchmarks.evaluation.cells import Bench, Cell
 from examples.benchmarks.evaluation.front import KINDS, compare, contenders, front, refused, summary, table
-from examples.benchmarks.evaluation.prompts import held_out_captions
+from examples.benchmarks.evaluation.prompts import read_captions
 from examples.benchmarks.evaluation.rivals import FIXED, NEED_GUIDANCE, RIVALS
 from examples.benchmarks.evaluation.solvers import SOLVERS, own_spacing, spacings_of
 from examples.benchmarks.evaluation.store import claim, clear_parts, write_json
@@ -39,12 +41,12 @@ COLUMNS = ["cost", "full", "half", "forecast", "psnr", "ahead of as many"]
 COLUMNS += [f"{part} {kind}" for kind in KINDS for part in ("ahead of", "best")] + ["right", "right, as many"]
 
 
-def load_bench(model: str, device: str, captions: int, guidance_scale: float, seed: int, output: Path) -> Bench:
+def load_bench(model: str, device: str, captions: list[str], guidance_scale: float, seed: int, output: Path) -> Bench:
     """The testbed that draws."""
     pipe = load_pipeline(model, check_device(device), "float32")
     if pipe.scheduler.config.get("prediction_type") == "flow_prediction":
         raise typer.BadParameter(f"model={model!r} predicts a flow, for which most of the solvers have no times")
-    return Bench(pipe, held_out_captions(captions), guidance_scale, seed, output)
+    return Bench(pipe, captions, guidance_scale, seed, output)
 
 
 def plain_cells(solvers: list[str], steps: list[int]) -> list[Cell]:
@@ -125,9 +127,10 @@ def report(plain: pd.DataFrame, rows: pd.DataFrame, impossible: dict[str, str], 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for what is measured.")],
-    model: Annotated[str, typer.Option(help="A testbed that draws shapes.")] = str(MODELS / "shapes-sd"),
+    model: Annotated[str, typer.Option(help="A testbed that draws pictures.")] = str(MODELS / "shapes-sd"),
     guidance_scale: Annotated[float, typer.Option()] = 7.0,
     captions: Annotated[int, typer.Option(min=2, help="Number of captions.")] = 500,
+    prompts: Annotated[str, typer.Option(help="'shapes', or a text file with a caption a line.")] = "shapes",
     screen: Annotated[int, typer.Option(min=2, help="Captions by which the best plain runs are chosen.")] = 12,
     solver: Annotated[list[str] | None, typer.Option(help=f"Of the gated runs; {', '.join(GATED_SOLVERS)}.")] = None,
     spacing: Annotated[list[str] | None, typer.Option(help="Of the gated runs; the pipeline's own.")] = None,
@@ -148,9 +151,9 @@ def main(
     plain_solvers = one_of("plain_solver", plain_solver or list(SOLVERS), SOLVERS)
     rivals = [name for name in one_of("rival", rival or list(RIVALS), [*RIVALS, "none"]) if name != "none"]
     about = {"model": Path(model).name, "guidance_scale": guidance_scale, "captions": captions, "seed": seed}
-    about |= {"screen": screen, "batch_size": batch_size, "reference_steps": reference_steps}
+    about |= {"prompts": prompts, "screen": screen, "batch_size": batch_size, "reference_steps": reference_steps}
     claim(output, about)
-    bench = load_bench(model, device, captions, guidance_scale, seed, output)
+    bench = load_bench(model, device, read_captions(prompts, captions), guidance_scale, seed, output)
     output.mkdir(parents=True, exist_ok=True)
     clear_parts(output)
     write_json(output / "settings.json", about)

@@ -111,7 +111,8 @@ def test_what_no_run_was_possible_with_is_named():
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    return yardstick.load_bench(yardstick.MODELS / "shapes-sd", "cpu", 2, 7.0, 0, tmp_path_factory.mktemp("bench"))
+    captions, folder = yardstick.read_captions("shapes", 2), tmp_path_factory.mktemp("bench")
+    return yardstick.load_bench(yardstick.MODELS / "shapes-sd", "cpu", captions, 7.0, 0, folder)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -231,6 +232,17 @@ def test_a_run_writes_tables_goes_on_where_it_was_and_takes_more_settings(tmp_pa
     after = {file: file.stat().st_mtime_ns for file in [tmp_path / "reference.npy", *tmp_path.glob("cells/*")]}
     assert {file.name for file in after.keys() - before.keys()} == {"unipc-trailing-5-tgate-tolerance=0.5.json"}
     assert {file: after[file] for file in before} == before
+
+
+@pytest.mark.slow
+def test_what_no_scorer_reads_has_distances_all_the_same(tmp_path):
+    captions = yardstick.MODELS / "emoji-sd" / "captions.txt"
+    done = run(tmp_path, "--model", str(captions.parent), "--prompts", str(captions))
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {row["right"] for row in results["comparison"]} == {None}
+    assert all(math.isfinite(row["psnr"]) for row in results["comparison"])
+    assert json.loads((tmp_path / "settings.json").read_text())["prompts"] == str(captions)
 
 
 @pytest.mark.slow

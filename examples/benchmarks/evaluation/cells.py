@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,9 @@ class Bench:
             images, counts = self.draw(cell, part)
             own = {name: [value] * len(part) for name, value in counts.items()}
             own["psnr"] = psnr(images, self.reference[part]).tolist()
-            own["right"] = [float(one) for one in right(images, [self.scenes[index] for index in part])]
+            scenes = [self.scenes[index] for index in part] if self.scenes else None
+            # Nothing reads the pictures of other captions.
+            own["right"] = [float(one) for one in right(images, scenes)] if scenes else [math.nan] * len(part)
             for name, values in own.items():
                 found.setdefault(name, []).extend(values)
         return found

@@ -164,6 +164,7 @@ def estimate_cost(
         reject_dropping_momentum(type(denoiser).__name__, layout, schedule)
     if cross_attention is None:
         cross_attention = layout.gates_cross_by_default
+    extra = _extra_forward_macs(denoiser, size, extra_forwards) * (timeline.passes * batch_size)
     run = simulate_schedule(
         profile,
         schedule,
@@ -184,7 +185,6 @@ def estimate_cost(
         warnings.no_cfg()
     _warn(warnings, StepCounter(schedule, timeline), run.min_bytes)
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
-    extra = _extra_forward_macs(denoiser, size, extra_forwards) * (timeline.passes * batch_size)
     return TGateCost(
         full=full.macs,
         without_cross_attention=without_cross.macs,

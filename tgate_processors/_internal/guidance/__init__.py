@@ -1,5 +1,6 @@
 """
-What the halves of guidance differ by, recorded in full steps and predicted in half steps; the forms of guidance.
+What the halves of guidance differ by, and what the denoiser gives: recorded in steps that compute it, predicted in others;
+the forms of guidance.
 
 Imports `plan` and `denoiser`.
 """

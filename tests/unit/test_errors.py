@@ -472,9 +472,10 @@ def test_what_a_callback_exchanges_in_motif_gets_a_full_step(name, caplog):
         apply_tgate(pipe, 2, guidance=guidance)
         run([4])
         assert get_tgate_report(pipe).full_steps == steps
-    apply_tgate(pipe, tolerance=1e6)
-    run([4])
-    assert get_tgate_report(pipe).full_steps == (0, 1, 2, 4, 5, 6, 7)
+    for settings, levels in (({"forecast": False}, "FFFHFFFFH"), ({}, "FFF--FFFH")):
+        apply_tgate(pipe, tolerance=1e6, **settings)
+        run([4])
+        assert get_tgate_report(pipe).levels == levels
     assert not caplog.records
     run(range(9))
     assert get_tgate_report(pipe).full_steps == tuple(range(9))

@@ -1,6 +1,6 @@
 """
-What the halves of guidance differ by, and what the denoiser gives: recorded in steps that compute it, predicted in others;
-the forms of guidance.
+What the halves of guidance differ by, and what the denoiser gives: recorded where it is computed, else predicted; the forms
+of guidance.
 
 Imports `plan` and `denoiser`.
 """

@@ -1,6 +1,5 @@
 """
-What the halves of guidance differ by, and what the denoiser gives: recorded where it is computed, else predicted; the forms
-of guidance.
+What the halves of guidance differ by, and what the denoiser gives: recorded where it is computed, else predicted.
 
-Imports `plan` and `denoiser`.
+The forms of guidance: batched, sequential, guider. Imports `plan` and `denoiser`.
 """

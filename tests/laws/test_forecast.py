@@ -119,7 +119,7 @@ def test_a_tolerance_of_zero_is_the_plain_run_and_any_error_is_accepted_by_a_lar
 
 
 @quick
-@pytest.mark.parametrize("settings", [LEVELS, FORECAST], ids=["plan", "auto"])
+@pytest.mark.parametrize("settings", [LEVELS, slow(FORECAST)], ids=["plan", "auto"])
 def test_a_batch_of_two_equals_two_singles(case: Case, settings):
     pipe = case.gate(case.build(), **settings)
     if not case.batches:

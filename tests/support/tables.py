@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import diffusers
+
 from tests.zoo.addons import HOSTS
 from tests.zoo.catalogue import CROSS_ATTENTION, JOINT_ATTENTION, SEQUENTIAL
 from tests.zoo.inventory import AS_ANOTHER, forecast_only
@@ -14,7 +16,7 @@ from tgate_processors._internal.families.family import Family
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs/pipelines.md")
-CALLS = {1: "one batch", 2: "two calls"}
+CALLS = {1: "batch", 2: "two calls"}
 NO_HALVES = {
     "its guidance is distilled into it": "guidance is distilled into the denoiser",
     "is not two halves": "guidance has several parts",
@@ -49,30 +51,35 @@ def models() -> str:
     return table("models", "denoiser", "guidance after the gate", rows=rows)
 
 
+def held(kind: str) -> str | None:
+    """The class of the denoiser that a pipeline class has, by the types of its arguments."""
+    pipeline = getattr(diffusers, kind, None)
+    if pipeline is None:
+        return None
+    init = next(vars(base)["__init__"] for base in pipeline.__mro__ if "__init__" in vars(base))
+    named = {str(init.__annotations__.get(name)) for name in ("unet", "transformer")}
+    found = [family.denoiser_class for family in FAMILIES if re.search(rf"\b{family.denoiser_class}\b", str(named))]
+    # ControlNet-XS takes the plain UNet too, and makes its own of it.
+    return found[-1]
+
+
 def denoisers() -> str:
-    """Every family."""
-    gated = {True: "cross-attention and guidance", False: "guidance; cross-attention too if you ask for it"}
+    """Every family, and the pipelines that are tested with it."""
+    around: dict[str | None, set[str]] = {}
+    for kind in [*CROSS_ATTENTION, *SEQUENTIAL, *JOINT_ATTENTION]:
+        around.setdefault(held(kind.pipeline), set()).add(kind.pipeline.removesuffix("Pipeline"))
+    gated = {True: "yes", False: "on request"}
     rows = (
         (
             family.models,
             f"`{family.denoiser_class}`",
+            ", ".join(f"`{name}`" for name in sorted(around.get(family.denoiser_class, ()), key=str.lower)) or "below",
             CALLS[family.layout.calls_per_step],
-            "guidance alone" if family.layout.joint else gated[family.layout.gates_cross_by_default],
+            "no" if family.layout.joint else gated[family.layout.gates_cross_by_default],
         )
         for family in FAMILIES
     )
-    return table("models", "class of the denoiser", "guidance", "what is gated", rows=rows)
-
-
-def families() -> str:
-    """Pipelines around the denoisers with cross-attention."""
-    rows = {kind.pipeline: kind.kept or "no guidance" for kind in [*CROSS_ATTENTION, *SEQUENTIAL]}
-    return pipelines("pipeline class", "half that stays by default", rows=rows)
-
-
-def joint() -> str:
-    """Pipelines around those with joint attention."""
-    return pipelines("pipeline class", "guidance", rows={kind.pipeline: CALLS[kind.calls] for kind in JOINT_ATTENTION})
+    return table("models", "denoiser", "tested `…Pipeline` classes", "guidance", "cross-attention", rows=rows)
 
 
 def as_another() -> str:
@@ -92,7 +99,7 @@ def hosts() -> str:
     return table("pipeline class", "what", "stays after the gate", rows=rows)
 
 
-TABLES = {each.__name__: each for each in (models, denoisers, families, joint, forecast, as_another)}
+TABLES = {each.__name__: each for each in (models, denoisers, forecast, as_another)}
 
 
 def rewritten(page: str, tables: Mapping[str, Callable[[], str]]) -> str:

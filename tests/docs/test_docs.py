@@ -67,10 +67,10 @@ def test_the_diff_of_the_readme_is_the_first_snippet_with_another_model(monkeypa
     lines = [line[2:] for line in diff.splitlines()]
     added = [line[2:] for line in diff.splitlines() if line.startswith("+ ")]
     assert len(added) == 3
-    code = "\n".join(lines).replace(
-        '"stable-diffusion-v1-5/stable-diffusion-v1-5"', '"examples/models/shapes-sd", dtype=torch.float32'
-    )
-    exec("import torch\n" + code, {})
+    code = "\n".join(lines).replace("stable-diffusion-v1-5/stable-diffusion-v1-5", "examples/models/shapes-sd")
+    # A GPU is not everywhere, and half precision is slow without one.
+    assert 'dtype=torch.float16).to("cuda")' in code
+    exec(code.replace('float16).to("cuda")', "float32)"), {})
 
 
 @silently
@@ -172,8 +172,9 @@ def test_the_tables_of_pipelines_are_those_of_the_rows():
     # The last one is held against pipelines in test_ecosystem.py: they would have to be made here.
     found = [name for text in texts for name in re.findall(r"<!-- table: (\w+) -->", text)]
     assert sorted(found) == sorted([*tables.TABLES, "hosts"])
+    made = {name: make for name, make in tables.TABLES.items() if name != "denoisers" or tables.all_are_there()}
     for text in texts:
-        assert tables.rewritten(text, tables.TABLES) == text, "run `nox -s tables`"
+        assert tables.rewritten(text, made) == text, "run `nox -s tables`"
 
 
 def test_the_figures_of_the_readme_are_those_of_the_benchmarks():

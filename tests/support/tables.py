@@ -34,21 +34,21 @@ def pipelines(*headings: str, rows: Mapping[str, str]) -> str:
     return table(*headings, rows=((f"`{name}`", rows[name]) for name in sorted(rows, key=str.lower)))
 
 
-def after_the_gate(family: Family) -> str:
-    """What becomes of guidance, in the words of the README."""
+def skipped(family: Family) -> str:
+    """What half steps leave out, in the words of the README."""
     if family.layout.joint:
-        alone = "[guidance alone](docs/pipelines.md#guidance-alone)"
-        return f"predicted, or dropped: {alone} is gated"
-    return "predicted, or dropped" + (": the second call is left out" if family.layout.calls_per_step > 1 else "")
+        return "half of guidance"
+    return "half of guidance, and cross-attention" + (
+        "" if family.layout.gates_cross_by_default else " if you ask for it"
+    )
 
 
 def models() -> str:
-    """Families by how they are gated."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    """Families by what half steps leave out."""
+    groups: dict[str, list[str]] = {}
     for family in FAMILIES:
-        groups.setdefault((f"`{family.pipeline_attribute}`", after_the_gate(family)), []).append(family.models)
-    rows = ((", ".join(names), *group) for group, names in groups.items())
-    return table("models", "denoiser", "guidance after the gate", rows=rows)
+        groups.setdefault(skipped(family), []).append(family.models)
+    return table("models", "half steps skip", rows=((", ".join(names), what) for what, names in groups.items()))
 
 
 def held(kind: str) -> str | None:
@@ -67,7 +67,7 @@ def denoisers() -> str:
     """Every family, and the pipelines that are tested with it."""
     around: dict[str | None, set[str]] = {}
     for kind in [*CROSS_ATTENTION, *SEQUENTIAL, *JOINT_ATTENTION]:
-        around.setdefault(held(kind.pipeline), set()).add(kind.pipeline.removesuffix("Pipeline"))
+        around.setdefault(held(kind.pipeline), set()).add(kind.pipeline)
     gated = {True: "yes", False: "on request"}
     rows = (
         (
@@ -79,7 +79,7 @@ def denoisers() -> str:
         )
         for family in FAMILIES
     )
-    return table("models", "denoiser", "tested `…Pipeline` classes", "guidance", "cross-attention", rows=rows)
+    return table("models", "denoiser", "tested pipelines", "guidance", "cross-attention", rows=rows)
 
 
 def as_another() -> str:
@@ -96,7 +96,12 @@ def forecast() -> str:
 def hosts() -> str:
     """What people build around a denoiser. The class of such a pipeline is known once it is made."""
     rows = ((f"`{type(host.build()).__name__}`", host.row, host.stays) for host in HOSTS)
-    return table("pipeline class", "what", "stays after the gate", rows=rows)
+    return table("pipeline class", "what", "half that stays", rows=rows)
+
+
+def all_are_there() -> bool:
+    """Whether this diffusers has all pipelines; without some of them the table of denoisers cannot be made."""
+    return all(map(held, (kind.pipeline for kind in [*CROSS_ATTENTION, *SEQUENTIAL, *JOINT_ATTENTION])))
 
 
 TABLES = {each.__name__: each for each in (models, denoisers, forecast, as_another)}

@@ -171,7 +171,7 @@ def against_reference(groups: dict[str, list[dict[str, Any]]], file: Path) -> No
 
 
 def over_cost(fronts: Any, compared: Any, file: Path) -> None:
-    """Distance over cost: the best plain runs as a line for each kind of spacing, and T-GATE's runs with their steps."""
+    """Distance over cost: the best plain runs as a line for each kind of spacing, and T-GATE's with their steps."""
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -121,7 +121,7 @@ def anchors(page):
 
 @pytest.mark.parametrize(
     "page",
-    [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "examples/README"))],
+    [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "examples/README", "docs/data/README"))],
     ids=lambda page: page.relative_to(ROOT).as_posix(),
 )
 def test_links_lead_somewhere(page):
@@ -185,10 +185,26 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
     gated = [row for row in shown if "apply_tgate" in row[0]]
     assert len(gated) == 3
     # The columns of the page: cost, distance, and how far ahead of the best plain run.
-    found = {(row[0], row[2], row[4]): float(row[6].removesuffix(" dB")) for row in measured[2:]}
+    found = {(row[0], row[2], row[3]): float(row[5].removesuffix(" dB")) for row in measured[2:]}
     for name, cost, distance, best in gated:
         ahead = found[name.split(",")[0], cost, distance]
         assert abs(float(distance.removesuffix(" dB")) - ahead - float(best.removesuffix(" dB"))) < 0.15
+
+
+@pytest.mark.parametrize("page", ["benchmarks", "guidance"])
+def test_the_figures_of_a_section_are_those_of_its_data(page):
+    sections = re.split(r"^## ", (ROOT / f"docs/{page}.md").read_text(), flags=re.MULTILINE)
+    checked = 0
+    for section in sections:
+        files = re.findall(r"\]\((data/[\w-]+\.csv)\)", section)
+        text = "".join((ROOT / "docs" / file).read_text() for file in files)
+        known = [float(number) for number in re.findall(r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?![\w])", text)]
+        for row in cells(section)[2:] if files else ():
+            for shown in re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?!\w)", " | ".join(row[1:])):
+                half = 0.5 * 10 ** -len(shown.partition(".")[2])
+                assert any(abs(abs(number) - float(shown)) <= half + 1e-9 for number in known), (row, shown)
+                checked += 1
+    assert checked > 30
 
 
 def cells(text):

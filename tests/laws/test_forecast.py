@@ -1,5 +1,7 @@
 """Forecast steps: the denoiser is not called, and the pipeline gets what its last outputs lead to."""
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -8,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch._dynamo.testing import CompileCounter
 
-from tests.support.comparing import distance
+from tests.support.comparing import assert_same_but_for_rounding, distance
 from tests.support.compiling import compile_in_place
 from tests.support.counting import count, is_cross, samples_of
 from tests.support.custom_loops import Loop, built
@@ -413,6 +415,38 @@ def test_a_step_is_forecast_with_all_its_passes(scheduler, passes):
     assert calls["denoiser"] == forwards
     assert report.forecast_forwards == 2 * passes
     assert torch.equal(case.run(apply_tgate(pipe, tolerance=0)), baseline)
+
+
+@pytest.mark.parametrize("name", ["sd", slow("sd_controlnet"), slow("wan")])
+@pytest.mark.parametrize("step", [slow(0), slow(1), 2, slow(3), slow(4)])
+def test_a_run_that_fails_in_any_step_of_a_plan_leaves_nothing(name, step):
+    case = BY_NAME[name]
+    pipe = apply_tgate(case.build(), **LEVELS)
+    expected = case.run(pipe)
+
+    def fail(pipe, index, timestep, tensors):
+        if index == step:
+            raise RuntimeError("no more")
+        return tensors
+
+    with pytest.raises(RuntimeError, match="no more"):
+        case.run(pipe, callback_on_step_end=fail)
+    # The user's callback comes before the step ends for T-GATE.
+    assert get_tgate_report(pipe).levels == LEVELS["levels"][:step]
+    assert torch.equal(case.run(pipe), expected)
+    assert torch.equal(case.run(remove_tgate(pipe)), case.plain())
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_the_same_plan(clone):
+    case = BY_NAME["sd"]
+    pipe = apply_tgate(case.build(), **LEVELS)
+    expected = case.run(pipe)
+    other = quiet(clone(pipe))
+    assert_same_but_for_rounding(case.run(other), expected)
+    assert get_tgate_report(other).levels == LEVELS["levels"]
 
 
 def test_two_threads_do_not_mix():

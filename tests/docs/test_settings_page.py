@@ -42,7 +42,7 @@ def table(heading):
 BY_MODEL = {name: cells for name, cells in table("By model").items() if name != "you have"}
 PUBLISHED = {name: cells for name, cells in table("The published method").items() if name != "you have"}
 # What the testbeds took in 25 steps: UNets, transformers.
-PLANS = re.findall(r'`levels="([FH-]+)"` for', PAGE)
+PLANS = re.findall(r'`"([FH-]+)"` for', PAGE)
 TRANSFORMERS = ("PixArt-alpha", "FLUX.1-dev", "Wan")
 # Called without guidance of two halves.
 UNGUIDED = ("LCM with", "FLUX.1-dev")
@@ -75,13 +75,13 @@ def count(name, line, steps=25, **settings):
     settings |= {"num_frames": int(frames[1])} if frames else {}
     if name.startswith(UNGUIDED):
         settings["do_classifier_free_guidance"] = False
-    schedule = eval(line, {"apply_tgate": schedule_of, "pipe": None})
+    schedule = eval(line, {"apply_tgate": schedule_of, "TGateSchedule": TGateSchedule, "pipe": None})
     return estimate_cost(denoiser(name), schedule, steps, dtype=torch.float16, **settings)
 
 
 def schedule_of(pipe, gate_step="auto", **settings):
     """In the place of `apply_tgate`."""
-    return TGateSchedule(gate_step, **settings)
+    return gate_step if isinstance(gate_step, TGateSchedule) else TGateSchedule(gate_step, **settings)
 
 
 def by_name(names):
@@ -113,7 +113,7 @@ def test_a_line_can_be_pasted(name, cells):
     if not case.is_there:
         pytest.skip("this diffusers has no such pipeline")
     pipe = case.build()
-    eval(cells[0], {"apply_tgate": apply_tgate, "pipe": pipe})
+    eval(cells[0], {"apply_tgate": apply_tgate, "TGateSchedule": TGateSchedule, "pipe": pipe})
     case.run(pipe, num_inference_steps=steps_of(name))
     report = get_tgate_report(pipe)
     assert report.num_inference_steps == steps_of(name)
@@ -128,7 +128,7 @@ def test_figures_of_a_model(name):
     assert ceiling == bound(cost)
     plan = PLANS[name.startswith(TRANSFORMERS)]
     decides = line == "apply_tgate(pipe)"
-    assert planned == (bound(count(name, f"apply_tgate(pipe, levels={plan!r})")) if decides else ceiling)
+    assert planned == (bound(count(name, f"apply_tgate(pipe, {plan!r})")) if decides else ceiling)
     assert memory.split(" MiB")[0] == mebibytes(cost)
 
 

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
+from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, remove_tgate
 
 MODEL = MODELS / "shapes-sd"
 PROMPTS = [
@@ -140,7 +140,8 @@ def main(
         return {"prompt": text, "generator": torch.Generator(device).manual_seed(seed), **common}
 
     try:
-        apply_tgate(pipe, **settings)
+        schedule = TGateSchedule(**settings)
+        apply_tgate(pipe, schedule)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     # The first calls warm up and count.
@@ -151,7 +152,7 @@ def main(
     seconds: dict[str, list[float]] = {method: [] for method in METHODS}
     rows: dict[str, list[Any]] = {text: [] for text in prompts}
     for text, seed in track([(text, seed) for text in rows for seed in range(seeds)], description="Pictures"):
-        for method, switch in zip(METHODS, (remove_tgate, lambda p: apply_tgate(p, **settings)), strict=True):
+        for method, switch in zip(METHODS, (remove_tgate, lambda p: apply_tgate(p, schedule)), strict=True):
             duration, image = timed(switch(pipe), call(text, seed))
             seconds[method].append(duration)
             rows[text].append(image)

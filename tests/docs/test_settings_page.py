@@ -112,13 +112,13 @@ def count(name, line, steps=25, **settings):
     settings = (gains_of(name) or {"size": {}})["size"] | settings
     if name.startswith(UNGUIDED):
         settings["do_classifier_free_guidance"] = False
-    schedule = eval(line, {"apply_tgate": schedule_of, "pipe": None})
+    schedule = eval(line, {"apply_tgate": schedule_of, "TGateSchedule": TGateSchedule, "pipe": None})
     return estimate_cost(denoiser(name), schedule, steps, dtype=torch.float16, **settings)
 
 
 def schedule_of(pipe, gate_step="auto", **settings):
     """In the place of `apply_tgate`."""
-    return TGateSchedule(gate_step, **settings)
+    return gate_step if isinstance(gate_step, TGateSchedule) else TGateSchedule(gate_step, **settings)
 
 
 def by_name(names):
@@ -156,7 +156,7 @@ def test_a_line_can_be_pasted(name, line):
     if not case.is_there:
         pytest.skip("this diffusers has no such pipeline")
     pipe = case.build()
-    eval(line, {"apply_tgate": apply_tgate, "pipe": pipe})
+    eval(line, {"apply_tgate": apply_tgate, "TGateSchedule": TGateSchedule, "pipe": pipe})
     case.run(pipe, num_inference_steps=steps_of(name))
     report = get_tgate_report(pipe)
     assert report.num_inference_steps == steps_of(name)
@@ -171,7 +171,7 @@ def test_figures_of_a_model(name):
     assert ceiling == bound(cost)
     if line == "apply_tgate(pipe)":
         plan = PLANS[not name.startswith(UNETS)]
-        assert planned == bound(count(name, f"apply_tgate(pipe, levels={plan!r})"))
+        assert planned == bound(count(name, f"apply_tgate(pipe, {plan!r})"))
     else:
         assert planned == ceiling
     assert memory.split(" MiB")[0] == mebibytes(cost)

@@ -83,6 +83,17 @@ def test_processes_with_other_prompts_have_the_same_levels(name, found):
 
 
 @pytest.mark.slow
+def test_processes_with_more_and_fewer_tokens_keep_the_same_layers(found):
+    first, second = found("uneven-wan")
+    # The smaller part of both layers would fit.
+    assert first["bytes"] > second["bytes"]
+    for each in (first, second):
+        assert each["kept"] == [1, 1]
+        assert each["ranks"] == [1, 2]
+        assert each["gated"] < CLOSE
+
+
+@pytest.mark.slow
 def test_all_processes_of_a_mesh_agree(tmp_path):
     assert launched(tmp_path, 4, "tests.support.mesh", str(tmp_path)) == 4 * [[3.0, torch.inf, 4]]
 

@@ -148,6 +148,24 @@ def sharded(name: str) -> dict[str, Any]:
     }
 
 
+def uneven() -> dict[str, Any]:
+    """Five tokens in one process and four in the other, and memory for two layers of four."""
+    case = BY_NAME["wan"]
+    call = {"height": 48, "width": 48, "num_frames": 1, **even(case)}
+    pipe = case.build()
+    denoiser = pipe.transformer
+    a_token = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim * 4
+    denoiser.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2, ulysses_anything=True))
+    picture, report = drawn(case, case.gate(pipe, 3, max_memory=8 * a_token), **call)
+    alone, own = drawn(case, case.gate(case.build(), 3, max_memory=9 * a_token), **call)
+    return {
+        "kept": [own.kept_layers, report.kept_layers],
+        "bytes": report.peak_bytes,
+        "ranks": [own.ranks, report.ranks],
+        "gated": farthest(picture, alone),
+    }
+
+
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "sharded-sd": lambda: sharded("sd"),
     "sharded-wan": lambda: sharded("wan"),
@@ -159,6 +177,7 @@ if CAN_SPLIT:
         "ring-qwen": lambda: parallel("qwen", "ContextParallelConfig", ring_degree=2),
         "ulysses-wan": lambda: parallel("wan", "ContextParallelConfig", ulysses_degree=2),
         "ulysses-qwen": lambda: parallel("qwen", "ContextParallelConfig", ulysses_degree=2),
+        "uneven-wan": uneven,
     }
 if CAN_SPLIT_WEIGHTS:
     CHECKS["tensor-flux"] = lambda: parallel("flux", "TensorParallelConfig", tp_degree=2)

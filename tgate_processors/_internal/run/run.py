@@ -201,6 +201,8 @@ class PipelineRun(Run[DenoiserCFG]):
         """
         plan, inputs, loop = self._planner.plan, self._inputs, self._loop
         self.attention_cache.after_forward()
+        if self._agree is not None and inputs is not None:
+            self.attention_cache.agree_on_budget(self._agree, inputs.sample.device)
         if self.guided and not plan.is_half_step and inputs is not None:
             self._forwards.after_forward(inputs.batch_size)
         is_second = self.denoisers.call_index > 0

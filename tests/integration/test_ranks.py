@@ -94,6 +94,27 @@ def test_processes_with_more_and_fewer_tokens_keep_the_same_layers(found):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_a_forward_that_splits_guidance_is_refused_in_its_first_step(name, found):
+    for each in found(f"forward-{name}"):
+        assert "got a batch of 2, both halves of guidance, and its attention layers got 1" in each["message"]
+        assert each["ended"] == []
+        assert each["removed"]
+        # It can leave out whole steps. Convolutions round one row and two in other ways.
+        assert each["levels"] == "FFF-F-FF"
+        assert each["gated"] < 1e-4
+
+
+@pytest.mark.slow
+def test_a_loop_that_splits_guidance_is_refused_in_its_first_step(found):
+    for each in found("loop-sd"):
+        assert "got a batch of 1 for 1 latents" in each["message"]
+        assert "each process computes one half of it (CFG parallelism)" in each["message"]
+        assert each["ended"] == [0]
+        assert each["removed"]
+
+
+@pytest.mark.slow
 def test_all_processes_of_a_mesh_agree(tmp_path):
     assert launched(tmp_path, 4, "tests.support.mesh", str(tmp_path)) == 4 * [[3.0, torch.inf, 4]]
 

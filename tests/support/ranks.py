@@ -17,6 +17,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from tests.support.custom_loops import Loop, built
 from tests.support.states import check_restored, snapshot
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import get_tgate_report, is_tgate_applied, remove_tgate
@@ -166,10 +167,70 @@ def uneven() -> dict[str, Any]:
     }
 
 
+def refusal(case: Any, pipe: Any, **settings: Any) -> dict[str, Any]:
+    """Why a pipeline is refused whose halves of guidance two processes compute, after which steps, and what stays."""
+    before = case.run(pipe)
+    ended: list[int] = []
+    message = ""
+
+    def count(pipe, step, timestep, tensors):
+        ended.append(step)
+        return {}
+
+    try:
+        case.run(case.gate(pipe, **settings), callback_on_step_end=count)
+    except ValueError as error:
+        message = str(error)
+    after = case.run(remove_tgate(pipe))
+    return {"message": message, "ended": ended, "removed": torch.equal(before, after)}
+
+
+def gather(part: torch.Tensor) -> list[torch.Tensor]:
+    """The parts of both processes."""
+    parts = [torch.empty_like(part) for _ in range(2)]
+    distributed.all_gather(parts, part.contiguous())
+    return parts
+
+
+def split_forward(name: str) -> dict[str, Any]:
+    """The denoiser has another `forward`, which gives each process one row of the batch."""
+    case = BY_NAME[name]
+    one, pipe = case.build(), case.build()
+    denoiser = getattr(pipe, case.denoiser)
+    own, rank = denoiser.forward, distributed.get_rank()
+
+    def forward(*args, return_dict=True, **kwargs):
+        def part(value):
+            is_batch = isinstance(value, torch.Tensor) and value.dim() and len(value) == 2
+            return value.chunk(2)[rank] if is_batch else value
+
+        output = own(*map(part, args), **{key: part(value) for key, value in kwargs.items()}, return_dict=False)
+        return (torch.cat(gather(output[0])),)
+
+    denoiser.forward = forward
+    found = refusal(case, pipe, custom_forwards="gate")
+    # Whole steps can be left out.
+    levels = {"levels": "FFF-F-FF"}
+    alone, _ = drawn(case, case.gate(one, **levels))
+    together, report = drawn(case, case.gate(pipe, custom_forwards="gate", **levels))
+    return {**found, "levels": report.levels, "gated": farthest(alone, together)}
+
+
+class Halves(Loop):
+    """A loop in which each process computes one half of guidance."""
+
+    def predict(self, i, x, t, texts, pooled, scale):
+        u, c = gather(self.denoise(x, t, texts[distributed.get_rank()], pooled))
+        return u + scale * (c - u)
+
+
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "sharded-sd": lambda: sharded("sd"),
     "sharded-wan": lambda: sharded("wan"),
     "mapped-wan": lambda: mapped("wan"),
+    "forward-sd": lambda: split_forward("sd"),
+    "forward-sd3": lambda: split_forward("sd3"),
+    "loop-sd": lambda: refusal(BY_NAME["sd"], built("sd", Halves)),
 }
 if CAN_SPLIT:
     CHECKS |= {

@@ -162,15 +162,16 @@ def compare(
         return {"prompt": text, "generator": torch.Generator(pipe.device).manual_seed(seed), **common}
 
     try:
+        schedule = TGateSchedule(**settings)
         # The first calls warm up and count.
-        gated = macs(apply_tgate(pipe, TGateSchedule(**settings)), call(prompts[0], 0))
+        gated = macs(apply_tgate(pipe, schedule), call(prompts[0], 0))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     plain = macs(remove_tgate(pipe), call(prompts[0], 0))
     pairs = []
     wanted = [(number, text, seed) for number, text in enumerate(prompts, 1) for seed in range(seeds)]
     for number, text, seed in track(wanted, description="Pictures"):
-        both = timed(remove_tgate(pipe), call(text, seed)), timed(apply_tgate(pipe, TGateSchedule(**settings)), call(text, seed))
+        both = timed(remove_tgate(pipe), call(text, seed)), timed(apply_tgate(pipe, schedule), call(text, seed))
         pairs.append(Pair(number, text, seed, *zip(*both, strict=True), get_tgate_report(pipe)))
         pairs[-1].save(folder)
     return pairs, (plain / 1e9, gated / 1e9)

@@ -2,6 +2,7 @@
 
 from ._internal.api import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from ._internal.attention.processor import TGateAttnProcessor
+from ._internal.guidance.loop import TGateLoop
 from ._internal.install.callback import TGateCallback
 from ._internal.measure.convergence import TGateConvergence, measure_convergence
 from ._internal.measure.cost import TGateCost, estimate_cost
@@ -17,6 +18,7 @@ __all__ = [
     "TGateCallback",
     "TGateConvergence",
     "TGateCost",
+    "TGateLoop",
     "TGateReport",
     "TGateSchedule",
     "apply_tgate",

@@ -12,9 +12,10 @@ from torch._dynamo.testing import CompileCounter
 from examples.benchmarks.cost_table import load_denoiser
 from examples.benchmarks.random_pipelines import narrowed, random_inputs, random_pipeline
 from tests.support.compiling import compile_blocks, compile_in_place, exchange_for_compiled
+from tests.support.settings import apply_settings
 from tests.zoo.case import quiet, thorough
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
+from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.install.recompile_limit import RaisedRecompileLimit, restore_recompile_limit
 
 SLOW = pytest.mark.slow
@@ -52,7 +53,7 @@ def test_other_latents_of_a_callback_are_computed_anew():
         latents = case.run(pipe, [0, 1], num_inference_steps=12, callback_on_step_end=resample)
         return latents, get_tgate_report(pipe)
 
-    pipe = apply_tgate(case.build(), 8, sp_interval=6, fi_interval=2)
+    pipe = apply_tgate(case.build(), TGateSchedule(8, sp_interval=6, fi_interval=2))
     expected, report = run()
     compile_in_place(pipe, case, "eager")
     latents, told = run()
@@ -309,7 +310,7 @@ def test_calls_that_overlap_leave_the_limit_as_it_was():
 @SLOW
 def test_self_attention_at_intervals_needs_a_graph_for_each_pair_of_actions():
     case = BY_NAME["pixart_alpha"]
-    pipe = apply_tgate(case.build(), 10, sp_interval=5, warm_up=2)
+    pipe = apply_tgate(case.build(), TGateSchedule(10, sp_interval=5, warm_up=2))
     expected = case.run(pipe, num_inference_steps=25)
     compile_in_place(pipe, case, counter := CompileCounter())
     torch.testing.assert_close(case.run(pipe, num_inference_steps=25), expected)
@@ -344,7 +345,7 @@ class BorrowedMemory:
 @pytest.mark.parametrize("name", ["pixart_alpha", pytest.param("lcm_pixart", marks=SLOW)])
 def test_what_is_stored_outlives_the_memory_of_compiled_code(name, compile_it, settings):
     case = BY_NAME[name]
-    pipe = apply_tgate(case.build(), 3, **settings)
+    pipe = apply_settings(case.build(), 3, **settings)
     expected = case.run(pipe)
     compile_it(pipe, case, BorrowedMemory())
     for _ in range(2):

@@ -27,9 +27,10 @@ from .split_batch import split_batch_check
 _TGATE_ATTRIBUTE = "_tgate"
 # The published package takes these settings in the call, and some pipelines swallow them. How `apply_tgate` takes them.
 _MISPLACED_SETTINGS = {
-    **{name: f"{name}={{!r}}" for name in ("gate_step", "fi_interval")},
-    **{name: f"10, {name}={{!r}}" for name in ("sp_interval", "warm_up", "guidance")},
-    "cfg_interval": '10, guidance="predict", cfg_interval={!r}',
+    "gate_step": "gate_step={!r}",
+    "guidance": "10, guidance={!r}",
+    **{name: f"TGateSchedule(10, {name}={{!r}})" for name in ("sp_interval", "fi_interval", "warm_up")},
+    "cfg_interval": 'TGateSchedule(10, guidance="predict", cfg_interval={!r})',
     "tolerance": '"auto", tolerance={!r}',
 }
 

@@ -25,7 +25,7 @@ def draw(cancelled: threading.Event, prompt: str, seed: int, steps: int, plan: s
         if name.startswith(("scheduler", "tokenizer")):  # these change when they are used
             setattr(own, name, copy.deepcopy(part))
     if plan:
-        apply_tgate(own, levels=plan)  # for this request only
+        apply_tgate(own, plan)  # for this request only
 
     def watch(own, step, timestep, tensors):
         if cancelled.is_set():

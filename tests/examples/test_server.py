@@ -95,7 +95,7 @@ def answer(connection):
 
 def alone(pipe, prompt, seed, steps, plan):
     """The same from a pipeline that draws nothing else."""
-    apply_tgate(pipe, levels=plan)
+    apply_tgate(pipe, plan or "auto")
     call = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
     return np.asarray(pipe(prompt, **call).images[0]).astype(int), get_tgate_report(pipe).levels
 

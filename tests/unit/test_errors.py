@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
+from tests.support.settings import apply_settings
 from tests.zoo.case import seeded, slow
 from tests.zoo.catalogue import BY_NAME
 from tests.zoo.cross_attention import assemble, ltx, ltx2, model, wan_vae
@@ -44,7 +45,7 @@ def still_works(pipe, baseline):
         ({"gate_step": 0}, ValueError, "gate_step=0 is too small: give"),
         ({"gate_step": -1}, ValueError, "gate_step=-1 is too small: give"),
         ({"gate_step": True}, TypeError, "gate_step=True is of type bool: give"),
-        ({"gate_step": "10"}, TypeError, "gate_step='10' is of type str: give"),
+        ({"gate_step": "10"}, ValueError, "gate_step='10' is unknown: give"),
         ({"gate_step": 1.5}, ValueError, "gate_step=1.5 is not a share of the steps: give"),
         ({"gate_step": math.nan}, ValueError, "gate_step=nan is not a share of the steps: give"),
         ({"sp_interval": 0}, ValueError, "sp_interval=0 is too small: give"),
@@ -59,13 +60,13 @@ def test_a_bad_setting(settings, error, message):
     pipe = CASE.build()
     baseline = CASE.plain()
     with pytest.raises(error, match=re.escape(message)):
-        apply_tgate(pipe, **settings)
+        apply_settings(pipe, **settings)
     still_works(pipe, baseline)
     # Nor does it touch what is applied already.
     expected = CASE.gated(3)
     apply_tgate(pipe, 3)
     with pytest.raises(error, match=re.escape(message)):
-        apply_tgate(pipe, **settings)
+        apply_settings(pipe, **settings)
     assert torch.equal(CASE.run(pipe), expected)
 
 
@@ -151,7 +152,7 @@ def untouched():
 @pytest.mark.parametrize("value", ODD, ids=lambda value: f"{type(value).__module__}.{type(value).__name__}")
 def test_what_is_no_setting_at_all_is_refused_by_name_everywhere(value, untouched):
     pipe, schedule = untouched, TGateSchedule(2)
-    ways = [(name, lambda name=name: apply_tgate(pipe, **{name: value})) for name in APPLIED]
+    ways = [(name, lambda name=name: apply_settings(pipe, **{name: value})) for name in APPLIED]
     ways += [(name, lambda name=name: TGateSchedule(**{name: value})) for name in SCHEDULED]
     ways += [
         (name, lambda name=name: estimate_cost(pipe, schedule, **{"num_inference_steps": 5, name: value}))
@@ -473,7 +474,7 @@ def test_what_a_callback_exchanges_in_motif_gets_a_full_step(name, caplog):
         run([4])
         assert get_tgate_report(pipe).full_steps == steps
     for settings, levels in (({"forecast": False}, "FFFHFFFFH"), ({}, "FFF--FFFH")):
-        apply_tgate(pipe, tolerance=1e6, **settings)
+        apply_settings(pipe, tolerance=1e6, **settings)
         run([4])
         assert get_tgate_report(pipe).levels == levels
     assert not caplog.records
@@ -522,3 +523,29 @@ def test_an_unknown_denoiser_is_told_of_all_that_can_be_gated_so(cross_attention
         apply_tgate(own_denoiser(), cross_attention=cross_attention)
     assert ("SD3Transformer2DModel" in str(error.value)) is (cross_attention is not True)
     assert "UNet2DConditionModel" in str(error.value)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("guidance", "predict"), ("tolerance", 0.1)])
+def test_what_a_schedule_says_is_not_said_beside_it(setting, value):
+    pipe = CASE.build()
+    for schedule in (TGateSchedule(), TGateSchedule(3)):
+        message = f"`{setting}` must be left out beside a TGateSchedule, got {value!r}. Put it in the schedule: "
+        with pytest.raises(ValueError, match=re.escape(f"{message}TGateSchedule(..., {setting}={value!r}).")):
+            apply_tgate(pipe, schedule, **{setting: value})
+    assert not is_tgate_applied(pipe)
+
+
+@pytest.mark.parametrize("setting", ["sp_interval", "fi_interval", "warm_up", "cfg_interval", "forecast", "levels"])
+def test_what_only_a_schedule_says_is_no_argument(setting):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
+        apply_tgate(CASE.build(), **{setting: 2})
+
+
+@pytest.mark.parametrize("given", [3, 0.5, "auto", "FFFH-F", np.int64(3)], ids=repr)
+def test_what_stands_for_a_schedule_is_taken_wherever_a_schedule_is(given):
+    schedule, size = TGateSchedule(given), {"height": 64, "width": 64}
+    assert apply_tgate(CASE.build(), given)._tgate.state.schedule == schedule
+    assert apply_tgate(CASE.build(), schedule)._tgate.state.schedule is schedule
+    assert TGateCallback(given).state.schedule == schedule
+    assert TGateCallback(schedule).state.schedule is schedule
+    assert estimate_cost(CASE.build(), given, 6, **size) == estimate_cost(CASE.build(), schedule, 6, **size)

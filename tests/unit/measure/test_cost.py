@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from examples.benchmarks import cost_table, gains
 from tests.support.macs import sizes, taken
 from tests.support.paths import ROOT
-from tests.support.settings import SETTINGS
+from tests.support.settings import SETTINGS, apply_settings
 from tests.zoo.addons import FRAMES
 from tests.zoo.case import SIZE, STEPS, slow
 from tests.zoo.catalogue import BY_NAME
@@ -47,7 +47,7 @@ def check(pipe, case, settings, prompts, guidance, **call):
         assert cost.without_tgate == taken_without_tgate(case.name, tuple(prompts), tuple(call.items()))
     else:
         assert cost.without_tgate == taken(pipe, case, prompts, **call)
-    assert cost.with_tgate == taken(apply_tgate(pipe, **settings), case, prompts, **call)
+    assert cost.with_tgate == taken(apply_settings(pipe, **settings), case, prompts, **call)
     assert cost.report == get_tgate_report(pipe)
     assert cost.report.peak_bytes > 0
     assert cost.without_tgate.total > cost.with_tgate.total
@@ -76,7 +76,7 @@ def test_the_estimate_of_animatediff():
     given = {"num_frames": FRAMES, "max_sequence_length": 7, "batch_size": 2}
     cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **size, **given)
     assert cost.without_tgate == taken(pipe, host, [0, 1], **size)
-    assert cost.with_tgate == taken(apply_tgate(pipe, **settings), host, [0, 1], **size)
+    assert cost.with_tgate == taken(apply_settings(pipe, **settings), host, [0, 1], **size)
     assert cost.report == get_tgate_report(pipe)
 
 
@@ -246,7 +246,7 @@ def _with_another_layer():
             "UniDiffuserModel cannot be gated: it has text and picture in one sequence",
         ),
         (lambda: diffusers.UNet2DModel, {}, TypeError, "pipe_or_denoiser is of type type"),
-        (None, {"schedule": 10}, TypeError, "schedule is of type int: give a TGateSchedule"),
+        (None, {"schedule": [10]}, TypeError, r"schedule=\[10\] is of type list: give"),
         (None, {"num_inference_steps": 2.5}, TypeError, "num_inference_steps=2.5 is of type float: give an int"),
         (None, {"num_inference_steps": 0}, ValueError, "num_inference_steps=0 is too small"),
         (None, {"batch_size": 0}, ValueError, "batch_size=0 is too small"),

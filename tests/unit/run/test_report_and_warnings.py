@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 
 import diffusers
 import pytest
@@ -9,6 +10,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.support.counting import layers
+from tests.support.settings import apply_settings
 from tests.zoo.case import STEPS, quiet, slow
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import (
@@ -98,7 +100,7 @@ def test_the_report_counts_what_the_layers_did(case, settings):
 
     for name, layer in layers(pipe, case, "attn").items():
         layer.to_k.register_forward_hook(count(name))
-    case.run(apply_tgate(pipe, GATE, **settings))
+    case.run(apply_settings(pipe, GATE, **settings))
     report = get_tgate_report(pipe)
     assert {runs[name] for name in runs if "attn2" in name} == {report.cross_attention_computed}
     assert {runs[name] for name in runs if "attn1" in name} == {report.self_attention_computed}
@@ -130,10 +132,9 @@ def test_by_hand_too_a_run_in_which_nothing_was_gated_says_so(caplog):
 def test_settings_in_the_call_are_refused_with_the_remedy(case, setting):
     pipe = apply_tgate(case.build(), GATE)
     expected = case.gated(GATE)
-    # What `gate_step="auto"` refuses is shown beside a number.
-    given = f"10, {setting}=2" if setting in ("sp_interval", "warm_up") else f"{setting}=2"
-    message = rf"{setting}=2 is not an argument of the call: .*apply_tgate\(pipe, {given}\)"
-    with pytest.raises(TypeError, match=message):
+    given = "gate_step=2" if setting == "gate_step" else f"TGateSchedule(10, {setting}=2)"
+    message = re.escape(f"apply_tgate(pipe, {given})")
+    with pytest.raises(TypeError, match=rf"{setting}=2 is not an argument of the call: .*{message}"):
         case.run(pipe, **{setting: 2})
     assert torch.equal(case.run(pipe), expected)
 

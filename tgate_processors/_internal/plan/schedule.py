@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 from .adaptive import MIN_HISTORY, NO_ERRORS, AdaptiveController, LevelController, StepErrors
 from .step_plan import Action, Level, Phase, StepPlan, drop_unused_stores
 from .validation import (
-    Auto,
     is_choice,
+    is_plan,
     shown,
     validate_gate_step,
     validate_int,
@@ -21,6 +21,8 @@ from .validation import (
 )
 
 GuidanceMode = Literal["drop", "predict"]
+# What stands for a schedule where nothing but its first argument is to be said.
+GateStep = SupportsIndex | SupportsFloat | str
 
 # The default of `tolerance`, with forecast steps and without.
 FORECAST_TOLERANCE = 0.2
@@ -41,6 +43,7 @@ class TGateSchedule:
             see `tolerance`. A number is how many steps compute cross-attention: its output is stored in step
             `gate_step - 1` and reused from step `gate_step` on, where half of the guidance batch is left out too.
             A `float` in (0, 1) is a share of the steps that really run, rounded to the nearest step and at least 1.
+            A plan of letters such as `"FFFF-F--FH"` is `levels`.
         sp_interval (`int`, *optional*, defaults to `1`):
             In the semantics-planning phase self-attention is computed every `sp_interval` steps. `1` computes it in
             every step.
@@ -86,7 +89,7 @@ class TGateSchedule:
     *m* is `gate_step`, its *k* is `sp_interval`, its *w* is `warm_up`.
     """
 
-    gate_step: int | float | Auto = "auto"
+    gate_step: int | float | str = "auto"
     sp_interval: int = 1
     fi_interval: int = 1
     warm_up: int = 0
@@ -97,6 +100,11 @@ class TGateSchedule:
     levels: str | None = None
 
     def __post_init__(self) -> None:
+        if is_plan(self.gate_step):
+            if self.levels is not None:
+                self._check_levels()
+            object.__setattr__(self, "levels", self.gate_step)
+            object.__setattr__(self, "gate_step", "auto")
         checked: dict[str, object] = {"gate_step": validate_gate_step(self.gate_step)}
         for name, minimum in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
             checked[name] = validate_int(name, getattr(self, name), minimum)
@@ -236,7 +244,9 @@ class TGateSchedule:
             return
         given = f"levels={shown(self.levels)}"
         if self.gate_step != "auto":
-            raise ValueError(f"{given} and gate_step={self.gate_step} both say which steps are full: give one of them.")
+            raise ValueError(
+                f"{given} and gate_step={shown(self.gate_step)} both say which steps are full: give one of them."
+            )
         if self.forecast is not None and self.forecast is not ("-" in self.levels):
             raise ValueError(
                 f"{given} says which steps are forecast, and forecast={self.forecast} otherwise: leave it out."
@@ -274,6 +284,40 @@ class TGateSchedule:
             raise ValueError(
                 f'cfg_interval={self.cfg_interval} is for guidance="predict": with "drop" guidance never comes back.'
             )
+
+
+def as_schedule(
+    given: TGateSchedule | GateStep,
+    name: str = "gate_step",
+    *,
+    guidance: GuidanceMode | None = None,
+    tolerance: SupportsFloat | None = None,
+) -> TGateSchedule:
+    """
+    Make a schedule of what stands for one.
+
+    Args:
+        given (`TGateSchedule`, `int`, `float` or `str`): A schedule, or the `gate_step` of one.
+        name (`str`, *optional*, defaults to `"gate_step"`): The argument that it was given as.
+        guidance (`str`, *optional*): What happens to guidance, if it is a `gate_step`.
+        tolerance (`float`, *optional*): The accepted error, if it is a `gate_step`.
+
+    Returns:
+        `TGateSchedule`: The schedule.
+    """
+    if not isinstance(given, TGateSchedule):
+        # Numbers of every kind, numpy's too, become ints and floats.
+        gate_step: Any = given if is_plan(given) else validate_gate_step(given, name)
+        accepted: Any = tolerance
+        return TGateSchedule(gate_step, guidance=guidance, tolerance=accepted)
+    for name, value in (("guidance", guidance), ("tolerance", tolerance)):
+        if value is not None:
+            setting = f"{name}={shown(value)}"
+            raise ValueError(
+                f"`{name}` must be left out beside a TGateSchedule, got {shown(value)}. Put it in the schedule: "
+                f"TGateSchedule(..., {setting})."
+            )
+    return given
 
 
 _BY_PHASE = {

@@ -16,19 +16,21 @@ _MAX_SHOWN_LENGTH = 200
 _MAX_INT = 2**31 - 1
 
 
-def validate_gate_step(value: object) -> int | float | Auto:
-    """Validate `gate_step`."""
-    if isinstance(value, str) and value == "auto":
-        return "auto"
+def validate_gate_step(value: object, name: str = "gate_step") -> int | float | Auto:
+    """Validate `gate_step`, or what stands for a schedule under another name."""
     hint = (
-        "give a number of steps (an int of at least 1), a share of the steps (a float between 0 and 1), or "
-        '"auto" to have the run decide'
+        "give a number of steps (an int of at least 1), a share of the steps (a float between 0 and 1), "
+        '"auto" to have the run decide, or a letter for each step such as "FFFF-F--FH"'
     )
+    if isinstance(value, str):
+        if value == "auto":
+            return "auto"
+        raise ValueError(f"{name}={shown(value)} is unknown: {hint}.")
     share = _as_float(value) if as_int(value) is None else None
     if share is None:
-        return validate_int("gate_step", value, 1, hint)
+        return validate_int(name, value, 1, hint)
     if not 0.0 < share < 1.0:
-        raise ValueError(f"gate_step={shown(value)} is not a share of the steps: {hint}.")
+        raise ValueError(f"{name}={shown(value)} is not a share of the steps: {hint}.")
     return share
 
 
@@ -43,6 +45,11 @@ def validate_tolerance(value: object, name: str = "tolerance", *, default: float
     if not 0 <= tolerance < math.inf:
         raise ValueError(f"{name}={shown(value)} is out of range: {hint}.")
     return tolerance
+
+
+def is_plan(value: object) -> bool:
+    """Whether something is a plan of levels: a text of their letters alone."""
+    return isinstance(value, str) and bool(value) and set(value) <= set("FH-")
 
 
 def validate_levels(value: object) -> None:

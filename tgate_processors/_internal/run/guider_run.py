@@ -17,7 +17,7 @@ from ..plan.steps import StepCounter, Timeline
 from .base import Run
 from .call import PipelineCall
 from .messages import warn_exchanged_in_every_step, warn_gate_too_late, warn_no_cfg, warn_nothing_gated
-from .ranks import Agree
+from .ranks import Agreement
 
 # No attention layer is gated: none computes, and none reuses, what could be counted.
 _NO_LAYER_COUNTS = ((False, False), (False, False))
@@ -45,7 +45,7 @@ class GuiderRun(Run[GuiderCFG]):
         call (`PipelineCall`): The call, for messages.
         forwards (`ForeignForwards`): What its denoisers do when they are called.
         can_skip_half (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be skipped.
-        agree (`Callable`, *optional*): How processes that share a denoiser agree on errors.
+        agree (`Agreement`, *optional*): How processes that share a denoiser agree.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class GuiderRun(Run[GuiderCFG]):
         forwards: ForeignForwards,
         *,
         can_skip_half: bool = True,
-        agree: Agree | None = None,
+        agree: Agreement | None = None,
     ) -> None:
         cfg = GuiderCFG(state.schedule)
         # Where processors may count their calls, none is left out.

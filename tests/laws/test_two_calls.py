@@ -325,6 +325,7 @@ def test_what_cannot_be_told_is_refused(kind: Case):
     ("calls", "message"),
     [
         (1, "step 0 ended with one call of the denoiser, where T-GATE expects two with classifier-free guidance"),
+        (1, "the conditional one first. If each process makes one of them (CFG parallelism), there is no half to skip"),
         (3, "the denoiser was called 3 times in step 0, where T-GATE expects 2 with classifier-free guidance on"),
     ],
 )

@@ -25,6 +25,7 @@ def test_the_public_names_are_these():
         "TGateCallback",
         "TGateConvergence",
         "TGateCost",
+        "TGateLoop",
         "TGateReport",
         "TGateSchedule",
         "apply_tgate",

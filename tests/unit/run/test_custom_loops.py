@@ -165,7 +165,7 @@ def test_guidance_that_the_loop_ends_by_itself_is_refused(case, prompts, end):
                 return super().predict(i, x, t, texts, pooled, scale)
             return self.denoise(x, t, texts[1], [None, pooled[1]])
 
-    refused(case, built(case.name, Interval), "guidance of this pipeline is not two halves.*end guidance by", prompts)
+    refused(case, built(case.name, Interval), "guidance of this pipeline is not two halves.*ends guidance by", prompts)
 
 
 class Interleaved(Loop):

@@ -63,6 +63,19 @@ def is_plan(value: object) -> bool:
     return isinstance(value, str) and bool(value) and set(value) <= set("FH-")
 
 
+def validate_guidance_scale(value: object) -> float | None:
+    """Validate `guidance_scale`, where it is not a tensor."""
+    if value is None:
+        return None
+    hint = "give a number, a tensor, or None for no guidance"
+    scale = _as_float(value)
+    if scale is None:
+        raise TypeError(f"guidance_scale={shown(value)} is of type {type(value).__name__}: {hint}.")
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale={shown(value)} is out of range: {hint}.")
+    return scale
+
+
 def validate_levels(value: object) -> None:
     """Validate `levels`."""
     wanted = 'a letter for each step such as "FFFF-F--FH"'

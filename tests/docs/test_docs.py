@@ -196,9 +196,8 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
         assert abs(float(distance.removesuffix(" dB")) - ahead - float(best.removesuffix(" dB"))) < 0.15
 
 
-@pytest.mark.parametrize("page", ["benchmarks", "guidance"])
-def test_the_figures_of_a_section_are_those_of_its_data(page):
-    sections = re.split(r"^## ", (ROOT / f"docs/{page}.md").read_text(), flags=re.MULTILINE)
+def test_the_figures_of_a_section_are_those_of_its_data():
+    sections = re.split(r"^## ", (ROOT / "docs/benchmarks.md").read_text(), flags=re.MULTILINE)
     checked = 0
     for section in sections:
         files = re.findall(r"\]\((data/[\w-]+\.csv)\)", section)
@@ -209,7 +208,7 @@ def test_the_figures_of_a_section_are_those_of_its_data(page):
                 half = 0.5 * 10 ** -len(shown.partition(".")[2])
                 assert any(abs(abs(number) - float(shown)) <= half + 1e-9 for number in known), (row, shown)
                 checked += 1
-    assert checked > 30
+    assert checked > 100
 
 
 def cells(text):

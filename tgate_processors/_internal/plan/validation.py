@@ -58,6 +58,17 @@ def validate_tolerance(value: object, name: str = "tolerance", *, default: float
     return tolerance
 
 
+def validate_budget(value: object) -> float:
+    """Validate `budget`."""
+    wanted = "a number of full steps above 0, such as 10 of 25"
+    budget = _as_float(value)
+    if budget is None:
+        raise TypeError(_unlike("budget", wanted, value, of_type=True))
+    if not 0 < budget < math.inf:
+        raise ValueError(_unlike("budget", wanted, value))
+    return budget
+
+
 def is_plan(value: object) -> bool:
     """Whether something is a plan of levels: a text of their letters alone."""
     return isinstance(value, str) and bool(value) and set(value) <= set("FH-")

@@ -64,12 +64,12 @@ TESTBEDS: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 def gate(value: str) -> int | float | str:
     """The gate as it is given."""
-    if value == "auto":
+    if value == "auto" or set(value) <= set("FH-"):
         return value
     try:
         number = float(value)
     except ValueError:
-        raise typer.BadParameter(f"{value!r} is not a number of steps, a share of them or 'auto'") from None
+        raise typer.BadParameter(f"{value!r} is not a number of steps, a share of them, 'auto' or a plan") from None
     return int(number) if number.is_integer() else number
 
 
@@ -186,9 +186,9 @@ def main(
     steps: Annotated[int, typer.Option(min=1)] = 25,
     guidance_scale: Annotated[float | None, typer.Option(help="The pipeline's own default if not given.")] = None,
     gate_step: Annotated[
-        Any, typer.Option(parser=gate, metavar="GATE", help="Number of steps, a share of them below 1, or 'auto'.")
+        Any,
+        typer.Option(parser=gate, metavar="GATE", help="'auto', steps, a share of them, or a plan such as FFFF-F--FH."),
     ] = "auto",
-    levels: Annotated[str | None, typer.Option(help="A fixed plan, a letter per step, such as FFFF-F--FH.")] = None,
     guidance: Annotated[str | None, typer.Option(help="After the gate: drop or predict. 'auto' predicts.")] = None,
     cfg_interval: Annotated[int | None, typer.Option(help="With 'predict', steps between full steps.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="With 'auto', the accepted error.")] = None,
@@ -214,7 +214,6 @@ def main(
     prompts, common = arguments(pipe, model, prompt, {"num_inference_steps": steps, **given})
     settings = {
         "gate_step": gate_step,
-        "levels": levels,
         "guidance": guidance,
         "cfg_interval": cfg_interval,
         "tolerance": tolerance,

@@ -35,7 +35,12 @@ def pipe():
 silently = pytest.mark.filterwarnings("error")
 
 # What compiles takes long, and so does what diffusers imports for modular pipelines.
-MARKS = {"together.md": [pytest.mark.slow], "modular.md": [pytest.mark.slow], "testbeds.md": [NEEDS_WAN]}
+MARKS = {
+    "together.md": [pytest.mark.slow],
+    "server.md": [pytest.mark.slow],
+    "modular.md": [pytest.mark.slow],
+    "testbeds.md": [NEEDS_WAN],
+}
 PARAMS = [pytest.param(page, id=page.name, marks=MARKS.get(page.name, [])) for page in PAGES if snippets(page)]
 
 

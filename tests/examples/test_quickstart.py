@@ -155,7 +155,7 @@ def test_the_quickstart_with_guidance_that_is_predicted(tmp_path):
     for arguments, plan in (
         (("--gate-step", "auto", "--tolerance", "100"), "FFF--H"),
         (("--gate-step", "2", "--guidance", "predict", "--cfg-interval", "4"), "FFHHHF"),
-        (("--levels", "FFF-HF"), "FFF-HF"),
+        (("--gate-step", "FFF-HF"), "FFF-HF"),
     ):
         output = ("--steps", "6", "--seeds", "1", "--output", str(tmp_path / "pictures.png"))
         done = invoke(*arguments, *output)

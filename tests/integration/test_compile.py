@@ -1,6 +1,8 @@
 """A gated denoiser compiles without a graph break: a graph each for compute, store and reuse, and none later."""
 
 import contextlib
+import copy
+import itertools
 import sys
 import threading
 
@@ -74,6 +76,36 @@ def test_three_graphs_and_none_for_other_prompts_steps_and_scales(name):
         for call, plain in zip(other_calls(case), expected, strict=True):
             torch.testing.assert_close(case.run(pipe, **call), plain)
     assert counter.frame_count == 3
+
+
+@SLOW
+@pytest.mark.parametrize("settings", [[{}], [{"tolerance": 100}, {"gate_step": "FFFF-F--FHFH"}]], ids=["one", "two"])
+def test_a_warm_up_plan_makes_all_the_graphs_that_later_requests_need(settings):
+    case = BY_NAME["pixart_alpha"]
+    base = case.build()
+    pipes = [copied(base) for _ in settings]
+    counter = CompileCounter()
+    compile_in_place(base, case, counter)
+    for pipe in pipes:
+        apply_tgate(pipe, "FFHH")
+    with room_for_graphs():
+        for pipe, prompts in itertools.product(pipes, ([0], [0, 1])):
+            case.run(pipe, prompts, num_inference_steps=4)
+        made = counter.frame_count
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for pipe, given in zip(pipes, settings, strict=True):
+                apply_tgate(pipe, **given)
+            for pipe, prompts in itertools.product(pipes, ([1], [1, 0])):
+                case.run(copied(pipe), prompts, num_inference_steps=12)
+                assert get_tgate_report(pipe).num_inference_steps != 12
+    assert counter.frame_count == made > 1
+
+
+def copied(pipe):
+    """A copy for a call that overlaps with others."""
+    other = copy.copy(pipe)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    return other
 
 
 # The transformer stands for all: it compiles in a fifth of the time. Compiled in place it is in the test above.

@@ -58,17 +58,6 @@ def validate_tolerance(value: object, name: str = "tolerance", *, default: float
     return tolerance
 
 
-def validate_budget(value: object) -> float:
-    """Validate `budget`."""
-    wanted = "a number of full steps above 0, such as 10 of 25"
-    budget = _as_float(value)
-    if budget is None:
-        raise TypeError(_unlike("budget", wanted, value, of_type=True))
-    if not 0 < budget < math.inf:
-        raise ValueError(_unlike("budget", wanted, value))
-    return budget
-
-
 def is_plan(value: object) -> bool:
     """Whether something is a plan of levels: a text of their letters alone."""
     return isinstance(value, str) and bool(value) and set(value) <= set("FH-")
@@ -78,13 +67,17 @@ def validate_guidance_scale(value: object) -> float | None:
     """Validate `guidance_scale`, where it is not a tensor."""
     if value is None:
         return None
-    hint = "give a number, a tensor, or None for no guidance"
-    scale = _as_float(value)
-    if scale is None:
-        raise TypeError(f"guidance_scale={shown(value)} is of type {type(value).__name__}: {hint}.")
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale={shown(value)} is out of range: {hint}.")
-    return scale
+    return validate_float("guidance_scale", value, "a number, a tensor or None for no guidance")
+
+
+def validate_float(name: str, value: object, wanted: str, minimum: float = -math.inf) -> float:
+    """Validate a finite number."""
+    number = _as_float(value)
+    if number is None:
+        raise TypeError(_unlike(name, wanted, value, of_type=True))
+    if not (math.isfinite(number) and number >= minimum):
+        raise ValueError(_unlike(name, wanted, value))
+    return number
 
 
 def validate_levels(value: object) -> None:

@@ -1,6 +1,5 @@
 """Several processes with one denoiser: what one of them leaves out, the others leave out too, and draw the same."""
 
-import functools
 import json
 import os
 import subprocess
@@ -36,15 +35,13 @@ def launched(folder, processes, *command):
 def found(tmp_path_factory):
     """What two processes have found, in one launch for all tests of this module."""
 
-    @functools.cache
-    def launch():
-        folder = tmp_path_factory.mktemp("ranks")
-        return launched(folder, 2, "tests.support.ranks", str(folder), *ranks.CHECKS)
+    folder = tmp_path_factory.mktemp("ranks")
+    both = launched(folder, 2, "tests.support.ranks", str(folder), *ranks.CHECKS)
 
     def of(name):
         if name not in ranks.CHECKS:
-            pytest.skip("this diffusers cannot split a denoiser like this")
-        pair = [found[name] for found in launch()]
+            pytest.skip("this diffusers cannot split this denoiser like this")
+        pair = [each[name] for each in both]
         for each in pair:
             assert "error" not in each, each["error"]
         return pair

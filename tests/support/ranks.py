@@ -243,6 +243,9 @@ if CAN_SPLIT:
 if CAN_SPLIT_WEIGHTS:
     CHECKS["tensor-flux"] = lambda: parallel("flux", "TensorParallelConfig", tp_degree=2)
 
+# The last word is the pipeline.
+CHECKS = {name: check for name, check in CHECKS.items() if BY_NAME[name.rpartition("-")[2]].is_there}
+
 
 def main(folder: str, *names: str) -> None:
     """Run these checks one after the other, and write what they find, or why they fail."""

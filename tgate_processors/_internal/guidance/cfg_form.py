@@ -2,7 +2,7 @@
 The guidance of a run, whatever its form: what is known of it, what is predicted of it, and how far off that was.
 
 A form of its own is a subclass of `CFGForm`: how often the denoiser is called in a step, where both halves are seen,
-and what stands for the half, or for the calls, that are skipped. Here is that of diffusers' guiders.
+and what stands for the half, or for the calls, that are skipped.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from ..plan.adaptive import StepErrors
 from ..plan.schedule import TGateSchedule
 from .forecast import OutputForecaster
-from .prediction import apply_cfg, relative_error
 from .predictor import GuidancePredictor
 
 
@@ -141,21 +140,3 @@ class CFGForm:
     def _add_errors(self, name: str, errors: torch.Tensor) -> None:
         """Note errors of this pass, by their name in `StepErrors`."""
         self._unread.setdefault(name, []).append(errors.detach())
-
-
-class GuiderCFG(CFGForm):
-    """A guider of diffusers, which asks for the conditional half first. A half step asks for nothing else."""
-
-    def record_conditional(self, position: int, conditional: torch.Tensor, unconditional: Any, scale: Any) -> None:
-        """Record the conditional half of a computed step; without guidance there is no other one."""
-
-        def errors_of(forecast: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> torch.Tensor:
-            guided = conditional if unconditional is None else apply_cfg((conditional, unconditional), 1, scale)
-            return relative_error(forecast[0], parts[0], guided, 1.0)
-
-        self.record_parts(position, [conditional], errors_of)
-
-    def forecast(self, position: int) -> torch.Tensor:
-        """Forecast the conditional half."""
-        assert self._forecaster is not None
-        return self._forecaster.forecast_parts(position)[0]

@@ -60,6 +60,16 @@ class OutputForecaster:
         return held + (0 if self._covers_template else sum(each.nbytes for each in iter_tensors(self._template)))
 
     @property
+    def history(self) -> list[tuple[int, list[torch.Tensor]]]:
+        """The passes in which an output was computed, and its parts."""
+        return [(parts[0].position, [each.value for each in parts]) for parts in self._history]
+
+    @history.setter
+    def history(self, history: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> None:
+        """Go on from what another one has recorded."""
+        self._history = [[Output(position, each) for each in parts] for position, parts in history]
+
+    @property
     def has_history(self) -> bool:
         """Whether the next output that is computed has a forecast to be compared with."""
         return len(self._history) >= MIN_HISTORY

@@ -46,6 +46,16 @@ class GuidancePredictor:
         return sum(difference.value.nbytes for parts in self._history for difference in parts)
 
     @property
+    def history(self) -> list[tuple[int, list[torch.Tensor]]]:
+        """The passes in which both halves were computed, and the difference of each part."""
+        return [(parts[0].position, [each.value for each in parts]) for parts in self._history]
+
+    @history.setter
+    def history(self, history: Sequence[tuple[int, Sequence[torch.Tensor]]]) -> None:
+        """Go on from what another one has recorded."""
+        self._history = [[CFGDifference(position, each) for each in parts] for position, parts in history]
+
+    @property
     def has_history(self) -> bool:
         """Whether the next difference that is computed has a prediction to be compared with."""
         return len(self._history) >= MIN_HISTORY

@@ -205,20 +205,10 @@ class _GatedGuider:
         guider: Any = self
         guided = super().num_conditions > 1  # type: ignore[misc]
         scale = guider.guidance_scale + (1 if guider.use_original_formulation else 0)
-        if self._run.skips_all(self):
-            pred_cond, pred_uncond = self._run.forecast()
-            # Count the skipped predictions as prepared.
-            guider._count_prepared += 2 if guided else 1
-        elif self._run.skips_unconditional(self):
-            pred_uncond = self._run.make_unconditional(pred_cond)
-            # Count the skipped prediction as prepared.
-            guider._count_prepared += 1
-            self._run.record_conditional(pred_cond, pred_uncond, scale)
-        elif guided:
-            self._run.record((pred_cond, pred_uncond), scale)
-            self._run.record_conditional(pred_cond, pred_uncond, scale)
-        else:
-            self._run.record_conditional(pred_cond, None, scale)
+        # Count the skipped predictions as prepared.
+        asked = super().num_conditions  # type: ignore[misc]
+        guider._count_prepared += asked - self.num_conditions
+        pred_cond, pred_uncond = self._run.complete_step(pred_cond, pred_uncond, scale, guided=guided)
         output = super().forward(pred_cond, pred_uncond)  # type: ignore[misc]
         self._run.end_step(guided=guided)
         return output

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-
 from ..attention.state import TGateState
 from ..caches.foreign_forwards import ForeignForwards
-from ..denoiser.batch import complete_second_call
 from ..denoiser.inputs import differs, is_latents
-from ..guidance.cfg_form import GuiderCFG
+from ..guidance.halves_cfg import HalvesCFG
 from ..plan.step_plan import Level, Phase, StepPlan
 from ..plan.steps import StepCounter, Timeline
 from .base import Run
@@ -36,7 +33,7 @@ class GuiderPipelineCall(PipelineCall):
         return "a guider that is enabled and has a guidance_scale other than 1"
 
 
-class GuiderRun(Run[GuiderCFG]):
+class GuiderRun(Run[HalvesCFG]):
     """
     One call of a pipeline. It is made anew for every call, and nothing of it outlives the call but the report.
 
@@ -57,20 +54,18 @@ class GuiderRun(Run[GuiderCFG]):
         can_skip_half: bool = True,
         agree: Agreement | None = None,
     ) -> None:
-        cfg = GuiderCFG(state.schedule)
+        cfg = HalvesCFG(state.schedule)
         # Where processors may count their calls, none is left out.
         super().__init__(state, cfg, forwards, can_skip_half=can_skip_half, can_forecast=can_skip_half, agree=agree)
         self._call = call
         self._guider: Any = None
         self._level = Level.FULL
-        self._in_step = self._saw_cfg = self._switched = False
+        self._in_step = self._saw_cfg = False
         # Whether guidance is on in the step that runs, or has run last.
         self._guided: bool | None = None
         # Whether something was exchanged, and whether any step was full only because of that.
         self._exchanged = self._lost_half_step = False
         self._conditions: list[Any] = []
-        # Guided steps of this loop in which the present guider had both halves.
-        self._full_steps = 0
 
     def skips_unconditional(self, guider: Any) -> bool:
         """Whether the step that runs now asks this guider for the conditional half alone."""
@@ -108,13 +103,9 @@ class GuiderRun(Run[GuiderCFG]):
         self._saw_cfg = self._saw_cfg or guided
         loop.begin_forward()
         may_halve, before, self._guided = guided and self._can_skip_half, self._guided, guided
-        level = self._plan(loop).level
-        improving = level is Level.HALF
-        if level is Level.FORECAST and not (self._can_forecast and self._cfg.can_forecast and before is guided):
-            level = Level.FULL
-        if level is Level.HALF and not (may_halve and self._has_history()):
-            level = Level.FULL
-        self._level = level
+        improving = self._plan(loop).level is Level.HALF
+        was_guided = None if before is None else before and self._can_skip_half
+        self._level = self._cfg.level_of(loop, guided=may_halve, was_guided=was_guided)
         lost = self._exchanged and may_halve and bool(improving or self._state.schedule.tolerance)
         self._lost_half_step = self._lost_half_step or lost
         self._exchanged = False
@@ -147,63 +138,42 @@ class GuiderRun(Run[GuiderCFG]):
         """
         if self._loop is not None and (any(map(is_latents, names)) or (names and self._state.schedule.predicts)):
             self._restart_guidance(self._loop)
-            self._full_steps, self._exchanged = 0, True
+            self._exchanged = True
 
     def on_step_end(self, index: int, latents: Any, tensors: dict[str, Any], exchanged: Collection[str]) -> None:
         """The pipeline's step callback has run, after the guider has ended the step."""
         self.invalidate(exchanged)
 
-    def make_unconditional(self, conditional: Any) -> torch.Tensor:
+    def complete_step(self, conditional: Any, unconditional: Any, scale: Any, *, guided: bool) -> tuple[Any, Any]:
         """
-        Make the unconditional half of a half step.
+        Complete the predictions of the step that runs.
 
         Args:
-            conditional (`torch.Tensor`): The half that was computed.
+            conditional (`torch.Tensor`, *optional*): The conditional half, if it was computed.
+            unconditional (`torch.Tensor`, *optional*): The unconditional half, if it was computed.
+            scale (`float`): What guidance multiplies their difference with.
+            guided (`bool`): Whether guidance is on.
 
         Returns:
-            `torch.Tensor`: The computed half, plus the predicted difference if guidance is predicted.
+            `tuple` of `torch.Tensor`: The conditional half, and the unconditional one.
 
         Raises:
-            ValueError: If the predicted difference has another size.
+            ValueError: If the conditional half has another size than in the full steps before.
         """
         loop = self._loop
-        assert loop is not None
-        difference = self._cfg.predict(loop.pass_index)
-        if difference is not None and difference[0].shape != conditional.shape:
+        if loop is None:
+            return conditional, unconditional
+        shape = self._cfg.shape
+        if self._level is Level.HALF and shape not in (None, conditional.shape):
             raise ValueError(
                 f"T-GATE: the denoiser's output has the shape {tuple(conditional.shape)} in step {loop.step_index}, "
-                f"and had {tuple(difference[0].shape)} in the full steps before: guidance of another size cannot be "
-                "predicted. Call remove_tgate(pipe) to use this pipeline."
+                f"and had {tuple(shape or ())} in the full steps before: guidance of another size cannot be predicted. "
+                "Call remove_tgate(pipe) to use this pipeline."
             )
-        other: torch.Tensor = complete_second_call(conditional, difference, lambda whole: [whole])
-        return other
-
-    def forecast(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The halves of a forecast step; without guidance there is but one."""
-        assert self._loop is not None
-        conditional = self._cfg.forecast(self._loop.pass_index)
-        return conditional, self.make_unconditional(conditional) if self._guided and self._can_skip_half else None
-
-    def record_conditional(self, conditional: Any, unconditional: Any, scale: Any) -> None:
-        """Record the half that a computed step has of its own, beside the other one."""
-        loop = self._loop
-        if loop is not None and loop.has_forecast_steps_left:
-            self._cfg.record_conditional(loop.pass_index, conditional, unconditional, scale)
-
-    def record(self, halves: tuple[Any, Any], scale: Any) -> None:
-        """
-        Record both halves of a full step.
-
-        Args:
-            halves (`tuple` of `torch.Tensor`): The conditional half, and the unconditional one.
-            scale (`float`): What guidance multiplies their difference with.
-        """
-        loop = self._loop
-        self._forwards.after_forward(len(halves[0]))
-        self._full_steps += 1
-        if loop is None or not (self._can_skip_half and (loop.has_half_steps_left or loop.has_forecast_steps_left)):
-            return
-        self._cfg.record(loop.pass_index, [halves], 1, scale)
+        if guided and self._level is Level.FULL:
+            self._forwards.after_forward(len(conditional))
+        guided = guided and self._can_skip_half
+        return self._cfg.complete_step(loop, self._level, conditional, unconditional, scale, guided=guided)
 
     def end_step(self, *, guided: bool) -> None:
         """
@@ -260,13 +230,7 @@ class GuiderRun(Run[GuiderCFG]):
 
     def _switch_guider(self, guider: Any, loop: StepCounter) -> None:
         """Another guider comes with another denoiser, whose guidance has no history yet."""
-        self._switched = self._guider is not None
-        if self._switched:
+        self._cfg.needs_history = self._guider is not None
+        if self._guider is not None:
             self._restart_guidance(loop)
-        self._guider, self._full_steps = guider, 0
-
-    def _has_history(self) -> bool:
-        """Whether a half step is possible yet; a guider that takes over begins with full steps."""
-        if self._switched and self._state.schedule.predicts:
-            return self._cfg.has_history
-        return self._full_steps > 0
+        self._guider = guider

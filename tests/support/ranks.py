@@ -141,7 +141,7 @@ def sharded(name: str) -> dict[str, Any]:
     picture, together = run(rank, tolerance=tolerance)
     # Alone, with the levels that were agreed on.
     pipe = case.build()
-    alone, _ = run(rank, levels=together.levels)
+    alone, _ = run(rank, gate_step=together.levels)
     return {
         "levels": [own.levels, together.levels],
         "ranks": [own.ranks, together.ranks],
@@ -210,9 +210,9 @@ def split_forward(name: str) -> dict[str, Any]:
     denoiser.forward = forward
     found = refusal(case, pipe, custom_forwards="gate")
     # Whole steps can be left out.
-    levels = {"levels": "FFF-F-FF"}
-    alone, _ = drawn(case, case.gate(one, **levels))
-    together, report = drawn(case, case.gate(pipe, custom_forwards="gate", **levels))
+    plan = {"gate_step": "FFF-F-FF"}
+    alone, _ = drawn(case, case.gate(one, **plan))
+    together, report = drawn(case, case.gate(pipe, custom_forwards="gate", **plan))
     return {**found, "levels": report.levels, "gated": farthest(alone, together)}
 
 

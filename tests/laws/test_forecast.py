@@ -387,7 +387,7 @@ def test_what_may_count_its_calls_gets_all_of_them():
 def test_another_number_of_steps_than_the_plan_has_is_refused_before_the_first():
     case = BY_NAME["sd"]
     pipe = apply_settings(case.build(), **LEVELS)
-    with pytest.raises(ValueError, match="is a plan for 6 steps, and 7 run"):
+    with pytest.raises(ValueError, match="each of the 7 steps that run, got 6"):
         case.run(pipe, num_inference_steps=7)
     assert get_tgate_report(pipe).num_inference_steps == 0
     remove_tgate(pipe)
@@ -421,7 +421,7 @@ def test_a_step_is_forecast_with_all_its_passes(scheduler, passes):
 @pytest.mark.parametrize("step", [slow(0), slow(1), 2, slow(3), slow(4)])
 def test_a_run_that_fails_in_any_step_of_a_plan_leaves_nothing(name, step):
     case = BY_NAME[name]
-    pipe = apply_tgate(case.build(), **LEVELS)
+    pipe = apply_settings(case.build(), **LEVELS)
     expected = case.run(pipe)
 
     def fail(pipe, index, timestep, tensors):
@@ -442,7 +442,7 @@ def test_a_run_that_fails_in_any_step_of_a_plan_leaves_nothing(name, step):
 )
 def test_a_copy_has_the_same_plan(clone):
     case = BY_NAME["sd"]
-    pipe = apply_tgate(case.build(), **LEVELS)
+    pipe = apply_settings(case.build(), **LEVELS)
     expected = case.run(pipe)
     other = quiet(clone(pipe))
     assert_same_but_for_rounding(case.run(other), expected)

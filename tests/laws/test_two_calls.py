@@ -308,7 +308,7 @@ def test_what_cannot_be_told_is_refused(kind: Case):
     pipe = kind.build()
     with pytest.raises(ValueError, match=r"cfg_half='unconditional' is not possible: .* is two calls of its denoiser"):
         apply_tgate(pipe, GATE, cfg_half="unconditional")
-    with pytest.raises(TypeError, match="cross_attention=1 is of type int: give True or False"):
+    with pytest.raises(TypeError, match="`cross_attention` must be True or False, got 1 of type int"):
         apply_tgate(pipe, GATE, cross_attention=1)
     with pytest.raises(ValueError, match="a callback alone cannot leave one out: use apply_tgate"):
         kind.run(pipe, callback_on_step_end=TGateCallback(TGateSchedule(GATE)))

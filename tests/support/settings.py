@@ -1,5 +1,7 @@
 """Settings that many tests use, and what they mean, written out once more."""
 
+import math
+
 from tgate_processors import TGateSchedule, apply_tgate
 
 SETTINGS = {
@@ -23,9 +25,9 @@ def computed(step, steps, gate_step, sp_interval=1, fi_interval=1, warm_up=0):
 FIXED = {"gate_step": 2, "guidance": "predict", "cfg_interval": 2}
 AUTO = {"gate_step": "auto", "forecast": False}
 # Tiny pipelines with random weights predict badly: this accepts whatever comes.
-PATIENT = {**AUTO, "tolerance": 1e6}
+PATIENT = {**AUTO, "tolerance": math.inf}
 # The same with forecast steps.
-FORECAST = {"gate_step": "auto", "tolerance": 1e6}
+FORECAST = {"gate_step": "auto", "tolerance": math.inf}
 LEVELS = {"levels": "FF-FH-"}
 EVERY = [{"gate_step": 3, "guidance": "predict", "cfg_interval": 1}, {**AUTO, "tolerance": 0}]
 

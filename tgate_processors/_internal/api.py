@@ -18,6 +18,7 @@ from .install.pipeline import installed, replace, uninstall
 from .install.pipeline_check import validate_pipeline
 from .install.recompile_limit import restore_recompile_limit
 from .logs import logger
+from .plan.combinations import doubt_of_share, doubt_of_warm_up
 from .plan.report import TGateReport
 from .plan.schedule import GateStep, GuidanceMode, TGateSchedule, as_schedule
 from .plan.step_plan import CFGHalf
@@ -131,7 +132,7 @@ def apply_tgate(
     max_bytes = validate_max_memory(max_memory, cross_attention)
     cross_attention = gates_cross_attention(cross_attention, max_bytes)
     if not is_choice("custom_processors", custom_processors, "leave", "gate"):
-        raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
+        raise ValueError(f'`custom_processors` must be "leave" or "gate", got {shown(custom_processors)}.')
     forwards = validate_custom_forwards(custom_forwards)
     batch_names = validate_names("batch_arguments", batch_arguments)
     state, found = TGateState(schedule, max_bytes, by_hand=False), None
@@ -145,6 +146,9 @@ def apply_tgate(
         adapter = _deepcache_adapter(deepcache, pipe, schedule)
         installation = Installation(state, half, custom_processors, adapter, cross_attention, forwards, batch_names)
     replace(pipe, installation, found)
+    for doubt in (doubt_of_share(gate_step, guidance=guidance), doubt_of_warm_up(schedule)):
+        if doubt is not None:
+            logger.warning("T-GATE: %s", doubt)
     if found is not None and found.default_cfg_half is None and not schedule.forecast:
         logger.warning(
             "T-GATE: the guidance of %s is not two halves, so all of it stays on after the gate: cross-attention alone "

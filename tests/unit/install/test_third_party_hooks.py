@@ -230,7 +230,7 @@ def test_without_guidance_nothing_is_said_of_it(caplog):
 
 
 def test_an_unknown_word_for_them_is_refused():
-    with pytest.raises(ValueError, match='custom_processors must be "leave" or "gate", not \'keep\''):
+    with pytest.raises(ValueError, match='`custom_processors` must be "leave" or "gate", got \'keep\''):
         apply_tgate(BY_NAME["sd"].build(), custom_processors="keep")
 
 

@@ -1,6 +1,7 @@
 """What a callback exchanges: pictures by their places in the batch, and the text. Nothing kept of the old goes on."""
 
 import functools
+import math
 
 import diffusers
 import pytest
@@ -18,8 +19,8 @@ WAYS = {
     "predict": {"gate_step": 3, "guidance": "predict"},
     "interval": {"gate_step": 3, "guidance": "predict", "cfg_interval": 4},
     # Tiny pipelines with random weights predict badly: this accepts whatever comes.
-    "auto": {"gate_step": "auto", "tolerance": 1e6, "forecast": False},
-    "forecast": {"gate_step": "auto", "tolerance": 1e6},
+    "auto": {"gate_step": "auto", "tolerance": math.inf, "forecast": False},
+    "forecast": {"gate_step": "auto", "tolerance": math.inf},
     "reuse": {"gate_step": 8, "sp_interval": 6, "fi_interval": 2},
 }
 # Full steps after an exchange at the end of step `AT`, and of those from the beginning.

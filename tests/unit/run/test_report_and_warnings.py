@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import re
 
 import diffusers
@@ -206,3 +207,29 @@ def test_what_is_said_begins_with_the_name_and_speaks_of_guidance_only_where_the
     assert "guidance" not in unguided
     assert guided.startswith("T-GATE: ")
     assert unguided.startswith("T-GATE: ")
+
+
+@pytest.mark.parametrize(
+    ("steps", "call", "message"),
+    [
+        (1, {}, 'with gate_step="auto" the first three are full. Take 10 steps or more.'),
+        (3, {}, 'with gate_step="auto" the first three are full. Take 10 steps or more.'),
+        (4, {}, None),
+        (4, {"guidance_scale": 1.0}, 'with gate_step="auto" the first three and the last one are full.'),
+        (5, {"guidance_scale": 1.0}, None),
+    ],
+)
+def test_a_call_that_is_too_short_for_the_run_to_decide_anything_says_so(steps, call, message, caplog):
+    case = BY_NAME["sd"]
+    pipe = apply_tgate(case.build(), tolerance=math.inf)
+    for _ in range(2):
+        case.run(pipe, num_inference_steps=steps, **call)
+    assert ("H" in get_tgate_report(pipe).levels or "-" in get_tgate_report(pipe).levels) is (message is None)
+    expected = [] if message is None else [f"T-GATE: nothing is gated in the {steps} steps of this call of Stab"]
+    assert [record[: len(expected[0])] for record in said(caplog)] == expected
+    assert all(message in record for record in said(caplog))
+    # A tolerance of 0 asks for full steps, and a number for others.
+    caplog.clear()
+    for given in ({"tolerance": 0}, {"gate_step": 2}):
+        case.run(apply_tgate(pipe, **given), num_inference_steps=max(steps, 3), **call)
+    assert not said(caplog)

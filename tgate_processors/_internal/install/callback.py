@@ -174,5 +174,5 @@ class TGateCallback:
 def validate_cfg_half(cfg_half: CFGHalf | None) -> CFGHalf | None:
     """Validate `cfg_half`."""
     if not is_choice("cfg_half", cfg_half, "unconditional", "conditional"):
-        raise ValueError(f'cfg_half must be "unconditional" or "conditional", not {shown(cfg_half)}.')
+        raise ValueError(f'`cfg_half` must be "unconditional" or "conditional", got {shown(cfg_half)}.')
     return cfg_half

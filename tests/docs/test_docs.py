@@ -156,7 +156,9 @@ def test_the_site_has_every_page_and_the_reference_everything_that_is_public():
         assert f": {page.name}\n" in navigation
     reference = (ROOT / "docs/api.md").read_text()
     entries = re.findall(r"^::: tgate_processors\.(\w+)$", reference, flags=re.MULTILINE)
-    assert sorted(entries) == sorted(tgate_processors.__all__)
+    # Older versions of diffusers have no guiders.
+    missing = {"TGateGuidance"} - {*tgate_processors.__all__}
+    assert sorted({*entries} - missing) == sorted(tgate_processors.__all__)
 
 
 def test_the_support_matrix_lists_the_pipelines_of_the_tests():

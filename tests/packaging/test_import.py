@@ -1,8 +1,11 @@
 """What importing the package costs."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+
+import pytest
 
 import tgate_processors
 
@@ -18,6 +21,21 @@ def test_importing_adds_nothing_heavy_to_diffusers():
     assert not HEAVY & set(json.loads(added.splitlines()[-1]))
 
 
+def test_what_takes_long_is_imported_when_it_is_asked_for():
+    code = (
+        "import sys, tgate_processors; assert not {'diffusers.guiders', 'diffusers.modular_pipelines'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("diffusers.guiders") is not None, reason="this diffusers has guiders")
+def test_a_guider_needs_a_newer_diffusers():
+    from tgate_processors import TGateLoop  # noqa: F401
+
+    with pytest.raises(ImportError, match="TGateGuidance needs diffusers' guiders"):
+        from tgate_processors import TGateGuidance  # noqa: F401
+
+
 def test_the_public_names_are_these():
     assert sorted(tgate_processors.__all__) == [
         "MACs",
@@ -25,6 +43,7 @@ def test_the_public_names_are_these():
         "TGateCallback",
         "TGateConvergence",
         "TGateCost",
+        *(["TGateGuidance"] if importlib.util.find_spec("diffusers.guiders") else []),
         "TGateLoop",
         "TGateReport",
         "TGateSchedule",

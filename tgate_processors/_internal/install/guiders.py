@@ -7,7 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from ..attention.layers import GatedLayers
+from ..attention.layers import CustomProcessors, GatedLayers
+from ..attention.state import TGateState
 from ..caches.detect import detect_caches, reject_caches_on_controlnet
 from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.spec import Layout
@@ -93,6 +94,11 @@ def validate_guiders(pipe: Any) -> None:
     for name, guider in guiders.items():
         if all(getattr(type(guider), part, None) is getattr(plain, part, None) for part in _CFG_METHODS):
             continue
+        if isinstance(guider, GatedGuider):
+            raise ValueError(
+                f"{subject} has {name}={type(guider).__name__}, which gates it already: use it without apply_tgate, or "
+                "give it a ClassifierFreeGuidance."
+            )
         predictions = guider._input_predictions
         what = f"combines {len(predictions)} predictions ({', '.join(predictions)})"
         if len(predictions) == 2:
@@ -117,8 +123,7 @@ class GuiderInstallation(Installation):
         """Refuse what cannot be gated; nothing is installed before a call."""
         validate_guiders(pipe)
         for denoiser in _denoisers(pipe):
-            reason = "guidance is a guider here, and what a cache keeps of a call that T-GATE leaves out is not known"
-            detect_caches(denoiser, self.state.schedule, reason=reason)
+            reject_caches(denoiser, self.state.schedule)
         for controlnet in _controlnets(pipe):
             reject_caches_on_controlnet(controlnet)
         self._forwards(pipe).check()
@@ -127,7 +132,9 @@ class GuiderInstallation(Installation):
         """Replace the guiders of a pipeline with gated ones until the call ends."""
         self.attach(pipe)
         state, call = self.state, GuiderPipelineCall(pipe)
-        ungated = [name for denoiser in _denoisers(pipe) for name in self._ungated_processors(denoiser)]
+        ungated = [
+            name for each in _denoisers(pipe) for name in ungated_processors(each, state, self.custom_processors)
+        ]
         if ungated:
             warn_ungated_processors(state, call, ungated)
         run = GuiderRun(
@@ -151,14 +158,21 @@ class GuiderInstallation(Installation):
         """The check of each `forward` in the denoisers."""
         return ForeignForwards(_denoisers(pipe) + _controlnets(pipe), self.custom_forwards)
 
-    def _ungated_processors(self, denoiser: Any) -> list[str]:
-        """The layers whose processors may count their calls, so that none may be skipped."""
-        layers = GatedLayers(denoiser, self.state, self.custom_processors, _NO_GATED_LAYERS)
-        layers.discover()
-        return layers.regate_replaced()
+
+def reject_caches(denoiser: Any, schedule: TGateSchedule) -> None:
+    """Refuse other caches on a denoiser."""
+    reason = "guidance is a guider here, and what a cache keeps of a call that T-GATE leaves out is not known"
+    detect_caches(denoiser, schedule, reason=reason)
 
 
-class _GatedGuider:
+def ungated_processors(denoiser: Any, state: TGateState, custom_processors: CustomProcessors | None) -> list[str]:
+    """The layers whose processors may count their calls, so that none may be skipped."""
+    layers = GatedLayers(denoiser, state, custom_processors, _NO_GATED_LAYERS)
+    layers.discover()
+    return layers.regate_replaced()
+
+
+class GatedGuider:
     """A guider with T-GATE: mixed into a class generated from that of the guider."""
 
     __slots__ = ("_run",)
@@ -228,7 +242,7 @@ def _gate_guider(guider: Any, run: GuiderRun) -> Any:
 def _gated_guider_class(guider_class: Any) -> Any:
     """The class of a gated guider, under the same name."""
     body = {"__module__": guider_class.__module__, "__qualname__": guider_class.__qualname__}
-    return type(guider_class.__name__, (_GatedGuider, guider_class), body)
+    return type(guider_class.__name__, (GatedGuider, guider_class), body)
 
 
 def _denoisers(pipe: Any) -> list[Any]:

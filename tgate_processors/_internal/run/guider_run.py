@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..attention.state import TGateState
@@ -13,7 +13,13 @@ from ..plan.step_plan import Level, Phase, StepPlan
 from ..plan.steps import StepCounter, Timeline
 from .base import Run
 from .call import PipelineCall
-from .messages import warn_exchanged_in_every_step, warn_gate_too_late, warn_no_cfg, warn_nothing_gated
+from .messages import (
+    warn_exchanged_in_every_step,
+    warn_gate_too_late,
+    warn_no_cfg,
+    warn_nothing_gated,
+    warn_ungated_processors,
+)
 from .ranks import Agreement
 
 # No attention layer is gated: none computes, and none reuses, what could be counted.
@@ -32,6 +38,11 @@ class GuiderPipelineCall(PipelineCall):
         """What a call needs to guide."""
         return "a guider that is enabled and has a guidance_scale other than 1"
 
+    @property
+    def remedy(self) -> str:
+        """What to do where the steps of a pipeline cannot be followed."""
+        return "Call remove_tgate(pipe) to use this pipeline."
+
 
 class GuiderRun(Run[HalvesCFG]):
     """
@@ -39,7 +50,7 @@ class GuiderRun(Run[HalvesCFG]):
 
     Args:
         state (`TGateState`): The settings, and where the report goes.
-        call (`PipelineCall`): The call, for messages.
+        call (`GuiderPipelineCall`): The call, for messages.
         forwards (`ForeignForwards`): What its denoisers do when they are called.
         can_skip_half (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be skipped.
         agree (`Agreement`, *optional*): How processes that share a denoiser agree.
@@ -48,7 +59,7 @@ class GuiderRun(Run[HalvesCFG]):
     def __init__(
         self,
         state: TGateState,
-        call: PipelineCall,
+        call: GuiderPipelineCall,
         forwards: ForeignForwards,
         *,
         can_skip_half: bool = True,
@@ -75,6 +86,47 @@ class GuiderRun(Run[HalvesCFG]):
         """Whether the step that runs now asks this guider for nothing."""
         return self._level is Level.FORECAST and guider is self._guider
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps have ended."""
+        return self._loop is not None and self._loop.is_finished
+
+    @property
+    def next_step(self) -> int | None:
+        """The step that comes next, or has begun, if any has."""
+        return None if self._loop is None else self._loop.pass_index
+
+    def continues(self, step: int, steps: int) -> bool:
+        """Whether a step of so many is the one that comes next."""
+        loop = self._loop
+        return loop is not None and not self._in_step and (loop.pass_index, loop.timeline.passes) == (step, steps)
+
+    def join(self, step: int, steps: int) -> None:
+        """A loop is under way, and another guider had its steps until this one."""
+        loop = self._begin_loop(steps)
+        for _ in range(step):
+            loop.begin_forward()
+            loop.end_pass()
+        # Whoever comes after it begins without history.
+        self._guider = object()
+
+    def see_denoiser(self, forwards: ForeignForwards, ungated: Sequence[str], agree: Agreement | None) -> None:
+        """
+        The first step calls a denoiser, which was not known before.
+
+        Args:
+            forwards (`ForeignForwards`): What it does when it is called.
+            ungated (`Sequence` of `str`): Its layers whose processors may count their calls.
+            agree (`Callable`, *optional*): How processes that share it agree on errors.
+        """
+        forwards.begin_loop()
+        self._forwards, self._cfg.agree = forwards, agree
+        if ungated and self._loop is not None:
+            warn_ungated_processors(self._state, self._call, ungated)
+            self._can_skip_half = self._can_forecast = False
+            self._loop.forbid_forecasts()
+            self._restart_guidance(self._loop)
+
     def begin_step(self, guider: Any, step: int, steps: int, *, guided: bool) -> None:
         """
         A guider's step begins.
@@ -95,7 +147,7 @@ class GuiderRun(Run[HalvesCFG]):
                 f"T-GATE: {self._call.pipeline_name} passes step {step} to its guider, where T-GATE expects "
                 f"{'the guided output of the step before' if self._in_step else f'step {expected or 0}'}: every step "
                 "has to call the guider's set_state once, with the steps of a loop counted from 0, and then the guider "
-                "itself. Call remove_tgate(pipe) to use this pipeline."
+                f"itself. {self._call.remedy}"
             )
         if guider is not self._guider:
             self._switch_guider(guider, loop)
@@ -168,7 +220,7 @@ class GuiderRun(Run[HalvesCFG]):
             raise ValueError(
                 f"T-GATE: the denoiser's output has the shape {tuple(conditional.shape)} in step {loop.step_index}, "
                 f"and had {tuple(shape or ())} in the full steps before: guidance of another size cannot be predicted. "
-                "Call remove_tgate(pipe) to use this pipeline."
+                f"{self._call.remedy}"
             )
         if guided and self._level is Level.FULL:
             self._forwards.after_forward(len(conditional))
@@ -189,8 +241,7 @@ class GuiderRun(Run[HalvesCFG]):
         if loop is None or not self._in_step:
             raise ValueError(
                 f"T-GATE: {self._call.pipeline_name} calls its guider without a step, where T-GATE expects its "
-                "set_state before every call (windows, several predictions). Call remove_tgate(pipe) to use this "
-                "pipeline."
+                f"set_state before every call (windows, several predictions). {self._call.remedy}"
             )
         # Where a step is two passes (Heun), guiders count passes, and guide in none beyond the number of steps.
         level, step, counts = self._level, loop.step_index, not loop.is_finished

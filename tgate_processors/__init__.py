@@ -7,6 +7,7 @@ from ._internal.api import apply_tgate, get_tgate_report, is_tgate_applied, remo
 from ._internal.attention.processor import TGateAttnProcessor
 from ._internal.guidance.loop import TGateLoop
 from ._internal.install.callback import TGateCallback
+from ._internal.measure.calibration import calibrate_schedule
 from ._internal.measure.convergence import TGateConvergence, measure_convergence
 from ._internal.measure.cost import TGateCost, estimate_cost
 from ._internal.measure.macs import MACs
@@ -29,6 +30,7 @@ __all__ = [
     "TGateReport",
     "TGateSchedule",
     "apply_tgate",
+    "calibrate_schedule",
     "estimate_cost",
     "get_tgate_report",
     "is_tgate_applied",

@@ -27,14 +27,14 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Make links of a file links of a page."""
-    source = SOURCES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+    page_path = page.file.src_uri
+    source = SOURCES.get(page_path, f"docs/{page_path}")
 
     def target(link: str) -> str | None:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
-        if path in PAGES:
-            return PAGES[path]
-        if files.get_file_from_path(path.removeprefix("docs/")) is not None:
-            return path.removeprefix("docs/")
+        there = PAGES.get(path, path.removeprefix("docs/"))
+        if files.get_file_from_path(there) is not None:
+            return posixpath.relpath(there, posixpath.dirname(page_path) or ".")
         return f"{config.repo_url.rstrip('/')}/blob/main/{path}" if config.repo_url else None
 
     def in_markdown(match: re.Match[str]) -> str:

@@ -23,6 +23,7 @@ from rich.progress import track
 
 from examples.benchmarks.evaluation.cells import Bench, Cell
 from examples.benchmarks.evaluation.front import KINDS, compare, contenders, front, refused, summary, table
+from examples.benchmarks.evaluation.plots import over_cost
 from examples.benchmarks.evaluation.prompts import read_captions
 from examples.benchmarks.evaluation.rivals import FIXED, NEED_GUIDANCE, RIVALS
 from examples.benchmarks.evaluation.solvers import SOLVERS, own_spacing, spacings_of
@@ -102,7 +103,7 @@ def printed(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 
 def report(plain: pd.DataFrame, rows: pd.DataFrame, impossible: dict[str, str], folder: Path, console: Console) -> None:
-    """Print the tables, and write them as Markdown, CSV and JSON."""
+    """Print the tables, and write them as Markdown, CSV and JSON, with a figure."""
     fronts = pd.concat([front(plain, kind) for kind in KINDS])
     compared = compare(rows, plain)
     summed = summary(compared)
@@ -116,6 +117,7 @@ def report(plain: pd.DataFrame, rows: pd.DataFrame, impossible: dict[str, str], 
         print_table(console, title, headings, lines)
         for ending in ("md", "csv"):
             write_table(folder / f"{title}.{ending}", headings, lines)
+    over_cost(fronts, compared, folder / "front.png")
     found = {"plain": plain, "front": fronts, "comparison": compared, "summary": summed}
     records = {
         title: frame.astype(object).where(frame.notna(), None).to_dict("records") for title, frame in found.items()

@@ -18,13 +18,41 @@ PAGE = (ROOT / "docs/settings.md").read_text().replace("\N{GREEK SMALL LETTER AL
 PAGE = PAGE.replace("\N{MULTIPLICATION SIGN}", "x")
 CONFIGS = {"SD-1.5": "sd15", "SDXL": "sdxl", "PixArt-alpha": "pixart_alpha", "LCM-SDXL": "lcm_sdxl"}
 GUIDED = ["SD-1.5", "SDXL", "PixArt-alpha"]
+# The class of a denoiser and its configuration: diffusers' defaults, and what differs from them.
+DENOISERS = {
+    "Stable Video Diffusion": ("UNetSpatioTemporalConditionModel", {"sample_size": 96}),
+    "SD 3.5 Large": (
+        "SD3Transformer2DModel",
+        {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+        | {"qk_norm": "rms_norm", "pos_embed_max_size": 192},
+    ),
+    "FLUX.1-dev": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "Qwen-Image": ("QwenImageTransformer2DModel", {}),
+    "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {"guidance_embeds": True}),
+    "CogVideoX 2B": ("CogVideoXTransformer3DModel", {}),
+}
+# Or by a row of gains.json.
+GAINS = {
+    "Wan 2.1 1.3B": "Wan 2.1 1.3B",
+    "Wan 14B": "Wan 2.1 14B, 1280",
+    "LTX": "LTX",
+    "Sana": "Sana",
+    "Stable Audio": "Stable Audio",
+}
 # For a row, by how its first cell begins.
 PIPELINES = {
     "SD-1.5": "sd",
     "SDXL": "sdxl",
+    "SD 3.5": "sd3",
     "PixArt-alpha": "pixart_alpha",
+    "Sana": "sana",
     "FLUX.1-dev": "flux",
+    "Qwen-Image": "qwen",
     "Wan": "wan",
+    "LTX-Video": "ltx",
+    "HunyuanVideo": "hunyuan_video",
+    "CogVideoX": "cogvideox",
+    "Stable Audio": "stable_audio",
     "Stable Video Diffusion": "svd",
     "AnimateDiff": "animatediff",
     "LCM-SDXL": "lcm_sdxl",
@@ -39,27 +67,35 @@ def table(heading):
     return {line[0]: line[1:] for line in lines if set(line[0]) != {"-"}}
 
 
-BY_MODEL = {name: cells for name, cells in table("By model").items() if name != "you have"}
-PUBLISHED = {name: cells for name, cells in table("The published method").items() if name != "you have"}
+BY_MODEL = {name: cells for name, cells in table("By model").items() if name != "model"}
+PUBLISHED = {name: cells for name, cells in table("The published method").items() if name != "model"}
 # What the testbeds took in 25 steps: UNets, transformers.
-PLANS = re.findall(r'`levels="([FH-]+)"` for', PAGE)
-TRANSFORMERS = ("PixArt-alpha", "FLUX.1-dev", "Wan")
+PLANS = re.findall(r"`([FH-]{25})` for", PAGE)
+UNETS = ("SD-1.5", "SDXL", "Stable Video", "AnimateDiff")
 # Called without guidance of two halves.
-UNGUIDED = ("LCM with", "FLUX.1-dev")
+UNGUIDED = ("LCM", "FLUX.1-dev", "HunyuanVideo")
+TICKS = {True: "\N{CHECK MARK}", False: "\N{EN DASH}"}
+
+
+def of(rows, name):
+    """What belongs to a row, by how its first cell begins."""
+    return rows.get(max((begin for begin in rows if name.startswith(begin)), key=len, default=None))
+
+
+def gains_of(name):
+    """The row of gains.json for a model, if it has one."""
+    begin = of(GAINS, name)
+    return next((row for row in gains.ROWS if begin and row["model"].startswith(begin)), None)
 
 
 @functools.cache
 def denoiser(name):
     """The denoiser of a row, without weights."""
     with torch.device("meta"):
-        if name.startswith("Stable Video Diffusion"):
-            # diffusers' defaults are its configuration.
-            return diffusers.UNetSpatioTemporalConditionModel(sample_size=96)
-        if name.startswith("FLUX.1-dev"):
-            return diffusers.FluxTransformer2DModel(guidance_embeds=True)
-        if name.startswith("Wan"):
-            (row,) = (row for row in gains.ROWS if "Wan 2.1 1.3B" in row["model"])
-            return diffusers.WanTransformer3DModel(**row["config"])
+        if found := of(DENOISERS, name):
+            return getattr(diffusers, found[0])(**found[1])
+        if row := gains_of(name):
+            return getattr(diffusers, row["class"])(**row["config"])
         if name.startswith("AnimateDiff"):
             return diffusers.UNetMotionModel.from_unet2d(denoiser("SD-1.5"), diffusers.MotionAdapter())
         config = CONFIGS[name.removeprefix("LCM with ").split(",")[0]]
@@ -73,15 +109,16 @@ def count(name, line, steps=25, **settings):
     frames = re.search(r"(\d+) frames", name)
     settings |= {"width": int(size[1]), "height": int(size[2])} if size else {}
     settings |= {"num_frames": int(frames[1])} if frames else {}
+    settings = (gains_of(name) or {"size": {}})["size"] | settings
     if name.startswith(UNGUIDED):
         settings["do_classifier_free_guidance"] = False
-    schedule = eval(line, {"apply_tgate": schedule_of, "pipe": None})
+    schedule = eval(line, {"apply_tgate": schedule_of, "TGateSchedule": TGateSchedule, "pipe": None})
     return estimate_cost(denoiser(name), schedule, steps, dtype=torch.float16, **settings)
 
 
 def schedule_of(pipe, gate_step="auto", **settings):
     """In the place of `apply_tgate`."""
-    return TGateSchedule(gate_step, **settings)
+    return gate_step if isinstance(gate_step, TGateSchedule) else TGateSchedule(gate_step, **settings)
 
 
 def by_name(names):
@@ -107,29 +144,55 @@ def steps_of(name):
     return 4 if name.startswith("LCM") else 25
 
 
-@pytest.mark.parametrize(("name", "cells"), [*BY_MODEL.items(), *PUBLISHED.items()])
-def test_a_line_can_be_pasted(name, cells):
-    case = BY_NAME[PIPELINES[max((begin for begin in PIPELINES if name.startswith(begin)), key=len)]]
+LINES = [
+    pytest.param(name, cells[0], marks=[] if name.startswith((*GUIDED, "FLUX", "LCM", "Wan 2")) else pytest.mark.slow)
+    for name, cells in [*BY_MODEL.items(), *PUBLISHED.items()]
+]
+
+
+@pytest.mark.parametrize(("name", "line"), LINES)
+def test_a_line_can_be_pasted(name, line):
+    case = BY_NAME[of(PIPELINES, name)]
     if not case.is_there:
         pytest.skip("this diffusers has no such pipeline")
     pipe = case.build()
-    eval(cells[0], {"apply_tgate": apply_tgate, "pipe": pipe})
+    eval(line, {"apply_tgate": apply_tgate, "TGateSchedule": TGateSchedule, "pipe": pipe})
     case.run(pipe, num_inference_steps=steps_of(name))
     report = get_tgate_report(pipe)
     assert report.num_inference_steps == steps_of(name)
     # Where the run decides, one with random weights may have good reason to stay full.
-    assert report.cross_attention_reused or "gate_step" not in cells[0]
+    assert report.cross_attention_reused or line == "apply_tgate(pipe)"
 
 
 @pytest.mark.parametrize("name", by_name(BY_MODEL))
 def test_figures_of_a_model(name):
-    line, planned, ceiling, memory = BY_MODEL[name]
+    line, _, guidance, cross_attention, forecast, planned, ceiling, memory = BY_MODEL[name]
     cost = count(name, line, steps_of(name))
     assert ceiling == bound(cost)
-    plan = PLANS[name.startswith(TRANSFORMERS)]
-    decides = line == "apply_tgate(pipe)"
-    assert planned == (bound(count(name, f"apply_tgate(pipe, levels={plan!r})")) if decides else ceiling)
+    if line == "apply_tgate(pipe)":
+        plan = PLANS[not name.startswith(UNETS)]
+        assert planned == bound(count(name, f"apply_tgate(pipe, {plan!r})"))
+    else:
+        assert planned == ceiling
     assert memory.split(" MiB")[0] == mebibytes(cost)
+    # Without guidance no forward has half the batch; what is on request takes memory in a run that asks for it.
+    assert guidance == TICKS[cost.report.half_batch_forwards > 0 and not name.startswith(UNGUIDED)]
+    assert forecast == TICKS["-" in cost.report.levels]
+    if cross_attention == "on request":
+        assert not cost.report.kept_layers
+        assert count(name, line, steps_of(name), cross_attention=True).report.kept_layers
+    else:
+        assert cross_attention == TICKS[cost.report.kept_layers > 0]
+
+
+def test_the_readme_has_rows_of_this_page():
+    readme = (ROOT / "README.md").read_text().replace("\N{GREEK SMALL LETTER ALPHA}", "alpha")
+    readme = readme.replace("\N{MULTIPLICATION SIGN}", "x")
+    begin = readme.index("| 25 steps, `apply_tgate(pipe)` |")
+    rows = [line.strip("| ").split(" | ") for line in readme[begin:].split("\n\n")[0].splitlines()[2:]]
+    assert rows
+    for name, *figures in rows:
+        assert figures == BY_MODEL[name][-3:], name
 
 
 @pytest.mark.parametrize("name", by_name(PUBLISHED))

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from examples.benchmarks import yardstick
@@ -225,6 +226,8 @@ def test_a_run_writes_tables_goes_on_where_it_was_and_takes_more_settings(tmp_pa
     assert {row["kind"] for row in results["front"]} == {"offered", "by hand"}
     headings = (tmp_path / "comparison.md").read_text().splitlines()[0]
     assert headings.startswith("| row | cost | full | half | forecast | psnr | ahead of as many | ahead of offered |")
+    with Image.open(tmp_path / "front.png") as picture:
+        assert picture.width == 800
     summed = pd.read_csv(tmp_path / "summary.csv")
     assert list(summed.row) == ["trailing tgate tolerance=0.2", "trailing interval 2", "trailing interval 3"]
     before = {file: file.stat().st_mtime_ns for file in [tmp_path / "reference.npy", *tmp_path.glob("cells/*")]}

@@ -1,6 +1,8 @@
 """A gated denoiser compiles without a graph break: a graph each for compute, store and reuse, and none later."""
 
 import contextlib
+import copy
+import itertools
 import sys
 import threading
 
@@ -12,9 +14,10 @@ from torch._dynamo.testing import CompileCounter
 from examples.benchmarks.cost_table import load_denoiser
 from examples.benchmarks.random_pipelines import narrowed, random_inputs, random_pipeline
 from tests.support.compiling import compile_blocks, compile_in_place, exchange_for_compiled
+from tests.support.settings import apply_settings
 from tests.zoo.case import quiet, thorough
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
+from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, remove_tgate
 from tgate_processors._internal.install.recompile_limit import RaisedRecompileLimit, restore_recompile_limit
 
 SLOW = pytest.mark.slow
@@ -52,7 +55,7 @@ def test_other_latents_of_a_callback_are_computed_anew():
         latents = case.run(pipe, [0, 1], num_inference_steps=12, callback_on_step_end=resample)
         return latents, get_tgate_report(pipe)
 
-    pipe = apply_tgate(case.build(), 8, sp_interval=6, fi_interval=2)
+    pipe = apply_tgate(case.build(), TGateSchedule(8, sp_interval=6, fi_interval=2))
     expected, report = run()
     compile_in_place(pipe, case, "eager")
     latents, told = run()
@@ -73,6 +76,36 @@ def test_three_graphs_and_none_for_other_prompts_steps_and_scales(name):
         for call, plain in zip(other_calls(case), expected, strict=True):
             torch.testing.assert_close(case.run(pipe, **call), plain)
     assert counter.frame_count == 3
+
+
+@SLOW
+@pytest.mark.parametrize("settings", [[{}], [{"tolerance": 100}, {"gate_step": "FFFF-F--FHFH"}]], ids=["one", "two"])
+def test_a_warm_up_plan_makes_all_the_graphs_that_later_requests_need(settings):
+    case = BY_NAME["pixart_alpha"]
+    base = case.build()
+    pipes = [copied(base) for _ in settings]
+    counter = CompileCounter()
+    compile_in_place(base, case, counter)
+    for pipe in pipes:
+        apply_tgate(pipe, "FFHH")
+    with room_for_graphs():
+        for pipe, prompts in itertools.product(pipes, ([0], [0, 1])):
+            case.run(pipe, prompts, num_inference_steps=4)
+        made = counter.frame_count
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for pipe, given in zip(pipes, settings, strict=True):
+                apply_tgate(pipe, **given)
+            for pipe, prompts in itertools.product(pipes, ([1], [1, 0])):
+                case.run(copied(pipe), prompts, num_inference_steps=12)
+                assert get_tgate_report(pipe).num_inference_steps != 12
+    assert counter.frame_count == made > 1
+
+
+def copied(pipe):
+    """A copy for a call that overlaps with others."""
+    other = copy.copy(pipe)
+    other.scheduler = copy.deepcopy(pipe.scheduler)
+    return other
 
 
 # The transformer stands for all: it compiles in a fifth of the time. Compiled in place it is in the test above.
@@ -309,7 +342,7 @@ def test_calls_that_overlap_leave_the_limit_as_it_was():
 @SLOW
 def test_self_attention_at_intervals_needs_a_graph_for_each_pair_of_actions():
     case = BY_NAME["pixart_alpha"]
-    pipe = apply_tgate(case.build(), 10, sp_interval=5, warm_up=2)
+    pipe = apply_tgate(case.build(), TGateSchedule(10, sp_interval=5, warm_up=2))
     expected = case.run(pipe, num_inference_steps=25)
     compile_in_place(pipe, case, counter := CompileCounter())
     torch.testing.assert_close(case.run(pipe, num_inference_steps=25), expected)
@@ -344,7 +377,7 @@ class BorrowedMemory:
 @pytest.mark.parametrize("name", ["pixart_alpha", pytest.param("lcm_pixart", marks=SLOW)])
 def test_what_is_stored_outlives_the_memory_of_compiled_code(name, compile_it, settings):
     case = BY_NAME[name]
-    pipe = apply_tgate(case.build(), 3, **settings)
+    pipe = apply_settings(case.build(), 3, **settings)
     expected = case.run(pipe)
     compile_it(pipe, case, BorrowedMemory())
     for _ in range(2):

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from tests.support.settings import apply_settings
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
 
@@ -59,7 +60,7 @@ def test_no_wait_for_the_device_is_added(case, settings):
         return sum("synchroniz" in str(warning.message) for warning in caught)
 
     plain = waits()
-    apply_tgate(pipe, 3, **settings)
+    apply_settings(pipe, 3, **settings)
     assert waits() <= plain
 
 

@@ -8,9 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.offload import group_offload_by_blocks, group_offload_by_leaves, model_offload, skip_if_missing
+from tests.support.settings import apply_settings
 from tests.zoo.addons import lora
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
+from tgate_processors import get_tgate_report, remove_tgate
 from tgate_processors._internal.families import attention_modules
 
 pytestmark = pytest.mark.slow
@@ -55,11 +56,11 @@ def test_features_put_in_before_and_after_give_the_same(kind, put, way):
     before, after = kind.build(), kind.build()
     put(before, kind, None)
     plain = kind.run(before)
-    apply_tgate(before, **way)
+    apply_settings(before, **way)
     first = kind.run(before)
     halves = get_tgate_report(before).half_batch_forwards
     assert halves > 0
-    put(apply_tgate(after, **way), kind, None)
+    put(apply_settings(after, **way), kind, None)
     torch.testing.assert_close(kind.run(after), first)
     assert get_tgate_report(after).half_batch_forwards == halves
     torch.testing.assert_close(kind.run(after), first)
@@ -75,7 +76,7 @@ def test_features_put_in_before_and_after_give_the_same(kind, put, way):
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["sana", "wan"], indirect=True)
 def test_several_pictures_of_a_prompt_equal_that_prompt_several_times(kind):
-    pipe = apply_tgate(kind.build(), **WAYS[1])
+    pipe = apply_settings(kind.build(), **WAYS[1])
     together = kind.run(pipe, [0, 0])
     inputs = kind.inputs([0])
     name = "num_images_per_prompt" if kind.name == "sana" else "num_videos_per_prompt"
@@ -85,7 +86,7 @@ def test_several_pictures_of_a_prompt_equal_that_prompt_several_times(kind):
 
 
 def test_a_callback_sees_every_step_and_the_latents_of_both(kind):
-    pipe = apply_tgate(kind.build(), **WAYS[1])
+    pipe = apply_settings(kind.build(), **WAYS[1])
     expected, seen = kind.run(pipe), []
 
     def callback(pipe, step, timestep, tensors):
@@ -121,7 +122,7 @@ def test_a_backend_of_attention_is_that_of_the_gated_layers(kind, when):
     # Sana's processors have no choice.
     chooses = kind.name != "sana"
     with Kernels() as kernels:
-        gated = kind.run(apply_tgate(pipe, **both))
+        gated = kind.run(apply_settings(pipe, **both))
         assert kernels.fused
         if when == "before":
             remove_tgate(pipe)
@@ -129,7 +130,7 @@ def test_a_backend_of_attention_is_that_of_the_gated_layers(kind, when):
         with attention_backend("native"):
             pipe.transformer.set_attention_backend("_native_math")
         if when == "before":
-            apply_tgate(pipe, **both)
+            apply_settings(pipe, **both)
         kernels.fused = 0
         torch.testing.assert_close(kind.run(pipe), gated)
         assert bool(kernels.fused) is not chooses
@@ -139,4 +140,4 @@ def test_a_backend_of_attention_is_that_of_the_gated_layers(kind, when):
         torch.testing.assert_close(kind.run(pipe), plain)
         assert bool(kernels.fused) is not chooses
     pipe.transformer.reset_attention_backend()
-    assert torch.equal(kind.run(apply_tgate(pipe, **both)), gated)
+    assert torch.equal(kind.run(apply_settings(pipe, **both)), gated)

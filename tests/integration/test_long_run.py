@@ -10,9 +10,10 @@ import psutil
 import pytest
 import torch
 
+from tests.support.settings import apply_settings
 from tests.zoo.catalogue import BY_NAME
 from tests.zoo.core import with_scheduler
-from tgate_processors import apply_tgate, is_tgate_applied, remove_tgate
+from tgate_processors import is_tgate_applied, remove_tgate
 
 SCHEDULERS = ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler"]
 SETTINGS = [
@@ -57,7 +58,7 @@ def test_memory_is_flat_and_results_are_those_of_fresh_pipelines():
 
     def fresh(scheduler, settings, options):
         pipe = with_scheduler(case.build(), scheduler)
-        return call(pipe if settings is None else apply_tgate(pipe, **settings), options)
+        return call(pipe if settings is None else apply_settings(pipe, **settings), options)
 
     expected = {}
     for plan in plans:
@@ -72,7 +73,7 @@ def test_memory_is_flat_and_results_are_those_of_fresh_pipelines():
         if settings is None:
             remove_tgate(pipe)
         else:
-            apply_tgate(pipe, **settings)
+            apply_settings(pipe, **settings)
         if number % 10 == 0:
             with contextlib.suppress(Broken):
                 call(pipe, options, callback_on_step_end=break_off)

@@ -8,10 +8,11 @@ import threading
 import pytest
 import torch
 
+from tests.support.settings import apply_settings
 from tests.support.states import state_of
 from tests.zoo.case import quiet
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
+from tgate_processors import get_tgate_report, remove_tgate
 
 STEPS = {"num_inference_steps": 4}
 PREDICTED = {"gate_step": 2, "guidance": "predict", "cfg_interval": 2}
@@ -45,7 +46,7 @@ class Server:
         self.more = more
         self.right = {kind: self.alone(settings) for kind, settings in self.kinds.items()}
         self.before = state_of(self.base, case)
-        self.gated = apply_tgate(self.around(), **PREDICTED, **more)
+        self.gated = apply_settings(self.around(), **PREDICTED, **more)
 
     @property
     def kinds(self):
@@ -59,7 +60,7 @@ class Server:
 
     def alone(self, settings):
         pipe = self.case.build()
-        return self.case.run(pipe if settings is None else apply_tgate(pipe, **settings, **self.more), **STEPS)
+        return self.case.run(pipe if settings is None else apply_settings(pipe, **settings, **self.more), **STEPS)
 
     def serve(self, number):
         """A request; gives what was wrong with it."""
@@ -70,7 +71,7 @@ class Server:
         else:
             pipe = self.around()
             if kind != "plain":
-                apply_tgate(pipe, **(PREDICTED if kind == "predicted" else DROPPED), **self.more)
+                apply_settings(pipe, **(PREDICTED if kind == "predicted" else DROPPED), **self.more)
         if kind == "cancelled":
             with pytest.raises(Cancelled):
                 self.case.run(pipe, **STEPS, callback_on_step_end=cancel)

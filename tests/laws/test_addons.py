@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support.paths import ROOT
-from tests.support.settings import computed
+from tests.support.settings import apply_settings, computed
 from tests.zoo.addons import FRAMES, HOSTS
 from tests.zoo.case import TIERS, Case, rows, thorough
 from tests.zoo.catalogue import BY_NAME
@@ -60,7 +60,7 @@ COUNTED += [thorough(name, "v1") for name in ("ip_adapter", "sdxl_loras", "anima
 @pytest.mark.parametrize(("name", "version"), COUNTED)
 def test_to_k_runs_exactly_as_the_schedule_says(name, version):
     host, settings = BY_NAME[name], SETTINGS[version]
-    pipe = apply_tgate(host.build(), **settings)
+    pipe = apply_settings(host.build(), **settings)
     assert (type(pipe).__name__, host.row, host.stays) in matrix()
     seen, kinds = count(getattr(pipe, host.denoiser))
     host.run(pipe)

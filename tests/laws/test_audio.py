@@ -9,7 +9,7 @@ import torch
 
 from tests.support.comparing import distance
 from tests.support.counting import count, samples_of
-from tests.support.settings import EVERY, FIXED, PATIENT
+from tests.support.settings import EVERY, FIXED, PATIENT, apply_settings
 from tests.zoo.audio import SOUND, SOUND_TWO, ace_step, kandinsky6
 from tests.zoo.case import STEPS, rows
 from tests.zoo.inventory import shell
@@ -45,13 +45,13 @@ def test_guidance_with_a_memory_cannot_be_dropped_but_predicted(kind):
     message = re.escape('guidance="drop" is not possible') + r".* gate_step=3 and guidance=\"predict\", or"
     for settings in ({}, {"cross_attention": False}, {"guidance": "drop"}):
         with pytest.raises(ValueError, match=message):
-            apply_tgate(pipe, GATE, **settings)
+            apply_settings(pipe, GATE, **settings)
         assert not is_tgate_applied(pipe)
     with pytest.raises(ValueError, match=message):
         estimate_cost(pipe, TGateSchedule(GATE), STEPS)
     # Nothing is dropped where a model is only watched.
     assert measure_convergence(pipe, [kind.inputs([0])]).steps["error"].notna().any()
-    alone = kind.run(apply_tgate(pipe, **PREDICT, cross_attention=False))
+    alone = kind.run(apply_settings(pipe, **PREDICT, cross_attention=False))
     assert get_tgate_report(pipe).half_batch_forwards == STEPS - GATE
     assert 0 < distance(alone, plain) < 1
     # Why: two equal halves, as half steps would give them, do not end it.
@@ -211,7 +211,7 @@ def test_several_videos_of_a_prompt_and_a_budget(kind):
     bounds = [estimate_cost(pipe, TGateSchedule(**PREDICT), STEPS, **size, cross_attention=c) for c in (False, True)]
     whole = bounds[1].report.peak_bytes - bounds[0].report.peak_bytes
     generators = {"generator": [torch.Generator().manual_seed(seed) for seed in (500, 501)]}
-    kind.run(apply_tgate(pipe, **PREDICT, max_memory=whole // 2), **given, **generators)
+    kind.run(apply_settings(pipe, **PREDICT, max_memory=whole // 2), **given, **generators)
     cost = estimate_cost(pipe, TGateSchedule(**PREDICT), STEPS, **size, max_memory=whole // 2)
     assert cost.report == get_tgate_report(pipe)
     assert 0 < cost.report.kept_layers < 4

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tests.support.settings import FIXED, full_steps
+from tests.support.settings import FIXED, apply_settings, full_steps
 from tests.zoo.audio import CLASS_CONDITIONED
 from tests.zoo.case import STEPS, rows
-from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied
+from tgate_processors import get_tgate_report, is_tgate_applied
 
 ALONE = {"cross_attention": False}
 DROP = {"gate_step": 3}
@@ -23,7 +23,7 @@ def test_guidance_is_gated_alone_and_nothing_else(kind):
     baseline = kind.run(pipe)
     for settings in (DROP, FIXED):
         seen.clear()
-        gated = kind.run(apply_tgate(pipe, **settings, **ALONE))
+        gated = kind.run(apply_settings(pipe, **settings, **ALONE))
         full = full_steps(STEPS, settings) if settings is FIXED else range(3)
         assert seen == [2 if step in full else 1 for step in range(STEPS)]
         report = get_tgate_report(pipe)
@@ -33,7 +33,7 @@ def test_guidance_is_gated_alone_and_nothing_else(kind):
 
 @every
 def test_a_call_without_guidance_is_the_plain_one(kind):
-    pipe = apply_tgate(kind.build(), **FIXED, **ALONE)
+    pipe = apply_settings(kind.build(), **FIXED, **ALONE)
     assert torch.equal(kind.run(pipe, **kind.off), kind.plain(**kind.off))
     assert get_tgate_report(pipe).half_batch_forwards == 0
 
@@ -43,5 +43,5 @@ def test_a_call_without_guidance_is_the_plain_one(kind):
 def test_cross_attention_that_is_none_is_not_gated(kind, settings):
     pipe = kind.build()
     with pytest.raises(ValueError, match=r"attends to no text.* apply_tgate\(pipe, cross_attention=False\) gates gui"):
-        apply_tgate(pipe, 3, **settings)
+        apply_settings(pipe, 3, **settings)
     assert not is_tgate_applied(pipe)

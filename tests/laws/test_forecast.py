@@ -1,5 +1,7 @@
 """Forecast steps: the denoiser is not called, and the pipeline gets what its last outputs lead to."""
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -8,14 +10,14 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch._dynamo.testing import CompileCounter
 
-from tests.support.comparing import distance
+from tests.support.comparing import assert_same_but_for_rounding, distance
 from tests.support.compiling import compile_in_place
 from tests.support.counting import count, is_cross, samples_of
 from tests.support.custom_loops import Loop, built
 from tests.support.macs import sizes, taken
 from tests.support.offload import group_offload_by_leaves, model_offload, sequential_offload, skip_if_missing
 from tests.support.operations import operations
-from tests.support.settings import FORECAST, LEVELS
+from tests.support.settings import FORECAST, LEVELS, apply_settings
 from tests.zoo.case import STEPS, Case, images, quiet, rows, slow, thorough
 from tests.zoo.catalogue import ALL, BY_NAME
 from tests.zoo.core import with_scheduler
@@ -94,7 +96,7 @@ def test_a_plan_gives_the_levels_that_it_says(case: Case):
 @pytest.mark.parametrize("name", ["sd", "pixart_alpha", slow("sdxl")])
 def test_layers_run_in_no_forecast_step(name):
     case = BY_NAME[name]
-    pipe = apply_tgate(case.build(), **LEVELS)
+    pipe = apply_settings(case.build(), **LEVELS)
     seen = count(pipe, case)
     case.run(pipe)
     assert seen.pop("denoiser") == [2, 2, 2, 1]
@@ -230,7 +232,7 @@ def test_what_has_no_guidance_of_halves_at_all_is_forecast():
     apply_tgate(pipe, tolerance=0)
     assert torch.equal(drawn(), baseline)
     for settings, levels in ((FORECAST, "FFF--F"), ({"levels": "FFF-F-"}, "FFF-F-")):
-        calls = calls_of(apply_tgate(pipe, **settings), case)
+        calls = calls_of(apply_settings(pipe, **settings), case)
         first = drawn()
         assert get_tgate_report(pipe).levels == levels
         assert calls["denoiser"] == levels.count("F")
@@ -279,7 +281,7 @@ def test_the_estimate_is_what_a_run_takes(name, settings):
     cost = estimate_cost(
         pipe, TGateSchedule(**settings), STEPS, do_classifier_free_guidance=True, batch_size=2, **sizes(case)
     )
-    assert cost.with_tgate == taken(apply_tgate(pipe, **settings), case, [0, 1])
+    assert cost.with_tgate == taken(apply_settings(pipe, **settings), case, [0, 1])
     report = get_tgate_report(pipe)
     errors = {name: getattr(report, name) for name in ("prediction_errors", "forecast_errors")}
     assert replace(cost.report, **errors) == report
@@ -290,7 +292,7 @@ def test_what_a_users_hook_makes_of_an_output_is_forecast_too():
     case = BY_NAME["sd"]
 
     def drawn(add):
-        pipe = apply_tgate(case.build(), **LEVELS)
+        pipe = apply_settings(case.build(), **LEVELS)
         pipe.unet.register_forward_hook(lambda module, args, output: (output[0] + add, *output[1:]))
         given, _ = guided_outputs(case, pipe)
         return given
@@ -303,7 +305,7 @@ def test_what_a_users_hook_makes_of_an_output_is_forecast_too():
 @pytest.mark.parametrize("settings", [LEVELS, FORECAST], ids=["plan", "auto"])
 def test_latents_and_text_that_a_callback_gives_begin_anew(settings):
     case = BY_NAME["sd"]
-    pipe = apply_tgate(case.build(), **settings)
+    pipe = apply_settings(case.build(), **settings)
     for name in ("latents", "prompt_embeds"):
 
         def exchange(pipe, step, timestep, tensors, name=name):
@@ -323,17 +325,17 @@ class Merging(Loop):
 
 def test_a_text_that_the_loop_itself_exchanges_is_computed():
     case = BY_NAME["sd"]
-    pipe = apply_tgate(built("sd", Loop), **FORECAST)
+    pipe = apply_settings(built("sd", Loop), **FORECAST)
     case.run(pipe)
     assert get_tgate_report(pipe).levels == "FFF--H"
-    pipe = apply_tgate(built("sd", Merging), **FORECAST)
+    pipe = apply_settings(built("sd", Merging), **FORECAST)
     case.run(pipe)
     assert get_tgate_report(pipe).levels == "FFFFFF"
 
 
 def test_settings_of_the_denoiser_that_change_are_computed():
     case = BY_NAME["sd_controlnet"]
-    pipe = apply_tgate(case.build(), **FORECAST)
+    pipe = apply_settings(case.build(), **FORECAST)
     case.run(pipe)
     assert get_tgate_report(pipe).levels == "FFF--H"
     # Its scale becomes zero in the fourth step of six.
@@ -351,7 +353,7 @@ class Weakening(Loop):
 
 def test_a_scale_in_the_arguments_of_the_denoiser_that_changes_is_computed():
     case = BY_NAME["sd"]
-    pipe = apply_tgate(built("sd", Weakening), levels="FFF--F")
+    pipe = apply_tgate(built("sd", Weakening), "FFF--F")
     case.run(pipe)
     assert get_tgate_report(pipe).levels == "FFFF-F"
 
@@ -373,19 +375,19 @@ def test_what_may_count_its_calls_gets_all_of_them():
     own = Counting()
     name = next(iter(pipe.unet.attn_processors))
     pipe.unet.set_attn_processor({**pipe.unet.attn_processors, name: own})
-    case.run(apply_tgate(pipe, **FORECAST))
+    case.run(apply_settings(pipe, **FORECAST))
     assert own.calls == STEPS
     assert get_tgate_report(pipe).levels == "F" * STEPS
     own.calls = 0
-    case.run(apply_tgate(pipe, **FORECAST, custom_processors="gate"))
+    case.run(apply_settings(pipe, **FORECAST, custom_processors="gate"))
     assert get_tgate_report(pipe).levels == "FFF--H"
     assert own.calls == 4
 
 
 def test_another_number_of_steps_than_the_plan_has_is_refused_before_the_first():
     case = BY_NAME["sd"]
-    pipe = apply_tgate(case.build(), **LEVELS)
-    with pytest.raises(ValueError, match="is a plan for 6 steps, and 7 run"):
+    pipe = apply_settings(case.build(), **LEVELS)
+    with pytest.raises(ValueError, match="each of the 7 steps that run, got 6"):
         case.run(pipe, num_inference_steps=7)
     assert get_tgate_report(pipe).num_inference_steps == 0
     remove_tgate(pipe)
@@ -394,9 +396,9 @@ def test_another_number_of_steps_than_the_plan_has_is_refused_before_the_first()
 
 def test_a_report_is_a_plan_for_the_same_again():
     case = BY_NAME["sd"]
-    pipe = apply_tgate(case.build(), **FORECAST)
+    pipe = apply_settings(case.build(), **FORECAST)
     drawn = case.run(pipe)
-    assert torch.equal(case.run(apply_tgate(pipe, levels=get_tgate_report(pipe).levels)), drawn)
+    assert torch.equal(case.run(apply_tgate(pipe, get_tgate_report(pipe).levels)), drawn)
 
 
 @pytest.mark.parametrize(("scheduler", "passes"), [("HeunDiscreteScheduler", 2), ("PNDMScheduler", 1)])
@@ -405,7 +407,7 @@ def test_a_step_is_forecast_with_all_its_passes(scheduler, passes):
     pipe = with_scheduler(case.build(), scheduler)
     baseline = case.run(pipe)
     calls = calls_of(pipe, case)
-    case.run(apply_tgate(pipe, **FORECAST))
+    case.run(apply_settings(pipe, **FORECAST))
     report = get_tgate_report(pipe)
     # Two passes of the second step show an error already.
     assert report.levels == "FFH--H"
@@ -415,9 +417,41 @@ def test_a_step_is_forecast_with_all_its_passes(scheduler, passes):
     assert torch.equal(case.run(apply_tgate(pipe, tolerance=0)), baseline)
 
 
+@pytest.mark.parametrize("name", ["sd", slow("sd_controlnet"), slow("wan")])
+@pytest.mark.parametrize("step", [slow(0), slow(1), 2, slow(3), slow(4)])
+def test_a_run_that_fails_in_any_step_of_a_plan_leaves_nothing(name, step):
+    case = BY_NAME[name]
+    pipe = apply_settings(case.build(), **LEVELS)
+    expected = case.run(pipe)
+
+    def fail(pipe, index, timestep, tensors):
+        if index == step:
+            raise RuntimeError("no more")
+        return tensors
+
+    with pytest.raises(RuntimeError, match="no more"):
+        case.run(pipe, callback_on_step_end=fail)
+    # The user's callback comes before the step ends for T-GATE.
+    assert get_tgate_report(pipe).levels == LEVELS["levels"][:step]
+    assert torch.equal(case.run(pipe), expected)
+    assert torch.equal(case.run(remove_tgate(pipe)), case.plain())
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
+)
+def test_a_copy_has_the_same_plan(clone):
+    case = BY_NAME["sd"]
+    pipe = apply_settings(case.build(), **LEVELS)
+    expected = case.run(pipe)
+    other = quiet(clone(pipe))
+    assert_same_but_for_rounding(case.run(other), expected)
+    assert get_tgate_report(other).levels == LEVELS["levels"]
+
+
 def test_two_threads_do_not_mix():
     case = BY_NAME["sd"]
-    first, second = (apply_tgate(case.build(), **FORECAST) for _ in range(2))
+    first, second = (apply_settings(case.build(), **FORECAST) for _ in range(2))
     expected = [case.run(first, [number]) for number in range(2)]
     with ThreadPoolExecutor(2) as pool:
         found = [*pool.map(lambda job: case.run(*job), [(first, [0]), (second, [1])])]
@@ -429,9 +463,9 @@ def test_nothing_is_moved_for_a_forecast_step(way, tmp_path):
     skip_if_missing(way)
     case = BY_NAME["sd"]
     pipe = case.build()
-    expected = case.run(apply_tgate(case.build(), **LEVELS))
+    expected = case.run(apply_settings(case.build(), **LEVELS))
     way(pipe, case, tmp_path)
-    apply_tgate(pipe, **LEVELS)
+    apply_settings(pipe, **LEVELS)
     moved, hook = [], getattr(pipe.unet, "_hf_hook", None)
     if way is model_offload:
         pre_forward = hook.pre_forward
@@ -442,11 +476,11 @@ def test_nothing_is_moved_for_a_forecast_step(way, tmp_path):
 
 def test_no_graph_is_compiled_for_a_forecast_step():
     case = BY_NAME["pixart_alpha"]
-    expected = case.run(apply_tgate(case.build(), **FORECAST))
+    expected = case.run(apply_settings(case.build(), **FORECAST))
     torch._dynamo.reset()
     pipe, counter = case.build(), CompileCounter()
     compile_in_place(pipe, case, counter)
-    apply_tgate(pipe, **FORECAST)
+    apply_settings(pipe, **FORECAST)
     torch.testing.assert_close(case.run(pipe), expected)
     # Compute; compute and store; reuse.
     assert counter.frame_count == 3

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.settings import apply_settings
 from tests.zoo.core import GOLDEN, load_golden
-from tgate_processors import apply_tgate
 
 GOLDEN_CASES = json.loads((GOLDEN / "cases.json").read_text())["cases"]
 LATENTS = load_file(GOLDEN / "latents.safetensors")
@@ -67,7 +67,7 @@ def trace(pipe):
 @pytest.mark.parametrize("case", GOLDEN_CASES, ids=lambda case: case["id"])
 def test_latents_and_where_attention_runs_are_those_of_the_published_implementation(case):
     pipe, helper = build(case)
-    calls = trace(apply_tgate(pipe, **case["tgate"], deepcache=helper))
+    calls = trace(apply_settings(pipe, **case["tgate"], deepcache=helper))
     ours, golden = call(pipe, case), LATENTS[case["id"]]
     assert (ours - golden).abs().max() / golden.abs().max() < 1e-4
     assert calls == case["trace"]

@@ -9,7 +9,7 @@ import torch
 from tests.support.comparing import distance
 from tests.support.custom_loops import OwnLoop
 from tests.support.macs import taken
-from tests.support.settings import EVERY, FIXED, PATIENT, full_steps
+from tests.support.settings import EVERY, FIXED, PATIENT, apply_settings, full_steps
 from tests.zoo.case import STEPS, TIERS, Case, rows
 from tests.zoo.catalogue import BY_NAME, JOINT_ATTENTION, MOST
 from tests.zoo.cross_attention import TOKENS, assemble, text, together
@@ -69,7 +69,7 @@ def test_half_steps_compute_one_half_and_no_layer_is_touched(kind: Case, setting
     # Of the tokens of a given picture nothing is kept.
     whole = tokens_of(given[0], noises[0], kind)
     layers = processors(pipe)
-    apply_tgate(pipe, **settings, **ALONE)
+    apply_settings(pipe, **settings, **ALONE)
     gated = kind.run(pipe)
     assert gated.isfinite().all()
     assert not torch.equal(gated, baseline)
@@ -85,7 +85,7 @@ def test_half_steps_compute_one_half_and_no_layer_is_touched(kind: Case, setting
 
 @every
 def test_the_denoiser_runs_on_both_halves_in_full_steps_and_on_one_in_half_steps(kind: Case):
-    pipe = apply_tgate(kind.build(), **FIXED, **ALONE)
+    pipe = apply_settings(kind.build(), **FIXED, **ALONE)
     seen = rows_seen(pipe.transformer, kind.first)
     controlled = rows_seen(pipe.controlnet, kind.first_of_control or kind.first) if kind.control else []
     prompts = [0, 1] if kind.batches else [0]
@@ -119,7 +119,7 @@ def test_the_scheduler_gets_the_guidance_that_is_computed_or_predicted(kind: Cas
     # Registered before T-GATE's: sees what the pipeline gives.
     note = pipe.transformer.register_forward_pre_hook
     handle = note(lambda module, args, kwargs: calls.append((tuple(args), dict(kwargs))), with_kwargs=True)
-    apply_tgate(pipe, **settings, **ALONE)
+    apply_settings(pipe, **settings, **ALONE)
     noises = watch_scheduler(pipe)
     kind.run(pipe)
     report = get_tgate_report(pipe)
@@ -179,7 +179,7 @@ def test_a_compiled_denoiser_gives_the_same_and_counts_no_attention(kind: Case):
         pipe.transformer.compile(backend="eager")
     else:
         pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    apply_tgate(pipe, **FIXED, **ALONE)
+    apply_settings(pipe, **FIXED, **ALONE)
     torch.testing.assert_close(kind.run(pipe), kind.gated(**FIXED, **ALONE))
     report = get_tgate_report(pipe)
     assert report.full_steps == full_of(FIXED)
@@ -188,7 +188,7 @@ def test_a_compiled_denoiser_gives_the_same_and_counts_no_attention(kind: Case):
 
 @every_slow
 def test_a_call_without_guidance_is_the_plain_one_and_says_so(kind: Case, caplog):
-    pipe, off = apply_tgate(kind.build(), **DROP, **ALONE), kind.off
+    pipe, off = apply_settings(kind.build(), **DROP, **ALONE), kind.off
     assert torch.equal(kind.run(pipe, **off), kind.plain(**off))
     assert get_tgate_report(pipe).half_batch_forwards == 0
     (message,) = (record.message for record in caplog.records if "tgate" in record.name)
@@ -203,8 +203,8 @@ def test_skip_layer_guidance_stays_on_as_it_is(kind: Case):
     baseline = kind.run(pipe, **skipping)
     assert not torch.equal(baseline, kind.plain())
     for settings in EVERY:
-        assert torch.equal(kind.run(apply_tgate(pipe, **settings, **ALONE), **skipping), baseline)
-    apply_tgate(pipe, **FIXED, **ALONE)
+        assert torch.equal(kind.run(apply_settings(pipe, **settings, **ALONE), **skipping), baseline)
+    apply_settings(pipe, **FIXED, **ALONE)
     seen = rows_seen(pipe.transformer, kind.first)
     kind.run(pipe, **skipping)
     # It makes one more forward on one half in each step but the first and the last.
@@ -217,8 +217,8 @@ def test_every_section_of_a_video_has_a_gate_of_its_own(kind: Case):
     pipe, two = kind.build(), {"num_frames": 10}
     plain = kind.run(pipe, **two)
     for settings in EVERY:
-        assert torch.equal(kind.run(apply_tgate(pipe, **settings, **ALONE), **two), plain)
-    apply_tgate(pipe, **FIXED, **ALONE)
+        assert torch.equal(kind.run(apply_settings(pipe, **settings, **ALONE), **two), plain)
+    apply_settings(pipe, **FIXED, **ALONE)
     seen = rows_seen(pipe.transformer, kind.first)
     kind.run(pipe, **two)
     full = full_of(FIXED)
@@ -230,8 +230,8 @@ def test_every_section_of_a_video_has_a_gate_of_its_own(kind: Case):
 def test_calls_before_the_loop_run_as_without_tgate(kind: Case):
     pipe, baseline = kind.build(), kind.plain()
     for settings in EVERY:
-        assert torch.equal(kind.run(apply_tgate(pipe, **settings, **ALONE)), baseline)
-    apply_tgate(pipe, **FIXED, **ALONE)
+        assert torch.equal(kind.run(apply_settings(pipe, **settings, **ALONE)), baseline)
+    apply_settings(pipe, **FIXED, **ALONE)
     seen = rows_seen(pipe.transformer, kind.first)
     assert not torch.equal(kind.run(pipe), baseline)
     full = full_of(FIXED)
@@ -266,7 +266,7 @@ def test_the_estimate_is_what_a_run_takes(kind: Case, settings):
     }
     cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **given)
     assert cost.without_tgate.total == taken(pipe, kind, prompts, linear=True).total
-    gated = taken(apply_tgate(pipe, **settings, **ALONE), kind, prompts, linear=True)
+    gated = taken(apply_settings(pipe, **settings, **ALONE), kind, prompts, linear=True)
     assert cost.with_tgate.total == gated.total
     assert cost.report == get_tgate_report(pipe)
 
@@ -279,7 +279,7 @@ def test_what_reads_its_inputs_is_not_counted(kind: Case):
 
 @pytest.mark.parametrize("kind", rows([BY_NAME["qwen"]]))
 def test_a_scale_without_a_negative_prompt_does_not_guide(kind: Case, caplog):
-    pipe = apply_tgate(kind.build(), **DROP, **ALONE)
+    pipe = apply_settings(kind.build(), **DROP, **ALONE)
     absent = {"negative_prompt_embeds": None, "negative_prompt_embeds_mask": None}
     assert torch.equal(kind.run(pipe, **absent), kind.plain(**absent))
     assert "It guides with true_cfg_scale above 1 and a negative prompt." in caplog.text
@@ -287,7 +287,7 @@ def test_a_scale_without_a_negative_prompt_does_not_guide(kind: Case, caplog):
 
 @pytest.mark.parametrize("kind", rows([BY_NAME["lumina2"], EVEN[0]]))
 def test_guidance_that_ends_by_itself_is_refused(kind: Case):
-    pipe = apply_tgate(kind.build(), **DROP, **ALONE)
+    pipe = apply_settings(kind.build(), **DROP, **ALONE)
     name = "cfg_trunc_ratio" if kind.name == "lumina2" else "cfg_truncation"
     with pytest.raises(ValueError, match=rf"{name}=0\.25 ends the guidance of {kind.pipeline} by itself"):
         kind.run(pipe, **{name: 0.25})
@@ -299,7 +299,7 @@ def test_guidance_that_ends_by_itself_is_refused(kind: Case):
 def test_the_unconditional_half_of_a_list_may_stay(kind: Case):
     pipe, calls = kind.build(), []
     handle = pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(args))
-    apply_tgate(pipe, **DROP, **ALONE, cfg_half="unconditional")
+    apply_settings(pipe, **DROP, **ALONE, cfg_half="unconditional")
     noises = watch_scheduler(pipe)
     kind.run(pipe)
     remove_tgate(pipe)
@@ -311,7 +311,7 @@ def test_the_unconditional_half_of_a_list_may_stay(kind: Case):
 
 @pytest.mark.parametrize("kind", rows([EVEN[0]]))
 def test_the_user_finds_a_list_and_may_ask_for_several_pictures(kind: Case):
-    pipe = apply_tgate(kind.build(), **FIXED, **ALONE)
+    pipe = apply_settings(kind.build(), **FIXED, **ALONE)
     seen = []
     handle = pipe.transformer.register_forward_hook(lambda module, args, output: seen.append((args, output[0])))
     one = kind.inputs([0, 1])
@@ -329,9 +329,9 @@ def test_the_user_finds_a_list_and_may_ask_for_several_pictures(kind: Case):
 def test_a_scale_that_changes_in_every_step_needs_a_number(kind: Case):
     pipe, dynamic = kind.build(), {"use_dynamic_cfg": True}
     baseline = kind.run(pipe, **dynamic)
-    apply_tgate(pipe, **EVERY[0], **ALONE)
+    apply_settings(pipe, **EVERY[0], **ALONE)
     assert torch.equal(kind.run(pipe, **dynamic), baseline)
-    kind.run(apply_tgate(pipe, **FIXED, **ALONE), **dynamic)
+    kind.run(apply_settings(pipe, **FIXED, **ALONE), **dynamic)
     assert get_tgate_report(pipe).full_steps == full_of(FIXED)
     with pytest.raises(ValueError, match="use_dynamic_cfg=True changes the guidance scale of CogVideoXPipeline"):
         kind.run(apply_tgate(pipe, **ALONE), **dynamic)
@@ -366,7 +366,7 @@ def test_distilled_guidance_has_no_half_to_leave_out_but_whole_steps(alone):
     fill = assemble("FluxFillPipeline", transformer=pipe.transformer, scheduler=pipe.scheduler, vae=pipe.vae)
     for settings in ({"forecast": False}, {"gate_step": GATE}, {"levels": "FFH"}):
         with pytest.raises(ValueError, match=r"so there is no half to leave out. Whole steps .*: apply_tgate\(pipe\)"):
-            apply_tgate(fill, **settings, **alone)
+            apply_settings(fill, **settings, **alone)
     perturbed = sd3("StableDiffusion3PAGPipeline")
     with pytest.raises(ValueError, match=r"attention is joint, guidance alone .* is not two halves, .* What helps"):
         apply_tgate(perturbed, GATE, **alone)
@@ -383,7 +383,7 @@ def test_what_is_joint_is_refused_with_what_to_do(kind: Case):
     ):
         apply_tgate(pipe, cross_attention=True)
     with pytest.raises(ValueError, match=r"fi_interval=2 reuse self-attention, .* leave them out"):
-        apply_tgate(pipe, GATE, fi_interval=2, **ALONE)
+        apply_tgate(pipe, TGateSchedule(GATE, fi_interval=2), **ALONE)
     assert not is_tgate_applied(pipe)
 
 
@@ -401,17 +401,17 @@ class Mixing:
 def test_processors_of_ones_own_leave_guidance_whole(kind: Case, caplog):
     pipe = kind.build()
     pipe.transformer.set_attn_processor({name: Mixing(p) for name, p in pipe.transformer.attn_processors.items()})
-    assert torch.equal(kind.run(apply_tgate(pipe, **FIXED, **ALONE)), kind.plain())
+    assert torch.equal(kind.run(apply_settings(pipe, **FIXED, **ALONE)), kind.plain())
     assert "and all of guidance stays on" in caplog.text
-    apply_tgate(pipe, **FIXED, **ALONE, custom_processors="gate")
+    apply_settings(pipe, **FIXED, **ALONE, custom_processors="gate")
     assert torch.equal(kind.run(pipe), kind.gated(**FIXED, **ALONE))
 
 
 @pytest.mark.parametrize("kind", rows(JOINT_ATTENTION, default={"sd3", "qwen"}))
 def test_what_the_model_has_is_gated_by_default(kind: Case):
-    pipe = apply_tgate(kind.build(), **FIXED)
+    pipe = apply_settings(kind.build(), **FIXED)
     gated = kind.run(pipe)
     report = get_tgate_report(pipe)
     assert report.half_batch_forwards > 0
     assert report.peak_bytes > 0 == report.kept_layers
-    assert torch.equal(gated, kind.run(apply_tgate(pipe, **FIXED, **ALONE)))
+    assert torch.equal(gated, kind.run(apply_settings(pipe, **FIXED, **ALONE)))

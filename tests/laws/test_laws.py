@@ -9,7 +9,7 @@ import torch
 
 from tests.support.comparing import Stop, assert_same_but_for_rounding, distance
 from tests.support.counting import is_cross, keys_of
-from tests.support.settings import EVERY, FIXED, PATIENT
+from tests.support.settings import EVERY, FIXED, PATIENT, apply_settings
 from tests.support.states import assert_same, check_restored, snapshot
 from tests.zoo.addons import HOSTS
 from tests.zoo.case import STEPS, Case, rows
@@ -179,7 +179,7 @@ def test_apply_twice_replaces_and_one_removal_is_enough(case: Case):
 
 
 def test_no_output_of_an_attention_layer_outlives_the_call(case: Case):
-    pipe = apply_tgate(case.build(), **V2)
+    pipe = apply_settings(case.build(), **V2)
     outputs = []
     for module in attention_modules(getattr(pipe, case.denoiser)).values():
         module.register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))

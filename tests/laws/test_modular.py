@@ -4,12 +4,13 @@ import copy
 import functools
 import gc
 import logging
+import math
 
 import diffusers
 import pytest
 import torch
 
-from tests.support.settings import FORECAST
+from tests.support.settings import FORECAST, apply_settings
 from tests.zoo.case import seeded
 from tests.zoo.catalogue import BY_NAME
 from tests.zoo.modular import IS_THERE, MODULAR, Modular, hunyuan
@@ -80,7 +81,7 @@ def test_full_steps_are_plain_half_steps_call_once_and_removal_restores_everythi
 def test_full_steps_alone_change_no_bit(case, settings):
     pipe = case.build()
     plain = case.run(pipe, [0, 1], num_inference_steps=STEPS)
-    calls = counted(case, apply_tgate(pipe, **settings))
+    calls = counted(case, apply_settings(pipe, **settings))
     assert torch.equal(case.run(pipe, [0, 1], num_inference_steps=STEPS), plain)
     assert set(calls.values()) == {2}
     assert len(calls) == STEPS
@@ -89,8 +90,8 @@ def test_full_steps_alone_change_no_bit(case, settings):
 @pytest.mark.parametrize("settings", SETTINGS, ids=["auto", "drop", "predict"])
 def test_a_half_step_is_one_call_and_agrees_with_the_classic_pipeline(case, settings):
     classic = case.classic.build()
-    pipe = apply_tgate(case.build(), **settings)
-    apply_tgate(classic, **settings, cross_attention=False)
+    pipe = apply_settings(case.build(), **settings)
+    apply_settings(classic, **settings, cross_attention=False)
     expected = case.unpacked(case.classic.run(classic, num_inference_steps=STEPS))
     calls = counted(case, pipe)
     latents = case.run(pipe, num_inference_steps=STEPS)
@@ -113,8 +114,8 @@ def test_a_half_step_is_one_call_and_agrees_with_the_classic_pipeline(case, sett
 @pytest.mark.parametrize("settings", [FORECAST, {"levels": "FFF--HF-FH-F"}], ids=["auto", "plan"])
 def test_a_forecast_step_is_no_call_and_agrees_with_the_classic_pipeline(case, settings):
     classic = case.classic.build()
-    pipe = apply_tgate(case.build(), **settings)
-    apply_tgate(classic, **settings, cross_attention=False)
+    pipe = apply_settings(case.build(), **settings)
+    apply_settings(classic, **settings, cross_attention=False)
     expected = case.unpacked(case.classic.run(classic, num_inference_steps=STEPS))
     calls = counted(case, pipe)
     latents = case.run(pipe, num_inference_steps=STEPS)
@@ -135,7 +136,7 @@ def test_without_guidance_a_guider_is_asked_for_nothing_in_a_forecast_step():
     pipe.guider = pipe.guider.new(enabled=False)
     plain = WAN.run(pipe)
     assert torch.equal(WAN.run(apply_tgate(pipe, tolerance=0)), plain)
-    calls = counted(WAN, apply_tgate(pipe, **FORECAST))
+    calls = counted(WAN, apply_settings(pipe, **FORECAST))
     WAN.run(pipe)
     assert get_tgate_report(pipe).levels == "FFF--F"
     assert list(calls.values()) == [1] * 4
@@ -285,7 +286,7 @@ def test_an_interval_of_guidance_stays_an_interval(sdxl, settings):
     assert torch.equal(SDXL.run(apply_tgate(sdxl, tolerance=0), num_inference_steps=STEPS), plain)
     calls.clear()
     sdxl.guider._step = sdxl.guider._num_inference_steps = None
-    SDXL.run(apply_tgate(sdxl, **settings), num_inference_steps=STEPS)
+    SDXL.run(apply_settings(sdxl, **settings), num_inference_steps=STEPS)
     asked = [2 if 3 <= step < 9 else 1 for step in range(STEPS)]
     full = get_tgate_report(sdxl).full_steps
     assert list(calls.values()) == [number if step in full else 1 for step, number in enumerate(asked)]
@@ -371,7 +372,7 @@ def test_a_guider_of_the_users_is_judged_by_what_it_changes(sdxl):
 @pytest.mark.thorough
 def test_settings_of_attention_layers_are_refused(sdxl, settings, message):
     with pytest.raises(ValueError, match=message):
-        apply_tgate(sdxl, **settings)
+        apply_settings(sdxl, **settings)
     assert type(sdxl) is diffusers.StableDiffusionXLModularPipeline
 
 
@@ -463,7 +464,7 @@ def test_a_loop_that_tells_its_guider_something_else_is_refused(twice):
     [
         ({"gate_step": 3}, (0, 1, 2)),
         ({"gate_step": 3, "guidance": "predict"}, (0, 1, 2, 5)),
-        ({"tolerance": 1e6, "forecast": False}, (0, 1, 2, 4, 5, 6, 7, 9)),
+        ({"tolerance": math.inf, "forecast": False}, (0, 1, 2, 4, 5, 6, 7, 9)),
         (FORECAST, (0, 1, 2, 5, 6, 7)),
     ],
     ids=["drop", "predict", "auto", "forecast"],
@@ -483,7 +484,7 @@ def test_text_that_a_block_exchanges_gets_a_full_step_where_guidance_is_predicte
         loop = functools.reduce(lambda block, name: block.sub_blocks[name], ["denoise"] * 3, blocks)
         loop.sub_blocks.insert("travel", Travel(), 2)
 
-    sdxl = apply_tgate(SDXL.build(change), **settings)
+    sdxl = apply_settings(SDXL.build(change), **settings)
     calls = counted(SDXL, sdxl)
     SDXL.run(sdxl, num_inference_steps=STEPS)
     report = get_tgate_report(sdxl)

@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.support.operations import operations
+from tests.support.settings import apply_settings
 from tests.zoo.case import slow, thorough
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report
@@ -39,7 +40,7 @@ def test_with_a_late_gate_torch_is_asked_for_the_very_same_operations(case):
 def test_gating_adds_averages_and_halves_and_no_wait(case, settings):
     pipe = case.build()
     plain = operations(case, pipe)
-    gated = operations(case, apply_tgate(pipe, 3, **settings))
+    gated = operations(case, apply_settings(pipe, 3, **settings))
     assert gated.waiting <= plain.waiting + (case.name == "svd")
     more = Counter(gated.names) - Counter(plain.names)
     asked = {"aten._local_scalar_dense.default", "aten.max.default", "aten.gt.Scalar"} if case.name == "svd" else set()
@@ -79,7 +80,7 @@ def test_the_peak_is_that_of_the_plain_run_and_the_announced_bytes(name, guidanc
 
     run()
     plain = peak_bytes(run)
-    apply_tgate(pipe, 3, **settings)
+    apply_settings(pipe, 3, **settings)
     run()
     gated, announced = peak_bytes(run), get_tgate_report(pipe).peak_bytes
     assert 0 < announced < plain
@@ -121,7 +122,7 @@ def test_the_average_needs_no_more_than_itself():
 
 @versions
 def test_what_is_kept_keeps_nothing_larger_alive(case, settings):
-    pipe = apply_tgate(case.build(), 3, **settings)
+    pipe = apply_settings(case.build(), 3, **settings)
     denoiser = getattr(pipe, case.denoiser)
     kept = []
 

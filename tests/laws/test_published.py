@@ -4,8 +4,8 @@ import pytest
 import tgate
 
 from tests.support.comparing import distance
+from tests.support.settings import apply_settings
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import apply_tgate
 
 
 @pytest.mark.parametrize(("name", "loader"), [("svd", "TgateSVDLoader"), ("pixart_sigma", "TgatePixArtSigmaLoader")])
@@ -19,6 +19,6 @@ from tgate_processors import apply_tgate
 )
 def test_latents_are_those_of_the_published_package(name, loader, settings):
     case = BY_NAME[name]
-    ours = case.run(apply_tgate(case.build(), **settings))
+    ours = case.run(apply_settings(case.build(), **settings))
     output = getattr(tgate, loader)(case.build()).tgate(**case.inputs([0]), **settings)
     assert distance(ours, output.frames if case.video else output.images) < 1e-4

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.support.settings import apply_settings
 from tests.zoo.case import slow, thorough
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report
@@ -51,7 +52,7 @@ def check(case):
     for values in (OFF, OFF_AND_ON, OTHER):
         plain = outcome(case, case.build(), values)
         for settings in ({"gate_step": 1000, "guidance": "predict"}, {"tolerance": 0}):
-            gated = outcome(case, apply_tgate(case.build(), **settings, cross_attention=False), values)
+            gated = outcome(case, apply_settings(case.build(), **settings, cross_attention=False), values)
             if isinstance(plain, Exception):
                 assert type(gated) is type(plain) or "T-GATE" in str(gated), (values, gated)
             else:

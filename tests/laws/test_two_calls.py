@@ -10,7 +10,7 @@ from tests.support.counting import is_cross, keys_of, samples_of
 from tests.support.custom_loops import OwnLoop
 from tests.support.macs import COUNTED, taken
 from tests.support.offload import group_offload_by_leaves, model_offload, skip_if_missing
-from tests.support.settings import FIXED, PATIENT, SETTINGS, computed, full_steps
+from tests.support.settings import FIXED, PATIENT, SETTINGS, apply_settings, computed, full_steps
 from tests.zoo.case import STEPS, TIERS, Case, rows, thorough
 from tests.zoo.catalogue import BY_NAME, MOST, SEQUENTIAL
 from tgate_processors import (
@@ -58,7 +58,7 @@ def full_of(kind, settings):
 @pytest.mark.parametrize("cross", [False, True], ids=["guidance alone", "cross-attention too"])
 @pytest.mark.parametrize("settings", [DROP, FIXED, pytest.param(PATIENT, marks=TIERS["thorough"])], ids=str)
 def test_the_second_call_of_a_half_step_does_not_run(kind: Case, settings, cross):
-    pipe = apply_tgate(kind.build(), **settings, cross_attention=cross)
+    pipe = apply_settings(kind.build(), **settings, cross_attention=cross)
     seen = {name: defaultdict(list) for name in experts(pipe)}
     for name, part in experts(pipe).items():
         part.register_forward_hook(lambda module, args, output, name=name: seen[name]["denoiser"].append(1))
@@ -109,7 +109,7 @@ def read_of(kind, output):
 @kinds_once
 @pytest.mark.parametrize("settings", [FIXED, pytest.param(PATIENT, marks=TIERS["thorough"])], ids=["fixed", "auto"])
 def test_the_second_call_of_a_half_step_gives_the_first_and_the_prediction(kind: Case, settings):
-    pipe = apply_tgate(kind.build(), **settings)
+    pipe = apply_settings(kind.build(), **settings)
     noises, outputs = watch(pipe)
     kind.run(pipe)
     report, errors, before = get_tgate_report(pipe), [], 0
@@ -180,7 +180,7 @@ def test_dropped_guidance_leaves_the_conditional_output(kind: Case, cross):
 @WAN_SLOW
 def test_self_attention_is_kept_for_each_call(kind: Case):
     settings = SETTINGS["v2"]
-    pipe = apply_tgate(kind.build(), **settings, cross_attention=True)
+    pipe = apply_settings(kind.build(), **settings, cross_attention=True)
     given = defaultdict(list)
     for name, layer in attention_modules(pipe.transformer).items():
         if "attn1" in name:
@@ -262,7 +262,7 @@ def test_the_estimate_is_what_a_run_takes(kind: Case, settings, cross):
     pipe = kind.build()
     cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **kind.size, **COUNTED, cross_attention=cross)
     assert cost.without_tgate == taken(pipe, kind, [0, 1])
-    assert cost.with_tgate == taken(apply_tgate(pipe, **settings, cross_attention=cross), kind, [0, 1])
+    assert cost.with_tgate == taken(apply_settings(pipe, **settings, cross_attention=cross), kind, [0, 1])
     report = get_tgate_report(pipe)
     assert cost.report.peak_bytes == report.peak_bytes
     assert cost.report.half_batch_forwards == report.half_batch_forwards > 0
@@ -287,7 +287,7 @@ def test_every_segment_of_a_video_has_a_gate_of_its_own(kind: Case):
 @pytest.mark.parametrize("kind", rows([BY_NAME["chronoedit"]], default=()))
 @pytest.mark.parametrize(("settings", "full"), [(DROP, (0, 1, 2, 4)), (FIXED, (0, 1, 3, 4, 5))], ids=["drop", "fixed"])
 def test_frames_that_are_dropped_after_the_gate_get_a_full_step(kind: Case, settings, full):
-    pipe = apply_tgate(kind.build(), **settings, cross_attention=True)
+    pipe = apply_settings(kind.build(), **settings, cross_attention=True)
     frames = []
     note = pipe.transformer.register_forward_pre_hook
     note(lambda module, args, kwargs: frames.append(kwargs["hidden_states"].shape[2]), with_kwargs=True)
@@ -308,7 +308,7 @@ def test_what_cannot_be_told_is_refused(kind: Case):
     pipe = kind.build()
     with pytest.raises(ValueError, match=r"cfg_half='unconditional' is not possible: .* is two calls of its denoiser"):
         apply_tgate(pipe, GATE, cfg_half="unconditional")
-    with pytest.raises(TypeError, match="cross_attention=1 is of type int: give True or False"):
+    with pytest.raises(TypeError, match="`cross_attention` must be True or False, got 1 of type int"):
         apply_tgate(pipe, GATE, cross_attention=1)
     with pytest.raises(ValueError, match="a callback alone cannot leave one out: use apply_tgate"):
         kind.run(pipe, callback_on_step_end=TGateCallback(TGateSchedule(GATE)))
@@ -325,6 +325,7 @@ def test_what_cannot_be_told_is_refused(kind: Case):
     ("calls", "message"),
     [
         (1, "step 0 ended with one call of the denoiser, where T-GATE expects two with classifier-free guidance"),
+        (1, "the conditional one first. If each process makes one of them (CFG parallelism), there is no half to skip"),
         (3, "the denoiser was called 3 times in step 0, where T-GATE expects 2 with classifier-free guidance on"),
     ],
 )

@@ -48,6 +48,7 @@ def test_the_public_names_are_these():
         "TGateReport",
         "TGateSchedule",
         "apply_tgate",
+        "calibrate_schedule",
         "estimate_cost",
         "get_tgate_report",
         "is_tgate_applied",

@@ -1,5 +1,9 @@
 """Settings that many tests use, and what they mean, written out once more."""
 
+import math
+
+from tgate_processors import TGateSchedule, apply_tgate
+
 SETTINGS = {
     "v1": {"gate_step": 2},
     "gate_1": {"gate_step": 1},
@@ -21,9 +25,9 @@ def computed(step, steps, gate_step, sp_interval=1, fi_interval=1, warm_up=0):
 FIXED = {"gate_step": 2, "guidance": "predict", "cfg_interval": 2}
 AUTO = {"gate_step": "auto", "forecast": False}
 # Tiny pipelines with random weights predict badly: this accepts whatever comes.
-PATIENT = {**AUTO, "tolerance": 1e6}
+PATIENT = {**AUTO, "tolerance": math.inf}
 # The same with forecast steps.
-FORECAST = {"gate_step": "auto", "tolerance": 1e6}
+FORECAST = {"gate_step": "auto", "tolerance": math.inf}
 LEVELS = {"levels": "FF-FH-"}
 EVERY = [{"gate_step": 3, "guidance": "predict", "cfg_interval": 1}, {**AUTO, "tolerance": 0}]
 
@@ -34,3 +38,15 @@ def full_steps(steps, settings):
         return tuple(step for step in (0, 1, 2, 4, 7, 11) if step < steps)
     gate, interval = settings["gate_step"], settings["cfg_interval"]
     return tuple(step for step in range(steps) if step < gate or (step - gate + 1) % interval == 0)
+
+
+# What a schedule says and `apply_tgate` does not take by itself.
+_OF_SCHEDULE = ("sp_interval", "fi_interval", "warm_up", "cfg_interval", "forecast", "levels")
+
+
+def apply_settings(pipe, gate_step="auto", **settings):
+    """`apply_tgate` with settings of the schedule among the others."""
+    if any(name in settings for name in _OF_SCHEDULE):
+        names = [name for name in (*_OF_SCHEDULE, "guidance", "tolerance") if name in settings]
+        gate_step = TGateSchedule(gate_step, **{name: settings.pop(name) for name in names})
+    return apply_tgate(pipe, gate_step, **settings)

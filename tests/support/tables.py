@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import diffusers
+
 from tests.zoo.addons import HOSTS
 from tests.zoo.catalogue import CROSS_ATTENTION, JOINT_ATTENTION, SEQUENTIAL
 from tests.zoo.inventory import AS_ANOTHER, forecast_only
@@ -14,7 +16,7 @@ from tgate_processors._internal.families.family import Family
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs/pipelines.md")
-CALLS = {1: "one batch", 2: "two calls"}
+CALLS = {1: "batch", 2: "two calls"}
 NO_HALVES = {
     "its guidance is distilled into it": "guidance is distilled into the denoiser",
     "is not two halves": "guidance has several parts",
@@ -32,47 +34,52 @@ def pipelines(*headings: str, rows: Mapping[str, str]) -> str:
     return table(*headings, rows=((f"`{name}`", rows[name]) for name in sorted(rows, key=str.lower)))
 
 
-def after_the_gate(family: Family) -> str:
-    """What becomes of guidance, in the words of the README."""
+def skipped(family: Family) -> str:
+    """What half steps leave out, in the words of the README."""
     if family.layout.joint:
-        alone = "[guidance alone](docs/pipelines.md#guidance-alone)"
-        return f"predicted, or dropped: {alone} is gated"
-    return "predicted, or dropped" + (": the second call is left out" if family.layout.calls_per_step > 1 else "")
+        return "half of guidance"
+    return "half of guidance, and cross-attention" + (
+        "" if family.layout.gates_cross_by_default else " if you ask for it"
+    )
 
 
 def models() -> str:
-    """Families by how they are gated."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    """Families by what half steps leave out."""
+    groups: dict[str, list[str]] = {}
     for family in FAMILIES:
-        groups.setdefault((f"`{family.pipeline_attribute}`", after_the_gate(family)), []).append(family.models)
-    rows = ((", ".join(names), *group) for group, names in groups.items())
-    return table("models", "denoiser", "guidance after the gate", rows=rows)
+        groups.setdefault(skipped(family), []).append(family.models)
+    return table("models", "half steps skip", rows=((", ".join(names), what) for what, names in groups.items()))
+
+
+def held(kind: str) -> str | None:
+    """The class of the denoiser that a pipeline class has, by the types of its arguments."""
+    pipeline = getattr(diffusers, kind, None)
+    if pipeline is None:
+        return None
+    init = next(vars(base)["__init__"] for base in pipeline.__mro__ if "__init__" in vars(base))
+    named = {str(init.__annotations__.get(name)) for name in ("unet", "transformer")}
+    found = [family.denoiser_class for family in FAMILIES if re.search(rf"\b{family.denoiser_class}\b", str(named))]
+    # ControlNet-XS takes the plain UNet too, and makes its own of it.
+    return found[-1]
 
 
 def denoisers() -> str:
-    """Every family."""
-    gated = {True: "cross-attention and guidance", False: "guidance; cross-attention too if you ask for it"}
+    """Every family, and the pipelines that are tested with it."""
+    around: dict[str | None, set[str]] = {}
+    for kind in [*CROSS_ATTENTION, *SEQUENTIAL, *JOINT_ATTENTION]:
+        around.setdefault(held(kind.pipeline), set()).add(kind.pipeline)
+    gated = {True: "yes", False: "on request"}
     rows = (
         (
             family.models,
             f"`{family.denoiser_class}`",
+            ", ".join(f"`{name}`" for name in sorted(around.get(family.denoiser_class, ()), key=str.lower)) or "below",
             CALLS[family.layout.calls_per_step],
-            "guidance alone" if family.layout.joint else gated[family.layout.gates_cross_by_default],
+            "no" if family.layout.joint else gated[family.layout.gates_cross_by_default],
         )
         for family in FAMILIES
     )
-    return table("models", "class of the denoiser", "guidance", "what is gated", rows=rows)
-
-
-def families() -> str:
-    """Pipelines around the denoisers with cross-attention."""
-    rows = {kind.pipeline: kind.kept or "no guidance" for kind in [*CROSS_ATTENTION, *SEQUENTIAL]}
-    return pipelines("pipeline class", "half that stays by default", rows=rows)
-
-
-def joint() -> str:
-    """Pipelines around those with joint attention."""
-    return pipelines("pipeline class", "guidance", rows={kind.pipeline: CALLS[kind.calls] for kind in JOINT_ATTENTION})
+    return table("models", "denoiser", "tested pipelines", "guidance", "cross-attention", rows=rows)
 
 
 def as_another() -> str:
@@ -89,10 +96,15 @@ def forecast() -> str:
 def hosts() -> str:
     """What people build around a denoiser. The class of such a pipeline is known once it is made."""
     rows = ((f"`{type(host.build()).__name__}`", host.row, host.stays) for host in HOSTS)
-    return table("pipeline class", "what", "stays after the gate", rows=rows)
+    return table("pipeline class", "what", "half that stays", rows=rows)
 
 
-TABLES = {each.__name__: each for each in (models, denoisers, families, joint, forecast, as_another)}
+def all_are_there() -> bool:
+    """Whether this diffusers has all pipelines; without some of them the table of denoisers cannot be made."""
+    return all(map(held, (kind.pipeline for kind in [*CROSS_ATTENTION, *SEQUENTIAL, *JOINT_ATTENTION])))
+
+
+TABLES = {each.__name__: each for each in (models, denoisers, forecast, as_another)}
 
 
 def rewritten(page: str, tables: Mapping[str, Callable[[], str]]) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 
+from tests.support.settings import apply_settings
 from tests.zoo.case import seeded, slow
 from tests.zoo.catalogue import BY_NAME
 from tests.zoo.cross_attention import assemble, ltx, ltx2, model, wan_vae
@@ -41,16 +42,20 @@ def still_works(pipe, baseline):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"gate_step": 0}, ValueError, "gate_step=0 is too small: give"),
-        ({"gate_step": -1}, ValueError, "gate_step=-1 is too small: give"),
-        ({"gate_step": True}, TypeError, "gate_step=True is of type bool: give"),
-        ({"gate_step": "10"}, TypeError, "gate_step='10' is of type str: give"),
-        ({"gate_step": 1.5}, ValueError, "gate_step=1.5 is not a share of the steps: give"),
-        ({"gate_step": math.nan}, ValueError, "gate_step=nan is not a share of the steps: give"),
-        ({"sp_interval": 0}, ValueError, "sp_interval=0 is too small: give"),
-        ({"fi_interval": 0}, ValueError, "fi_interval=0 is too small: give"),
-        ({"warm_up": -1}, ValueError, "warm_up=-1 is too small: give"),
-        ({"cfg_half": "negative"}, ValueError, 'cfg_half must be "unconditional" or "conditional", not \'negative\'.'),
+        ({"gate_step": 0}, ValueError, 'such as "FFFF-F--FH" or a TGateSchedule, got 0.'),
+        ({"gate_step": -1}, ValueError, "got -1."),
+        ({"gate_step": True}, TypeError, "got True of type bool."),
+        ({"gate_step": "10"}, ValueError, "got '10'. Write 10 without quotes."),
+        ({"gate_step": 1.5}, ValueError, "between 0 and 1, a plan"),
+        ({"gate_step": math.nan}, ValueError, "got nan."),
+        ({"sp_interval": 0}, ValueError, "`sp_interval` must be an int of at least 1, got 0."),
+        ({"fi_interval": 0}, ValueError, "`fi_interval` must be an int of at least 1, got 0."),
+        ({"warm_up": -1}, ValueError, "`warm_up` must be an int of at least 0, got -1."),
+        (
+            {"cfg_half": "negative"},
+            ValueError,
+            '"unconditional" or "conditional", got \'negative\'.',
+        ),
         ({"gate": 3}, TypeError, "unexpected keyword argument 'gate'"),
         ({"deepcache": 3}, TypeError, "deepcache=3 is of type int: give a DeepCacheSDHelper"),
     ],
@@ -59,13 +64,13 @@ def test_a_bad_setting(settings, error, message):
     pipe = CASE.build()
     baseline = CASE.plain()
     with pytest.raises(error, match=re.escape(message)):
-        apply_tgate(pipe, **settings)
+        apply_settings(pipe, **settings)
     still_works(pipe, baseline)
     # Nor does it touch what is applied already.
     expected = CASE.gated(3)
     apply_tgate(pipe, 3)
     with pytest.raises(error, match=re.escape(message)):
-        apply_tgate(pipe, **settings)
+        apply_settings(pipe, **settings)
     assert torch.equal(CASE.run(pipe), expected)
 
 
@@ -90,7 +95,7 @@ def test_numbers_of_every_kind_are_taken(given, meant):
 
 @pytest.mark.parametrize("given", [torch.tensor([3]), np.array([0.5]), torch.tensor(True), 1j, None, [3]], ids=str)
 def test_what_is_no_number_is_refused(given):
-    with pytest.raises(TypeError, match=r"gate_step=.* is of type \w+: give a number of steps"):
+    with pytest.raises(TypeError, match=r"`gate_step` must be .*a number of steps.* got .* of type \w+\."):
         TGateSchedule(given)
 
 
@@ -151,7 +156,7 @@ def untouched():
 @pytest.mark.parametrize("value", ODD, ids=lambda value: f"{type(value).__module__}.{type(value).__name__}")
 def test_what_is_no_setting_at_all_is_refused_by_name_everywhere(value, untouched):
     pipe, schedule = untouched, TGateSchedule(2)
-    ways = [(name, lambda name=name: apply_tgate(pipe, **{name: value})) for name in APPLIED]
+    ways = [(name, lambda name=name: apply_settings(pipe, **{name: value})) for name in APPLIED]
     ways += [(name, lambda name=name: TGateSchedule(**{name: value})) for name in SCHEDULED]
     ways += [
         (name, lambda name=name: estimate_cost(pipe, schedule, **{"num_inference_steps": 5, name: value}))
@@ -473,7 +478,7 @@ def test_what_a_callback_exchanges_in_motif_gets_a_full_step(name, caplog):
         run([4])
         assert get_tgate_report(pipe).full_steps == steps
     for settings, levels in (({"forecast": False}, "FFFHFFFFH"), ({}, "FFF--FFFH")):
-        apply_tgate(pipe, tolerance=1e6, **settings)
+        apply_settings(pipe, tolerance=math.inf, **settings)
         run([4])
         assert get_tgate_report(pipe).levels == levels
     assert not caplog.records
@@ -522,3 +527,94 @@ def test_an_unknown_denoiser_is_told_of_all_that_can_be_gated_so(cross_attention
         apply_tgate(own_denoiser(), cross_attention=cross_attention)
     assert ("SD3Transformer2DModel" in str(error.value)) is (cross_attention is not True)
     assert "UNet2DConditionModel" in str(error.value)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("guidance", "predict"), ("tolerance", 0.1)])
+def test_what_a_schedule_says_is_not_said_beside_it(setting, value):
+    pipe = CASE.build()
+    for schedule in (TGateSchedule(), TGateSchedule(3)):
+        message = f"`{setting}` must be left out beside a TGateSchedule, got {value!r}. Put it in the schedule: "
+        with pytest.raises(ValueError, match=re.escape(f"{message}TGateSchedule(..., {setting}={value!r}).")):
+            apply_tgate(pipe, schedule, **{setting: value})
+    assert not is_tgate_applied(pipe)
+
+
+@pytest.mark.parametrize("setting", ["sp_interval", "fi_interval", "warm_up", "cfg_interval", "forecast", "levels"])
+def test_what_only_a_schedule_says_is_no_argument(setting):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
+        apply_tgate(CASE.build(), **{setting: 2})
+
+
+@pytest.mark.parametrize("given", [3, 0.5, "auto", "FFFH-F", np.int64(3)], ids=repr)
+def test_what_stands_for_a_schedule_is_taken_wherever_a_schedule_is(given):
+    schedule, size = TGateSchedule(given), {"height": 64, "width": 64}
+    assert apply_tgate(CASE.build(), given)._tgate.state.schedule == schedule
+    assert apply_tgate(CASE.build(), schedule)._tgate.state.schedule is schedule
+    assert TGateCallback(given).state.schedule == schedule
+    assert TGateCallback(schedule).state.schedule is schedule
+    assert estimate_cost(CASE.build(), given, 6, **size) == estimate_cost(CASE.build(), schedule, 6, **size)
+
+
+WRONG = [
+    # What stands in the place of the schedule.
+    (lambda pipe: apply_tgate(pipe, 10.0), "got 10.0. For a number of steps, write 10."),
+    (lambda pipe: apply_tgate(pipe, "10"), "got '10'. Write 10 without quotes."),
+    (lambda pipe: apply_tgate(pipe, "Auto"), "got 'Auto'. Write \"auto\"."),
+    (lambda pipe: apply_tgate(pipe, "ffhh"), "got 'ffhh'. Write \"FFHH\"."),
+    (lambda pipe: apply_tgate(pipe, "full"), "got 'full'. The letters are F (full), H (half) and - (forecast)."),
+    (lambda pipe: apply_tgate(pipe, "HF-F"), "`levels` must be a plan that begins with a full step, F, got 'HF-F'."),
+    (lambda pipe: apply_tgate(pipe, None), "or a TGateSchedule, got None of type NoneType."),
+    (lambda pipe: apply_tgate(pipe, 10**12), "and at most 2147483647, got 1000000000000."),
+    (lambda pipe: estimate_cost(pipe, "x", 5), '`schedule` must be "auto", a number of steps, a share of them between'),
+    # The error that is accepted.
+    (lambda pipe: apply_tgate(pipe, tolerance=60), "got 60. For 60 %, write 0.6."),
+    (lambda pipe: apply_tgate(pipe, tolerance=2.1), "must be a relative error between 0 and 2 such as 0.2"),
+    (lambda pipe: measure_convergence(pipe, ["x"], tolerances=[20]), "`tolerances` must be a relative error between"),
+    (lambda pipe: apply_tgate(pipe, 10, tolerance=0.2), "`tolerance` must be left out with gate_step=10, got 0.2."),
+    (lambda pipe: apply_tgate(pipe, 0.2, tolerance=0.2), "`tolerance` must be left out with gate_step=0.2, got 0.2."),
+    (lambda pipe: apply_tgate(pipe, "FFH", tolerance=0.2), "`tolerance` must be left out with levels='FFH', got 0.2."),
+    # What has no meaning beside something else.
+    (lambda pipe: apply_tgate(pipe, guidance="drop"), "To drop it, give a number of steps: gate_step=10."),
+    (lambda pipe: apply_tgate(pipe, "FFH", guidance="drop"), "got 'drop'. A plan of levels predicts guidance."),
+    (lambda pipe: TGateSchedule(cfg_interval=3), 'give a number of steps: gate_step=10 and guidance="predict".'),
+    (lambda pipe: TGateSchedule(10, guidance="drop", cfg_interval=3), "`cfg_interval` must be left out where guidance"),
+    (lambda pipe: TGateSchedule(warm_up=2), '`warm_up` must be left out with gate_step="auto", got 2. To use it,'),
+    (lambda pipe: TGateSchedule("FFH", warm_up=2), "`warm_up` must be left out beside levels='FFH', got 2. It is for"),
+    (lambda pipe: TGateSchedule(5, levels="FFH"), "`gate_step` must be left out beside levels='FFH', got 5. Both say"),
+    (lambda pipe: TGateSchedule("FFH", forecast=True), "got True. The letter - stands for a forecast step."),
+    (lambda pipe: TGateSchedule("FFH").plan(5), "`levels` must have a letter for each of the 5 steps that run, got 3"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_what_cannot_be_meant_is_told_what_to_write(wrong, message, untouched):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        wrong(untouched)
+    assert not is_tgate_applied(untouched)
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "message"),
+    [
+        (lambda pipe: apply_tgate(pipe, 0.2), "gate_step=0.2 drops guidance after 20 % of the steps. For an error to"),
+        (lambda pipe: apply_tgate(pipe, TGateSchedule(10, warm_up=3)), "warm_up=3 has no effect with sp_interval=1"),
+        (
+            lambda pipe: apply_tgate(pipe, TGateSchedule(5, 2, warm_up=5)),
+            "sp_interval=2 has no effect, as gate_step=5 ",
+        ),
+    ],
+)
+def test_what_is_hardly_meant_works_with_a_warning(doubtful, message, caplog):
+    pipe = CASE.build()
+    doubtful(pipe)
+    (record,) = caplog.records
+    assert record.message.startswith(f"T-GATE: {message}")
+    assert is_tgate_applied(pipe)
+
+
+def test_what_is_clearly_meant_gives_no_warning(caplog):
+    pipe = CASE.build()
+    for given, settings in ((0.2, {"guidance": "drop"}), (0.3, {}), (TGateSchedule(0.2), {}), (1, {})):
+        apply_tgate(pipe, given, **settings)
+    apply_tgate(pipe, TGateSchedule(5, 2, warm_up=4))
+    assert not caplog.records

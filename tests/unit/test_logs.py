@@ -6,8 +6,9 @@ import types
 import diffusers
 import pytest
 
+from tests.support.settings import apply_settings
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import apply_tgate, get_tgate_report
+from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report
 
 CASE = BY_NAME["pixart_alpha"]
 
@@ -78,7 +79,7 @@ def test_processors_that_are_left_alone_are_the_reason(settings, loud, caplog):
     for layer in pipe.transformer.modules():
         if hasattr(layer, "processor"):
             layer.processor = Plain(layer.processor)
-    CASE.run(apply_tgate(pipe, **settings))
+    CASE.run(apply_settings(pipe, **settings))
     first, *others = said(caplog)
     assert "have a processor that is not gated" in first
     assert not any("no guidance" in message or "do not call their processors" in message for message in others)
@@ -90,7 +91,7 @@ def test_layers_that_do_not_call_their_processors_beside_gated_guidance(loud, ca
         if name.endswith("attn1"):
             inner = layer.processor
             layer.forward = types.MethodType(lambda self, *args, inner=inner, **kwargs: inner(self, *args), layer)
-    CASE.run(apply_tgate(pipe, 3, cross_attention=False, fi_interval=2, custom_forwards="gate"))
+    CASE.run(apply_tgate(pipe, TGateSchedule(3, fi_interval=2), cross_attention=False, custom_forwards="gate"))
     assert get_tgate_report(pipe).half_batch_forwards == 3
     (message,) = said(caplog)
     assert message == (

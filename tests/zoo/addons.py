@@ -678,7 +678,7 @@ HOSTS += [
         with_inputs(xl_text, pag_scale=2.0),
         guidance=1.0,
         guidance_parts=2,
-        row="perturbed-attention guidance alone",
+        row="only perturbed-attention guidance",
         tier="slow",
     ),
     Case(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tgate_processors import apply_tgate
+from tests.support.settings import apply_settings
 
 STEPS = 6
 SIZE = 64
@@ -266,7 +266,7 @@ class Case:
 
     def gate(self, pipe: Any, *args: Any, **settings: Any) -> Any:
         """Apply T-GATE to what it gates of this pipeline, also where that is not its default."""
-        return apply_tgate(pipe, *args, **{**self.way, **self.chosen(settings)})
+        return apply_settings(pipe, *args, **{**self.way, **self.chosen(settings)})
 
     def chosen(self, settings: dict[str, Any]) -> dict[str, Any]:
         """These settings, with what the pipeline cannot do without."""
@@ -290,7 +290,7 @@ class Case:
     def _once(self, settings: dict[str, Any] | None, prompts: list[int] | None, call: dict[str, Any]) -> torch.Tensor:
         key = (settings and frozenset(settings.items()), tuple(prompts or [0]), frozenset(call.items()))
         if key not in self.drawn:
-            pipe = self.build() if settings is None else apply_tgate(self.build(), **settings)
+            pipe = self.build() if settings is None else apply_settings(self.build(), **settings)
             self.drawn[key] = self.run(pipe, prompts, **call)
         return self.drawn[key].clone()
 

@@ -210,7 +210,7 @@ def with_rows() -> set[str]:
         classes
         | BY_GUIDER
         | TEXTLESS
-        | set(re.findall(r"^\| `(\w+Pipeline)`", page[: page.index("## Other families")], re.MULTILINE))
+        | set(re.findall(r"^\| `(\w+Pipeline)`", page[: page.index("## Notes by model")], re.MULTILINE))
     )
 
 

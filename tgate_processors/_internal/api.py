@@ -18,10 +18,11 @@ from .install.pipeline import installed, replace, uninstall
 from .install.pipeline_check import validate_pipeline
 from .install.recompile_limit import restore_recompile_limit
 from .logs import logger
+from .plan.combinations import doubt_of_share, doubt_of_warm_up
 from .plan.report import TGateReport
-from .plan.schedule import GuidanceMode, TGateSchedule
+from .plan.schedule import GateStep, GuidanceMode, TGateSchedule, as_schedule
 from .plan.step_plan import CFGHalf
-from .plan.validation import Auto, is_choice, shown, validate_names, validate_switch
+from .plan.validation import is_choice, shown, validate_names, validate_switch
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -43,105 +44,63 @@ Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline | _PipelineStub")
 
 def apply_tgate(
     pipe: Pipeline,
-    gate_step: SupportsIndex | SupportsFloat | Auto = "auto",
+    gate_step: GateStep | TGateSchedule = "auto",
     *,
     guidance: GuidanceMode | None = None,
-    cfg_interval: SupportsIndex | None = None,
     tolerance: SupportsFloat | None = None,
-    forecast: bool | None = None,
-    levels: str | None = None,
-    sp_interval: SupportsIndex = 1,
-    fi_interval: SupportsIndex = 1,
-    warm_up: SupportsIndex = 0,
-    cfg_half: CFGHalf | None = None,
     cross_attention: bool | None = None,
     max_memory: SupportsIndex | str | None = None,
+    deepcache: Any = None,
+    cfg_half: CFGHalf | None = None,
     custom_processors: CustomProcessors | None = None,
     custom_forwards: CustomForwards | None = None,
-    deepcache: Any = None,
     batch_arguments: Sequence[str] | None = None,
 ) -> Pipeline:
     r"""
     Apply T-GATE to a pipeline, in place. Then call the pipeline as before.
 
-    In *full steps* the pipeline computes everything. In *half steps* kept cross-attention is reused, and one half of
-    the batch of classifier-free guidance is left out: guidance is predicted, or dropped. In *forecast steps* the
-    denoiser is not called: what it would give is extrapolated from its last two outputs. By default the run decides
-    how much of each step is computed, by the measured error of its predictions. Steps are those that really run, so
-    `strength`, `denoising_start`/`denoising_end` and custom timesteps are taken into account. A second call replaces
-    the settings of the first.
+    Most steps become *half steps*, which compute one half of classifier-free guidance and predict the other, or
+    *forecast steps*, in which the denoiser is not called. By default, the measured error of the predictions decides
+    which. Applying T-GATE again replaces the settings.
 
     Args:
         pipe (`DiffusionPipeline` or `ModularPipeline`):
-            The pipeline. Its class, denoiser hooks and attention processors change until [`remove_tgate`]. Where its
-            guidance is a guider, as in modular pipelines, only the class does.
-        gate_step (`int`, `float` or `str`, *optional*, defaults to `"auto"`):
-            With `"auto"` the run decides how much of each step is computed. A number is how many steps are full before
-            the half steps begin, as in the published method; a `float` in (0, 1) is their share of the steps that
-            really run.
-        guidance (`str`, *optional*):
-            What happens to classifier-free guidance after the gate: `"drop"` ends it, as the published method does;
-            `"predict"` keeps it, with the difference of the two halves predicted from the last full steps. Defaults to
-            `"predict"` with `gate_step="auto"`, else to `"drop"`. Guidance with a memory (ACE-Step) cannot be dropped.
-        cfg_interval (`int`, *optional*):
-            With `guidance="predict"`, every `cfg_interval`-th step after the gate is a full step: both halves are
-            computed, and cross-attention and the difference are kept anew. By default there are none.
+            The pipeline. [`remove_tgate`] restores it.
+        gate_step (`int`, `float`, `str` or `TGateSchedule`, *optional*, defaults to `"auto"`):
+            When to save work:
+
+            - `"auto"`: decided in each run, by the measured error and `tolerance`.
+            - `10`: after 10 full steps, all others are half steps, as in the paper. `0.4`: the same after 40 % of the
+              steps.
+            - `"FFFF-F--FH"`: a letter for each step that runs, `F` for full, `H` for half, `-` for forecast.
+            - A [`TGateSchedule`], for everything else: no forecast steps, self-attention at intervals.
         tolerance (`float`, *optional*):
-            With `gate_step="auto"`, the accepted error of the guided output, relative to that output. Smaller values
-            make more steps full, `0` all of them. Defaults to `0.2`, and with `forecast=False` to `0.6`. Where nothing
-            can be forecast (beside another cache), half steps are accepted up to three times the tolerance.
-        forecast (`bool`, *optional*):
-            With `gate_step="auto"`, whether steps are forecast, also in calls without guidance. Defaults to `True`.
-        levels (`str`, *optional*):
-            A fixed plan in the place of `gate_step`: a letter for each step that runs, `"F"` for a full step, `"H"` for
-            a half step and `"-"` for a forecast step, such as `"FFFF-F--FH"`. Guidance is predicted. The report of a
-            run gives its own `levels`.
-        sp_interval (`int`, *optional*, defaults to `1`):
-            Before the gate, self-attention is computed every `sp_interval` steps. `1` computes it in every step.
-        fi_interval (`int`, *optional*, defaults to `1`):
-            After the gate, self-attention is computed every `fi_interval` steps. `1` computes it in every step.
-        warm_up (`int`, *optional*, defaults to `0`):
-            Number of first steps in which self-attention is always computed.
-        cfg_half (`str`, *optional*):
-            The half of classifier-free guidance that is computed after the gate, `"unconditional"` or `"conditional"`.
-            Where guidance is dropped, it matters for what is not cross-attention: SDXL's pooled embeddings and sizes,
-            PixArt's masks, SVD's conditioning. Defaults to `"conditional"` where guidance is predicted or gated alone.
-            Where it is dropped together with cross-attention, it defaults to what the published implementation does:
-            `"conditional"` for Stable Video Diffusion, `"unconditional"` for the other families of the paper; in a
-            ControlNet's `guess_mode`, in GLIGEN, in other families, and where `max_memory` leaves layers out, to
-            `"conditional"`. Guidance of more or other
-            parts (InstructPix2Pix, perturbed-attention guidance) stays on whole, and then there is nothing to choose.
+            With `"auto"`, the relative error to accept in a step. Defaults to `0.2`. A higher value is faster, a lower
+            one stays closer to the original picture, and `0` changes nothing.
+        guidance (`str`, *optional*):
+            With a number as `gate_step`: `"drop"` ends guidance there, as in the paper, and is the default;
+            `"predict"` keeps it.
         cross_attention (`bool`, *optional*):
-            Whether cross-attention is gated, or guidance alone (`False`). Defaults to `True` where the model has
-            cross-attention, but to `False` for video families whose guidance is two calls of the denoiser (Wan,
-            SkyReels V2, Cosmos): there the kept cross-attention takes gigabytes and saves little; the report says how
-            many bytes. Where attention is joint (Stable Diffusion 3, Qwen-Image, Flux) there is none to keep, so
-            guidance alone is gated, and it cannot be `True`; nor where guidance is a guider, as in modular pipelines.
+            Whether half steps reuse cross-attention, which takes memory. Defaults to `True` where the model has any,
+            but to `False` for large video models (Wan, SkyReels V2, Cosmos) and with guiders.
         max_memory (`int` or `str`, *optional*):
-            Most bytes that kept cross-attention takes, as an `int` or a string such as `"2GB"` or `"500MiB"`. Of the
-            layers those are kept that save most for each byte, by the shapes seen in the run. The others compute in
-            every step, in half steps on the half that goes on. It gates cross-attention where it is not gated by
-            default. `0` is `cross_attention=False`. Differences of guidance, a latent or two, and kept self-attention
-            come beside.
-        custom_processors (`str`, *optional*):
-            What happens to attention processors that are not diffusers' own. They may mix the pictures of a batch or
-            count their calls (StyleAligned, Prompt-to-Prompt, reference attention), so by default they are left alone,
-            all of guidance stays on and nothing is forecast; cross-attention of diffusers' own processors is still
-            gated. `"gate"` treats them like diffusers' own. `"leave"` leaves mere functions alone too, which are
-            refused by default.
-        custom_forwards (`str`, *optional*):
-            What happens where a `forward` of the denoiser, its blocks or its layers is not that of its class. It may be
-            a cache (TeaCache and others), so by default the pipeline is refused, unless the function is known to keep
-            nothing (offloading, compilation, LoRA and others). `"gate"` says of all of them that they keep nothing from
-            one call to the next, as a profiler does.
+            Limit for the stored cross-attention, in bytes or as in `"2GB"`. The layers that save most per byte are
+            stored first. `0` is `cross_attention=False`.
         deepcache (`DeepCacheSDHelper`, *optional*):
-            A DeepCache helper of this pipeline, with its parameters set, to run together with T-GATE. It may be
-            enabled or not.
+            A DeepCache helper of this pipeline, with its parameters set, to use together with T-GATE.
+        cfg_half (`str`, *optional*):
+            The half of guidance that half steps compute, `"conditional"` or `"unconditional"`. Defaults to
+            `"conditional"`; where guidance is dropped, to the half that the published code computes.
+        custom_processors (`str`, *optional*):
+            What to do with attention processors that are not from diffusers. By default, classes are left alone, which
+            keeps all of guidance on, and functions are refused. `"gate"` treats both like diffusers' own, `"leave"`
+            leaves both alone.
+        custom_forwards (`str`, *optional*):
+            `"gate"` accepts a patched `forward` in the denoiser. By default it is refused, as it may be a cache, unless
+            it is known to keep nothing (offloading, compilation, LoRA).
         batch_arguments (`Sequence[str]`, *optional*):
-            Names of arguments that this denoiser has and diffusers' own does not (features of a garment, of a reference
-            picture), and that hold the batch of guidance: one half of them is left out with it. For one inside
-            a `dict`, give `"cross_attention_kwargs.features"`. `()` says that none does. By default an argument of its
-            own that looks like the batch is refused in the first guided step.
+            Names of the denoiser's own arguments that hold the batch of guidance. For one inside a `dict`, write
+            `"cross_attention_kwargs.features"`. `()` means that there are none.
 
     Returns:
         `DiffusionPipeline` or `ModularPipeline`: `pipe` itself.
@@ -153,9 +112,13 @@ def apply_tgate(
     Example:
 
     ```py
-    >>> from tgate_processors import apply_tgate, remove_tgate
+    >>> from tgate_processors import TGateSchedule, apply_tgate, remove_tgate
 
     >>> pipe = apply_tgate(pipe)
+    >>> image = pipe(prompt, num_inference_steps=25).images[0]
+
+    >>> # T-GATE v2, as published
+    >>> pipe = apply_tgate(pipe, TGateSchedule(10, sp_interval=5, warm_up=2))
     >>> image = pipe(prompt, num_inference_steps=25).images[0]
     >>> pipe = remove_tgate(pipe)
     ```
@@ -163,15 +126,13 @@ def apply_tgate(
     Source: T-GATE (https://arxiv.org/abs/2404.02747).
     """
     validate_pipeline(pipe, gate_step)
-    # The schedule turns numbers of every kind, numpy's too, into ints and floats.
-    settings: Any = (gate_step, sp_interval, fi_interval, warm_up, guidance, cfg_interval, tolerance, forecast, levels)
-    schedule = TGateSchedule(*settings)
+    schedule = as_schedule(gate_step, guidance=guidance, tolerance=tolerance)
     half = validate_cfg_half(cfg_half)
     validate_switch("cross_attention", cross_attention)
     max_bytes = validate_max_memory(max_memory, cross_attention)
     cross_attention = gates_cross_attention(cross_attention, max_bytes)
     if not is_choice("custom_processors", custom_processors, "leave", "gate"):
-        raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
+        raise ValueError(f'`custom_processors` must be "leave" or "gate", got {shown(custom_processors)}.')
     forwards = validate_custom_forwards(custom_forwards)
     batch_names = validate_names("batch_arguments", batch_arguments)
     state, found = TGateState(schedule, max_bytes, by_hand=False), None
@@ -185,6 +146,9 @@ def apply_tgate(
         adapter = _deepcache_adapter(deepcache, pipe, schedule)
         installation = Installation(state, half, custom_processors, adapter, cross_attention, forwards, batch_names)
     replace(pipe, installation, found)
+    for doubt in (doubt_of_share(gate_step, guidance=guidance), doubt_of_warm_up(schedule)):
+        if doubt is not None:
+            logger.warning("T-GATE: %s", doubt)
     if found is not None and found.default_cfg_half is None and not schedule.forecast:
         logger.warning(
             "T-GATE: the guidance of %s is not two halves, so all of it stays on after the gate: cross-attention alone "

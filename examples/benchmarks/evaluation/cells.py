@@ -1,6 +1,7 @@
 """The yardstick's cells: a solver, a spacing, a number of steps and a method, drawn once and kept as JSON."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -40,7 +41,7 @@ class Cell:
 
 
 def arguments(setting: str) -> dict[str, Any]:
-    """The arguments of `apply_tgate` in `tolerance=0.3,guidance=predict`."""
+    """The arguments of `TGateSchedule` and `apply_tgate` in `tolerance=0.3,guidance=predict`."""
     found = {}
     for part in filter(None, setting.split(",")):
         name, _, value = part.partition("=")
@@ -55,7 +56,9 @@ def arguments(setting: str) -> dict[str, Any]:
 def at_work(pipe: Any, cell: Cell) -> Iterator[Any]:
     """The method of a cell for one call; what it yields gives the report after that."""
     if cell.method == "tgate":
-        apply_tgate(pipe, **arguments(cell.setting))
+        others = arguments(cell.setting)
+        names = [field.name for field in dataclasses.fields(TGateSchedule) if field.name in others]
+        apply_tgate(pipe, TGateSchedule(**{name: others.pop(name) for name in names}), **others)
         try:
             yield lambda: get_tgate_report(pipe)
         finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from examples.testbeds.shapes.evaluation import draws_videos
-from tgate_processors import apply_tgate, remove_tgate
+from tgate_processors import TGateSchedule, apply_tgate, remove_tgate
 
 from .caches import CACHES, cache_dit, diffusers_cache
 from .cutoff import cut_off
@@ -67,10 +67,11 @@ def cutoff(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
 def tgate_settings(pipe: Any, entry: Entry) -> dict[str, Any]:
     """The arguments of `apply_tgate`: guidance dropped at the gate (v2 reuses self-attention too), or predicted."""
     if entry.method in DECIDING:
-        return {"tolerance": entry.tolerance, "forecast": entry.method == "forecast"}
+        return {"gate_step": TGateSchedule(tolerance=entry.tolerance, forecast=entry.method == "forecast")}
     if entry.method == "predict":
-        return {"gate_step": entry.gate, "guidance": "predict", "cfg_interval": entry.interval}
-    settings = {"gate_step": entry.gate, **(V2[denoiser_kind(pipe)] if entry.method == "tgate-v2" else {})}
+        return {"gate_step": TGateSchedule(entry.gate, guidance="predict", cfg_interval=entry.interval)}
+    v2 = V2[denoiser_kind(pipe)] if entry.method == "tgate-v2" else {}
+    settings = {"gate_step": TGateSchedule(entry.gate, **v2)}
     # On a video pipeline the default is guidance alone; this is the published method.
     return settings | ({"cross_attention": True} if draws_videos(pipe) else {})
 
@@ -97,7 +98,7 @@ def deepcache(pipe: Any, entry: Entry) -> Iterator[dict[str, Any]]:
         helper.enable()
     else:
         deciding = {"tolerance": entry.tolerance, "forecast": False} if gate == "auto" else {}
-        apply_tgate(pipe, gate, deepcache=helper, **deciding)
+        apply_tgate(pipe, TGateSchedule(gate, **deciding), deepcache=helper)
     try:
         yield {}
     finally:

@@ -1,4 +1,4 @@
-"""The Pareto plot and the contact sheet."""
+"""The plots of quality over cost, and the contact sheet."""
 
 import io
 from collections.abc import Iterable
@@ -55,6 +55,8 @@ SHEET = (
 )
 SHEET += ("predict", "tgate-v2", "cutoff", "cache-dit", "tome")
 COLUMNS = 6
+# Where plain runs place their times.
+TIMES = {"offered": "times that diffusers offers", "by hand": "times chosen by hand"}
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -165,6 +167,27 @@ def against_reference(groups: dict[str, list[dict[str, Any]]], file: Path) -> No
         over_macs(left, rows, "psnr_reference", "PSNR to the picture of many steps")
         over_macs(right_hand, rows, "accuracy", "share of right pictures")
         legend(part, left, right_hand)
+    save(figure, file)
+
+
+def over_cost(fronts: Any, compared: Any, file: Path) -> None:
+    """Distance over cost: the best plain runs as a line for each kind of spacing, and T-GATE's with their steps."""
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
+    for (kind, own), style in zip(fronts.groupby("kind", sort=False), ("-o", ":."), strict=False):
+        axis.plot(own.cost, own.psnr, style, color="dimgrey", markersize=5, label=f"best plain run, {TIMES[kind]}")
+    gated = compared[compared.method == "tgate"]
+    for (run, own), marker in zip(gated.groupby("run", sort=False), "^sDvP<Xph", strict=False):
+        (line,) = axis.plot(own.cost, own.psnr, linestyle="", marker=marker, markersize=7, label=f"T-GATE, {run}")
+        for place in own.itertuples():
+            where = {"xytext": (5, -9), "textcoords": "offset points"}
+            axis.annotate(place.steps, (place.cost, place.psnr), fontsize=7, color=line.get_color(), **where)
+    axis.set_xlabel("cost of a picture, in full steps (beside the points of T-GATE: steps of the run)")
+    axis.set_ylabel("PSNR to the converged picture, dB")
+    axis.grid(color="lightgrey", linewidth=0.5)
+    axis.legend(fontsize=8, frameon=False)
     save(figure, file)
 
 

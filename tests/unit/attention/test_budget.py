@@ -13,10 +13,11 @@ from torch._dynamo.testing import CompileCounter
 from tests.support.compiling import compile_blocks, compile_in_place
 from tests.support.counting import keys_of
 from tests.support.macs import COSTS, COUNTED, sizes, taken
+from tests.support.settings import apply_settings
 from tests.support.states import check_restored, snapshot
 from tests.zoo.case import STEPS, Case
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
+from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.attention.budget import MemoryBudget
 from tgate_processors._internal.families import attention_modules, family_of
 
@@ -45,7 +46,7 @@ def rows(*names, quick=()):
 
 
 def run(case, pipe, **settings):
-    picture = case.run(apply_tgate(pipe, **settings))
+    picture = case.run(apply_settings(pipe, **settings))
     return picture, get_tgate_report(pipe)
 
 
@@ -127,7 +128,7 @@ def test_the_layers_that_save_most_for_each_byte_are_kept_and_no_other(case: Cas
     beside = run(case, pipe, **settings, max_memory=0)[1].peak_bytes if settings is PREDICT else 0
     whole = run(case, pipe, **settings, cross_attention=True)[1].peak_bytes - beside
     most, most_held = whole * 3 // 5, []
-    apply_tgate(pipe, **settings, max_memory=most)
+    apply_settings(pipe, **settings, max_memory=most)
     state = vars(pipe)["_tgate"].state
     for layer in layers.values():
         layer.register_forward_hook(lambda module, args, output: most_held.append(state.nbytes))
@@ -197,7 +198,7 @@ def test_the_estimate_chooses_the_same_layers_as_the_run(case: Case, settings):
     whole = bounds[1] - bounds[0]
     for most in (whole * 3 // 10, whole * 7 // 10):
         cost = estimate(max_memory=most)
-        gated = taken(apply_tgate(pipe, **settings, max_memory=most), case, [0], linear=True)
+        gated = taken(apply_settings(pipe, **settings, max_memory=most), case, [0], linear=True)
         # It embeds its time once for all samples.
         assert cost.with_tgate.total == pytest.approx(gated.total, rel=0.005 if case.name == "stable_audio" else 0)
         assert cost.report == get_tgate_report(pipe)
@@ -296,7 +297,7 @@ def test_the_choice_does_not_depend_on_the_order_in_which_layers_are_met():
 def test_what_is_no_budget_is_refused(settings, error, message):
     pipe = BY_NAME["sd"].build()
     for call in (
-        lambda: apply_tgate(pipe, GATE, **settings),
+        lambda: apply_settings(pipe, GATE, **settings),
         lambda: estimate_cost(pipe.unet, TGateSchedule(GATE), STEPS, **settings),
     ):
         with pytest.raises(error, match=message):

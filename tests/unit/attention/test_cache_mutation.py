@@ -5,6 +5,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.support.counting import layers
+from tests.support.settings import apply_settings
 from tests.zoo.case import slow
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, remove_tgate
@@ -34,7 +35,7 @@ def test_a_hook_that_writes_in_place_is_one_that_returns_what_it_would_have_writ
     in_place = hooked(case, lambda module, args, output: output.mul_(0.5), when)
     returned = hooked(case, lambda module, args, output: output * 0.5, when)
     for pipe in (in_place, returned):
-        apply_tgate(pipe, GATE, **settings)
+        apply_settings(pipe, GATE, **settings)
     got, expected = (case.run(pipe, guidance_scale=scale) for pipe in (in_place, returned))
     assert torch.equal(got, expected)
     assert torch.equal(*(case.run(remove_tgate(pipe), guidance_scale=scale) for pipe in (in_place, returned)))
@@ -72,7 +73,7 @@ def test_a_processor_that_hands_out_one_buffer(case, settings, scale):
     pipe = case.build()
     denoiser = getattr(pipe, case.denoiser)
     denoiser.set_attn_processor({name: OneBuffer() for name in denoiser.attn_processors})
-    apply_tgate(pipe, GATE, custom_processors="gate", **settings)
+    apply_settings(pipe, GATE, custom_processors="gate", **settings)
     expected = case.gated(GATE, call={"guidance_scale": scale}, **settings)
     assert torch.equal(case.run(pipe, guidance_scale=scale), expected)
 

@@ -133,7 +133,7 @@ def test_a_layer_with_its_residual_inside_is_always_computed():
     runs = {module: [] for module in (*residual, *plain)}
     for module in runs:
         module.to_k.register_forward_hook(lambda layer, args, output, module=module: runs[module].append(1))
-    case.run(apply_tgate(pipe, 3, sp_interval=2, fi_interval=2))
+    case.run(apply_tgate(pipe, TGateSchedule(3, sp_interval=2, fi_interval=2)))
     assert {len(runs[module]) for module in residual} == {6}
     assert {len(runs[module]) for module in plain} == {3}
 

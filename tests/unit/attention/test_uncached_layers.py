@@ -5,6 +5,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.support.counting import layers
+from tests.support.settings import apply_settings
 from tests.zoo.case import quiet, slow
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
@@ -111,9 +112,9 @@ def test_processors_that_the_call_itself_sets_are_gated(case, settings):
     baseline = case.run(pipe)
     # Self-attention that lost its gate is not reused, so only the first kind of T-GATE is the same.
     if "sp_interval" not in settings:
-        assert torch.equal(case.run(apply_tgate(pipe, **settings)), case.gated(**settings))
+        assert torch.equal(case.run(apply_settings(pipe, **settings)), case.gated(**settings))
     else:
-        assert case.run(apply_tgate(pipe, **settings)).isfinite().all()
+        assert case.run(apply_settings(pipe, **settings)).isfinite().all()
         assert get_tgate_report(pipe).self_attention_reused == 0
     assert get_tgate_report(pipe).half_batch_forwards == 6 - settings["gate_step"]
     assert torch.equal(case.run(remove_tgate(pipe)), baseline)
@@ -141,7 +142,7 @@ def rows_of_text(pipe, case):
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
 def test_latents_that_change_their_size_after_the_gate_get_a_full_step(name, scale, settings):
     case = BY_NAME[name]
-    pipe = apply_tgate(case.build(), GATE, **settings)
+    pipe = apply_settings(case.build(), GATE, **settings)
     rows, batches = rows_of_text(pipe, case), []
     pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     latents = case.run(pipe, callback_on_step_end=grow(3), guidance_scale=scale)

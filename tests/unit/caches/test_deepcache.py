@@ -5,10 +5,11 @@ import torch
 from DeepCache import DeepCacheSDHelper
 
 from tests.support.comparing import distance
+from tests.support.settings import apply_settings
 from tests.support.states import assert_same, snapshot
 from tests.zoo.case import slow
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
+from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, remove_tgate
 
 NAMES = ["sd", "sdxl", slow("sd_img2img"), "lcm_sdxl"]
 
@@ -83,7 +84,7 @@ PREDICTED = {
 def test_where_guidance_is_predicted_what_is_cached_goes_on_at_half(name, way):
     case = BY_NAME[name]
     pipe = case.build()
-    apply_tgate(pipe, **PREDICTED[way], deepcache=helper_of(pipe, interval=4))
+    apply_settings(pipe, **PREDICTED[way], deepcache=helper_of(pipe, interval=4))
     computed = []
     pipe.unet.register_forward_pre_hook(lambda module, args: computed.append(0))
     pipe.unet.mid_block.resnets[0].register_forward_hook(
@@ -101,7 +102,7 @@ def test_where_guidance_is_predicted_what_is_cached_goes_on_at_half(name, way):
 def test_a_run_that_decides_is_full_only_where_deepcache_computes():
     case = BY_NAME["sd"]
     pipe = case.build()
-    apply_tgate(pipe, **PREDICTED["auto"], deepcache=helper_of(pipe, interval=2))
+    apply_settings(pipe, **PREDICTED["auto"], deepcache=helper_of(pipe, interval=2))
     computed = []
     pipe.unet.register_forward_pre_hook(lambda module, args: computed.append(0))
     pipe.unet.mid_block.resnets[0].register_forward_hook(
@@ -116,7 +117,7 @@ def test_a_run_that_decides_is_full_only_where_deepcache_computes():
 def test_two_prompts_equal_two_singles():
     case = BY_NAME["sdxl"]
     pipe = case.build()
-    apply_tgate(pipe, 3, deepcache=helper_of(pipe), sp_interval=2, warm_up=1)
+    apply_tgate(pipe, TGateSchedule(3, sp_interval=2, warm_up=1), deepcache=helper_of(pipe))
     assert distance(case.run(pipe, [0, 1]), torch.cat([case.run(pipe, [0]), case.run(pipe, [1])])) < 1e-5
 
 

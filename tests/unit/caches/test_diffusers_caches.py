@@ -10,6 +10,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 
 from tests.support.comparing import distance
 from tests.support.paths import ROOT
+from tests.support.settings import apply_settings
 from tests.zoo.case import STEPS, slow
 from tests.zoo.catalogue import BY_NAME
 from tests.zoo.sequential import TWO_CALLS
@@ -220,9 +221,9 @@ def pair(request):
 def both(pair, order, **settings):
     """A pair with both, put in in either order."""
     if order == "cache first":
-        apply_tgate(pair.put_in().pipe, **settings)
+        apply_settings(pair.put_in().pipe, **settings)
     else:
-        apply_tgate(pair.pipe, **settings)
+        apply_settings(pair.pipe, **settings)
         pair.put_in()
     return pair
 
@@ -272,7 +273,7 @@ def test_after_a_run_that_leaves_out_calls_every_counter_is_where_it_starts(pair
     pair.run()
     fresh = pair.counted()
     assert fresh
-    apply_tgate(pair.pipe, **WAYS[way])
+    apply_settings(pair.pipe, **WAYS[way])
     pair.run()
     assert get_tgate_report(pair.pipe).half_batch_forwards > 0
     assert pair.counted() == fresh
@@ -337,7 +338,7 @@ def test_guidance_that_is_switched_off_in_a_run_starts_the_cache_afresh(cache, w
     pair = Pair("sd", cache).put_in()
     rows = []
     pair.denoiser.down_blocks[0].register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
-    apply_tgate(pair.pipe, **way)
+    apply_settings(pair.pipe, **way)
     call = {"callback_on_step_end": SDCFGCutoffCallback(cutoff_step_index=4, cutoff_step_ratio=None)}
     first = pair.run(num_inference_steps=8, **call)
     assert set(rows[5:]) == {1}
@@ -369,7 +370,7 @@ def test_where_they_do_not_go_together_it_is_said():
     with pytest.raises(
         ValueError, match=r"cannot reuse self-attention \(sp_interval=2, fi_interval=1\) together with Taylor"
     ):
-        apply_tgate(pair.pipe, GATE, sp_interval=2)
+        apply_tgate(pair.pipe, TGateSchedule(GATE, sp_interval=2))
     clock, sd = TGateCallback(TGateSchedule(GATE)), Pair("sd", "taylorseer").put_in()
     before = sd.pipe.unet.attn_processors
     sd.pipe.unet.set_attn_processor({name: TGateAttnProcessor(each, clock.state) for name, each in before.items()})
@@ -483,7 +484,7 @@ def test_beside_fastercache_what_is_about_guidance_is_refused():
         with pytest.raises(
             ValueError, match=rf"cannot run together with FasterCache.* so {what} has no effect. Give a number"
         ):
-            apply_tgate(pipe, **settings)
+            apply_settings(pipe, **settings)
     with pytest.raises(ValueError, match="nothing but guidance would be gated here"):
         apply_tgate(pipe, GATE, cross_attention=False)
 
@@ -685,7 +686,7 @@ def test_cache_dit_and_tgate_come_and_go_in_any_order(first, goes):
 @pytest.mark.parametrize(("name", "rows"), [("pixart_alpha", [2, 2, 0, 0, 0, 2, 0, 0, 2]), ("wan", None)])
 def test_what_cache_dit_keeps_goes_on_at_half_and_full_steps_after_that_are_computed(name, rows):
     pair = DitPair(name, "cache_dit").put_in(residual_diff_threshold=1.0, max_continuous_cached_steps=-1)
-    apply_tgate(pair.pipe, 3, guidance="predict", cfg_interval=3)
+    apply_tgate(pair.pipe, TGateSchedule(3, guidance="predict", cfg_interval=3))
     computed, counted = [], []
     blocks = next(module for module in pair.denoiser.children() if isinstance(module, torch.nn.ModuleList))
 
@@ -772,7 +773,7 @@ def test_what_of_cache_dit_is_not_known_is_refused():
 
     def refused(pair, **settings):
         with pytest.raises(ValueError, match="T-GATE cannot") as error:
-            apply_tgate(pair.pipe, GATE, **settings)
+            apply_settings(pair.pipe, GATE, **settings)
         pair.take_out()
         return str(error.value)
 

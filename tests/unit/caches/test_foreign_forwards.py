@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.support.counting import layers
+from tests.support.settings import apply_settings
 from tests.zoo import modular
 from tests.zoo.case import slow, thorough
 from tests.zoo.catalogue import BY_NAME
@@ -124,9 +125,9 @@ def test_it_is_refused_by_name_whichever_came_first_and_gone_when_it_is_taken_ou
     subject = f"that of {f'{name} ({type(module).__name__})' if name else type(module).__name__} is"
     settings = {"gate_step": GATE, "cross_attention": None if family == "sd" else False}
     if first == "tgate":
-        apply_tgate(pipe, **settings)
+        apply_settings(pipe, **settings)
     with put_in(module, make), pytest.raises(ValueError, match=FOUND) as refused:
-        apply_tgate(pipe, **settings) if first == "patch" else case.run(pipe)
+        apply_settings(pipe, **settings) if first == "patch" else case.run(pipe)
     # Of a class, the first module is named.
     assert put_in is on_class or subject in str(refused.value)
     assert f" of {__name__}. " in str(refused.value)
@@ -427,7 +428,7 @@ def test_a_class_in_the_place_of_another_that_keeps_tensors_of_the_batch_is_refu
     case = BY_NAME[family]
     pipe = case.build()
     settings = {"gate_step": GATE, "cross_attention": None if family == "sd" else False}
-    apply_tgate(pipe, **settings)
+    apply_settings(pipe, **settings)
     expected = case.gated(**settings)
     name, module = part_of(case, pipe, place)
     kind = type(module)
@@ -443,9 +444,9 @@ def test_a_class_in_the_place_of_another_that_keeps_tensors_of_the_batch_is_refu
         ):
             case.run(pipe)
         assert len(forwards) == 1
-    assert torch.equal(case.run(apply_tgate(pipe, **settings, custom_forwards="gate")), expected)
+    assert torch.equal(case.run(apply_settings(pipe, **settings, custom_forwards="gate")), expected)
     module.__class__ = kind
-    assert torch.equal(case.run(apply_tgate(pipe, **settings)), expected)
+    assert torch.equal(case.run(apply_settings(pipe, **settings)), expected)
 
 
 def test_without_guidance_nothing_is_halved_and_it_may_keep_what_it_likes():

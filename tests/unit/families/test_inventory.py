@@ -4,9 +4,10 @@ import re
 
 import pytest
 
+from tests.support.settings import apply_settings
 from tests.zoo.case import IS_OLD
 from tests.zoo.inventory import AS_ANOTHER, exported, forecast_only, refused, shell, with_rows
-from tgate_processors import apply_tgate, remove_tgate
+from tgate_processors import remove_tgate
 
 pytestmark = pytest.mark.skipif(IS_OLD, reason="another diffusers has other pipelines")
 GROUPS = {
@@ -40,7 +41,7 @@ def test_what_is_accepted_and_why_others_are_not_is_what_the_inventory_says(grou
         pipe, accepted, errors = shell(name), [], []
         for settings in WAYS:
             try:
-                remove_tgate(apply_tgate(pipe, **settings))
+                remove_tgate(apply_settings(pipe, **settings))
                 accepted.append(settings)
             except ValueError as error:
                 errors.append(str(error))

@@ -1,11 +1,12 @@
 """The difference ahead of time, on made-up sequences, and the pace that its error sets."""
 
+import itertools
 import math
 
 import pytest
 import torch
 
-from tgate_processors._internal.guidance.prediction import CFGDifference, predict, relative_error
+from tgate_processors._internal.guidance.prediction import CFGDifference, largest_error, predict, relative_error
 from tgate_processors._internal.plan.adaptive import MAX_HALF_STEPS, AdaptiveController, StepErrors
 from tgate_processors._internal.plan.step_plan import Level
 
@@ -170,3 +171,50 @@ def test_what_is_no_number_or_too_large_keeps_every_step_full(error):
 
 def test_a_tolerance_of_zero_keeps_every_step_full():
     assert plan(0.0, [0.0] * 4) == "FFFFFF"
+
+
+def parts_of_guidance(number, seed=0):
+    """Parts of guidance as computed, and a forecast of them that is off, one after the other."""
+    computed = sample(seed, (2 * number, 4, 5, 3))
+    off = torch.linspace(0.1, 1, number).repeat_interleave(2).view(-1, 1, 1, 1) * sample(seed + 1, computed.shape)
+    return computed + off, computed
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5, 7.0])
+def test_no_sum_of_parts_is_off_by_more_than_the_bound(scale):
+    forecast, computed = parts_of_guidance(3)
+    error = largest_error(forecast, computed, 3, scale)
+    length = torch.stack([part.flatten(1).norm(dim=1) for part in computed.chunk(3)]).amax(0)
+    off = (forecast - computed).chunk(3)
+    ratios = []
+    for start, first, second in itertools.product(range(3), repeat=3):
+        total = off[start] + scale * (off[first] - off[second])
+        ratios.append(total.flatten(1).norm(dim=1) / length)
+    ratio = torch.stack(ratios).amax(0)
+    assert (ratio <= error * (1 + 1e-5)).all()
+    # It is a bound that some sum comes near to.
+    assert (ratio > 0.6 * error).all()
+
+
+def test_an_error_that_all_parts_share_is_no_error_of_guidance():
+    _, computed = parts_of_guidance(3)
+    shared = sample(5).repeat(3, 1, 1, 1)
+    torch.testing.assert_close(
+        largest_error(computed + shared, computed, 3, 7.0),
+        largest_error(computed + shared, computed, 3, 0.0),
+    )
+
+
+def test_a_single_part_has_its_own_error_whatever_the_scale():
+    forecast, computed = parts_of_guidance(1)
+    own = (forecast - computed).flatten(1).norm(dim=1) / computed.flatten(1).norm(dim=1)
+    for scale in (1.0, 7.0):
+        torch.testing.assert_close(largest_error(forecast, computed, 1, scale), own)
+
+
+def test_every_sample_has_its_own_bound():
+    forecast, computed = parts_of_guidance(2)
+    forecast[0::2] = computed[0::2]
+    error = largest_error(forecast, computed, 2, 7.0)
+    assert error[0] == 0
+    assert error[1] > 0

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import tgate_processors
+from tests.support.settings import apply_settings
 from tests.support.states import state_of
 from tests.zoo.case import slow, thorough
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import apply_tgate, remove_tgate
+from tgate_processors import remove_tgate
 from tgate_processors._internal.denoiser import lock
 
 # Where interrupts come: our own lines, and those of what runs our context managers.
@@ -109,14 +110,14 @@ class Sweep:
         return {"gate_step": 3, "cross_attention": self.settings.get("cross_attention")}
 
     def run_gated(self, settings):
-        apply_tgate(self.pipe, **settings)
+        apply_settings(self.pipe, **settings)
         try:
             return self.run()
         finally:
             remove_tgate(self.pipe)
 
     def apply(self):
-        apply_tgate(self.pipe, **self.settings)
+        apply_settings(self.pipe, **self.settings)
 
     def works(self):
         """The pipeline is gated or plain, and nothing between."""
@@ -149,7 +150,7 @@ def sweep(name, every, last=False, error=KeyboardInterrupt):
     here = Sweep(name)
     acts = [
         (lambda: None, here.apply),
-        (here.apply, lambda: apply_tgate(here.pipe, **here.others)),
+        (here.apply, lambda: apply_settings(here.pipe, **here.others)),
         (here.apply, lambda: remove_tgate(here.pipe)),
         (here.apply, here.run),
     ]

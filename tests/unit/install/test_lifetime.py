@@ -13,11 +13,12 @@ import torch
 
 from tests.support.comparing import assert_same_but_for_rounding
 from tests.support.custom_loops import Loop
+from tests.support.settings import apply_settings
 from tests.support.states import state_of
 from tests.support.threads import in_threads
 from tests.zoo.case import quiet, slow, thorough
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
+from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.attention.layers import attention_modules
 
 GATE = 3
@@ -91,7 +92,7 @@ def test_a_pipeline_that_failed_can_be_dropped_too():
 def test_a_gated_pipeline_pickles_and_its_copy_is_gated_on_its_own(case, called):
     pipe = case.build()
     baseline, expected = case.plain(), case.gated(GATE, sp_interval=2, warm_up=1)
-    apply_tgate(pipe, GATE, sp_interval=2, warm_up=1)
+    apply_tgate(pipe, TGateSchedule(GATE, sp_interval=2, warm_up=1))
     if called:
         case.run(pipe)
     loaded = quiet(pickle.loads(pickle.dumps(pipe)))
@@ -326,7 +327,7 @@ def gradient(name, checkpointing, settings):
         m: m._gradient_checkpointing_func for m in denoiser.modules() if hasattr(m, "_gradient_checkpointing_func")
     }
     if settings:
-        apply_tgate(pipe, **settings)
+        apply_settings(pipe, **settings)
     inputs = case.inputs([0])
     inputs["prompt_embeds"].requires_grad_()
     call = type(pipe).__call__ if case.has_callback else type(pipe).__call__.__wrapped__

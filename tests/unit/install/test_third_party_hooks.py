@@ -12,9 +12,10 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.support.comparing import distance
 from tests.support.counting import layers
+from tests.support.settings import apply_settings
 from tests.zoo.case import STEPS, thorough
 from tests.zoo.catalogue import BY_NAME
-from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
+from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, remove_tgate
 
 GATE = 3
 
@@ -203,7 +204,7 @@ def test_processors_that_count_are_called_as_often_as_without_tgate_unless_the_u
         denoiser = getattr(pipe, case.denoiser)
         denoiser.set_attn_processor({name: Counting() for name in denoiser.attn_processors})
         if settings:
-            apply_tgate(pipe, **settings)
+            apply_settings(pipe, **settings)
         Counting.calls = 0
         latents = case.run(pipe)
         return Counting.calls, latents
@@ -229,7 +230,7 @@ def test_without_guidance_nothing_is_said_of_it(caplog):
 
 
 def test_an_unknown_word_for_them_is_refused():
-    with pytest.raises(ValueError, match='custom_processors must be "leave" or "gate", not \'keep\''):
+    with pytest.raises(ValueError, match='`custom_processors` must be "leave" or "gate", got \'keep\''):
         apply_tgate(BY_NAME["sd"].build(), custom_processors="keep")
 
 
@@ -298,7 +299,7 @@ def test_merged_tokens_go_with_what_is_not_reused(name):
     with pytest.raises(
         ValueError, match=r"T-GATE cannot reuse self-attention \(sp_interval=2, fi_interval=1\) together with"
     ):
-        apply_tgate(pipe, GATE, sp_interval=2)
+        apply_tgate(pipe, TGateSchedule(GATE, sp_interval=2))
     apply_tgate(pipe, GATE)
     tomesd.remove_patch(pipe)
     tomesd.apply_patch(pipe, ratio=0.5, max_downsample=8, merge_crossattn=True)
@@ -361,7 +362,7 @@ def test_tiles_go_with_what_is_not_reused():
         with pytest.raises(
             ValueError, match=r"cannot reuse self-attention \(sp_interval=1, fi_interval=2\) together with Hy"
         ):
-            apply_tgate(pipe, GATE, fi_interval=2)
+            apply_tgate(pipe, TGateSchedule(GATE, fi_interval=2))
     remove_tgate(pipe)
     with tiled(pipe.unet):
         assert torch.equal(case.run(pipe), alone)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from examples.benchmarks import cost_table, gains
 from tests.support.macs import sizes, taken
 from tests.support.paths import ROOT
-from tests.support.settings import SETTINGS
+from tests.support.settings import SETTINGS, apply_settings
 from tests.zoo.addons import FRAMES
 from tests.zoo.case import SIZE, STEPS, slow
 from tests.zoo.catalogue import BY_NAME
@@ -47,7 +47,7 @@ def check(pipe, case, settings, prompts, guidance, **call):
         assert cost.without_tgate == taken_without_tgate(case.name, tuple(prompts), tuple(call.items()))
     else:
         assert cost.without_tgate == taken(pipe, case, prompts, **call)
-    assert cost.with_tgate == taken(apply_tgate(pipe, **settings), case, prompts, **call)
+    assert cost.with_tgate == taken(apply_settings(pipe, **settings), case, prompts, **call)
     assert cost.report == get_tgate_report(pipe)
     assert cost.report.peak_bytes > 0
     assert cost.without_tgate.total > cost.with_tgate.total
@@ -76,7 +76,7 @@ def test_the_estimate_of_animatediff():
     given = {"num_frames": FRAMES, "max_sequence_length": 7, "batch_size": 2}
     cost = estimate_cost(pipe, TGateSchedule(**settings), STEPS, **size, **given)
     assert cost.without_tgate == taken(pipe, host, [0, 1], **size)
-    assert cost.with_tgate == taken(apply_tgate(pipe, **settings), host, [0, 1], **size)
+    assert cost.with_tgate == taken(apply_settings(pipe, **settings), host, [0, 1], **size)
     assert cost.report == get_tgate_report(pipe)
 
 
@@ -246,10 +246,15 @@ def _with_another_layer():
             "UniDiffuserModel cannot be gated: it has text and picture in one sequence",
         ),
         (lambda: diffusers.UNet2DModel, {}, TypeError, "pipe_or_denoiser is of type type"),
-        (None, {"schedule": 10}, TypeError, "schedule is of type int: give a TGateSchedule"),
-        (None, {"num_inference_steps": 2.5}, TypeError, "num_inference_steps=2.5 is of type float: give an int"),
-        (None, {"num_inference_steps": 0}, ValueError, "num_inference_steps=0 is too small"),
-        (None, {"batch_size": 0}, ValueError, "batch_size=0 is too small"),
+        (None, {"schedule": [10]}, TypeError, r"`schedule` must be .*TGateSchedule.*, got \[10\] of type list"),
+        (
+            None,
+            {"num_inference_steps": 2.5},
+            TypeError,
+            "`num_inference_steps` must be an int of at least 1, got 2.5 of type float",
+        ),
+        (None, {"num_inference_steps": 0}, ValueError, "`num_inference_steps` must be an int of at least 1, got 0"),
+        (None, {"batch_size": 0}, ValueError, "`batch_size` must be an int of at least 1, got 0"),
         (
             None,
             {"do_classifier_free_guidance": 7.5},
@@ -257,9 +262,9 @@ def _with_another_layer():
             "do_classifier_free_guidance=7.5 is of type float: give True or False",
         ),
         (None, {"height": 63}, ValueError, "height=63 is not a multiple of 8: give one"),
-        (None, {"width": 0}, ValueError, "width=0 is too small: give an int of at least 8"),
-        (None, {"vae_scale_factor": 0}, ValueError, "vae_scale_factor=0 is too small"),
-        (None, {"max_sequence_length": 0}, ValueError, "max_sequence_length=0 is too small"),
+        (None, {"width": 0}, ValueError, "`width` must be an int of at least 8, got 0"),
+        (None, {"vae_scale_factor": 0}, ValueError, "`vae_scale_factor` must be an int of at least 1, got 0"),
+        (None, {"max_sequence_length": 0}, ValueError, "`max_sequence_length` must be an int of at least 1, got 0"),
         (None, {"num_frames": 3}, ValueError, "num_frames=3 means nothing for a UNet2DConditionModel: leave it out"),
         (None, {"extra_forwards": [{"a": 1}]}, ValueError, "means nothing for a UNet2DConditionModel: leave it out"),
         (None, {"dtype": "float16"}, TypeError, "dtype='float16' is of type str: give a torch.dtype"),
@@ -368,7 +373,7 @@ def test_the_command_computes_any_other_row(tmp_path):
     ("arguments", "message"),
     [
         (("--model", "sd99"), "'sd99' is neither one of lcm_sdxl, pixart_alpha, sd15, sd21, sdxl, nor"),
-        (("--model", "sd15", "--gate-step", "1.5"), "gate_step=1.5 is not a share of the steps"),
+        (("--model", "sd15", "--gate-step", "1.5"), "got 1.5"),
         (("--model", "sd15", "--dtype", "float15"), "has no attribute 'float15'"),
         (("--output", "table.xlsx"), "output='table.xlsx' is neither CSV nor Markdown"),
     ],

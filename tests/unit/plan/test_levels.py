@@ -109,25 +109,31 @@ def test_a_plan_of_letters():
     assert [number for number, step in enumerate(plan) if step.cross_attention is Action.STORE] == [3]
     assert schedule.resolve_gate_step(10) == 2
     assert (schedule.predicts, schedule.is_auto, schedule.forecast, schedule.tolerance) == (True, False, True, None)
-    with pytest.raises(ValueError, match=r"is a plan for 10 steps, and 9 run: .* num_inference_steps=10"):
+    with pytest.raises(
+        ValueError, match=r"a letter for each of the 9 steps that run, got 10: .* num_inference_steps=10"
+    ):
         schedule.plan(9)
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"levels": ""}, ValueError, "levels='' has no steps: give a letter for each step"),
-        ({"levels": "FXH"}, ValueError, "levels='FXH' has the letter 'X'"),
-        ({"levels": "-F"}, ValueError, "has to begin with a full step"),
-        ({"levels": ["F"]}, TypeError, "is of type list"),
-        ({"levels": "FF", "gate_step": 1}, ValueError, "both say which steps are full"),
-        ({"levels": "FF", "tolerance": 0.1}, ValueError, 'tolerance=0.1 is for gate_step="auto"'),
-        ({"levels": "FF", "guidance": "drop"}, ValueError, 'guidance="drop" ends it'),
-        ({"levels": "FF", "sp_interval": 2}, ValueError, "sp_interval=2"),
-        ({"levels": "FF", "cfg_interval": 2}, ValueError, "cfg_interval=2"),
-        ({"levels": "FF-F", "forecast": False}, ValueError, "and forecast=False otherwise"),
-        ({"gate_step": 3, "forecast": True}, ValueError, 'forecast=True is for gate_step="auto"'),
-        ({"forecast": 1}, TypeError, "forecast=1 is of type int"),
+        ({"levels": ""}, ValueError, "`levels` must be a letter for each step .*, got ''"),
+        ({"levels": "FXH"}, ValueError, "got 'FXH'.*The letters are F"),
+        ({"levels": "-F"}, ValueError, "must be a plan that begins with a full step"),
+        ({"levels": ["F"]}, TypeError, "of type list"),
+        ({"levels": "FF", "gate_step": 1}, ValueError, "`gate_step` must be left out beside levels='FF', got 1"),
+        ({"levels": "FF", "tolerance": 0.1}, ValueError, '`tolerance` must be left out .* got 0.1.*gate_step="auto"'),
+        ({"levels": "FF", "guidance": "drop"}, ValueError, "`guidance` must be left out .* got .drop"),
+        ({"levels": "FF", "sp_interval": 2}, ValueError, "`sp_interval` must be left out .* got 2"),
+        ({"levels": "FF", "cfg_interval": 2}, ValueError, "`cfg_interval` must be left out .* got 2"),
+        ({"levels": "FF-F", "forecast": False}, ValueError, "`forecast` must be left out .* got False"),
+        (
+            {"gate_step": 3, "forecast": True},
+            ValueError,
+            '`forecast` must be left out with gate_step=3, got True.*gate_step="auto"',
+        ),
+        ({"forecast": 1}, TypeError, "`forecast` must be True or False, got 1 of type int"),
     ],
 )
 def test_settings_that_mean_nothing_together(settings, error, message):

@@ -1,7 +1,9 @@
 """The schedule alone: the table of the method, and what is refused."""
 
+import dataclasses
 import itertools
 import math
+import re
 
 import pytest
 
@@ -65,7 +67,11 @@ def test_a_share_is_rounded_to_the_nearest_step(share, steps, gate):
         ({"gate_step": math.nan}, ValueError),
         ({"gate_step": math.inf}, ValueError),
         ({"gate_step": True}, TypeError),
-        ({"gate_step": "10"}, TypeError),
+        ({"gate_step": "10"}, ValueError),
+        ({"gate_step": "Auto"}, ValueError),
+        ({"gate_step": ""}, ValueError),
+        ({"gate_step": "FFX"}, ValueError),
+        ({"gate_step": [10]}, TypeError),
         ({"gate_step": None}, TypeError),
         ({"sp_interval": 0}, ValueError),
         ({"sp_interval": 2.0}, TypeError),
@@ -77,7 +83,7 @@ def test_a_share_is_rounded_to_the_nearest_step(share, steps, gate):
 )
 def test_bad_settings_name_the_value_and_the_remedy(settings, error):
     (name, value), *_ = settings.items()
-    with pytest.raises(error, match=f"{name}={value!r}.*give"):
+    with pytest.raises(error, match=f"`{name}` must be .*, got {re.escape(repr(value))}"):
         TGateSchedule(**settings)
 
 
@@ -85,3 +91,17 @@ def test_numpy_integers_are_integers():
     import numpy as np
 
     assert TGateSchedule(np.int64(4)).gate_step == 4
+
+
+def test_a_plan_of_letters_is_taken_in_the_place_of_a_number():
+    schedule = TGateSchedule("FFFF-F--FH")
+    assert schedule == TGateSchedule(levels="FFFF-F--FH")
+    assert schedule == dataclasses.replace(schedule) != TGateSchedule()
+    assert [step.level.value for step in schedule.plan(10)] == list("FFFF-F--FH")
+    with pytest.raises(ValueError, match="begins with a full step"):
+        TGateSchedule("HF")
+    for other in (5, "FFF", "FFH"):
+        with pytest.raises(
+            ValueError, match=f"`gate_step` must be left out beside levels='FFH', got {other!r}. Both say"
+        ):
+            TGateSchedule(other, levels="FFH")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.support.custom_loops import NAMES, Loop, built
+from tests.support.settings import apply_settings
 from tests.zoo.case import quiet, thorough
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, get_tgate_report, remove_tgate
@@ -30,7 +31,7 @@ def close(a, b):
 def refused(case, pipe, message, prompts=None, error=ValueError, **settings):
     """It is refused, and then works without T-GATE as before."""
     baseline = case.run(pipe, prompts)
-    apply_tgate(pipe, **{"gate_step": GATE, **settings})
+    apply_settings(pipe, **{"gate_step": GATE, **settings})
     with pytest.raises(error, match=message):
         case.run(pipe, prompts)
     assert vars(pipe)["_tgate"].state.nbytes == 0
@@ -164,7 +165,7 @@ def test_guidance_that_the_loop_ends_by_itself_is_refused(case, prompts, end):
                 return super().predict(i, x, t, texts, pooled, scale)
             return self.denoise(x, t, texts[1], [None, pooled[1]])
 
-    refused(case, built(case.name, Interval), "guidance of this pipeline is not two halves.*end guidance by", prompts)
+    refused(case, built(case.name, Interval), "guidance of this pipeline is not two halves.*ends guidance by", prompts)
 
 
 class Interleaved(Loop):

@@ -1,11 +1,13 @@
 """What a callback exchanges: pictures by their places in the batch, and the text. Nothing kept of the old goes on."""
 
 import functools
+import math
 
 import diffusers
 import pytest
 import torch
 
+from tests.support.settings import apply_settings
 from tests.zoo.case import slow, thorough
 from tests.zoo.catalogue import BY_NAME
 from tests.zoo.core import with_scheduler
@@ -17,8 +19,8 @@ WAYS = {
     "predict": {"gate_step": 3, "guidance": "predict"},
     "interval": {"gate_step": 3, "guidance": "predict", "cfg_interval": 4},
     # Tiny pipelines with random weights predict badly: this accepts whatever comes.
-    "auto": {"gate_step": "auto", "tolerance": 1e6, "forecast": False},
-    "forecast": {"gate_step": "auto", "tolerance": 1e6},
+    "auto": {"gate_step": "auto", "tolerance": math.inf, "forecast": False},
+    "forecast": {"gate_step": "auto", "tolerance": math.inf},
     "reuse": {"gate_step": 8, "sp_interval": 6, "fi_interval": 2},
 }
 # Full steps after an exchange at the end of step `AT`, and of those from the beginning.
@@ -86,7 +88,7 @@ def test_copies_of_one_picture_stay_equal(name, way):
     # The solvers of some remember by the place in the batch too.
     plain = with_scheduler(case.build(), "DDIMScheduler") if case.name in LEGACY else case.build()
     assert spread(case, plain) < 1e-3
-    pipe = apply_tgate(plain, **WAYS[way], **joint)
+    pipe = apply_settings(plain, **WAYS[way], **joint)
     assert spread(case, pipe) < 1e-3
     if name != "wan_experts":
         # There the second one takes over in between.
@@ -98,7 +100,7 @@ def test_copies_of_one_picture_stay_equal(name, way):
 @pytest.mark.parametrize("write", [resample, resample_in_place])
 def test_the_step_after_computes_both_halves_of_everything(way, write):
     case = BY_NAME["sd"]
-    pipe = apply_tgate(case.build(), **WAYS[way])
+    pipe = apply_settings(case.build(), **WAYS[way])
     rows = {"attn1": [], "attn2": []}
     for name, module in pipe.unet.named_modules():
         if name.endswith(tuple(rows)):
@@ -117,7 +119,7 @@ def test_the_step_after_computes_both_halves_of_everything(way, write):
 @pytest.mark.parametrize("way", ["drop", *map(slow, ("predict", "interval", "auto", "reuse"))])
 def test_latents_that_are_given_back_as_they_were_change_no_bit(way, caplog):
     case = BY_NAME["sd"]
-    pipe = apply_tgate(case.build(), **WAYS[way])
+    pipe = apply_settings(case.build(), **WAYS[way])
     expected, full = case.run(pipe, num_inference_steps=STEPS), get_tgate_report(pipe)
 
     def give_back(pipe, step, timestep, tensors):
@@ -140,7 +142,7 @@ def test_latents_that_are_others_in_every_step_leave_nothing_to_gate_and_it_is_s
 
     pipe = case.build()
     plain = case.run(pipe, num_inference_steps=STEPS, callback_on_step_end=blend)
-    apply_tgate(pipe, **WAYS[way])
+    apply_settings(pipe, **WAYS[way])
     for _ in range(2):
         assert torch.equal(case.run(pipe, num_inference_steps=STEPS, callback_on_step_end=blend), plain)
     assert get_tgate_report(pipe).full_steps == tuple(range(STEPS))
@@ -159,7 +161,7 @@ def test_steps_of_two_passes():
     callback = {"callback_on_step_end": functools.partial(resample, at=2 * AT + 1)}
     assert spread(case, with_scheduler(case.build(), "HeunDiscreteScheduler"), **callback) < 1e-3
     for way in ("drop", "predict", "auto"):
-        pipe = apply_tgate(with_scheduler(case.build(), "HeunDiscreteScheduler"), **WAYS[way])
+        pipe = apply_settings(with_scheduler(case.build(), "HeunDiscreteScheduler"), **WAYS[way])
         assert spread(case, pipe, **callback) < 1e-3
         # The second pass of the step may be on half of the batch again.
         assert AT + 1 in get_tgate_report(pipe).full_steps
@@ -174,7 +176,7 @@ def test_deepcache_starts_afresh(way):
     pipe = case.build()
     helper = DeepCacheSDHelper(pipe)
     helper.set_params(cache_interval=3, cache_branch_id=0)
-    assert spread(case, apply_tgate(pipe, **WAYS[way], deepcache=helper)) < 1e-3
+    assert spread(case, apply_settings(pipe, **WAYS[way], deepcache=helper)) < 1e-3
     assert AT + 1 in get_tgate_report(pipe).full_steps
 
 
@@ -182,7 +184,7 @@ def test_deepcache_starts_afresh(way):
 def test_a_legacy_callback_of_a_pipeline_that_has_both_may_write_to_latents():
     case = BY_NAME["sd"]
     for way in ("drop", "predict", "auto"):
-        pipe = apply_tgate(case.build(), **WAYS[way])
+        pipe = apply_settings(case.build(), **WAYS[way])
         assert spread(case, pipe, callback=legacy, callback_steps=1) < 1e-3
         assert get_tgate_report(pipe).full_steps == FULL[way]
 
@@ -212,7 +214,7 @@ def test_another_text_gets_a_full_step_where_guidance_is_predicted(name, way, ca
         return tensors
 
     call = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
-    pipe = apply_tgate(case.build(), **WAYS[way], cross_attention=False)
+    pipe = apply_settings(case.build(), **WAYS[way], cross_attention=False)
     case.run(pipe, num_inference_steps=STEPS, **call)
     assert get_tgate_report(pipe).full_steps == FULL[way]
     assert seen
@@ -235,7 +237,7 @@ def test_another_negative_prompt_gets_a_full_step_too(asked):
     case = BY_NAME["wan"]
     new = case.conditioning([5], True)["prompt_embeds"]
     name = "negative_prompt_embeds"
-    pipe = apply_tgate(case.build(), **WAYS["predict"])
+    pipe = apply_settings(case.build(), **WAYS["predict"])
     call = travel(new, (name,), None if asked else ())
     case.run(pipe, num_inference_steps=STEPS, **call)
     assert get_tgate_report(pipe).full_steps == FULL["predict"]
@@ -257,7 +259,7 @@ def test_with_guidance_dropped_and_nothing_else_gated_the_text_needs_no_full_ste
 @pytest.mark.parametrize("way", ["predict", slow("auto")])
 def test_cross_attention_follows_the_text_where_guidance_is_predicted(way, caplog):
     case = BY_NAME["sd"]
-    pipe = apply_tgate(case.build(), **WAYS[way])
+    pipe = apply_settings(case.build(), **WAYS[way])
     rows = []
     pipe.unet.register_forward_pre_hook(lambda *_: rows.append(0))
     layer = next(module for name, module in pipe.unet.named_modules() if name.endswith("attn2"))
@@ -285,7 +287,7 @@ def test_text_that_the_pipeline_itself_exchanges(name, caplog):
         steps.append(kwargs["encoder_hidden_states"])
         return args, {**kwargs, "encoder_hidden_states": steps[-1] * (1 if len(steps) <= AT + 1 else 0.5)}
 
-    apply_tgate(pipe, **WAYS["predict"])
+    apply_settings(pipe, **WAYS["predict"])
     hook = pipe.unet.register_forward_pre_hook(merge, with_kwargs=True)
     case.run(pipe, num_inference_steps=STEPS)
     assert get_tgate_report(pipe).full_steps == (0, 1, 2, AT + 1 + late)
@@ -295,6 +297,6 @@ def test_text_that_the_pipeline_itself_exchanges(name, caplog):
 def test_guidance_that_a_callback_of_diffusers_switches_off_is_nothing_exchanged():
     case = BY_NAME["sd"]
     callback = diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=AT)
-    pipe = apply_tgate(case.build(), **WAYS["predict"])
+    pipe = apply_settings(case.build(), **WAYS["predict"])
     case.run(pipe, num_inference_steps=STEPS, callback_on_step_end=callback)
     assert get_tgate_report(pipe).cross_attention_computed == 3

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import math
+import re
 
 import diffusers
 import pytest
@@ -9,6 +11,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from tests.support.counting import layers
+from tests.support.settings import apply_settings
 from tests.zoo.case import STEPS, quiet, slow
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import (
@@ -98,7 +101,7 @@ def test_the_report_counts_what_the_layers_did(case, settings):
 
     for name, layer in layers(pipe, case, "attn").items():
         layer.to_k.register_forward_hook(count(name))
-    case.run(apply_tgate(pipe, GATE, **settings))
+    case.run(apply_settings(pipe, GATE, **settings))
     report = get_tgate_report(pipe)
     assert {runs[name] for name in runs if "attn2" in name} == {report.cross_attention_computed}
     assert {runs[name] for name in runs if "attn1" in name} == {report.self_attention_computed}
@@ -130,10 +133,9 @@ def test_by_hand_too_a_run_in_which_nothing_was_gated_says_so(caplog):
 def test_settings_in_the_call_are_refused_with_the_remedy(case, setting):
     pipe = apply_tgate(case.build(), GATE)
     expected = case.gated(GATE)
-    # What `gate_step="auto"` refuses is shown beside a number.
-    given = f"10, {setting}=2" if setting in ("sp_interval", "warm_up") else f"{setting}=2"
-    message = rf"{setting}=2 is not an argument of the call: .*apply_tgate\(pipe, {given}\)"
-    with pytest.raises(TypeError, match=message):
+    given = "gate_step=2" if setting == "gate_step" else f"TGateSchedule(10, {setting}=2)"
+    message = re.escape(f"apply_tgate(pipe, {given})")
+    with pytest.raises(TypeError, match=rf"{setting}=2 is not an argument of the call: .*{message}"):
         case.run(pipe, **{setting: 2})
     assert torch.equal(case.run(pipe), expected)
 
@@ -205,3 +207,29 @@ def test_what_is_said_begins_with_the_name_and_speaks_of_guidance_only_where_the
     assert "guidance" not in unguided
     assert guided.startswith("T-GATE: ")
     assert unguided.startswith("T-GATE: ")
+
+
+@pytest.mark.parametrize(
+    ("steps", "call", "message"),
+    [
+        (1, {}, 'with gate_step="auto" the first three are full. Take 10 steps or more.'),
+        (3, {}, 'with gate_step="auto" the first three are full. Take 10 steps or more.'),
+        (4, {}, None),
+        (4, {"guidance_scale": 1.0}, 'with gate_step="auto" the first three and the last one are full.'),
+        (5, {"guidance_scale": 1.0}, None),
+    ],
+)
+def test_a_call_that_is_too_short_for_the_run_to_decide_anything_says_so(steps, call, message, caplog):
+    case = BY_NAME["sd"]
+    pipe = apply_tgate(case.build(), tolerance=math.inf)
+    for _ in range(2):
+        case.run(pipe, num_inference_steps=steps, **call)
+    assert ("H" in get_tgate_report(pipe).levels or "-" in get_tgate_report(pipe).levels) is (message is None)
+    expected = [] if message is None else [f"T-GATE: nothing is gated in the {steps} steps of this call of Stab"]
+    assert [record[: len(expected[0])] for record in said(caplog)] == expected
+    assert all(message in record for record in said(caplog))
+    # A tolerance of 0 asks for full steps, and a number for others.
+    caplog.clear()
+    for given in ({"tolerance": 0}, {"gate_step": 2}):
+        case.run(apply_tgate(pipe, **given), num_inference_steps=max(steps, 3), **call)
+    assert not said(caplog)

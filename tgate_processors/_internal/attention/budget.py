@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from collections.abc import Collection, Hashable, Sequence
 from fractions import Fraction
@@ -82,6 +81,18 @@ def saved_macs(attn: Any, sizes: LayerSizes) -> int:
     return taken
 
 
+class Offer(NamedTuple):
+    """What a layer saves in a step, the bytes of its output, and its number among all layers."""
+
+    saved: int
+    nbytes: int
+    number: int
+
+    def place(self) -> tuple[Fraction, int]:
+        """What offers are sorted by, the best first."""
+        return -Fraction(self.saved, max(self.nbytes, 1)), self.number
+
+
 class MemoryBudget(Generic[Key]):
     """
     Selects the layers whose outputs fit into so many bytes: the best by what is saved for each byte, until one of them
@@ -93,7 +104,9 @@ class MemoryBudget(Generic[Key]):
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._candidates: dict[Key, tuple[tuple[Fraction, int], int]] = {}
+        self._candidates: dict[Key, Offer] = {}
+        # What the selection was made by: the candidates, or what several processes know of them.
+        self._offers: dict[Key, Offer] = {}
         self._selected: frozenset[Key] = frozenset()
 
     def __contains__(self, key: Key) -> bool:
@@ -102,7 +115,7 @@ class MemoryBudget(Generic[Key]):
     def reset(self) -> None:
         """Remove all candidates."""
         self._candidates.clear()
-        self._selected = frozenset()
+        self._select({})
 
     @property
     def candidates(self) -> Collection[Key]:
@@ -112,7 +125,7 @@ class MemoryBudget(Generic[Key]):
     @property
     def min_bytes(self) -> int:
         """The bytes of the best layer."""
-        return min(self._candidates.values())[1]
+        return min(self._offers.values(), key=Offer.place).nbytes
 
     def offer(self, key: Key, saved: int, nbytes: int, index: int) -> bool:
         """
@@ -127,21 +140,34 @@ class MemoryBudget(Generic[Key]):
         Returns:
             `bool`: Whether it is selected for now.
         """
-        offer = ((-Fraction(saved, max(nbytes, 1)), index), nbytes)
+        offer = Offer(saved, nbytes, index)
         if self._candidates.get(key) != offer:
             if key in self._candidates:
                 # The size of the latents has changed: the other candidates are out of date.
                 self.reset()
             self._candidates[key] = offer
-            self._selected = self._select()
+            self._select(self._candidates)
         return key in self._selected
 
-    def _select(self) -> frozenset[Key]:
-        """Select the best candidates that fit together."""
+    def offered(self, key: Key) -> tuple[int, int]:
+        """What a layer saves and the bytes of its output, as it was offered; zeros if it was not."""
+        return self._candidates.get(key, Offer(0, 0, 0))[:2]
+
+    def select_by(self, offers: Sequence[tuple[Key, int, int]]) -> None:
+        """
+        Select by what several processes know of the layers, in place of their offers.
+
+        Args:
+            offers (`Sequence` of `tuple`): In the order of the layers, each with what it saves and its bytes.
+        """
+        self._select({key: Offer(saved, nbytes, index) for index, (key, saved, nbytes) in enumerate(offers) if nbytes})
+
+    def _select(self, offers: dict[Key, Offer]) -> None:
+        """Select the best that fit together."""
         selected, held = set(), 0
-        for key, (_, nbytes) in sorted(self._candidates.items(), key=operator.itemgetter(1)):
-            held += nbytes
+        for key, offer in sorted(offers.items(), key=lambda item: item[1].place()):
+            held += offer.nbytes
             if held > self._max_bytes:
                 break
             selected.add(key)
-        return frozenset(selected)
+        self._offers, self._selected = dict(offers), frozenset(selected)

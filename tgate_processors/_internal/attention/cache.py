@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,22 @@ class AttentionCache:
     def set_budget(self, max_bytes: int | None) -> None:
         """A loop begins, in which cached cross-attention takes so many bytes at most."""
         self._budget = None if max_bytes is None else MemoryBudget[Slot](max_bytes)
+
+    def agree_on_budget(self, agree: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> None:
+        """
+        A forward has ended: select the same layers as the other processes, by the sizes in the one with most tokens.
+
+        Args:
+            agree (`Callable`): Makes the largest numbers of all processes from those of each.
+            device (`torch.device`): Where the processes exchange them.
+        """
+        if self._budget is None or self.actions.cross_attention is not Action.STORE:
+            return
+        slots = list(self.layers.required().values())
+        own = [self._budget.offered(slot) for slot in slots]
+        agreed = agree(torch.tensor(own, dtype=torch.int64, device=device)).tolist()
+        self._budget.select_by([(slot, *numbers) for slot, numbers in zip(slots, agreed, strict=True)])
+        self._release_over_budget(self._budget)
 
     @property
     def min_bytes(self) -> int | None:
@@ -244,12 +261,16 @@ class AttentionCache:
         nbytes = sizes.nbytes // (1 if self.actions.part is CachedPart.ALL else 2)
         budget.offer(slot, self.layers.saved_macs(slot, sizes), nbytes, self.layers.index_of(slot))
         self.over_budget.discard(slot)
+        self._release_over_budget(budget)
+        return slot in budget
+
+    def _release_over_budget(self, budget: MemoryBudget[Slot]) -> None:
+        """Release the outputs of layers that are not selected."""
         held = [each for each, cached in self.cached.items() if not cached.is_self]
         for each in (*budget.candidates, *held):
             if each not in budget:
                 self.cached.pop(each, None)
                 self.over_budget.add(each)
-        return slot in budget
 
     def _push_to_compiled(self, action: Action) -> None:
         """A forward begins: set the action of each layer for compiled code, by the budget."""

@@ -109,7 +109,12 @@ class CFGBatchCheck:
         expected = num_samples * (2 if guided else 1)
         if batch == expected:
             return
-        ended = " Its loop seems to end guidance by itself." if guided and batch == num_samples else ""
+        ended = ""
+        if guided and batch == num_samples:
+            ended = (
+                " Either its loop ends guidance by itself, or each process computes one half of it (CFG parallelism), "
+                "which leaves no half to skip: give each process its own prompts instead."
+            )
         raise ValueError(
             f"T-GATE: the denoiser got a batch of {batch} for {num_samples} latents with classifier-free guidance "
             f"{'on' if guided else 'off'}, where T-GATE expects {expected}: the guidance of this pipeline is not two "

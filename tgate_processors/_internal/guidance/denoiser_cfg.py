@@ -175,12 +175,12 @@ class BatchedCFG(DenoiserCFG):
 
     def observe(self, call: ComputedCall) -> None:
         """Record both halves, which were computed at once."""
-        if self._predictor is not None and not call.cache_hit:
+        if self._predictor is not None and not call.cache_hit and self._has_halves(call):
             self._record_halves(call, [part.chunk(2) for part in self._parts_of(call)], call.uncond_index)
 
     def observe_output(self, call: ComputedCall) -> None:
         """Record the active half of an output, or all of one that is not split."""
-        if self._forecaster is None:
+        if self._forecaster is None or (call.is_split and not self._has_halves(call)):
             return
         parts = self._parts_of(call)
         if call.is_split:
@@ -189,6 +189,11 @@ class BatchedCFG(DenoiserCFG):
         else:
             self._record_output(call, parts)
         self._record_template(call)
+
+    @staticmethod
+    def _has_halves(call: ComputedCall) -> bool:
+        """Whether a batch can be two halves; the end of the step says if it has to be."""
+        return call.inputs.batch_size % 2 == 0
 
     def forecast(self, call: ComputedCall) -> Any:
         """Forecast the active half, and predict the other one."""

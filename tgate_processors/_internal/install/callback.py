@@ -14,7 +14,7 @@ from ..caches.detect import detect_caches
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards, validate_custom_forwards
 from ..denoiser.lock import exclusively
 from ..families import ResolvedPipeline, check_cfg_half, check_guidance_mode, resolve_pipeline
-from ..plan.schedule import TGateSchedule, first_step
+from ..plan.schedule import GateStep, TGateSchedule, as_schedule, first_step
 from ..plan.step_plan import CFGHalf
 from ..plan.validation import is_choice, shown
 from ..run.run import PipelineRun
@@ -34,7 +34,8 @@ class TGateCallback:
     every cross-attention layer has a gate; else all of it stays on. Nothing is forecast.
 
     Args:
-        schedule (`TGateSchedule`): When attention is computed, stored and reused.
+        schedule (`TGateSchedule`, `int`, `float` or `str`):
+            The schedule, or its `gate_step`, as in [`apply_tgate`].
         cfg_half (`str`, *optional*):
             The half of classifier-free guidance that stays after the gate, `"unconditional"` or `"conditional"`.
             Defaults to what the published implementation keeps for the pipeline.
@@ -47,11 +48,11 @@ class TGateCallback:
         tensor_inputs (`list[str]`): What the callback asks for, for `MultiPipelineCallbacks`: nothing.
 
     Raises:
-        TypeError: If `schedule` is not a `TGateSchedule`.
+        TypeError: If `schedule` stands for none.
         ValueError:
-            If `cfg_half` or `custom_forwards` is none of its words; when run, if the pipeline cannot be gated, if
-            `levels` has forecast steps, or if the gate lies in the first step of a guided call, whose end is the first
-            that a callback sees.
+            If `schedule`, `cfg_half` or `custom_forwards` is none of its words; when run, if the pipeline cannot be
+            gated, if `levels` has forecast steps, or if the gate lies in the first step of a guided call, whose end is
+            the first that a callback sees.
 
     Example:
 
@@ -72,16 +73,12 @@ class TGateCallback:
 
     def __init__(
         self,
-        schedule: TGateSchedule,
+        schedule: TGateSchedule | GateStep,
         *,
         cfg_half: CFGHalf | None = None,
         custom_forwards: CustomForwards | None = None,
     ) -> None:
-        if not isinstance(schedule, TGateSchedule):
-            raise TypeError(
-                f"schedule={shown(schedule)} is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...)."
-            )
-        self.state = TGateState(schedule)
+        self.state = TGateState(as_schedule(schedule, "schedule"))
         self._custom_forwards = validate_custom_forwards(custom_forwards)
         self.cfg_half = validate_cfg_half(cfg_half)
         self._run: PipelineRun | None = None
@@ -177,5 +174,5 @@ class TGateCallback:
 def validate_cfg_half(cfg_half: CFGHalf | None) -> CFGHalf | None:
     """Validate `cfg_half`."""
     if not is_choice("cfg_half", cfg_half, "unconditional", "conditional"):
-        raise ValueError(f'cfg_half must be "unconditional" or "conditional", not {shown(cfg_half)}.')
+        raise ValueError(f'`cfg_half` must be "unconditional" or "conditional", got {shown(cfg_half)}.')
     return cfg_half

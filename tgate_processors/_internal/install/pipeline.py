@@ -21,14 +21,16 @@ from .installation import Installation
 from .pipeline_call import call_of
 from .pipeline_check import reject_forecasts
 from .recompile_limit import RaisedRecompileLimit, restore_recompile_limit
+from .split_batch import split_batch_check
 
 # The attribute of a pipeline with T-GATE that holds its installation.
 _TGATE_ATTRIBUTE = "_tgate"
 # The published package takes these settings in the call, and some pipelines swallow them. How `apply_tgate` takes them.
 _MISPLACED_SETTINGS = {
-    **{name: f"{name}={{!r}}" for name in ("gate_step", "fi_interval")},
-    **{name: f"10, {name}={{!r}}" for name in ("sp_interval", "warm_up", "guidance")},
-    "cfg_interval": '10, guidance="predict", cfg_interval={!r}',
+    "gate_step": "gate_step={!r}",
+    "guidance": "10, guidance={!r}",
+    **{name: f"TGateSchedule(10, {name}={{!r}})" for name in ("sp_interval", "fi_interval", "warm_up")},
+    "cfg_interval": 'TGateSchedule(10, guidance="predict", cfg_interval={!r})',
     "tolerance": '"auto", tolerance={!r}',
 }
 
@@ -188,6 +190,7 @@ def _begin_run(
     adapters = CacheAdapters(caches, found.family.layout.calls_per_step)
     if adapters:
         reject_forecasts(state.schedule, "another cache on the denoiser counts the steps in which it is called")
+    split_batch = split_batch_check(found.denoisers)
     run = InterceptedRun(
         state,
         call,
@@ -198,8 +201,12 @@ def _begin_run(
         cross_attention=installation.cross_attention,
         forwards=forwards,
         can_forecast=not adapters,
+        check_rows=split_batch and split_batch.after_forward,
     )
     cleanup.add(lambda: installation.end_run(pipe, run, layers, completed=cleanup.completed))
+    if split_batch is not None:
+        cleanup.add(split_batch.close)
+        split_batch.open()
     room = RaisedRecompileLimit()
     cleanup.add(room.close)
     room.open()

@@ -20,7 +20,7 @@ from ..install.pipeline import install, installed
 from ..install.pipeline_check import validate_pipeline
 from ..plan.schedule import TGateSchedule
 from ..plan.validation import shown, validate_tolerance
-from .cost import estimate_cost
+from .calls import half_cost, read_calls
 from .probe import ConvergenceProbe
 
 if TYPE_CHECKING:
@@ -127,37 +127,26 @@ def measure_convergence(
     import pandas as pd
 
     validate_pipeline(pipe)
-    if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
-        raise TypeError(
-            f"prompts={shown(prompts)} is of type {type(prompts).__name__}: give a list, with a prompt for each call."
-        )
-    prompts = list(prompts)
-    if not all(isinstance(each, (str, Mapping)) for each in prompts):
-        raise TypeError(f"prompts={shown(prompts)}: give a str, or a dict of the arguments, for each call.")
-    if call is not None and not isinstance(call, Mapping):
-        raise TypeError(f"call={shown(call)} is of type {type(call).__name__}: give a dict of arguments.")
+    calls = read_calls(prompts, call)
     if not isinstance(tolerances, Iterable):
         raise TypeError(
             f"tolerances={shown(tolerances)} is of type {type(tolerances).__name__}: give a list of numbers."
         )
     schedules = [TGateSchedule("auto", tolerance=validate_tolerance(each, "tolerances")) for each in tolerances]
-    calls = [{"prompt": each} if isinstance(each, str) else dict(each) for each in prompts]
     if has_guider(pipe) or resolve_pipeline(pipe).family.layout.calls_per_step > 1:
         raise ValueError(
             f"the guidance of {type(pipe).__name__} is two calls of its denoiser, and the probe watches guidance in "
             'one batch: use gate_step="auto" there, whose report tells the errors.'
         )
-    if not calls:
-        raise ValueError(f"prompts={shown(prompts)} is empty: give some prompts, with a call for each.")
     probe = ConvergenceProbe()
     with _probing(pipe, probe):
         for each in pipe.progress_bar(calls):
-            pipe(**{**(call or {}), **each})
+            pipe(**each)
             probe.on_call_end(schedules)
     steps = pd.DataFrame({name: probe.mean(name) for name in ("cross_attention", "difference", "error")})
     steps = steps.reindex(range(probe.steps)).rename_axis("step")
     layers = pd.DataFrame({name: probe.mean(name) for name in probe.layers}).reindex(range(probe.steps))
-    half = _half_share(pipe, {**(call or {}), **calls[0]}, probe.steps)
+    half = half_cost(pipe, calls[0], probe.steps)
     columns = [probe.expect(schedule, half) for schedule in schedules]
     names = ("full_steps", "forecast_steps", "gate_step", "speedup")
     index = pd.Index([schedule.tolerance for schedule in schedules], name="tolerance")
@@ -215,14 +204,3 @@ def _denoiser_hook(probe: ConvergenceProbe, state: TGateState) -> Any:
             )
 
     return hook
-
-
-def _half_share(pipe: Any, call: Mapping[str, Any], steps: int) -> float:
-    """The share of a full step's MACs that a half step takes."""
-    size = {name: call[name] for name in ("height", "width", "max_sequence_length", "num_frames") if call.get(name)}
-    try:
-        cost = estimate_cost(pipe, TGateSchedule(1), steps, **size)
-    except ValueError:
-        # Adapters and the like: at least one half is left out.
-        return 0.5
-    return cost.without_cross_attention.total / (2 * cost.full.total)

@@ -13,7 +13,7 @@ from ..attention.budget import gates_cross_attention, validate_max_memory
 from ..attention.state import TGateState
 from ..families import family_of, reject_dropping_momentum
 from ..plan.report import TGateReport
-from ..plan.schedule import TGateSchedule
+from ..plan.schedule import GateStep, TGateSchedule, as_schedule
 from ..plan.steps import StepCounter
 from ..plan.validation import shown, validate_int, validate_switch
 from ..run.messages import RunWarnings
@@ -68,7 +68,7 @@ class TGateCost:
 
 def estimate_cost(
     pipe_or_denoiser: Any,
-    schedule: TGateSchedule,
+    schedule: TGateSchedule | GateStep,
     num_inference_steps: int,
     *,
     do_classifier_free_guidance: bool | None = None,
@@ -93,7 +93,8 @@ def estimate_cost(
     Args:
         pipe_or_denoiser (`DiffusionPipeline` or `torch.nn.Module`):
             The pipeline, or its denoiser, which may be without weights (made under `torch.device("meta")`).
-        schedule (`TGateSchedule`): When attention is computed, stored and reused.
+        schedule (`TGateSchedule`, `int`, `float` or `str`):
+            The schedule, or its `gate_step`, as in [`apply_tgate`].
         num_inference_steps (`int`):
             Number of steps that really run. The scheduler of a pipeline says how many forwards these are; a denoiser
             alone has one forward a step.
@@ -132,9 +133,9 @@ def estimate_cost(
     Example:
 
     ```py
-    >>> from tgate_processors import TGateSchedule, estimate_cost
+    >>> from tgate_processors import estimate_cost
 
-    >>> cost = estimate_cost(pipe, TGateSchedule(gate_step=10), num_inference_steps=25)
+    >>> cost = estimate_cost(pipe, 10, num_inference_steps=25)
     >>> cost.report.half_batch_forwards
     15
     >>> cost.with_tgate.layers == 2 * 10 * cost.full.layers + 15 * cost.without_cross_attention.layers
@@ -147,8 +148,7 @@ def estimate_cost(
     max_bytes = validate_max_memory(max_memory, cross_attention)
     cross_attention = gates_cross_attention(cross_attention, max_bytes)
     pipe, denoiser = resolve_target(pipe_or_denoiser, cross_attention)
-    if not isinstance(schedule, TGateSchedule):
-        raise TypeError(f"schedule is of type {type(schedule).__name__}: give a TGateSchedule(gate_step=...).")
+    schedule = as_schedule(schedule, "schedule")
     num_inference_steps = validate_int("num_inference_steps", num_inference_steps, 1, maximum=MAX_SIZE)
     batch_size = validate_int("batch_size", batch_size, 1, maximum=MAX_SIZE)
     guided = resolve_cfg(pipe, denoiser, do_classifier_free_guidance)

@@ -43,6 +43,8 @@ class TGateReport:
             Where guidance alone is gated, the bytes that `cross_attention=True` would hold. 0 elsewhere, where
             attention is joint or guidance a guider, and for layers inside compiled code. [`estimate_cost`] tells what
             it would save.
+        ranks (`int`): Processes that agreed on their errors, and on the layers that `max_memory` leaves out, because
+            they share the denoiser. 1 if each decided for itself.
     """
 
     num_inference_steps: int = 0
@@ -62,6 +64,7 @@ class TGateReport:
     kept_layers: int = 0
     cross_attention_layers: int = 0
     cross_attention_bytes: int = 0
+    ranks: int = 1
 
     def __str__(self) -> str:
         if not self.num_inference_steps:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 from .adaptive import MIN_HISTORY, NO_ERRORS, AdaptiveController, LevelController, StepErrors
+from .combinations import check_combinations, check_levels
 from .step_plan import Action, Level, Phase, StepPlan, drop_unused_stores
 from .validation import (
-    Auto,
     is_choice,
+    is_plan,
     shown,
     validate_gate_step,
     validate_int,
@@ -21,6 +22,8 @@ from .validation import (
 )
 
 GuidanceMode = Literal["drop", "predict"]
+# What stands for a schedule where nothing but its first argument is to be said.
+GateStep = SupportsIndex | SupportsFloat | str
 
 # The default of `tolerance`, with forecast steps and without.
 FORECAST_TOLERANCE = 0.2
@@ -41,6 +44,7 @@ class TGateSchedule:
             see `tolerance`. A number is how many steps compute cross-attention: its output is stored in step
             `gate_step - 1` and reused from step `gate_step` on, where half of the guidance batch is left out too.
             A `float` in (0, 1) is a share of the steps that really run, rounded to the nearest step and at least 1.
+            A plan of letters such as `"FFFF-F--FH"` is `levels`.
         sp_interval (`int`, *optional*, defaults to `1`):
             In the semantics-planning phase self-attention is computed every `sp_interval` steps. `1` computes it in
             every step.
@@ -59,8 +63,8 @@ class TGateSchedule:
             cross-attention are computed and kept anew. By default there are none.
         tolerance (`float`, *optional*):
             With `gate_step="auto"`, the accepted error of the guided output, relative to that output. Every step that
-            calls the denoiser measures it. The larger it is, the fewer steps are full. `0` makes every step a full one.
-            Defaults to `0.2`, and with `forecast=False` to `0.6`.
+            calls the denoiser measures it. The larger it is, the fewer steps are full. `0` makes every step a full one,
+            `math.inf` accepts any error. Defaults to `0.2`, and with `forecast=False` to `0.6`.
         forecast (`bool`, *optional*):
             With `gate_step="auto"`, whether there are forecast steps: the denoiser is not called in them, and what it
             would give is extrapolated from its last two outputs. Defaults to `True`.
@@ -86,7 +90,7 @@ class TGateSchedule:
     *m* is `gate_step`, its *k* is `sp_interval`, its *w* is `warm_up`.
     """
 
-    gate_step: int | float | Auto = "auto"
+    gate_step: int | float | str = "auto"
     sp_interval: int = 1
     fi_interval: int = 1
     warm_up: int = 0
@@ -97,11 +101,16 @@ class TGateSchedule:
     levels: str | None = None
 
     def __post_init__(self) -> None:
+        if is_plan(self.gate_step):
+            if self.levels is not None:
+                check_levels(self)
+            object.__setattr__(self, "levels", self.gate_step)
+            object.__setattr__(self, "gate_step", "auto")
         checked: dict[str, object] = {"gate_step": validate_gate_step(self.gate_step)}
         for name, minimum in (("sp_interval", 1), ("fi_interval", 1), ("warm_up", 0)):
             checked[name] = validate_int(name, getattr(self, name), minimum)
         if not is_choice("guidance", self.guidance, "drop", "predict"):
-            raise ValueError(f'guidance={shown(self.guidance)} is unknown: give "drop" or "predict".')
+            raise ValueError(f'`guidance` must be "drop" or "predict", got {shown(self.guidance)}.')
         validate_switch("forecast", self.forecast)
         if self.levels is not None:
             validate_levels(self.levels)
@@ -112,10 +121,10 @@ class TGateSchedule:
         if self.is_auto or self.tolerance is not None:
             default = FORECAST_TOLERANCE if checked["forecast"] else HALF_STEP_TOLERANCE
             checked["tolerance"] = validate_tolerance(self.tolerance, default=default)
-        self._check_levels()
+        check_levels(self)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        self._check_combinations()
+        check_combinations(self)
 
     @property
     def is_auto(self) -> bool:
@@ -192,8 +201,8 @@ class TGateSchedule:
         """The plan of every step, as `levels` gives it."""
         if steps and steps != len(levels):
             raise ValueError(
-                f"levels={shown(levels)} is a plan for {len(levels)} steps, and {steps} run: give a letter for each "
-                f"step that runs, or call the pipeline with num_inference_steps={len(levels)}."
+                f"`levels` must have a letter for each of the {steps} steps that run, got {len(levels)}: "
+                f"{shown(levels)}. Call the pipeline with num_inference_steps={len(levels)}, or give another plan."
             )
         called = [step for step in range(steps) if levels[step] != Level.FORECAST.value]
         followers = dict(itertools.pairwise(called))
@@ -226,54 +235,39 @@ class TGateSchedule:
             return Action.COMPUTE
         return Action.STORE if step == self.warm_up or step % self.sp_interval == 0 else Action.REUSE
 
-    def _check_levels(self) -> None:
-        """Refuse settings that say the same as `levels`, or the contrary."""
-        if self.levels is None:
-            if self.forecast and not self.is_auto:
-                raise ValueError(
-                    f'forecast=True is for gate_step="auto", not gate_step={self.gate_step}: leave it out.'
-                )
-            return
-        given = f"levels={shown(self.levels)}"
-        if self.gate_step != "auto":
-            raise ValueError(f"{given} and gate_step={self.gate_step} both say which steps are full: give one of them.")
-        if self.forecast is not None and self.forecast is not ("-" in self.levels):
-            raise ValueError(
-                f"{given} says which steps are forecast, and forecast={self.forecast} otherwise: leave it out."
-            )
-        if self.guidance == "drop":
-            raise ValueError(f'{given} predicts guidance, and guidance="drop" ends it: leave guidance out.')
-        if self.sp_interval > 1 or self.warm_up or self.cfg_interval is not None:
-            raise ValueError(
-                f"{given} says what every step is, and sp_interval={self.sp_interval}, warm_up={self.warm_up} and "
-                f"cfg_interval={self.cfg_interval} are for gate_step as a number of steps: leave them out."
-            )
 
-    def _check_combinations(self) -> None:
-        """Refuse settings that have no meaning together."""
-        if self.is_auto and self.guidance == "drop":
+def as_schedule(
+    given: TGateSchedule | GateStep,
+    name: str = "gate_step",
+    *,
+    guidance: GuidanceMode | None = None,
+    tolerance: SupportsFloat | None = None,
+) -> TGateSchedule:
+    """
+    Make a schedule of what stands for one.
+
+    Args:
+        given (`TGateSchedule`, `int`, `float` or `str`): A schedule, or the `gate_step` of one.
+        name (`str`, *optional*, defaults to `"gate_step"`): The argument that it was given as.
+        guidance (`str`, *optional*): What happens to guidance, if it is a `gate_step`.
+        tolerance (`float`, *optional*): The accepted error, if it is a `gate_step`.
+
+    Returns:
+        `TGateSchedule`: The schedule.
+    """
+    if not isinstance(given, TGateSchedule):
+        # Numbers of every kind, numpy's too, become ints and floats.
+        gate_step: Any = given if is_plan(given) else validate_gate_step(given, name, "a TGateSchedule")
+        accepted: Any = tolerance
+        return TGateSchedule(gate_step, guidance=guidance, tolerance=accepted)
+    for name, value in (("guidance", guidance), ("tolerance", tolerance)):
+        if value is not None:
+            setting = f"{name}={shown(value)}"
             raise ValueError(
-                'gate_step="auto" is set by the error of predicted guidance, but guidance="drop" predicts none: give '
-                "gate_step as a number of steps, or leave guidance out."
+                f"`{name}` must be left out beside a TGateSchedule, got {shown(value)}. Put it in the schedule: "
+                f"TGateSchedule(..., {setting})."
             )
-        if self.is_auto and (self.sp_interval > 1 or self.warm_up):
-            raise ValueError(
-                f"sp_interval={self.sp_interval} and warm_up={self.warm_up} are for the steps before the gate, and "
-                'gate_step="auto" does not know how many these will be: leave them out, or give gate_step as a number '
-                "of steps."
-            )
-        if self.is_auto and self.cfg_interval is not None:
-            raise ValueError(
-                f'cfg_interval={self.cfg_interval} and gate_step="auto" both say when guidance is computed: leave it '
-                'out, or give gate_step as a number of steps and guidance="predict".'
-            )
-        if not self.is_auto and self.tolerance is not None:
-            other = f"levels={shown(self.levels)}" if self.levels else f"gate_step={self.gate_step}"
-            raise ValueError(f'tolerance={self.tolerance} is for gate_step="auto", not {other}.')
-        if self.cfg_interval is not None and not self.predicts:
-            raise ValueError(
-                f'cfg_interval={self.cfg_interval} is for guidance="predict": with "drop" guidance never comes back.'
-            )
+    return given
 
 
 _BY_PHASE = {

@@ -187,7 +187,9 @@ class StepCounter:
         if self._calls_per_step > 1 and guided and self._forwards == 1:
             raise ValueError(
                 f"T-GATE: step {self.step_index} ended with one call of the denoiser, where T-GATE expects two with "
-                "classifier-free guidance, the conditional one first. Call remove_tgate(pipe) to use this pipeline."
+                "classifier-free guidance, the conditional one first. If each process makes one of them (CFG "
+                "parallelism), there is no half to skip: give each process its own prompts instead. Or call "
+                "remove_tgate(pipe) to use this pipeline."
             )
         if not self._forwards:
             raise ValueError(

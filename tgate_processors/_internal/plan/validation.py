@@ -14,60 +14,80 @@ _NON_NUMERIC_KINDS = "cmMSUO"
 _MAX_SHOWN_LENGTH = 200
 # Beyond what anyone means, and within what torch counts with.
 _MAX_INT = 2**31 - 1
+# An error of 1 is as large as the output itself. A tolerance above 2 is nearly always meant in per cent.
+MAX_TOLERANCE = 2.0
+_LETTERS = "The letters are F (full), H (half) and - (forecast)"
 
 
-def validate_gate_step(value: object) -> int | float | Auto:
-    """Validate `gate_step`."""
+def validate_gate_step(value: object, name: str = "gate_step", *also: str) -> int | float | Auto:
+    """Validate `gate_step`, or what stands for a schedule under another name."""
     if isinstance(value, str) and value == "auto":
         return "auto"
-    hint = (
-        "give a number of steps (an int of at least 1), a share of the steps (a float between 0 and 1), or "
-        '"auto" to have the run decide'
-    )
+    kinds = ['"auto"', "a number of steps", "a share of them between 0 and 1", 'a plan such as "FFFF-F--FH"', *also]
+    wanted = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
+    if isinstance(value, str):
+        raise ValueError(f"{_unlike(name, wanted, value)} {_remedy_for_text(value)}")
     share = _as_float(value) if as_int(value) is None else None
     if share is None:
-        return validate_int("gate_step", value, 1, hint)
+        return validate_int(name, value, 1, wanted)
     if not 0.0 < share < 1.0:
-        raise ValueError(f"gate_step={shown(value)} is not a share of the steps: {hint}.")
+        steps = f" For a number of steps, write {int(share)}." if 1 <= share <= _MAX_INT and share % 1 == 0 else ""
+        raise ValueError(f"{_unlike(name, wanted, value)}{steps}")
     return share
+
+
+def _remedy_for_text(value: str) -> str:
+    """What to write in place of a text that is no `gate_step`."""
+    meant = next((text for text in (value.lower(), value.upper()) if text == "auto" or is_plan(text)), None)
+    if meant is not None:
+        return f'Write "{meant}".'
+    return f"Write {value} without quotes." if value.isdecimal() else f"{_LETTERS}."
 
 
 def validate_tolerance(value: object, name: str = "tolerance", *, default: float = 0.2) -> float:
     """Validate `tolerance`."""
     if value is None:
         return default
-    hint = f"give the relative error to accept, a number of at least 0 such as {default}"
+    wanted = f"a relative error between 0 and {MAX_TOLERANCE:g} such as {default}, or math.inf to accept any"
     tolerance = _as_float(value)
     if tolerance is None:
-        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: {hint}.")
-    if not 0 <= tolerance < math.inf:
-        raise ValueError(f"{name}={shown(value)} is out of range: {hint}.")
+        raise TypeError(_unlike(name, wanted, value, of_type=True))
+    if not 0 <= tolerance <= MAX_TOLERANCE and not (tolerance == math.inf and value == math.inf):
+        percent = f" For {tolerance:g} %, write {tolerance / 100:g}." if MAX_TOLERANCE < tolerance <= 100 else ""
+        raise ValueError(f"{_unlike(name, wanted, value)}{percent}")
     return tolerance
+
+
+def is_plan(value: object) -> bool:
+    """Whether something is a plan of levels: a text of their letters alone."""
+    return isinstance(value, str) and bool(value) and set(value) <= set("FH-")
 
 
 def validate_guidance_scale(value: object) -> float | None:
     """Validate `guidance_scale`, where it is not a tensor."""
     if value is None:
         return None
-    hint = "give a number, a tensor, or None for no guidance"
+    wanted = "a number, a tensor, or None for no guidance"
     scale = _as_float(value)
     if scale is None:
-        raise TypeError(f"guidance_scale={shown(value)} is of type {type(value).__name__}: {hint}.")
+        raise TypeError(_unlike("guidance_scale", wanted, value, of_type=True))
     if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale={shown(value)} is out of range: {hint}.")
+        raise ValueError(_unlike("guidance_scale", wanted, value))
     return scale
 
 
 def validate_levels(value: object) -> None:
     """Validate `levels`."""
-    hint = 'give a letter for each step, "F" for full, "H" for half and "-" for forecast, such as "FFFF-F--FH"'
+    wanted = 'a letter for each step such as "FFFF-F--FH"'
     if not isinstance(value, str):
-        raise TypeError(f"levels={shown(value)} is of type {type(value).__name__}: {hint}.")
-    unknown = next((letter for letter in value if letter not in "FH-"), None)
-    if unknown is not None or not value:
-        raise ValueError(f"levels={shown(value)} has {f'the letter {unknown!r}' if unknown else 'no steps'}: {hint}.")
+        raise TypeError(_unlike("levels", wanted, value, of_type=True))
+    if not is_plan(value):
+        raise ValueError(f"{_unlike('levels', wanted, value)} {_LETTERS}.")
     if value[0] != "F":
-        raise ValueError(f'levels={shown(value)} has to begin with a full step, "F": nothing is known before it.')
+        raise ValueError(
+            f"{_unlike('levels', 'a plan that begins with a full step, F', value)} Nothing is known before it to "
+            "predict from."
+        )
 
 
 def _as_float(value: object) -> float | None:
@@ -102,16 +122,16 @@ def _is_bool_or_array(value: object) -> bool:
     return isinstance(value, (bool, str, bytes, type)) or bool(getattr(value, "ndim", 0)) or other
 
 
-def validate_int(name: str, value: object, minimum: int, hint: str | None = None, maximum: int = _MAX_INT) -> int:
+def validate_int(name: str, value: object, minimum: int, wanted: str | None = None, maximum: int = _MAX_INT) -> int:
     """Validate an integer setting."""
-    hint = hint or f"give an int of at least {minimum}"
+    wanted = wanted or f"an int of at least {minimum}"
     number = as_int(value)
     if number is None:
-        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: {hint}.")
+        raise TypeError(_unlike(name, wanted, value, of_type=True))
     if number < minimum:
-        raise ValueError(f"{name}={shown(value)} is too small: {hint}.")
+        raise ValueError(_unlike(name, wanted, value))
     if number > maximum:
-        raise ValueError(f"{name}={shown(value)} is too large: {hint}, and of at most {maximum}.")
+        raise ValueError(_unlike(name, f"{wanted} and at most {maximum}", value))
     return number
 
 
@@ -120,17 +140,20 @@ def is_choice(name: str, value: object, *choices: str) -> bool:
     if value is None:
         return True
     if not isinstance(value, str):
-        hint = " or ".join(f'"{choice}"' for choice in choices)
-        raise TypeError(f"{name}={shown(value)} is of type {type(value).__name__}: give {hint}.")
+        raise TypeError(_unlike(name, " or ".join(f'"{choice}"' for choice in choices), value, of_type=True))
     return value in choices
 
 
 def validate_switch(name: str, value: object) -> None:
     """Refuse anything but `True`, `False` and `None`."""
     if value is not None and not isinstance(value, bool):
-        raise TypeError(
-            f"{name}={shown(value)} is of type {type(value).__name__}: give True or False, or leave it out."
-        )
+        raise TypeError(_unlike(name, "True or False", value, of_type=True))
+
+
+def _unlike(name: str, wanted: str, value: object, *, of_type: bool = False) -> str:
+    """The message for a setting that is not what it must be."""
+    kind = f" of type {type(value).__name__}" if of_type else ""
+    return f"`{name}` must be {wanted}, got {shown(value)}{kind}."
 
 
 def shown(value: object) -> str:
@@ -148,7 +171,5 @@ def validate_names(name: str, value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
-        raise TypeError(
-            f"{name}={shown(value)} is of type {type(value).__name__}: give a tuple of names, or leave it out."
-        )
+        raise TypeError(_unlike(name, "a tuple of names", value, of_type=True))
     return tuple(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 from ..attention.state import TGateState
@@ -11,7 +12,7 @@ from ..plan.adaptive import StepErrors
 from ..plan.report import TGateReport
 from ..plan.report_builder import ReportBuilder
 from ..plan.steps import StepCounter, Timeline
-from .ranks import Agree
+from .ranks import Agreement
 
 Form = TypeVar("Form", bound=CFGForm)
 
@@ -26,7 +27,7 @@ class Run(Generic[Form]):
         forwards (`ForeignForwards`): What its denoisers do when they are called.
         can_skip_half (`bool`): Whether guidance is two halves, of which one can be skipped.
         can_forecast (`bool`, *optional*, defaults to `False`): Whether calls of the denoiser can be left out.
-        agree (`Callable`, *optional*): How processes that share a denoiser agree on errors.
+        agree (`Agreement`, *optional*): How processes that share a denoiser agree.
     """
 
     def __init__(
@@ -37,11 +38,11 @@ class Run(Generic[Form]):
         *,
         can_skip_half: bool,
         can_forecast: bool = False,
-        agree: Agree | None = None,
+        agree: Agreement | None = None,
     ) -> None:
         self._state = state
         self._cfg = cfg
-        self._cfg.agree = agree
+        self._cfg.agree = self._agree = agree
         self._forwards = forwards
         self._can_skip_half = can_skip_half
         self._can_forecast = can_forecast and bool(state.schedule.forecast)
@@ -51,7 +52,8 @@ class Run(Generic[Form]):
     @property
     def report(self) -> TGateReport:
         """The report so far."""
-        return self._report_builder.report
+        report = self._report_builder.report
+        return report if self._agree is None else replace(report, ranks=self._agree.ranks)
 
     @property
     def nbytes(self) -> int:

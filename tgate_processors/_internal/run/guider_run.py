@@ -20,7 +20,7 @@ from .messages import (
     warn_nothing_gated,
     warn_ungated_processors,
 )
-from .ranks import Agree
+from .ranks import Agreement
 
 # No attention layer is gated: none computes, and none reuses, what could be counted.
 _NO_LAYER_COUNTS = ((False, False), (False, False))
@@ -53,7 +53,7 @@ class GuiderRun(Run[HalvesCFG]):
         call (`GuiderPipelineCall`): The call, for messages.
         forwards (`ForeignForwards`): What its denoisers do when they are called.
         can_skip_half (`bool`, *optional*, defaults to `True`): Whether one half of guidance may be skipped.
-        agree (`Callable`, *optional*): How processes that share a denoiser agree on errors.
+        agree (`Agreement`, *optional*): How processes that share a denoiser agree.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class GuiderRun(Run[HalvesCFG]):
         forwards: ForeignForwards,
         *,
         can_skip_half: bool = True,
-        agree: Agree | None = None,
+        agree: Agreement | None = None,
     ) -> None:
         cfg = HalvesCFG(state.schedule)
         # Where processors may count their calls, none is left out.
@@ -110,14 +110,14 @@ class GuiderRun(Run[HalvesCFG]):
         # Whoever comes after it begins without history.
         self._guider = object()
 
-    def see_denoiser(self, forwards: ForeignForwards, ungated: Sequence[str], agree: Agree | None) -> None:
+    def see_denoiser(self, forwards: ForeignForwards, ungated: Sequence[str], agree: Agreement | None) -> None:
         """
         The first step calls a denoiser, which was not known before.
 
         Args:
             forwards (`ForeignForwards`): What it does when it is called.
             ungated (`Sequence` of `str`): Its layers whose processors may count their calls.
-            agree (`Callable`, *optional*): How processes that share it agree on errors.
+            agree (`Agreement`, *optional*): How processes that share it agree.
         """
         forwards.begin_loop()
         self._forwards, self._cfg.agree = forwards, agree

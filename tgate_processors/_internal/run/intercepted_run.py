@@ -41,7 +41,8 @@ class InterceptedRun(PipelineRun):
             raise ValueError(
                 f"T-GATE: the ControlNet was left out in step {self.step_index}, which was to be forecast, but the "
                 "denoiser has to run, because its inputs are not those of the steps before (another size, other "
-                "settings). Change them in callback_on_step_end, or call apply_tgate(pipe, forecast=False)."
+                "settings). Change them in callback_on_step_end, or call apply_tgate(pipe, "
+                "TGateSchedule(forecast=False))."
             )
         if self._can_forecast and (self._loop is None or not self._loop.forwards_in_pass):
             # Now, as some denoisers take their arguments apart.

@@ -8,6 +8,7 @@ from typing import Any
 from ..attention.state import TGateState
 from ..denoiser.inputs import differs
 from ..logs import logger
+from ..plan.adaptive import MIN_HISTORY
 from ..plan.forward_plan import ForwardContext
 from ..plan.report import TGateReport
 from ..plan.step_plan import Action, Phase, StepPlan
@@ -149,6 +150,7 @@ def warn_gate_too_late(state: TGateState, call: PipelineCall, loop: StepCounter,
             steps,
             " and ".join(stays),
         )
+    _warn_too_short(state, call, loop)
     exchange = call.embeds_swap_step()
     # Where guidance is predicted, the new ones get a full step.
     stale = gates_cross and not (state.schedule.predicts and call.do_cfg_now())
@@ -160,6 +162,22 @@ def warn_gate_too_late(state: TGateState, call: PipelineCall, loop: StepCounter,
             exchange,
             gate,
             exchange,
+        )
+
+
+def _warn_too_short(state: TGateState, call: PipelineCall, loop: StepCounter) -> None:
+    """Warn once of a call that has no steps but those which `gate_step="auto"` computes in full."""
+    guided, schedule = call.do_cfg_ever(), state.schedule
+    # The last one is not forecast, and half steps need guidance.
+    too_short = 0 < loop.timeline.passes <= MIN_HISTORY + (1 if guided else 2)
+    saves = schedule.is_auto and schedule.tolerance and (guided or schedule.forecast)
+    if saves and too_short and loop.timeline.is_reported and state.warn_once("short"):
+        logger.warning(
+            'T-GATE: nothing is gated in the %s steps of this call of %s: with gate_step="auto" the first three %s '
+            "full. Take 10 steps or more.",
+            loop.timeline.steps,
+            call.pipeline_name,
+            "are" if guided else "and the last one are",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ class PipelineRun(Run[DenoiserCFG]):
         forwards (`ForeignForwards`, *optional*): What its denoisers do when they are called.
         can_forecast (`bool`, *optional*, defaults to `False`):
             Whether calls of the denoiser, and of what is called before it, can be left out.
+        check_rows (`Callable`, *optional*):
+            Is told after each forward how many rows of guidance the layers of the denoiser should have got.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class PipelineRun(Run[DenoiserCFG]):
         cross_attention: bool | None = None,
         forwards: ForeignForwards | None = None,
         can_forecast: bool = False,
+        check_rows: Callable[[torch.nn.Module, int], None] | None = None,
     ) -> None:
         self.denoisers = DenoiserCaches(state, [layers] if isinstance(layers, GatedLayers) else layers)
         layout = self.denoisers.active.layers.layout
@@ -70,6 +73,7 @@ class PipelineRun(Run[DenoiserCFG]):
         self.gates_cross = layout.gates_cross_by_default if cross_attention is None else cross_attention
         self.batch = CFGBatchCheck(call, layout)
         self._counts_forwards = counts_forwards
+        self._check_rows = check_rows
         self._caches = caches or CacheAdapters()
         self.denoisers.set_sees_half_inside(self._caches.owns_cfg)
         self._planner = ForwardPlanner(state, self.denoisers, self._caches, cfg, gates_cross=self.gates_cross)
@@ -201,8 +205,13 @@ class PipelineRun(Run[DenoiserCFG]):
         """
         plan, inputs, loop = self._planner.plan, self._inputs, self._loop
         self.attention_cache.after_forward()
+        if self._agree is not None and inputs is not None:
+            self.attention_cache.agree_on_budget(self._agree, inputs.sample.device)
         if self.guided and not plan.is_half_step and inputs is not None:
             self._forwards.after_forward(inputs.batch_size)
+        if self._check_rows is not None and inputs is not None:
+            may_halve = self.guided and self.may_halve_batch
+            self._check_rows(self.denoisers.active.layers.denoiser, inputs.batch_size if may_halve else 0)
         is_second = self.denoisers.call_index > 0
         is_last = is_second or plan.is_half_step or not (self._guided and self._is_sequential)
         if is_last:

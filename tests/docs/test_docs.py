@@ -179,7 +179,7 @@ def test_the_tables_of_pipelines_are_those_of_the_rows():
     # The last one is held against pipelines in test_ecosystem.py: they would have to be made here.
     found = [name for text in texts for name in re.findall(r"<!-- table: (\w+) -->", text)]
     assert sorted(found) == sorted([*tables.TABLES, "hosts"])
-    made = {name: make for name, make in tables.TABLES.items() if name != "denoisers" or tables.all_are_there()}
+    made = {name: make for name, make in tables.TABLES.items() if name not in tables.NEED_ALL or tables.all_are_there()}
     for text in texts:
         assert tables.rewritten(text, made) == text, "run `nox -s tables`"
 
@@ -198,9 +198,8 @@ def test_the_figures_of_the_readme_are_those_of_the_benchmarks():
         assert abs(float(distance.removesuffix(" dB")) - ahead - float(best.removesuffix(" dB"))) < 0.15
 
 
-@pytest.mark.parametrize("page", ["benchmarks", "guidance"])
-def test_the_figures_of_a_section_are_those_of_its_data(page):
-    sections = re.split(r"^## ", (ROOT / f"docs/{page}.md").read_text(), flags=re.MULTILINE)
+def test_the_figures_of_a_section_are_those_of_its_data():
+    sections = re.split(r"^## ", (ROOT / "docs/benchmarks.md").read_text(), flags=re.MULTILINE)
     checked = 0
     for section in sections:
         files = re.findall(r"\]\((data/[\w-]+\.csv)\)", section)
@@ -211,7 +210,7 @@ def test_the_figures_of_a_section_are_those_of_its_data(page):
                 half = 0.5 * 10 ** -len(shown.partition(".")[2])
                 assert any(abs(abs(number) - float(shown)) <= half + 1e-9 for number in known), (row, shown)
                 checked += 1
-    assert checked > 30
+    assert checked > 100
 
 
 def cells(text):

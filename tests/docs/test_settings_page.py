@@ -93,6 +93,8 @@ def denoiser(name):
     """The denoiser of a row, without weights."""
     with torch.device("meta"):
         if found := of(DENOISERS, name):
+            if not hasattr(diffusers, found[0]):
+                pytest.skip("this diffusers has no such model")
             return getattr(diffusers, found[0])(**found[1])
         if row := gains_of(name):
             return getattr(diffusers, row["class"])(**row["config"])

@@ -60,7 +60,8 @@ def test_a_split_denoiser_draws_what_a_whole_one_does(way, found):
         assert set(split) == {"F", "H", "-"}
         assert split == alone
         assert max(each["plain"], each["gated"]) < CLOSE
-        # A late gate changes nothing, and nothing stays after it: bit for bit.
+        # Split before or after T-GATE is applied. A late gate changes nothing, and nothing stays after it: bit for bit.
+        assert each["either_order"]
         assert each["late"]
         assert each["removed"]
         assert each["ranks"] == [1, 1 if way == "mapped-wan" else 2]
@@ -75,8 +76,9 @@ def test_processes_with_other_prompts_have_the_same_levels(name, found):
     assert first["levels"][1] == second["levels"][1]
     for each in (first, second):
         assert each["ranks"] == [1, 2]
-        # As one process draws with these levels.
-        assert each["gated"] < CLOSE
+        # As one process draws with these levels, or without T-GATE.
+        assert max(each["gated"], each["plain"]) < CLOSE
+        assert each["late"]
 
 
 @pytest.mark.slow
@@ -122,7 +124,7 @@ def test_a_process_with_a_denoiser_of_its_own_agrees_with_nobody(joined):
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         case = BY_NAME["sd"]
-        pipe = case.gate(case.build(), tolerance=1e9, max_memory="1MB")
+        pipe = case.gate(case.build(), tolerance=torch.inf, max_memory="1MB")
         assert agreement_of([pipe.unet]) is None
         case.run(pipe)
         report = get_tgate_report(pipe)

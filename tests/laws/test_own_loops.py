@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.settings import apply_settings
 from tests.zoo.case import seeded, slow, thorough
 from tests.zoo.catalogue import BY_NAME
 from tests.zoo.core import with_scheduler
-from tgate_processors import TGateLoop, TGateSchedule, apply_tgate, get_tgate_report
+from tgate_processors import TGateLoop, get_tgate_report
 
 STEPS = 12
 PLAN = "FF-FH--FH-HF"
@@ -136,7 +137,7 @@ def server(request):
 
 def gated(pipe, case, prompt=0, scale=None, steps=STEPS, **settings):
     """The latents of a pipeline with T-GATE, and its report."""
-    pipe = apply_tgate(copy.deepcopy(pipe), TGateSchedule(**settings), cross_attention=False)
+    pipe = apply_settings(copy.deepcopy(pipe), cross_attention=False, **settings)
     more = {} if scale is None else {"guidance_scale": scale}
     return case.run(pipe, [prompt], num_inference_steps=steps, **more), told(get_tgate_report(pipe))
 
@@ -362,15 +363,23 @@ def test_a_second_half_without_guidance_is_refused():
 @pytest.mark.parametrize(
     ("error", "message", "settings"),
     [
-        (TypeError, "`num_inference_steps` must be an int of at least 1, got 2.5", {"num_inference_steps": 2.5}),
+        (
+            TypeError,
+            "`num_inference_steps` must be an int of at least 1, got 2.5 of type float",
+            {"num_inference_steps": 2.5},
+        ),
         (ValueError, "`num_inference_steps` must be an int of at least 1, got 0", {"num_inference_steps": 0}),
-        (TypeError, "`guidance_scale` must be a number, a tensor, or None", {"guidance_scale": "7"}),
+        (
+            TypeError,
+            "`guidance_scale` must be a number, a tensor or None for no guidance, got '7' of type str",
+            {"guidance_scale": "7"},
+        ),
         (TypeError, "got True of type bool", {"guidance_scale": True}),
-        (ValueError, "or None for no guidance, got nan.", {"guidance_scale": float("nan")}),
-        (ValueError, "`tolerance` must be a relative error", {"tolerance": -1}),
-        (ValueError, "`levels` must be a letter for each step", {"levels": "FX"}),
-        (ValueError, "for each of the 4 steps that run, got 2: 'FF'", {"levels": "FF"}),
-        (ValueError, "`tolerance`", {"levels": "FFFF", "tolerance": 0.1}),
+        (ValueError, "a number, a tensor or None for no guidance, got nan", {"guidance_scale": float("nan")}),
+        (ValueError, "or math.inf to accept any, got -1.", {"tolerance": -1}),
+        (ValueError, "`levels` must be a letter for each step such as \"FFFF-F--FH\", got 'FX'", {"levels": "FX"}),
+        (ValueError, "each of the 4 steps that run, got 2: 'FF'", {"levels": "FF"}),
+        (ValueError, "`tolerance` must be left out", {"levels": "FFFF", "tolerance": 0.1}),
     ],
 )
 def test_wrong_settings_are_refused(error, message, settings):

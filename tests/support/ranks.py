@@ -84,8 +84,12 @@ def even(case: Any) -> dict[str, Any]:
     }
 
 
-def compare(case: Any, pipe: Any, **call: Any) -> dict[str, Any]:
+def compare(case: Any, pipe: Any, split_denoiser: Callable[[Any], Any], **call: Any) -> dict[str, Any]:
     """A pipeline whose denoiser is split, beside one that is not."""
+    case.gate(pipe, tolerance=TOLERANCE)
+    split_denoiser(getattr(pipe, case.denoiser))
+    gated_before, _ = drawn(case, pipe, **call)
+    remove_tgate(pipe)
     one = case.build()
     plain, _ = drawn(case, one, **call)
     gated, report = drawn(case, case.gate(one, tolerance=TOLERANCE), **call)
@@ -100,6 +104,7 @@ def compare(case: Any, pipe: Any, **call: Any) -> dict[str, Any]:
         "gated": farthest(gated, gated_split),
         "levels": [report.levels, split_report.levels],
         "ranks": [report.ranks, split_report.ranks],
+        "either_order": torch.equal(gated_before, gated_split),
         "late": torch.equal(late, split),
         "removed": torch.equal(drawn(case, pipe, **call)[0], split),
     }
@@ -108,17 +113,19 @@ def compare(case: Any, pipe: Any, **call: Any) -> dict[str, Any]:
 def parallel(name: str, config: str, **degrees: int) -> dict[str, Any]:
     """The tokens or the weights of a denoiser are shared by a config of diffusers'."""
     case = BY_NAME[name]
-    pipe = case.build()
-    getattr(pipe, case.denoiser).enable_parallelism(config=getattr(diffusers, config)(**degrees))
-    return compare(case, pipe, **even(case))
+    return compare(
+        case,
+        case.build(),
+        lambda denoiser: denoiser.enable_parallelism(config=getattr(diffusers, config)(**degrees)),
+        **even(case),
+    )
 
 
 def mapped(name: str) -> dict[str, Any]:
     """Each process has all of the weights, where a map says."""
     case = BY_NAME[name]
-    pipe = case.build()
-    accelerate.dispatch_model(getattr(pipe, case.denoiser), {"": "cpu"}, main_device="cpu", force_hooks=True)
-    return compare(case, pipe)
+    place = functools.partial(accelerate.dispatch_model, device_map={"": "cpu"}, main_device="cpu", force_hooks=True)
+    return compare(case, case.build(), place)
 
 
 def sharded(name: str) -> dict[str, Any]:
@@ -127,25 +134,32 @@ def sharded(name: str) -> dict[str, Any]:
     case = BY_NAME[name]
     pipe = case.build()
 
-    def run(prompt, **settings):
-        picture = case.run(case.gate(pipe, **settings), [prompt], num_inference_steps=10)
+    def run(prompt, *args, **settings):
+        picture = case.run(case.gate(pipe, *args, **settings), [prompt], num_inference_steps=10)
         return picture, get_tgate_report(pipe)
 
+    def plain():
+        return case.run(remove_tgate(pipe), [rank], num_inference_steps=10)
+
     # A tolerance with which the two prompts have other levels.
-    for tolerance in (each / 20 for each in range(4, 80)):
+    for tolerance in (each / 20 for each in range(4, 40)):
         (_, own), (_, other) = (run(each, tolerance=tolerance) for each in (rank, 1 - rank))
         if own.levels != other.levels:
             break
     for denoiser in case.denoisers(pipe).values():
         fully_shard(denoiser, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
     picture, together = run(rank, tolerance=tolerance)
+    late, _ = run(rank, 10)
+    before = plain()
     # Alone, with the levels that were agreed on.
     pipe = case.build()
-    alone, _ = run(rank, levels=together.levels)
+    alone, _ = run(rank, together.levels)
     return {
         "levels": [own.levels, together.levels],
         "ranks": [own.ranks, together.ranks],
         "gated": farthest(picture, alone),
+        "late": torch.equal(late, before),
+        "plain": farthest(before, plain()),
     }
 
 
@@ -210,9 +224,9 @@ def split_forward(name: str) -> dict[str, Any]:
     denoiser.forward = forward
     found = refusal(case, pipe, custom_forwards="gate")
     # Whole steps can be left out.
-    levels = {"levels": "FFF-F-FF"}
-    alone, _ = drawn(case, case.gate(one, **levels))
-    together, report = drawn(case, case.gate(pipe, custom_forwards="gate", **levels))
+    plan = {"gate_step": "FFF-F-FF"}
+    alone, _ = drawn(case, case.gate(one, **plan))
+    together, report = drawn(case, case.gate(pipe, custom_forwards="gate", **plan))
     return {**found, "levels": report.levels, "gated": farthest(alone, together)}
 
 

@@ -8,15 +8,23 @@ from pathlib import Path
 
 import diffusers
 
+from tests.support.ranks import CHECKS
 from tests.zoo.addons import HOSTS
-from tests.zoo.catalogue import CROSS_ATTENTION, JOINT_ATTENTION, SEQUENTIAL
+from tests.zoo.catalogue import BY_NAME, CROSS_ATTENTION, JOINT_ATTENTION, SEQUENTIAL
 from tests.zoo.inventory import AS_ANOTHER, forecast_only
 from tgate_processors._internal.families import FAMILIES
 from tgate_processors._internal.families.family import Family
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs/pipelines.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/pipelines.md", ROOT / "docs/devices.md")
 CALLS = {1: "batch", 2: "two calls"}
+# Ways to split a denoiser: the checks of them in `tests/support/ranks.py`, and where a denoiser has its plan.
+SPLITS = {
+    "context parallelism": (("ring", "ulysses"), "_cp_plan"),
+    "tensor parallelism": (("tensor",), "_tp_plan"),
+    "`fully_shard`": (("sharded",), ""),
+    "`device_map`": (("mapped",), ""),
+}
 NO_HALVES = {
     "its guidance is distilled into it": "guidance is distilled into the denoiser",
     "is not two halves": "guidance has several parts",
@@ -99,12 +107,37 @@ def hosts() -> str:
     return table("pipeline class", "what", "half that stays", rows=rows)
 
 
+def splits() -> str:
+    """Ways to split a denoiser over devices: those that are tested, and those that diffusers has a plan for."""
+    tested = set()
+    for check in CHECKS:
+        way, _, name = check.rpartition("-")
+        parts = BY_NAME[name].denoisers(BY_NAME[name].build())
+        tested |= {(way, type(part).__name__) for part in parts.values()}
+
+    def cell(denoiser: str, ways: tuple[str, ...], plan: str) -> str:
+        if any((way, denoiser) in tested for way in ways):
+            return "tested"
+        # Where there is no word for a plan, none is needed.
+        has_plan = not plan or getattr(getattr(diffusers, denoiser, None), plan, None)
+        return (plan and "plan") or "yes" if has_plan else "no"
+
+    rows = []
+    for family in FAMILIES:
+        cells = [cell(family.denoiser_class, *way) for way in SPLITS.values()]
+        if {"tested", "plan"} & {*cells}:
+            rows.append((f"`{family.denoiser_class}`", *cells))
+    return table("denoiser", *SPLITS, rows=[*rows, ("all others", "no", "no", "yes", "yes")])
+
+
 def all_are_there() -> bool:
     """Whether this diffusers has all pipelines; without some of them the table of denoisers cannot be made."""
     return all(map(held, (kind.pipeline for kind in [*CROSS_ATTENTION, *SEQUENTIAL, *JOINT_ATTENTION])))
 
 
-TABLES = {each.__name__: each for each in (models, denoisers, forecast, as_another)}
+TABLES = {each.__name__: each for each in (models, denoisers, forecast, as_another, splits)}
+# Those that an older diffusers, which lacks some of what they name, cannot make.
+NEED_ALL = ("denoisers", "splits")
 
 
 def rewritten(page: str, tables: Mapping[str, Callable[[], str]]) -> str:

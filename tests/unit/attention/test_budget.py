@@ -140,7 +140,7 @@ def test_the_layers_that_save_most_for_each_byte_are_kept_and_no_other(case: Cas
     half = STEPS - full
     assert keys == {name: calls * full + (0 if name in kept else half) for name in layers}
     assert 0 < len(kept) == report.kept_layers < report.cross_attention_layers == len(layers)
-    assert f" in {len(kept)} of {len(layers)} layers;" in str(report)
+    assert f", cross-attention of {len(kept)} of {len(layers)} layers" in str(report)
     assert report.cross_attention_reused == half
     assert report.cross_attention_computed == STEPS
     assert report.peak_bytes == sum(nbytes[name] for name in kept) + beside

@@ -408,3 +408,21 @@ def test_an_estimate_without_guidance_says_whose_it_is(caplog):
     for schedule, choice in ((TGateSchedule(), {}), (TGateSchedule(3), {"cross_attention": False})):
         assert estimate_cost(pipe, schedule, 6, **choice).report.half_batch_forwards > 0
     assert not caplog.records
+
+
+def test_a_cost_is_four_lines():
+    cost = estimate_cost(BY_NAME["sd"].build(), 2, STEPS, height=64, width=64)
+    plan, denoiser, macs, memory = str(cost).splitlines()
+    assert (plan, denoiser) == ("T-GATE: 6 steps, FFHHHH", "  denoiser: 2 full, 4 half and 0 forecast of 6 forwards")
+    found = re.fullmatch(r"  cost: ([\d.]+) MMACs, ([\d.]+) MMACs without T-GATE \(([\d.]+)x less\)", macs)
+    with_tgate, without, bound = map(float, found.groups())
+    assert (with_tgate, without) == pytest.approx(
+        (cost.with_tgate.total / 1e6, cost.without_tgate.total / 1e6), rel=0.01
+    )
+    assert bound == pytest.approx(cost.speedup_bound, abs=0.01)
+    assert memory.endswith("MiB stored at most")
+    assert (
+        str(estimate_cost(BY_NAME["sd"].build(), "auto", STEPS, height=64, width=64))
+        .splitlines()[2]
+        .endswith("at most)")
+    )

@@ -105,3 +105,38 @@ def test_a_plan_of_letters_is_taken_in_the_place_of_a_number():
             ValueError, match=f"`gate_step` must be left out beside levels='FFH', got {other!r}. Both say"
         ):
             TGateSchedule(other, levels="FFH")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        TGateSchedule(),
+        TGateSchedule(tolerance=math.inf, forecast=False),
+        TGateSchedule("FFFF-F--FH"),
+        TGateSchedule(0.4, 3, 2, warm_up=1, guidance="predict", cfg_interval=4),
+    ],
+    ids=str,
+)
+def test_a_schedule_survives_a_file(schedule, tmp_path):
+    schedule.to_json_file(tmp_path / "schedule.json")
+    assert TGateSchedule.from_json_file(str(tmp_path / "schedule.json")) == schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gate_step: 10", "must be a JSON file, but cannot be read as one: Expecting value"),
+        ("[10]", r"must have a JSON object with settings, got \[10\]"),
+        ('{"gate_step": 10, "gate": 3, "step": 2}', "must have settings of gate_step, .*, got gate, step."),
+        ('{"gate_step": 0}', "`gate_step` must be .*, got 0"),
+    ],
+)
+def test_a_file_that_is_no_schedule_says_why(text, message, tmp_path):
+    (tmp_path / "schedule.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        TGateSchedule.from_json_file(tmp_path / "schedule.json")
+
+
+def test_a_file_may_leave_settings_out(tmp_path):
+    (tmp_path / "schedule.json").write_text('{"gate_step": "FFH"}')
+    assert TGateSchedule.from_json_file(tmp_path / "schedule.json") == TGateSchedule("FFH")

@@ -103,7 +103,7 @@ class TGateLoop:
         self._counter = StepCounter(self._schedule, Timeline(self._num_steps), can_forecast=forecast)
         self._cfg = HalvesCFG(self._schedule)
         self._cfg.begin(can_forecast=forecast)
-        self._report_builder = ReportBuilder(is_auto=self._schedule.is_auto)
+        self._report_builder = ReportBuilder(tolerance=self._schedule.tolerance)
         # The level of the step that runs.
         self._level: Level | None = None
         # Whether guidance is on in the step that runs, or has run last.

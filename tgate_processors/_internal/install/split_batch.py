@@ -60,7 +60,7 @@ class SplitBatchCheck:
                 f"T-GATE: {type(denoiser).__name__} got a batch of {rows}, both halves of guidance, and its attention "
                 f"layers got {found}, where T-GATE expects {rows}: its forward gives each process a part of the batch "
                 "(CFG parallelism), which leaves no half to skip. Give each process its own prompts instead, or skip "
-                'whole steps only, by levels without "H" such as apply_tgate(pipe, levels="FFF-F-FF"), or call '
+                'whole steps only, by a plan without "H" such as apply_tgate(pipe, "FFF-F-FF"), or call '
                 "remove_tgate(pipe) to use this pipeline."
             )
 

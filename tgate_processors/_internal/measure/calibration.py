@@ -17,7 +17,7 @@ from ..logs import logger
 from ..plan.adaptive import StepErrors
 from ..plan.calibration import improve_levels, plan_levels
 from ..plan.schedule import TGateSchedule
-from ..plan.validation import shown, validate_int, validate_tolerance
+from ..plan.validation import shown, validate_float, validate_int
 from .calls import half_cost, read_calls
 
 
@@ -71,7 +71,7 @@ def calibrate_schedule(
     validate_pipeline(pipe)
     calls = [_with_defaults(pipe, each, seed + index) for index, each in enumerate(read_calls(prompts, call))]
     trials = validate_int("trials", trials, 0)
-    budget = validate_tolerance(budget, "budget", default=math.nan)
+    budget = validate_float("budget", budget, "a number of full steps of at least 0", 0)
     with _restored(pipe):
         apply_tgate(pipe, tolerance=0, cross_attention=cross_attention)
         expected, errors, steps = [], [], set()

@@ -13,6 +13,7 @@ from ..attention.budget import gates_cross_attention, validate_max_memory
 from ..attention.state import TGateState
 from ..families import family_of, reject_dropping_momentum
 from ..plan.report import TGateReport
+from ..plan.report_views import rows_of
 from ..plan.schedule import GateStep, TGateSchedule, as_schedule
 from ..plan.steps import StepCounter
 from ..plan.validation import shown, validate_int, validate_switch
@@ -29,6 +30,8 @@ from .meta_model import (
     resolve_input_size,
 )
 from .target import DenoiserCall, config_json, profile_of, read_timeline, resolve_cfg, resolve_dtype, resolve_target
+
+_PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,15 @@ class TGateCost:
     parameters: int
     parameters_after_gate: int
     report: TGateReport
+
+    def __str__(self) -> str:
+        rows = rows_of(self.report)
+        bound = f"{self.speedup_bound:.2f}x less{' at most' if self.report.tolerance else ''}"
+        macs = (
+            f"{_rounded(self.with_tgate.total)}MACs, {_rounded(self.without_tgate.total)}MACs without T-GATE ({bound})"
+        )
+        others = f"  denoiser: {rows['Denoiser'].partition(', about')[0]}\n  cost: {macs}\n  memory: {rows['Memory']}"
+        return f"T-GATE: {rows['Plan']}\n{others}"
 
     @property
     def speedup_bound(self) -> float:
@@ -196,6 +208,12 @@ def estimate_cost(
         parameters_after_gate=without_cross.parameters,
         report=run.report,
     )
+
+
+def _rounded(number: int) -> str:
+    """A number of three digits, with the prefix of its unit."""
+    power = min((len(str(number)) - 1) // 3, len(_PREFIXES) - 1)
+    return f"{number / 1000**power:.3g} {_PREFIXES[power]}"
 
 
 def _warn(warnings: RunWarnings, counter: StepCounter, min_bytes: int | None) -> None:

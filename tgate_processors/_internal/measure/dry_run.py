@@ -154,7 +154,7 @@ def simulate_schedule(
         profile, itemsize=itemsize, gates_cross=cross_attention, joint=joint, max_memory=max_memory
     )
     counter = StepCounter(schedule, timeline, can_forecast=can_forecast and bool(schedule.forecast))
-    builder, taken = ReportBuilder(is_auto=schedule.is_auto), MACs()
+    builder, taken = ReportBuilder(tolerance=schedule.tolerance), MACs()
     rows = (2 if guided else 1) * batch_size
     part = CachedPart.MEAN if guided else CachedPart.ALL
     # How many differences of guidance are known, and how many outputs.

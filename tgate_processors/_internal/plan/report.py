@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .report_views import figure_of, html_of, text_of
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class TGateReport:
             it would save.
         ranks (`int`): Processes that agreed on their errors, and on the layers that `max_memory` leaves out, because
             they share the denoiser. 1 if each decided for itself.
+        tolerance (`float`, *optional*): The error that was accepted, with `gate_step="auto"`.
     """
 
     num_inference_steps: int = 0
@@ -65,18 +72,19 @@ class TGateReport:
     cross_attention_layers: int = 0
     cross_attention_bytes: int = 0
     ranks: int = 1
+    tolerance: float | None = None
 
     def __str__(self) -> str:
-        if not self.num_inference_steps:
-            return "T-GATE: no run yet."
-        forwards = self.full_batch_forwards + self.half_batch_forwards + self.forecast_forwards
-        some = self.kept_layers < self.cross_attention_layers
-        where = f" in {self.kept_layers} of {self.cross_attention_layers} layers" if some else ""
-        unkept = self.cross_attention_bytes / 2**20
-        more = f" cross_attention=True would hold {unkept:.1f} MiB more." if unkept else ""
-        return (
-            f"T-GATE: {self.num_inference_steps} steps, {self.levels}; of {forwards} denoiser forwards "
-            f"{self.forecast_forwards} were forecast, {self.half_batch_forwards} ran on half the batch and "
-            f"{self.cross_attention_reused} reused cross-attention{where}; at most "
-            f"{self.peak_bytes / 2**20:.1f} MiB held.{more}"
-        )
+        return text_of(self)
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
+
+    def plot(self) -> matplotlib.figure.Figure:
+        r"""
+        Draw the level of each step as a bar, and the measured errors over the steps.
+
+        Returns:
+            `matplotlib.figure.Figure`: The figure; `.savefig(path)` writes it.
+        """
+        return figure_of(self)

@@ -16,17 +16,16 @@ class ReportBuilder:
     Adds up the forwards of a run, whose loops may be several.
 
     Args:
-        is_auto (`bool`): Whether the run decides which steps are full, and so where its gate is.
+        tolerance (`float`, *optional*): The error that is accepted, if the run decides what is computed.
 
     Attributes:
         report (`TGateReport`): What has been done so far.
         step_offset (`int`): Steps of the loops that have ended.
     """
 
-    def __init__(self, *, is_auto: bool) -> None:
-        self.report = TGateReport()
+    def __init__(self, *, tolerance: float | None) -> None:
+        self.report = TGateReport(tolerance=tolerance)
         self.step_offset = 0
-        self._is_auto = is_auto
         self._errors: dict[int, float] = {}
         self._forecast_errors: dict[int, float] = {}
         self._levels: dict[int, Level] = {}
@@ -73,7 +72,9 @@ class ReportBuilder:
             report,
             num_inference_steps=self.step_offset + loop.timeline.steps,
             # Where the run decides, the gate is the first step that was not full.
-            gate_step=next(step for step in count() if step not in full) if self._is_auto else loop.gate_step,
+            gate_step=next(step for step in count() if step not in full)
+            if report.tolerance is not None
+            else loop.gate_step,
             levels="".join(each.value for each in self._levels.values()),
             full_batch_forwards=report.full_batch_forwards + is_full,
             half_batch_forwards=report.half_batch_forwards + (level is Level.HALF),

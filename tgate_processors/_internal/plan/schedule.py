@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 from .adaptive import MIN_HISTORY, NO_ERRORS, AdaptiveController, LevelController, StepErrors
@@ -125,6 +128,41 @@ class TGateSchedule:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         check_combinations(self)
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> TGateSchedule:
+        """
+        Load a schedule from a JSON file.
+
+        Args:
+            path (`str` or `os.PathLike`): The file, as [`to_json_file`] writes it; settings may be left out.
+
+        Returns:
+            `TGateSchedule`: The schedule.
+
+        Raises:
+            ValueError: If the file is no JSON object, has other settings, or one that is out of range.
+        """
+        try:
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} must be a JSON file, but cannot be read as one: {error}.") from error
+        names = [field.name for field in fields(cls)]
+        if not isinstance(settings, dict):
+            raise ValueError(f"{str(path)!r} must have a JSON object with settings, got {shown(settings)}.")
+        unknown = [name for name in settings if name not in names]
+        if unknown:
+            raise ValueError(f"{str(path)!r} must have settings of {', '.join(names)}, got {', '.join(unknown)}.")
+        return cls(**settings)
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """
+        Save the schedule to a JSON file.
+
+        Args:
+            path (`str` or `os.PathLike`): The file. It is overwritten if it exists.
+        """
+        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @property
     def is_auto(self) -> bool:

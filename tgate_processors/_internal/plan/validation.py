@@ -67,13 +67,17 @@ def validate_guidance_scale(value: object) -> float | None:
     """Validate `guidance_scale`, where it is not a tensor."""
     if value is None:
         return None
-    wanted = "a number, a tensor, or None for no guidance"
-    scale = _as_float(value)
-    if scale is None:
-        raise TypeError(_unlike("guidance_scale", wanted, value, of_type=True))
-    if not math.isfinite(scale):
-        raise ValueError(_unlike("guidance_scale", wanted, value))
-    return scale
+    return validate_float("guidance_scale", value, "a number, a tensor or None for no guidance")
+
+
+def validate_float(name: str, value: object, wanted: str, minimum: float = -math.inf) -> float:
+    """Validate a finite number."""
+    number = _as_float(value)
+    if number is None:
+        raise TypeError(_unlike(name, wanted, value, of_type=True))
+    if not (math.isfinite(number) and number >= minimum):
+        raise ValueError(_unlike(name, wanted, value))
+    return number
 
 
 def validate_levels(value: object) -> None:

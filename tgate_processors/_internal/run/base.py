@@ -46,7 +46,7 @@ class Run(Generic[Form]):
         self._forwards = forwards
         self._can_skip_half = can_skip_half
         self._can_forecast = can_forecast and bool(state.schedule.forecast)
-        self._report_builder = ReportBuilder(is_auto=state.schedule.is_auto)
+        self._report_builder = ReportBuilder(tolerance=state.schedule.tolerance)
         self._loop: StepCounter | None = None
 
     @property

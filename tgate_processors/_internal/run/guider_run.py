@@ -120,7 +120,7 @@ class GuiderRun(Run[HalvesCFG]):
             agree (`Agreement`, *optional*): How processes that share it agree.
         """
         forwards.begin_loop()
-        self._forwards, self._cfg.agree = forwards, agree
+        self._forwards, self._agree, self._cfg.agree = forwards, agree, agree
         if ungated and self._loop is not None:
             warn_ungated_processors(self._state, self._call, ungated)
             self._can_skip_half = self._can_forecast = False

@@ -109,7 +109,7 @@ class TGateGuidance(GatedGuider, ClassifierFreeGuidance):  # type: ignore[misc]
     ) -> None:
         super().__init__(guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled)
         if not is_choice("custom_processors", custom_processors, "leave", "gate"):
-            raise ValueError(f'custom_processors must be "leave" or "gate", not {shown(custom_processors)}.')
+            raise ValueError(f'`custom_processors` must be "leave" or "gate", got {shown(custom_processors)}.')
         self._custom_processors, self._custom_forwards = custom_processors, validate_custom_forwards(custom_forwards)
         schedule = TGateSchedule(tolerance=tolerance, forecast=forecast, levels=levels)
         self._tgate = TGateState(schedule, by_hand=False)

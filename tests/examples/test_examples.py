@@ -99,7 +99,7 @@ def test_a_script_draws_with_fewer_full_steps(name, run, capsys, monkeypatch):
     monkeypatch.setattr(schedule, "FORECAST_TOLERANCE", 1e6)
     namespace = run(name)
     pipe = namespace["pipe"]
-    ((forecast, half),) = re.findall(r"(\d+) were forecast, (\d+) ran on half the batch", capsys.readouterr().out)
+    ((half, forecast),) = re.findall(r"(\d+) half and (\d+) forecast of", capsys.readouterr().out)
     assert int(forecast) + int(half) > 0
     assert is_tgate_applied(pipe) == (name != "sdxl")
 

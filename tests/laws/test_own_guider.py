@@ -124,7 +124,7 @@ def test_what_a_guider_can_be_set_to_means_the_same(guider):
     guider = {"guidance_scale": 5.0, **guider}
     pipe = WAN.build()
     pipe.update_components(guider=diffusers.ClassifierFreeGuidance(**guider))
-    applied = apply_tgate(pipe, levels="FFF--HF-FH-F")
+    applied = apply_tgate(pipe, "FFF--HF-FH-F")
     expected, report = run(WAN, applied), get_tgate_report(applied)
     pipe = WAN.build()
     pipe.update_components(guider=TGateGuidance(**guider, levels="FFF--HF-FH-F"))

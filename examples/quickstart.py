@@ -139,6 +139,8 @@ def arguments(pipe: Any, model: str, prompts: list[str] | None, given: dict[str,
     if "prompt" not in parameters or "output_type" not in parameters:
         raise typer.BadParameter(f"{type(pipe).__name__} does not draw from a prompt alone")
     is_ours = Path(model).resolve().parent == MODELS.resolve()
+    if is_ours:
+        torch.set_num_threads(1)  # their tensors are so small that threads would mostly wait for each other
     own, call = TESTBEDS.get(Path(model).resolve().name, (PROMPTS, {})) if is_ours else (PROMPTS, {})
     call = {**call, **{name: value for name, value in given.items() if value is not None}}
     if unknown := call.keys() - parameters.keys():
@@ -236,7 +238,7 @@ def main(
         "GMACs are those of the denoiser's Linear and Conv layers in the first pair.",
         "Plan: F full step, H half of guidance predicted, - forecast without calling the denoiser.",
         f"PSNR of T-GATE pictures against plain ones: {close}.",
-        f"The first picture: {pairs[0].report}",
+        f"The first picture:\n{pairs[0].report}",
         f"{device}, {dtype}, torch {torch.__version__}",
         f"Sheet: {output.resolve()}",
         f"Single {'pictures' if len(pairs[0].pictures[0]) == 1 else 'clips'}: {folder.resolve()}",

@@ -28,7 +28,7 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
     notebook = nbformat.read(FILE, as_version=4)
     NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(FILE.parent)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
     assert "T-GATE: 16 steps" in printed
     assert "s without, " in printed
@@ -50,7 +50,10 @@ def test_without_a_checkout_it_takes_a_model_of_the_hub(monkeypatch, tmp_path):
     assert hub in first
     monkeypatch.chdir(tmp_path)
     namespace = {}
-    exec(first.replace(hub, str(ROOT / "examples" / "models" / "shapes-sd")), namespace)
+    exec(
+        first.removeprefix("%matplotlib inline\n").replace(hub, str(ROOT / "examples" / "models" / "shapes-sd")),
+        namespace,
+    )
     exec(prompts.replace("STEPS = 16", "STEPS = 2"), namespace)
     assert namespace["TESTBED"] is None
     assert len(namespace["plain"]) == len(namespace["PROMPTS"]) == 2

@@ -9,10 +9,9 @@ import diffusers
 import pytest
 import torch
 
-from tests.support.settings import apply_settings
 from tests.zoo.case import quiet
 from tests.zoo.modular import IS_THERE, MODULAR
-from tgate_processors import apply_tgate, get_tgate_report
+from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report
 
 pytestmark = [
     # What diffusers imports for its guiders takes long.
@@ -60,7 +59,7 @@ def plain_guiders(case, pipe):
 
 @settings_each
 def test_it_does_what_apply_tgate_does(case, settings):
-    applied = apply_settings(case.build(), **settings)
+    applied = apply_tgate(case.build(), TGateSchedule(**settings))
     expected, report = run(case, applied), get_tgate_report(applied)
     pipe = own(case, **settings)
     calls = []
@@ -80,7 +79,7 @@ def test_it_does_what_apply_tgate_does(case, settings):
 @pytest.mark.thorough
 def test_the_second_guider_begins_with_full_steps():
     settings = {"levels": "FFFHHHHHHHHF"}
-    applied = apply_settings(EXPERTS.build(), **settings)
+    applied = apply_tgate(EXPERTS.build(), TGateSchedule(**settings))
     expected, pipe = run(EXPERTS, applied), own(EXPERTS, **settings)
     assert torch.equal(run(EXPERTS, pipe), expected)
     assert pipe.guider_2.report.levels.startswith("FFH")
@@ -104,7 +103,7 @@ def test_a_saved_pipeline_has_it_too(case, settings, tmp_path):
     found = run(case, pipe)
     assert torch.equal(run(case, pipe), found)
     # Loaded weights are aligned otherwise, so the pipeline to compare with is this one.
-    applied = apply_settings(plain_guiders(case, pipe), **settings)
+    applied = apply_tgate(plain_guiders(case, pipe), TGateSchedule(**settings))
     assert torch.equal(run(case, applied), found)
     assert get_tgate_report(applied).half_batch_forwards or get_tgate_report(applied).forecast_forwards
 
@@ -258,15 +257,15 @@ def test_both_at_once_are_refused():
 @pytest.mark.parametrize(
     ("error", "message", "settings"),
     [
-        (ValueError, "`tolerance` must be .* got -1", {"tolerance": -1}),
-        (ValueError, "`levels` must be .* got 'X'", {"levels": "X"}),
-        (ValueError, '`custom_processors` must be "leave" or "gate", got .keep', {"custom_processors": "keep"}),
-        (ValueError, 'custom_forwards must be "gate" or None', {"custom_forwards": "leave"}),
-        (TypeError, "`forecast` must be True or False, got 1 of type int", {"forecast": 1}),
+        (ValueError, "`tolerance` must be", {"tolerance": -1}),
+        (ValueError, "`levels` must be", {"levels": "X"}),
+        (ValueError, '`custom_processors` must be "leave" or "gate"', {"custom_processors": "keep"}),
+        (ValueError, "custom_forwards", {"custom_forwards": "leave"}),
+        (TypeError, "`forecast` must be True or False", {"forecast": 1}),
     ],
 )
 def test_wrong_settings_are_refused(error, message, settings):
     with pytest.raises(error, match=message):
         TGateGuidance(**settings)
-    with pytest.raises(ValueError, match="each of the 12 steps that run, got 2"):
+    with pytest.raises(ValueError, match="for each of the 12 steps that run, got 2"):
         run(WAN, own(WAN, levels="FF"))

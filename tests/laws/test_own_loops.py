@@ -122,8 +122,8 @@ def sd(scheduler="DPMSolverMultistepScheduler"):
 
 # Tiny pipelines with random weights predict badly. With these tolerances there are steps of every level.
 SERVERS = {
-    "sd": (Batched, sd, 3.0),
-    "sd_ddim": (Batched, lambda: sd("DDIMScheduler"), 3.0),
+    "sd": (Batched, sd, 1.5),
+    "sd_ddim": (Batched, lambda: sd("DDIMScheduler"), 1.5),
     "wan": (TwoCalls, lambda: BY_NAME["wan"].build(), 0.3),
 }
 

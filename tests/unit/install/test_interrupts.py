@@ -27,7 +27,8 @@ SETTINGS = {
     "sd": {"gate_step": 2, "guidance": "predict", "cfg_interval": 2},
     "pixart_alpha": {"gate_step": 2, "guidance": "predict", "cfg_interval": 2},
     "sd_controlnet": {"gate_step": 2},
-    "sd3": {"gate_step": "auto", "tolerance": 5.0, "cross_attention": False},
+    "sd3": {"gate_step": "auto", "tolerance": 2.0, "cross_attention": False},
+    "sd_controlnet, planned": {"gate_step": "F-FH"},
     "wan": {"gate_step": 2, "guidance": "predict", "cfg_interval": 2, "cross_attention": True},
 }
 STEPS = {"num_inference_steps": 4}
@@ -94,7 +95,7 @@ class Sweep:
     """A pipeline that is interrupted again and again."""
 
     def __init__(self, name):
-        self.case = BY_NAME[name]
+        self.case = BY_NAME[name.split(",")[0]]
         self.settings = SETTINGS[name]
         self.pipe = self.case.build()
         self.plain = self.run()
@@ -163,6 +164,7 @@ def sweep(name, every, last=False, error=KeyboardInterrupt):
         ("sd3", SPARSE, False, KeyboardInterrupt),
         slow("pixart_alpha", 24, False, KeyboardInterrupt),
         slow("wan", 12, False, KeyboardInterrupt),
+        slow("sd_controlnet, planned", 12, False, KeyboardInterrupt),
         slow("sd3", 18, True, MemoryError),
         *(
             thorough(name, 1, last, error)

@@ -117,10 +117,10 @@ class GuiderRun(Run[HalvesCFG]):
         Args:
             forwards (`ForeignForwards`): What it does when it is called.
             ungated (`Sequence` of `str`): Its layers whose processors may count their calls.
-            agree (`Callable`, *optional*): How processes that share it agree on errors.
+            agree (`Agreement`, *optional*): How processes that share it agree.
         """
         forwards.begin_loop()
-        self._forwards, self._cfg.agree = forwards, agree
+        self._forwards, self._agree, self._cfg.agree = forwards, agree, agree
         if ungated and self._loop is not None:
             warn_ungated_processors(self._state, self._call, ungated)
             self._can_skip_half = self._can_forecast = False

@@ -167,7 +167,7 @@ def test_nothing_is_guidance_alone_and_enough_is_as_without(case: Case, settings
     # The report of guidance alone tells what the other choice holds.
     assert (alone[1].cross_attention_bytes, enough[1].cross_attention_bytes) == (whole, 0)
     assert f"; cross_attention=True would store {whole / 2**20:.1f} MiB more" in str(alone[1])
-    assert str(enough[1]).endswith(" held.")
+    assert str(enough[1]).endswith(" stored at most")
     assert torch.equal(run(case, pipe, **settings, max_memory=whole)[0], enough[0])
     assert not torch.equal(run(case, pipe, **settings, max_memory=whole - 1)[0], enough[0])
     (message,) = (record.getMessage() for record in caplog.records)

@@ -62,7 +62,8 @@ def figure_of(report: TGateReport) -> matplotlib.figure.Figure:
     above.set_ylabel("relative error")
     for level, (label, colour) in _LEVELS.items():
         steps = [step for step, letter in enumerate(report.levels) if letter == level.value]
-        below.bar(steps, [1] * len(steps), width=1, color=colour, edgecolor="white", label=f"{len(steps)} {label}")
+        if steps:
+            below.bar(steps, [1] * len(steps), width=1, color=colour, edgecolor="white", label=f"{len(steps)} {label}")
     below.set(xlabel="step", yticks=[])
     figure.legend(handles=below.get_legend_handles_labels()[0], loc="outside lower center", ncols=len(_LEVELS))
     return figure

@@ -171,7 +171,7 @@ def test_a_line_can_be_pasted(name, line):
 
 @pytest.mark.parametrize("name", by_name(BY_MODEL))
 def test_figures_of_a_model(name):
-    planned, ceiling, memory, guidance, cross_attention, forecast, line, _ = BY_MODEL[name]
+    planned, ceiling, memory, guidance, cross_attention, forecast, _, line = BY_MODEL[name]
     cost = count(name, line, steps_of(name))
     assert ceiling == bound(cost)
     if line == "apply_tgate(pipe)":

@@ -182,7 +182,7 @@ def test_guidance_that_stays_on_is_told(caplog):
     pipe = apply_tgate(BY_NAME["pix2pix"].build(), GATE)
     (record,) = caplog.records
     assert record.message.startswith(
-        f"T-GATE: the guidance of {type(pipe).__name__} is not two halves, so all of it stays on"
+        f"T-GATE: the guidance of {type(pipe).__name__} is not two halves, so it is kept after the gate"
     )
     caplog.clear()
     apply_tgate(BY_NAME["ip_adapter"].build(), GATE)

@@ -402,7 +402,7 @@ def test_processors_of_ones_own_leave_guidance_whole(kind: Case, caplog):
     pipe = kind.build()
     pipe.transformer.set_attn_processor({name: Mixing(p) for name, p in pipe.transformer.attn_processors.items()})
     assert torch.equal(kind.run(apply_settings(pipe, **FIXED, **ALONE)), kind.plain())
-    assert "and all of guidance stays on" in caplog.text
+    assert "so guidance is kept in full" in caplog.text
     apply_settings(pipe, **FIXED, **ALONE, custom_processors="gate")
     assert torch.equal(kind.run(pipe), kind.gated(**FIXED, **ALONE))
 

@@ -81,7 +81,7 @@ def test_processors_that_are_left_alone_are_the_reason(settings, loud, caplog):
             layer.processor = Plain(layer.processor)
     CASE.run(apply_settings(pipe, **settings))
     first, *others = said(caplog)
-    assert "have a processor that is not gated" in first
+    assert "have a custom processor that is not gated" in first
     assert not any("no guidance" in message or "do not call their processors" in message for message in others)
 
 

@@ -151,8 +151,8 @@ def apply_tgate(
             logger.warning("T-GATE: %s", doubt)
     if found is not None and found.default_cfg_half is None and not schedule.forecast:
         logger.warning(
-            "T-GATE: the guidance of %s is not two halves, so all of it stays on after the gate: cross-attention alone "
-            "stops.",
+            "T-GATE: the guidance of %s is not two halves, so it is kept after the gate and only cross-attention is "
+            "reused.",
             type(pipe).__name__,
         )
     return pipe
@@ -183,7 +183,7 @@ def _deepcache_adapter(helper: Any, pipe: Any, schedule: TGateSchedule) -> DeepC
 
 def remove_tgate(pipe: Pipeline) -> Pipeline:
     r"""
-    Take T-GATE out of a pipeline: class, hooks and attention processors are again the objects that they were.
+    Remove T-GATE from a pipeline and restore its original class, hooks and attention processors.
 
     An attention processor that was installed after [`apply_tgate`] stays. On a pipeline without T-GATE this does
     nothing.

@@ -440,7 +440,7 @@ def test_beside_fastercache_cross_attention_alone_is_gated_and_what_is_kept_fits
     report = get_tgate_report(pair.pipe)
     assert (report.half_batch_forwards, report.full_batch_forwards) == (0, STEPS)
     (message,) = [record.message for record in caplog.records if record.name.startswith("tgate")]
-    assert "cross-attention alone stops" in message
+    assert "only cross-attention is reused" in message
     assert torch.equal(pair.run(), expected)
     assert not pair.kept()
 

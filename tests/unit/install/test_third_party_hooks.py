@@ -194,8 +194,8 @@ def test_processors_that_mix_pictures_get_whole_batches_and_the_others_are_gated
     messages = [record.message for record in caplog.records if record.name.startswith("tgate")]
     assert len(messages) == 1
     count = len(layers(pipe, case, "attn1"))
-    assert messages[0].startswith(f"T-GATE: {count} attention layers, ")
-    assert "all of guidance stays on" in messages[0]
+    assert messages[0].startswith(f"T-GATE: {count} attention layers (first: ")
+    assert "guidance is kept in full" in messages[0]
 
 
 def test_processors_that_count_are_called_as_often_as_without_tgate_unless_the_user_says_so(case, caplog):

@@ -12,7 +12,7 @@ from ..denoiser.spec import Layout
 from ..plan.schedule import TGateSchedule
 
 # What makes a pipeline faster that T-GATE cannot gate.
-ALTERNATIVES = "What helps there are fewer steps, half precision and torch.compile."
+ALTERNATIVES = "You can still use fewer steps, half precision and torch.compile."
 # Arguments of a pipeline's call that give away a loop, or a batch, of a shape that changes from step to step.
 REFUSED_ARGUMENTS = {
     "edit_guidance_scale": "semantic guidance adds a part to the batch for every edit",
@@ -207,8 +207,8 @@ def _joint_attention_message(denoiser: torch.nn.Module, subject: str, layout: La
         return f"cross_attention=True is not possible: {what}. Leave it out: apply_tgate(pipe) gates {guidance}."
     more = ", and its guidance is distilled into it, so there is no half to leave out" if distilled else ""
     return (
-        f"{subject} cannot be gated: {what}{more}. What helps there are diffusers' own caches, where the model has "
-        "them (pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
+        f"{subject} cannot be gated: {what}{more}. You can still use diffusers' own caches, if the model has them "
+        "(pipe.transformer.enable_cache(FirstBlockCacheConfig())), fewer steps, and torch.compile."
     )
 
 

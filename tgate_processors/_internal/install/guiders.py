@@ -88,7 +88,7 @@ def validate_guiders(pipe: Any) -> None:
     if not guiders:
         raise ValueError(
             f"{subject} cannot be gated: it has no guider, so there is no half of guidance that could be left out. "
-            "What helps there are fewer steps, half precision and torch.compile."
+            "You can still use fewer steps, half precision and torch.compile."
         )
     plain = sys.modules["diffusers.guiders"].ClassifierFreeGuidance
     for name, guider in guiders.items():

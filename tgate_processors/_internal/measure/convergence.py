@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TGateConvergence:
     r"""
-    What [`measure_convergence`] has seen.
+    The result of [`measure_convergence`].
 
     Args:
         steps (`pandas.DataFrame`):

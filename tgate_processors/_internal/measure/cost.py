@@ -37,8 +37,8 @@ _PREFIXES = ("", "k", "M", "G", "T", "P")
 @dataclass(frozen=True)
 class TGateCost:
     r"""
-    What a schedule costs, in multiply-accumulates of the denoiser. With `gate_step="auto"` it is a lower bound: the
-    cost of a run in which every prediction is right. `without_tgate` is then the upper bound.
+    What a schedule costs, in multiply-accumulates of the denoiser. With `gate_step="auto"` this is the minimum cost,
+    with every prediction accepted; `without_tgate` is the maximum.
 
     Args:
         full (`MACs`): One forward of one picture without guidance, all attention computed.
@@ -128,10 +128,10 @@ def estimate_cost(
         cross_attention (`bool`, *optional*): Whether cross-attention is reused, as in [`apply_tgate`].
         max_memory (`int` or `str`, *optional*): Most bytes of kept cross-attention, as in [`apply_tgate`].
         extra_forwards (`list` of `dict`, *optional*):
-            What tells further calls of the denoiser in every step from those of guidance, a `dict` of its arguments for
-            each. They run whole. By default there are none, but LTX-2 needs it: `[]` for none, or as many as the call
-            makes of `{"spatio_temporal_guidance_blocks": [28]}` (`stg_scale` above 0) and `{"isolate_modalities":
-            True}` (`modality_scale` above 1).
+            Extra denoiser calls in every step besides those for guidance, each as a `dict` of its distinguishing
+            arguments. They are computed in full. By default there are none, but LTX-2 needs it: `[]` for none, or as
+            many as the call makes of `{"spatio_temporal_guidance_blocks": [28]}` (`stg_scale` above 0) and
+            `{"isolate_modalities": True}` (`modality_scale` above 1).
 
     Returns:
         `TGateCost`: MACs of a forward and of the run, parameters, and the report of the run.

@@ -29,7 +29,7 @@ _LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 @dataclass(frozen=True)
 class MACs:
     r"""
-    Multiply-accumulates.
+    A number of multiply-accumulate operations, split into layers and attention.
 
     Args:
         layers (`int`): Those of Linear and Conv layers, which is what published MACs count.

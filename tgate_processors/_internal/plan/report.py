@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class TGateReport:
     r"""
-    What T-GATE did in the last call of a pipeline, counted by what the gated attention layers really did.
+    What T-GATE did in the last call of a pipeline, as counted by the gated attention layers.
 
-    Counts are denoiser forwards: one per step, two per step with Heun or KDPM2. Where some layers computed and others
-    reused in one forward, the forward counts as both. Layers inside compiled code do not report; their forwards count
-    as what they were told to do. Where guidance is two calls of the denoiser (Wan), the two count as one
-    forward, at half the batch if the second one is left out.
+    Counts are denoiser forwards: one per step, two per step with Heun or KDPM2. A forward in which some layers computed
+    and others reused counts as both. Layers inside compiled code cannot report; for them the plan is counted. If
+    guidance is two calls of the denoiser (Wan), both count as one forward, and as one at half the batch if the second
+    call is skipped.
 
     Args:
         num_inference_steps (`int`):
-            Steps of the run, interrupted or not. Where a call runs several loops (FreeInit), those of all of them.
-            0 before the first run.
+            Number of steps, also if the run was interrupted; with several loops (FreeInit), their sum. 0 before the
+            first run.
         gate_step (`int`): First step of the fidelity-improving phase.
         cross_attention_computed (`int`): Forwards in which gated layers computed cross-attention.
         cross_attention_reused (`int`): Forwards in which gated layers reused their stored cross-attention.
@@ -32,26 +32,27 @@ class TGateReport:
         self_attention_reused (`int`): Forwards in which gated layers reused their stored self-attention.
         full_batch_forwards (`int`): Forwards at the batch that the pipeline asked for.
         half_batch_forwards (`int`): Forwards at half that batch, with guidance dropped or predicted.
-        forecast_forwards (`int`): Forwards that were left out, and their output forecast.
+        forecast_forwards (`int`): Forwards that were skipped, with their output forecast.
         levels (`str`):
-            How much of each step was computed: `"F"` all of it, `"H"` half of the batch, `"-"` nothing. A run with
-            `levels` of its own does the same again.
-        full_steps (`tuple` of `int`): The steps that ran on the whole batch that the pipeline gave.
+            The level of each step: `"F"` full, `"H"` half of the batch, `"-"` forecast. It is a plan that
+            [`apply_tgate`] takes.
+        full_steps (`tuple` of `int`): The steps that ran on the whole batch.
         prediction_errors (`tuple` of `tuple`):
-            With `gate_step="auto"`, `(step, error)` for every full step whose guidance had been predicted too: how far
-            off the guided output would have been, relative to that output, for the worst sample of the batch.
+            With `gate_step="auto"`, `(step, error)` for every full step whose guidance could have been predicted: the
+            relative error that the prediction would have caused in the guided output, for the worst sample.
         forecast_errors (`tuple` of `tuple`):
-            The same for every computed step of which a forecast would have been possible, and its output.
-        peak_bytes (`int`): Most bytes held in stored outputs and differences of guidance at the end of a step.
-        kept_layers (`int`): Layers that kept their cross-attention, at the end of the step in which most did.
-        cross_attention_layers (`int`): Layers that could have; `max_memory` may leave some out. 0 without any to keep.
+            The same for every computed step whose output could have been forecast.
+        peak_bytes (`int`): Maximum bytes stored at the end of a step, in outputs and differences of guidance.
+        kept_layers (`int`): Number of layers with stored cross-attention, at the end of the step with the most.
+        cross_attention_layers (`int`):
+            Number of cross-attention layers; with `max_memory` some may not be stored. 0 if there are none.
         cross_attention_bytes (`int`):
-            Where guidance alone is gated, the bytes that `cross_attention=True` would hold. 0 elsewhere, where
-            attention is joint or guidance a guider, and for layers inside compiled code. [`estimate_cost`] tells what
-            it would save.
-        ranks (`int`): Processes that agreed on their errors, and on the layers that `max_memory` leaves out, because
-            they share the denoiser. 1 if each decided for itself.
-        tolerance (`float`, *optional*): The error that was accepted, with `gate_step="auto"`.
+            If only guidance is gated, the bytes that `cross_attention=True` would store. 0 otherwise, with joint
+            attention or a guider, and for layers inside compiled code. [`estimate_cost`] shows what it would save.
+        ranks (`int`):
+            Number of processes that share the denoiser, and so agreed on errors and on the layers within `max_memory`.
+            1 if the process decided for itself.
+        tolerance (`float`, *optional*): The accepted error, with `gate_step="auto"`.
     """
 
     num_inference_steps: int = 0

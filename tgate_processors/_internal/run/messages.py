@@ -109,9 +109,7 @@ class RunWarnings:
             logger.warning(
                 "T-GATE: FasterCache leaves out half of the guidance of %s itself, and T-GATE leaves that to it: %s.",
                 self._call.pipeline_name,
-                "cross-attention alone stops after the gate"
-                if self._gates_cross
-                else "guidance alone is gated, so nothing is",
+                "only cross-attention is reused" if self._gates_cross else "guidance alone is gated, so nothing is",
             )
 
     def text_exchanged(self, loop: StepCounter) -> None:
@@ -211,12 +209,12 @@ def warn_ungated_processors(state: TGateState, call: PipelineCall, names: Sequen
     """Warn once that layers without a gate leave the batch whole."""
     if state.warn_once("left alone"):
         logger.warning(
-            "T-GATE: %s attention layers, %s among them, have a processor that is not gated: they compute as without "
-            "T-GATE%s, because such processors may mix the samples of a batch or count their calls. Call "
-            'apply_tgate(pipe, custom_processors="gate") if yours do neither.',
+            "T-GATE: %s attention layers (first: %s) have a custom processor that is not gated, because it may mix the "
+            'samples of a batch or count its calls%s. Call apply_tgate(pipe, custom_processors="gate") if yours does '
+            "neither.",
             len(names),
             names[0].removesuffix(".processor"),
-            ", and all of guidance stays on" if call.do_cfg_now() else "",
+            ", so guidance is kept in full" if call.do_cfg_now() else "",
         )
 
 

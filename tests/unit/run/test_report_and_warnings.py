@@ -125,7 +125,7 @@ def test_by_hand_too_a_run_in_which_nothing_was_gated_says_so(caplog):
     baseline = case.plain()
     assert torch.equal(case.run(pipe, callback_on_step_end=callback), baseline)
     first, last = said(caplog)
-    assert first.startswith("T-GATE: 11 attention layers, ")
+    assert first.startswith("T-GATE: 11 attention layers (first: ")
     assert last.startswith("T-GATE: nothing was gated in this call of StableDiffusionPipeline")
 
 

@@ -79,7 +79,7 @@ def load(model: str, scheduler: str, device: torch.device, dtype: str) -> Any:
     else:
         raise typer.BadParameter(
             f"scheduler={scheduler!r} does not step along the straight lines that {model!r} was trained on: "
-            f"give one of {', '.join(FLOW_SCHEDULERS)}"
+            f"pass one of {', '.join(FLOW_SCHEDULERS)}"
         )
     return pipe
 
@@ -90,7 +90,7 @@ def call_for(pipe: Any, guidance_scale: float | None) -> dict[str, Any]:
     if draws_videos(pipe):
         # Only the testbed's captions are so short, and only its clips.
         if pipe.tokenizer.model_max_length != LENGTH:
-            raise typer.BadParameter("clips are those of the testbed: give --model examples/models/shapes-wan")
+            raise typer.BadParameter("clips are those of the testbed: pass --model examples/models/shapes-wan")
         return call | call_options(pipe)
     # The testbeds are smaller than any size that PixArt's pipelines know.
     small = denoiser_of(pipe).config.sample_size * pipe.vae_scale_factor <= 64

@@ -19,7 +19,7 @@ def one_of(option: str, given: list[str], known: Any) -> list[str]:
     """The given names, if all of them are known."""
     for name in given:
         if name not in known:
-            raise typer.BadParameter(f"{option}={name!r} is unknown: give one of {', '.join(known)}")
+            raise typer.BadParameter(f"{option}={name!r} is unknown: pass one of {', '.join(known)}")
     return given
 
 
@@ -28,7 +28,7 @@ def check_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
         name = dtype.removeprefix("torch.").lower()
         meant = OTHER_NAMES.get(name, name if name in DTYPES else f"{', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
-        raise typer.BadParameter(f"dtype={dtype!r} is unknown: give {meant}")
+        raise typer.BadParameter(f"dtype={dtype!r} is unknown: pass {meant}")
     return dtype
 
 
@@ -37,7 +37,7 @@ def check_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise typer.BadParameter(f"device={device!r} is unknown: give cpu, cuda or mps") from error
+        raise typer.BadParameter(f"device={device!r} is unknown: pass cpu, cuda or mps") from error
     missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
     if missing.get(kind, False):
         name = {"cuda": "CUDA", "mps": "Metal"}[kind]

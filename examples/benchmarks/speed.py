@@ -220,7 +220,7 @@ def main(
     check_dtype(dtype)
     check_device(device)
     if gate_step >= steps:
-        raise typer.BadParameter(f"gate_step={gate_step} is not before the last of {steps} steps: give a smaller one")
+        raise typer.BadParameter(f"gate_step={gate_step} is not before the last of {steps} steps: pass a smaller one")
     # The gate beyond the last step, of which T-GATE warns, is what the overhead is measured with.
     logging.getLogger("tgate_processors").setLevel(logging.ERROR)
     console, place = Console(), torch.device(device)

@@ -41,7 +41,7 @@ def print_table(console: Console, title: str, headings: Sequence[str], rows: Seq
 def check_output(file: Path | None) -> None:
     """Refuse a file that is neither kind of table before the work begins."""
     if file is not None and file.suffix not in (".csv", ".md"):
-        raise typer.BadParameter(f"output={str(file)!r} is neither CSV nor Markdown: give a name with .csv or .md")
+        raise typer.BadParameter(f"output={str(file)!r} is neither CSV nor Markdown: pass a name with .csv or .md")
 
 
 def write_table(file: Path, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -36,7 +36,7 @@ def load(model: str, scheduler: str | None, device: str) -> Any:
         kind = getattr(diffusers, scheduler, None)
         if not hasattr(kind, "from_config"):
             raise typer.BadParameter(
-                f"scheduler={scheduler!r} is not in diffusers: give a class such as 'EulerDiscreteScheduler'"
+                f"scheduler={scheduler!r} is not in diffusers: pass a class such as 'EulerDiscreteScheduler'"
             )
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     return pipe

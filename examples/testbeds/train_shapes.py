@@ -48,7 +48,7 @@ class Precision(enum.StrEnum):
 def accelerator_for(device: str | None, precision: Precision) -> Accelerator:
     """Accelerate on the wanted device."""
     if precision is Precision.fp16 and device == "cpu":
-        raise typer.BadParameter("mixed_precision='fp16' does not work on a CPU: give 'bf16' or 'no'")
+        raise typer.BadParameter("mixed_precision='fp16' does not work on a CPU: pass 'bf16' or 'no'")
     accelerator = Accelerator(mixed_precision=precision.value, cpu=device == "cpu")
     if device not in (None, accelerator.device.type):
         raise typer.BadParameter(
@@ -62,14 +62,14 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
     """Make the folder, or refuse one that has a run with other settings: the two would be mixed."""
     file = output / "settings.json"
     if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"output={str(output)!r} is a file: give a folder")
+        raise typer.BadParameter(f"output={str(output)!r} is a file: pass a folder")
     if file.exists():
         earlier = json.loads(file.read_text())
         for name, value in settings.items():
             if earlier[name] != value:
                 raise typer.BadParameter(
                     f"{name}={value!r}, but the run in {str(output)!r} has {earlier[name]!r}: "
-                    "give the same to resume it, or another --output"
+                    "pass the same to resume it, or another --output"
                 )
     output.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=2) + "\n")

@@ -152,7 +152,7 @@ def test_what_is_missing_is_a_sentence_and_an_empty_column(whole):
     assert "cache-dit" in notes
     for column, sentence in (
         ("peak_bytes", "Peak memory was not measured"),
-        ("fid_real", "FID against real pictures was not measured: give their folder with --real"),
+        ("fid_real", "FID against real pictures was not measured: pass their folder with --real"),
         ("clip_score", None),
     ):
         assert all(row[column] is None for row in rows)
@@ -222,19 +222,19 @@ def test_captions_of_coco_with_the_testbed_in_place_of_the_weights(tmp_path):
     results = json.loads((output / "results.json").read_text())
     assert results["settings"]["guidance_scale"] is None
     assert [row["pictures"] for row in results["rows"]] == [2, 2]
-    assert "give their folder with --real" not in " ".join(results["notes"])
+    assert "pass their folder with --real" not in " ".join(results["notes"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "teacache"], "method='teacache' is unknown: give one of baseline, fewer-steps, cutoff,"),
-        (["--scheduler", "heun"], "scheduler='heun' is unknown: give one of dpm, ddim, euler"),
-        (["--captions", "nowhere.json"], "captions='nowhere.json' is not a file: give 'shapes', 'clips', COCO's"),
+        (["--method", "teacache"], "method='teacache' is unknown: pass one of baseline, fewer-steps, cutoff,"),
+        (["--scheduler", "heun"], "scheduler='heun' is unknown: pass one of dpm, ddim, euler"),
+        (["--captions", "nowhere.json"], "captions='nowhere.json' is not a file: pass 'shapes', 'clips', COCO's"),
         (["--captions", str(MODEL / "model_index.json")], "is not in COCO's format"),
-        (["--captions", "clips", "--count", "382"], "count=382, but captions='clips' has 381: give at most as many"),
-        (["--count", "2000"], "count=2000, but captions='shapes' has 1147: give at most as many"),
-        (["--output", __file__], "is a file: give a folder"),
+        (["--captions", "clips", "--count", "382"], "count=382, but captions='clips' has 381: pass at most as many"),
+        (["--count", "2000"], "count=2000, but captions='shapes' has 1147: pass at most as many"),
+        (["--output", __file__], "is a file: pass a folder"),
     ],
 )
 def test_wrong_arguments_are_named_with_a_remedy(tmp_path, arguments, message):
@@ -246,7 +246,7 @@ def test_wrong_arguments_are_named_with_a_remedy(tmp_path, arguments, message):
 @NEEDS_WAN
 def test_a_flow_takes_schedulers_of_flows():
     assert type(evaluate.load(str(WAN), "euler", torch.device("cpu"), "float32").scheduler).__name__.startswith("Flow")
-    with pytest.raises(typer.BadParameter, match=r"scheduler='ddim' does not step .* give one of dpm, euler, unipc"):
+    with pytest.raises(typer.BadParameter, match=r"scheduler='ddim' does not step .* pass one of dpm, euler, unipc"):
         evaluate.load(str(WAN), "ddim", torch.device("cpu"), "float32")
 
 

@@ -169,10 +169,10 @@ def test_the_quickstart_with_guidance_that_is_predicted(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--dtype", "fp16"), "dtype='fp16' is unknown: give float16"),
-        (("--dtype", "torch.bfloat16"), "dtype='torch.bfloat16' is unknown: give bfloat16"),
-        (("--dtype", "int8"), "dtype='int8' is unknown: give float32, float16 or bfloat16"),
-        (("--device", "gpu"), "device='gpu' is unknown: give cpu, cuda or mps"),
+        (("--dtype", "fp16"), "dtype='fp16' is unknown: pass float16"),
+        (("--dtype", "torch.bfloat16"), "dtype='torch.bfloat16' is unknown: pass bfloat16"),
+        (("--dtype", "int8"), "dtype='int8' is unknown: pass float32, float16 or bfloat16"),
+        (("--device", "gpu"), "device='gpu' is unknown: pass cpu, cuda or mps"),
         (("--variant", "fp8"), "`variant=fp8`, but no such"),
         pytest.param(
             ("--device", "cuda"),

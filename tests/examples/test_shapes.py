@@ -97,7 +97,7 @@ def test_a_picture_of_nothing_and_one_of_noise_are_wrong():
 def test_arrays_as_a_pipeline_gives_them_and_other_sizes(pictures):
     array = pictures[:3].permute(0, 2, 3, 1).numpy()
     assert read(array) == read(pictures[:3])
-    with pytest.raises(ValueError, match=r"pictures of shape \(1, 3, 64, 64\) cannot be read: give"):
+    with pytest.raises(ValueError, match=r"pictures of shape \(1, 3, 64, 64\) cannot be read: pass"):
         read(np.zeros((1, 64, 64, 3), dtype=np.float32))
 
 

@@ -73,5 +73,5 @@ def test_csv_and_markdown_by_the_name_of_the_file(tmp_path):
     assert (tmp_path / "table.md").read_text().splitlines() == lines
     check_output(None)
     check_output(tmp_path / "table.md")
-    with pytest.raises(typer.BadParameter, match=r"give a name with \.csv or \.md"):
+    with pytest.raises(typer.BadParameter, match=r"pass a name with \.csv or \.md"):
         check_output(tmp_path / "table.xlsx")

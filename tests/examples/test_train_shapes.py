@@ -196,7 +196,7 @@ def test_going_on_with_other_settings_is_refused(tmp_path, monkeypatch):
     done = train("--model", "sd", "--output", str(tmp_path))
     assert done.exit_code == 2
     assert "model='sd', but the run in" in done.output
-    assert "has 'pixart': give the same to resume it, or another --output" in " ".join(
+    assert "has 'pixart': pass the same to resume it, or another --output" in " ".join(
         re.sub(r"[│\s]+", " ", done.output).split()
     )
 
@@ -204,9 +204,9 @@ def test_going_on_with_other_settings_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mixed-precision", "fp16"], "mixed_precision='fp16' does not work on a CPU: give 'bf16' or 'no'"),
+        (["--mixed-precision", "fp16"], "mixed_precision='fp16' does not work on a CPU: pass 'bf16' or 'no'"),
         (["--device", "mps"], "device='mps' is not what accelerate finds here, 'cpu': leave --device out"),
-        (["--output", __file__], "is a file: give a folder"),
+        (["--output", __file__], "is a file: pass a folder"),
     ],
 )
 def test_wrong_arguments_are_named_with_a_remedy(tmp_path, arguments, message):

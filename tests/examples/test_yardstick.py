@@ -271,8 +271,8 @@ def test_few_captions_choose_the_plain_runs_that_all_are_drawn_for(tmp_path, ben
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--solver", "heun"], "solver='heun' is unknown: give one of dpm-2"),
-        (["--rival", "teacache"], "rival='teacache' is unknown: give one of held"),
+        (["--solver", "heun"], "solver='heun' is unknown: pass one of dpm-2"),
+        (["--rival", "teacache"], "rival='teacache' is unknown: pass one of held"),
         (["--model", str(yardstick.MODELS / "shapes-wan")], "predicts a flow"),
     ],
 )

@@ -242,9 +242,9 @@ def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Case, sc
     assert cost.report.levels == get_tgate_report(pipe).levels
     assert "-" not in cost.report.levels
     with pytest.raises(
-        ValueError, match=r'give extra_forwards, .* each such as \{"isolate_modalities": True\}, or \[\]'
+        ValueError, match=r'pass extra_forwards, .* each such as \{"isolate_modalities": True\}, or \[\]'
     ):
         estimate(fixed)
     for wrong in ([{"stg_scale": 1}], [{}], ["isolate_modalities"]):
-        with pytest.raises(ValueError, match="means nothing for a LTX2VideoTransformer3DModel: give a dict for each"):
+        with pytest.raises(ValueError, match="means nothing for a LTX2VideoTransformer3DModel: pass a dict for each"):
             estimate(fixed, extra_forwards=wrong)

@@ -57,7 +57,7 @@ def still_works(pipe, baseline):
             '"unconditional" or "conditional", got \'negative\'.',
         ),
         ({"gate": 3}, TypeError, "unexpected keyword argument 'gate'"),
-        ({"deepcache": 3}, TypeError, "deepcache=3 is of type int: give a DeepCacheSDHelper"),
+        ({"deepcache": 3}, TypeError, "deepcache=3 is of type int: pass a DeepCacheSDHelper"),
     ],
 )
 def test_a_bad_setting(settings, error, message):
@@ -197,8 +197,8 @@ def test_intervals_are_keywords():
 @pytest.mark.parametrize(
     ("thing", "message"),
     [
-        (None, "pipe is None, of type NoneType, not a diffusers pipeline: give a DiffusionPipeline."),
-        (3, "pipe is 3, of type int, not a diffusers pipeline: give a DiffusionPipeline."),
+        (None, "pipe is None, of type NoneType, not a diffusers pipeline: pass a DiffusionPipeline."),
+        (3, "pipe is 3, of type int, not a diffusers pipeline: pass a DiffusionPipeline."),
         (
             "a/folder",
             "pipe is the name 'a/folder', not a diffusers pipeline: load it, DiffusionPipeline.from_pretrained(",
@@ -206,7 +206,7 @@ def test_intervals_are_keywords():
         (Path("a/folder"), "pipe is the name 'a/folder', not a diffusers pipeline: load it, DiffusionPipeline.from_"),
         (
             torch.nn.Linear(2, 2),
-            "pipe is of type Linear, not a diffusers pipeline: give the DiffusionPipeline that it is a part",
+            "pipe is of type Linear, not a diffusers pipeline: pass the DiffusionPipeline that it is a part",
         ),
         (
             diffusers.StableDiffusionPipeline,

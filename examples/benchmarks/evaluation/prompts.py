@@ -37,7 +37,7 @@ def read_captions(source: str, count: int) -> list[str]:
         path = Path(source)
         if not path.is_file():
             raise typer.BadParameter(
-                f"captions={source!r} is not a file: give 'shapes', 'clips', COCO's captions_val2014.json, or a text "
+                f"captions={source!r} is not a file: pass 'shapes', 'clips', COCO's captions_val2014.json, or a text "
                 "file with a caption a line"
             )
         try:
@@ -45,12 +45,12 @@ def read_captions(source: str, count: int) -> list[str]:
             lines = coco_captions(json.loads(text)) if path.suffix == ".json" else text.splitlines()
         except (ValueError, KeyError, TypeError) as error:
             raise typer.BadParameter(
-                f"captions={source!r} is not in COCO's format ({error!r}): give a JSON file with a list 'annotations' "
+                f"captions={source!r} is not in COCO's format ({error!r}): pass a JSON file with a list 'annotations' "
                 "of 'id', 'image_id' and 'caption'"
             ) from error
         found = evenly([line for line in lines if line.strip()], count) if len(lines) > count else lines
     if len(found) < count:
-        raise typer.BadParameter(f"count={count}, but captions={source!r} has {len(found)}: give at most as many")
+        raise typer.BadParameter(f"count={count}, but captions={source!r} has {len(found)}: pass at most as many")
     return found
 
 

@@ -201,7 +201,7 @@ def notes(rows: list[dict[str, Any]], device: torch.device, real: Path | None, e
     if device.type != "cuda":
         found.append("Peak memory was not measured: torch counts it on CUDA only.")
     if real is None:
-        found.append("FID against real pictures was not measured: give their folder with --real.")
+        found.append("FID against real pictures was not measured: pass their folder with --real.")
     if any(row["accuracy"] is None and not row["error"] for row in rows):
         found.append("The share of right pictures is known only for pictures and captions of the testbeds.")
     errors = {f"{row['row']} ({row['model']}): {row['error']}" for row in rows if row["error"]}

@@ -29,7 +29,7 @@ def write_json(file: Path, content: Any) -> None:
 def claim(output: Path, settings: dict[str, Any]) -> None:
     """Make the folder, or refuse one that has pictures of other settings: the two would be mixed."""
     if output.exists() and not output.is_dir():
-        raise typer.BadParameter(f"output={str(output)!r} is a file: give a folder")
+        raise typer.BadParameter(f"output={str(output)!r} is a file: pass a folder")
     file = output / "settings.json"
     if file.exists():
         earlier = json.loads(file.read_text())
@@ -37,7 +37,7 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
             if earlier.get(name) != value:
                 raise typer.BadParameter(
                     f"{name}={value!r}, but the run in {str(output)!r} has {earlier.get(name)!r}: "
-                    "give the same to resume it, or another --output"
+                    "pass the same to resume it, or another --output"
                 )
 
 

@@ -54,7 +54,7 @@ def as_tensor(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
         pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
     if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, SIDE, SIDE):
         raise ValueError(
-            f"pictures of shape {tuple(pictures.shape)} cannot be read: give N x 3 x {SIDE} x {SIDE} as a tensor or "
+            f"pictures of shape {tuple(pictures.shape)} cannot be read: pass N x 3 x {SIDE} x {SIDE} as a tensor or "
             f"N x {SIDE} x {SIDE} x 3 as an array, from 0 to 1"
         )
     return pictures.float()

@@ -150,11 +150,11 @@ def test_a_run_that_breaks_leaves_nothing(enabled):
 
 def test_a_helper_that_does_not_fit_is_refused():
     pipe, other = BY_NAME["sd"].build(), BY_NAME["sd"].build()
-    with pytest.raises(ValueError, match=r"helper of another pipeline: give a DeepCacheSDHelper made with"):
+    with pytest.raises(ValueError, match=r"helper of another pipeline: pass a DeepCacheSDHelper made with"):
         apply_tgate(pipe, deepcache=helper_of(other))
     with pytest.raises(ValueError, match=r"has no parameters: call its set_params"):
         apply_tgate(pipe, deepcache=DeepCacheSDHelper(pipe))
-    with pytest.raises(TypeError, match="give a DeepCacheSDHelper"):
+    with pytest.raises(TypeError, match="pass a DeepCacheSDHelper"):
         apply_tgate(pipe, deepcache=DeepCacheSDHelper)
     transformer = BY_NAME["pixart_alpha"].build()
     with pytest.raises(ValueError, match="PixArtAlphaPipeline has no UNet"):

@@ -779,11 +779,11 @@ def test_what_of_cache_dit_is_not_known_is_refused():
         return str(error.value)
 
     pixart = DitPair("pixart_alpha", "cache_dit")
-    assert "contradicts: give DBCacheConfig(enable_separate_cfg=False)" in refused(
+    assert "contradicts: pass DBCacheConfig(enable_separate_cfg=False)" in refused(
         pixart.put_in(enable_separate_cfg=True)
     )
     static = {"steps_computation_mask": [1, 1, 1, 0, 1, 0], "steps_computation_policy": "static"}
-    assert 'full steps of T-GATE have to be computed: give "dynamic"' in refused(pixart.put_in(**static))
+    assert 'full steps of T-GATE have to be computed: pass "dynamic"' in refused(pixart.put_in(**static))
     assert "cannot reuse self-attention (sp_interval=2, fi_interval=1) together with cache-dit" in refused(
         pixart.put_in(), sp_interval=2
     )

@@ -135,7 +135,7 @@ def test_one_processor_for_several_layers_is_refused():
             "is of type builtin_function",
         ),
         (lambda: TGateAttnProcessor(AttnProcessor2_0, None), TypeError, "is of type type, not an attention"),
-        (lambda: TGateAttnProcessor(AttnProcessor2_0(), None), TypeError, "state=None is of type NoneType: give the"),
+        (lambda: TGateAttnProcessor(AttnProcessor2_0(), None), TypeError, "state=None is of type NoneType: pass the"),
         (lambda: TGateCallback(None), TypeError, "`schedule` must be .*TGateSchedule.*got None of type NoneType"),
         (lambda: TGateCallback(TGateSchedule(), cfg_half="both"), ValueError, "got 'both'"),
     ],

@@ -72,12 +72,12 @@ def test_what_was_applied_is_applied_again_also_after_an_error():
 @pytest.mark.parametrize(
     ("prompts", "options", "error", "message"),
     [
-        ("a cat", {}, TypeError, "prompts='a cat' is of type str: give a list"),
-        ([], {}, ValueError, "is empty: give some prompts"),
+        ("a cat", {}, TypeError, "prompts='a cat' is of type str: pass a list"),
+        ([], {}, ValueError, "is empty: pass some prompts"),
         ([0], {"budget": "much"}, TypeError, "`budget` must be a number of full steps .* got 'much' of type str"),
         ([0], {"trials": -1}, ValueError, "`trials` must be an int of at least 0, got -1"),
         ([0], {"call": 3}, TypeError, "call=3 is of type int"),
-        ([0], {"output_type": "pil"}, ValueError, 'give a call with output_type="latent" or "pt"'),
+        ([0], {"output_type": "pil"}, ValueError, 'pass a call with output_type="latent" or "pt"'),
         ([0, 1], {"num_inference_steps": 7}, ValueError, r"the calls have \[6, 7\] steps"),
     ],
 )

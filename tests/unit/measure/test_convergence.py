@@ -174,8 +174,8 @@ def test_a_table_and_a_figure(tmp_path):
 @pytest.mark.parametrize(
     ("prompts", "error", "message"),
     [
-        ("a cat", TypeError, "give a list"),
-        ({"prompt": "a cat"}, TypeError, "give a list"),
+        ("a cat", TypeError, "pass a list"),
+        ({"prompt": "a cat"}, TypeError, "pass a list"),
         ([], ValueError, "is empty"),
     ],
 )

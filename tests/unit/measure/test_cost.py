@@ -84,7 +84,7 @@ def test_guidance_of_other_parts_is_up_to_the_caller():
     host = BY_NAME["pix2pix"]
     pipe = host.build()
     with pytest.raises(
-        ValueError, match="give its denoiser, do_classifier_free_guidance=False, and the pictures times the parts"
+        ValueError, match="pass its denoiser, do_classifier_free_guidance=False, and the pictures times the parts"
     ):
         estimate_cost(pipe, TGateSchedule(2), STEPS)
     size = {
@@ -236,7 +236,7 @@ def _with_another_layer():
             lambda: "a pipeline",
             {},
             TypeError,
-            "pipe_or_denoiser is of type str: give a diffusers pipeline, or its denoiser",
+            "pipe_or_denoiser is of type str: pass a diffusers pipeline, or its denoiser",
         ),
         (lambda: torch.nn.Linear(2, 2), {}, ValueError, "Linear cannot be gated: T-GATE does not know how it does"),
         (
@@ -259,15 +259,15 @@ def _with_another_layer():
             None,
             {"do_classifier_free_guidance": 7.5},
             TypeError,
-            "do_classifier_free_guidance=7.5 is of type float: give True or False",
+            "do_classifier_free_guidance=7.5 is of type float: pass True or False",
         ),
-        (None, {"height": 63}, ValueError, "height=63 is not a multiple of 8: give one"),
+        (None, {"height": 63}, ValueError, "height=63 is not a multiple of 8: pass one"),
         (None, {"width": 0}, ValueError, "`width` must be an int of at least 8, got 0"),
         (None, {"vae_scale_factor": 0}, ValueError, "`vae_scale_factor` must be an int of at least 1, got 0"),
         (None, {"max_sequence_length": 0}, ValueError, "`max_sequence_length` must be an int of at least 1, got 0"),
         (None, {"num_frames": 3}, ValueError, "num_frames=3 means nothing for a UNet2DConditionModel: leave it out"),
         (None, {"extra_forwards": [{"a": 1}]}, ValueError, "means nothing for a UNet2DConditionModel: leave it out"),
-        (None, {"dtype": "float16"}, TypeError, "dtype='float16' is of type str: give a torch.dtype"),
+        (None, {"dtype": "float16"}, TypeError, "dtype='float16' is of type str: pass a torch.dtype"),
         (None, {"dtype": torch.int8}, ValueError, "dtype=torch.int8 is not a floating-point type"),
         (lambda: BY_NAME["svd"].build(), {"max_sequence_length": 3}, ValueError, "max_sequence_length=3 means nothing"),
         (
@@ -277,7 +277,7 @@ def _with_another_layer():
             "do_classifier_free_guidance=True, but this UNet2D",
         ),
         (lambda: _other_conditions(attention_type="gated"), {}, ValueError, "config.attention_type='gated', and"),
-        (lambda: _other_conditions(sample_size=None), {}, ValueError, "no config.sample_size: give `height`"),
+        (lambda: _other_conditions(sample_size=None), {}, ValueError, "no config.sample_size: pass `height`"),
         (
             lambda: _other_conditions(encoder_hid_dim_type="ip_image_proj"),
             {},

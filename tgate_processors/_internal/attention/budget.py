@@ -22,7 +22,7 @@ def validate_max_memory(value: Any, cross_attention: bool | None) -> int | None:
     # Here, so that others do not wait for the import.
     from accelerate.utils import convert_file_size_to_int  # type: ignore[import-untyped]
 
-    hint = 'give bytes as an int of at least 0, or a string with a unit such as "2GB" or "500MiB"'
+    hint = 'pass bytes as an int of at least 0, or a string with a unit such as "2GB" or "500MiB"'
     size = value if isinstance(value, str) else as_int(value)
     if size is None:
         raise TypeError(f"max_memory={shown(value)} is of type {type(value).__name__}: {hint}.")

@@ -60,11 +60,11 @@ class TGateAttnProcessor:
     def __new__(cls, original: Any, state: TGateState) -> TGateAttnProcessor:
         if not callable(original) or inspect.isclass(original) or inspect.isbuiltin(original):
             raise TypeError(
-                f"original={original!r} is of type {type(original).__name__}, not an attention processor: give the "
+                f"original={original!r} is of type {type(original).__name__}, not an attention processor: pass the "
                 "one of a layer, as in `denoiser.attn_processors`."
             )
         if not isinstance(state, TGateState):
-            raise TypeError(f"state={state!r} is of type {type(state).__name__}: give the `state` of a TGateCallback.")
+            raise TypeError(f"state={state!r} is of type {type(state).__name__}: pass the `state` of a TGateCallback.")
         base = type(original).wrapped_class if isinstance(original, TGateAttnProcessor) else type(original)
         processor: TGateAttnProcessor = object.__new__(_gated_processor_class(base))
         slot = state.new_slot(is_diffusers_processor(original))

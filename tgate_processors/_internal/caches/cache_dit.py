@@ -46,13 +46,13 @@ def incompatibility(denoiser: torch.nn.Module, calls_per_step: int) -> str | Non
         kinds = ("one call of the denoiser", "two calls of the denoiser, one after the other")
         return (
             f"guidance of this pipeline is {kinds[calls_per_step > 1]}, which "
-            f"enable_separate_cfg={config.enable_separate_cfg} contradicts: give "
+            f"enable_separate_cfg={config.enable_separate_cfg} contradicts: pass "
             f"DBCacheConfig(enable_separate_cfg={calls_per_step > 1})"
         )
     if config.steps_computation_policy == "static":
         return (
             'steps_computation_policy="static" repeats steps by their numbers, and full steps of T-GATE have to be '
-            'computed: give "dynamic"'
+            'computed: pass "dynamic"'
         )
     return None
 

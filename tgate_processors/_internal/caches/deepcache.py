@@ -17,12 +17,12 @@ def validate_helper(helper: Any, pipe: Any) -> None:
         callable(getattr(helper, name, None)) for name in ("enable", "disable", "set_params")
     ):
         raise TypeError(
-            f"deepcache={shown(helper)} is of type {type(helper).__name__}: give a DeepCacheSDHelper(pipe) "
+            f"deepcache={shown(helper)} is of type {type(helper).__name__}: pass a DeepCacheSDHelper(pipe) "
             "(pip install DeepCache)."
         )
     if getattr(helper, "pipe", None) is not pipe:
         raise ValueError(
-            f"deepcache={helper!r} is the helper of another pipeline: give a DeepCacheSDHelper made with this "
+            f"deepcache={helper!r} is the helper of another pipeline: pass a DeepCacheSDHelper made with this "
             f"{type(pipe).__name__}."
         )
     if not hasattr(helper, "params"):

@@ -113,7 +113,7 @@ class CFGBatchCheck:
         if guided and batch == num_samples:
             ended = (
                 " Either its loop ends guidance by itself, or each process computes one half of it (CFG parallelism), "
-                "which leaves no half to skip: give each process its own prompts instead."
+                "which leaves no half to skip: pass each process its own prompts instead."
             )
         raise ValueError(
             f"T-GATE: the denoiser got a batch of {batch} for {num_samples} latents with classifier-free guidance "

@@ -92,7 +92,7 @@ class Installation:
             if id(pipe) in self._calls:
                 raise RuntimeError(
                     f"T-GATE: {type(pipe).__name__} is running already, in another thread or in a call of which this "
-                    "is a callback: give every call that overlaps with another one a pipeline of its own, other = "
+                    "is a callback: pass every call that overlaps with another one a pipeline of its own, other = "
                     "copy.copy(pipe) with other.scheduler = copy.deepcopy(pipe.scheduler). It is gated too."
                 )
             self._calls[id(pipe)] = cleanup, wrapped

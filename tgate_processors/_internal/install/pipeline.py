@@ -162,7 +162,7 @@ def _bind_call(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str,
     if "lcm" in kwargs and "lcm" not in signature.parameters:
         raise TypeError(
             "lcm is not an argument of the call: T-GATE sees from the call whether guidance is on. Leave it out, and "
-            "give settings to apply_tgate(pipe, gate_step=...)."
+            "pass settings to apply_tgate(pipe, gate_step=...)."
         )
     try:
         return signature.bind(pipe, *args, **kwargs)

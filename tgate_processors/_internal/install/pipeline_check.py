@@ -24,9 +24,9 @@ def validate_pipeline(pipe: Any, gate_step: Any = None) -> None:
     elif isinstance(pipe, (str, os.PathLike)):
         what, remedy = f"the name {str(pipe)!r}", f"load it, DiffusionPipeline.from_pretrained({str(pipe)!r})"
     elif isinstance(pipe, torch.nn.Module):
-        what, remedy = f"of type {type(pipe).__name__}", "give the DiffusionPipeline that it is a part of"
+        what, remedy = f"of type {type(pipe).__name__}", "pass the DiffusionPipeline that it is a part of"
     else:
-        what, remedy = f"{shown(pipe)}, of type {type(pipe).__name__}", "give a DiffusionPipeline"
+        what, remedy = f"{shown(pipe)}, of type {type(pipe).__name__}", "pass a DiffusionPipeline"
     raise TypeError(f"pipe is {what}, not a diffusers pipeline: {remedy}.")
 
 
@@ -34,6 +34,6 @@ def reject_forecasts(schedule: TGateSchedule, reason: str) -> None:
     """Refuse a plan with forecast steps where no call of the denoiser can be left out."""
     if schedule.levels is not None and schedule.forecast:
         raise ValueError(
-            f'T-GATE: levels={shown(schedule.levels)} has forecast steps ("-"), and {reason}: give a plan of full and '
+            f'T-GATE: levels={shown(schedule.levels)} has forecast steps ("-"), and {reason}: pass a plan of full and '
             "half steps."
         )

@@ -81,7 +81,7 @@ def calibrate_schedule(
             steps.add(report.num_inference_steps)
             errors.append((dict(report.prediction_errors), dict(report.forecast_errors)))
         if len(steps) > 1:
-            raise ValueError(f"the calls have {sorted(steps)} steps, and a plan is for one number: give all the same.")
+            raise ValueError(f"the calls have {sorted(steps)} steps, and a plan is for one number: pass all the same.")
         (number,) = steps
         share = half_cost(pipe, calls[0], number, cross_attention)
 
@@ -132,7 +132,7 @@ def _draw(pipe: Any, call: Mapping[str, Any]) -> torch.Tensor:
         value = torch.stack(value)
     if not isinstance(value, torch.Tensor):
         raise ValueError(
-            f"the pipeline gives {shown(value)}, and tensors are needed to compare runs: give a call with "
+            f"the pipeline gives {shown(value)}, and tensors are needed to compare runs: pass a call with "
             'output_type="latent" or "pt".'
         )
     return value.float()

@@ -14,15 +14,15 @@ def read_calls(prompts: Sequence[str | Mapping[str, Any]], call: Mapping[str, An
     """The arguments of each call: its own, and those that every call gets."""
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
         raise TypeError(
-            f"prompts={shown(prompts)} is of type {type(prompts).__name__}: give a list, with a prompt for each call."
+            f"prompts={shown(prompts)} is of type {type(prompts).__name__}: pass a list, with a prompt for each call."
         )
     prompts = list(prompts)
     if not all(isinstance(each, (str, Mapping)) for each in prompts):
-        raise TypeError(f"prompts={shown(prompts)}: give a str, or a dict of the arguments, for each call.")
+        raise TypeError(f"prompts={shown(prompts)}: pass a str, or a dict of the arguments, for each call.")
     if call is not None and not isinstance(call, Mapping):
-        raise TypeError(f"call={shown(call)} is of type {type(call).__name__}: give a dict of arguments.")
+        raise TypeError(f"call={shown(call)} is of type {type(call).__name__}: pass a dict of arguments.")
     if not prompts:
-        raise ValueError(f"prompts={shown(prompts)} is empty: give some prompts, with a call for each.")
+        raise ValueError(f"prompts={shown(prompts)} is empty: pass some prompts, with a call for each.")
     return [{**(call or {}), **({"prompt": each} if isinstance(each, str) else each)} for each in prompts]
 
 

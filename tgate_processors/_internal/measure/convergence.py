@@ -130,7 +130,7 @@ def measure_convergence(
     calls = read_calls(prompts, call)
     if not isinstance(tolerances, Iterable):
         raise TypeError(
-            f"tolerances={shown(tolerances)} is of type {type(tolerances).__name__}: give a list of numbers."
+            f"tolerances={shown(tolerances)} is of type {type(tolerances).__name__}: pass a list of numbers."
         )
     schedules = [TGateSchedule("auto", tolerance=validate_tolerance(each, "tolerances")) for each in tolerances]
     if has_guider(pipe) or resolve_pipeline(pipe).family.layout.calls_per_step > 1:

@@ -230,14 +230,14 @@ def _extra_forward_macs(denoiser: Any, size: InputSize, extra_forwards: Sequence
     known = family.layout.auxiliary_call_arguments
     if extra_forwards is not None and not isinstance(extra_forwards, Sequence):
         raise TypeError(
-            f"extra_forwards={shown(extra_forwards)} is of type {type(extra_forwards).__name__}: give a list, with a "
+            f"extra_forwards={shown(extra_forwards)} is of type {type(extra_forwards).__name__}: pass a list, with a "
             "dict for each call."
         )
     if extra_forwards is None:
         if family_inputs(denoiser).has_extra_forwards:
             raise ValueError(
                 f"pipelines call {name} further times in every step, with {' or '.join(known)}, and these calls "
-                "run whole: give extra_forwards, a list with the arguments of each such as "
+                "run whole: pass extra_forwards, a list with the arguments of each such as "
                 f'{{"{known[-1]}": True}}, or [] for none.'
             )
         return MACs()
@@ -246,7 +246,7 @@ def _extra_forward_macs(denoiser: Any, size: InputSize, extra_forwards: Sequence
         if unknown or not given:
             raise ValueError(
                 f"extra_forwards={shown(extra_forwards)} means nothing for a {name}: "
-                + (f"give a dict for each call, with {' or '.join(known)}." if known else "leave it out.")
+                + (f"pass a dict for each call, with {' or '.join(known)}." if known else "leave it out.")
             )
     if not extra_forwards:
         return MACs()

@@ -69,7 +69,7 @@ def resolve_input_size(
             value = _call_default_of(pipe, argument) or _sample_size(denoiser, axis, argument) * factor
         value = validate_int(argument, value, factor, maximum=MAX_SIZE)
         if value % factor:
-            raise ValueError(f"{argument}={shown(value)} is not a multiple of {factor}: give one.")
+            raise ValueError(f"{argument}={shown(value)} is not a multiple of {factor}: pass one.")
         sides.append(value // factor)
     tokens = max_sequence_length
     if tokens is None:
@@ -128,7 +128,7 @@ def _sample_size(denoiser: Any, axis: int, argument: str) -> int:
     # Some name the sides separately.
     size = getattr(denoiser.config, "sample_size", None) or getattr(denoiser.config, f"sample_{argument}", None)
     if size is None:
-        raise ValueError(f"{type(denoiser).__name__} has no config.sample_size: give `{argument}`.")
+        raise ValueError(f"{type(denoiser).__name__} has no config.sample_size: pass `{argument}`.")
     return int(size if isinstance(size, int) else size[axis])
 
 

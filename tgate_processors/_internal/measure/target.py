@@ -69,13 +69,13 @@ def resolve_target(given: Any, cross_attention: bool | None) -> tuple[Any, Any]:
         if found.default_cfg_half is None and not found.is_distilled:
             raise ValueError(
                 f"the guidance of {type(given).__name__} is not two halves; how many parts it has is up to the call: "
-                "give its denoiser, do_classifier_free_guidance=False, and the pictures times the parts as batch_size."
+                "pass its denoiser, do_classifier_free_guidance=False, and the pictures times the parts as batch_size."
             )
         denoiser = found.denoiser
         return given, getattr(denoiser, "_orig_mod", denoiser)
     name = type(given).__name__
     if not isinstance(given, torch.nn.Module):
-        raise TypeError(f"pipe_or_denoiser is of type {name}: give a diffusers pipeline, or its denoiser.")
+        raise TypeError(f"pipe_or_denoiser is of type {name}: pass a diffusers pipeline, or its denoiser.")
     family = family_of(given)
     if family is None:
         check_denoiser(given, name)
@@ -89,7 +89,7 @@ def resolve_cfg(pipe: Any, denoiser: Any, asked: bool | None) -> bool:
     """Whether guidance is on; pipelines never double the batch of a denoiser that embeds the guidance scale."""
     if asked is not None and not isinstance(asked, bool):
         raise TypeError(
-            f"do_classifier_free_guidance={shown(asked)} is of type {type(asked).__name__}: give True or False."
+            f"do_classifier_free_guidance={shown(asked)} is of type {type(asked).__name__}: pass True or False."
         )
     timed = getattr(denoiser.config, "time_cond_proj_dim", None) is not None
     embedded = "time_cond_proj_dim" if timed else guidance_distillation_flag(denoiser)
@@ -116,10 +116,10 @@ def resolve_dtype(denoiser: Any, dtype: torch.dtype | None) -> torch.dtype:
     dtype = denoiser.dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
-            f"dtype={shown(dtype)} is of type {type(dtype).__name__}: give a torch.dtype, such as torch.float16."
+            f"dtype={shown(dtype)} is of type {type(dtype).__name__}: pass a torch.dtype, such as torch.float16."
         )
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} is not a floating-point type: give the one that the denoiser computes in.")
+        raise ValueError(f"dtype={dtype} is not a floating-point type: pass the one that the denoiser computes in.")
     return dtype
 
 
@@ -155,7 +155,7 @@ def profile_of(denoiser: Any, size: InputSize) -> DenoiserProfile:
         if "overflow" not in str(error):
             raise
         raise ValueError(
-            f"height, width, num_frames and max_sequence_length make tensors larger than torch counts, {size}: give "
+            f"height, width, num_frames and max_sequence_length make tensors larger than torch counts, {size}: pass "
             "smaller ones."
         ) from None
     reject_modified_model(denoiser, names)

@@ -49,7 +49,7 @@ def plan_levels(errors: Sequence[StepErrors], budget: float, half_cost: float) -
         least = cost_of(found, half_cost)
         raise ValueError(
             f"budget={budget:g} is too small for {len(errors)} steps, where no plan costs less than {least:.3g} full "
-            "steps: give more, or run fewer steps."
+            "steps: pass more, or run fewer steps."
         )
     for _ in range(_HALVINGS):
         price = (cheap * dear) ** 0.5

@@ -69,7 +69,7 @@ class StepCounter:
         if not timeline.is_reported and isinstance(self._schedule.gate_step, float):
             raise ValueError(
                 f"T-GATE: gate_step={self._schedule.gate_step} is a share of the steps, but the pipeline does not say "
-                "how many it runs (it never sets `num_timesteps`): give gate_step as a number of steps."
+                "how many it runs (it never sets `num_timesteps`): pass gate_step as a number of steps."
             )
         self.timeline = timeline
         self.plan = self._schedule.plan(timeline.steps)
@@ -188,7 +188,7 @@ class StepCounter:
             raise ValueError(
                 f"T-GATE: step {self.step_index} ended with one call of the denoiser, where T-GATE expects two with "
                 "classifier-free guidance, the conditional one first. If each process makes one of them (CFG "
-                "parallelism), there is no half to skip: give each process its own prompts instead. Or call "
+                "parallelism), there is no half to skip: pass each process its own prompts instead. Or call "
                 "remove_tgate(pipe) to use this pipeline."
             )
         if not self._forwards:

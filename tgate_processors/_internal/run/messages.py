@@ -117,7 +117,7 @@ class RunWarnings:
         if self._state.warn_once("exchanged"):
             logger.warning(
                 "T-GATE: the text embeddings were exchanged in step %s, after the gate: cross-attention still "
-                "reuses the outputs for the old ones. Exchange them before gate_step=%s, or give a later gate_step.",
+                "reuses the outputs for the old ones. Exchange them before gate_step=%s, or pass a later gate_step.",
                 loop.step_index,
                 loop.gate_step,
             )

@@ -410,24 +410,24 @@ def test_rows_are_compared_with_fewer_steps_at_their_macs():
 @pytest.mark.slow
 def test_a_run_with_a_reference(tmp_path):
     methods = ["--method", "auto", "--method", "forecast", "--method", "predict"]
-    more = ["--steps", "5", *methods, "--tolerance", "10", "--reference-steps", "8"]
+    more = ["--steps", "5", *methods, "--tolerance", "2", "--reference-steps", "8"]
     done = run(tmp_path, *more)
     assert done.returncode == 0, done.stderr
     rows = {(row["steps"], row["row"]): row for row in table_of(tmp_path)}
     names = {
-        3: ["baseline", "auto-10", "forecast-10", "predict-1-3", "8-steps"],
-        5: ["baseline", "auto-10", "forecast-10", "predict-2-3", "8-steps"],
+        3: ["baseline", "auto-2", "forecast-2", "predict-1-3", "8-steps"],
+        5: ["baseline", "auto-2", "forecast-2", "predict-2-3", "8-steps"],
     }
     assert list(rows) == [(steps, name) for steps, each in names.items() for name in each]
     assert rows[5, "baseline"]["psnr_reference"] > rows[3, "baseline"]["psnr_reference"] > 10
     # Both tables have one.
     assert len(list(tmp_path.rglob("dpm-reference-8/pictures/*.png"))) == 4
     # The fourth step is a half one, or a forecast one.
-    for method, forecast in (("auto-10", False), ("forecast-10", True)):
+    for method, forecast in (("auto-2", False), ("forecast-2", True)):
         cost = estimate_cost(load(), TGateSchedule("auto", forecast=forecast), 5)
         assert rows[5, method]["macs"] == cost.with_tgate.layers
     assert rows[5, "baseline"]["ahead"] == 0
-    assert -20 < rows[5, "auto-10"]["ahead"] < 20
+    assert -20 < rows[5, "auto-2"]["ahead"] < 20
     assert len(Image.open(tmp_path / "reference.png").convert("RGB").getcolors(10**6)) > 50
 
 

@@ -153,7 +153,7 @@ def test_the_distance_of_pictures():
 @pytest.mark.slow
 def test_the_quickstart_with_guidance_that_is_predicted(tmp_path):
     for arguments, plan in (
-        (("--gate-step", "auto", "--tolerance", "100"), "FFF--H"),
+        (("--gate-step", "auto", "--tolerance", "inf"), "FFF--H"),
         (("--gate-step", "2", "--guidance", "predict", "--cfg-interval", "4"), "FFHHHF"),
         (("--gate-step", "FFF-HF"), "FFF-HF"),
     ):

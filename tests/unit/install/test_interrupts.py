@@ -28,7 +28,7 @@ SETTINGS = {
     "pixart_alpha": {"gate_step": 2, "guidance": "predict", "cfg_interval": 2},
     "sd_controlnet": {"gate_step": 2},
     "sd3": {"gate_step": "auto", "tolerance": 2.0, "cross_attention": False},
-    "sd_controlnet, planned": {"gate_step": "F-FH"},
+    "sd, planned": {"gate_step": "F-FH"},
     "wan": {"gate_step": 2, "guidance": "predict", "cfg_interval": 2, "cross_attention": True},
 }
 STEPS = {"num_inference_steps": 4}
@@ -164,7 +164,7 @@ def sweep(name, every, last=False, error=KeyboardInterrupt):
         ("sd3", SPARSE, False, KeyboardInterrupt),
         slow("pixart_alpha", 24, False, KeyboardInterrupt),
         slow("wan", 12, False, KeyboardInterrupt),
-        slow("sd_controlnet, planned", 12, False, KeyboardInterrupt),
+        slow("sd, planned", 45, False, KeyboardInterrupt),
         slow("sd3", 18, True, MemoryError),
         *(
             thorough(name, 1, last, error)

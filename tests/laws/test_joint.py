@@ -368,7 +368,9 @@ def test_distilled_guidance_has_no_half_to_leave_out_but_whole_steps(alone):
         with pytest.raises(ValueError, match=r"so there is no half to leave out. Whole steps .*: apply_tgate\(pipe\)"):
             apply_settings(fill, **settings, **alone)
     perturbed = sd3("StableDiffusion3PAGPipeline")
-    with pytest.raises(ValueError, match=r"attention is joint, guidance alone .* is not two halves, .* You can still use"):
+    with pytest.raises(
+        ValueError, match=r"attention is joint, guidance alone .* is not two halves, .* You can still use"
+    ):
         apply_tgate(perturbed, GATE, **alone)
     for whole in (fill, perturbed):
         assert is_tgate_applied(apply_tgate(whole, **alone))

@@ -8,6 +8,7 @@ from tests.support.comparing import distance
 from tests.zoo.case import STEPS, slow
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import apply_tgate, calibrate_schedule, get_tgate_report, is_tgate_applied, remove_tgate
+from tgate_processors._internal.measure.calls import half_cost
 
 
 def calibrated(case, pipe, **options):
@@ -25,6 +26,14 @@ def test_a_plan_keeps_its_budget_and_the_pipeline_is_as_it_was(name):
     assert torch.equal(case.run(pipe), case.plain())
     case.run(apply_tgate(pipe, schedule))
     assert get_tgate_report(pipe).levels == schedule.levels
+
+
+def test_a_half_step_costs_half_where_cross_attention_is_computed():
+    pipes = {name: BY_NAME[name].build() for name in ("sd", "wan")}
+    costs = {name: half_cost(pipe, {}, STEPS) for name, pipe in pipes.items()}
+    assert costs["wan"] == 0.5
+    assert half_cost(pipes["wan"], {}, STEPS, cross_attention=True) < 0.5
+    assert 0.3 < costs["sd"] < 0.5
 
 
 @pytest.mark.slow

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..api import apply_tgate, get_tgate_report, remove_tgate
-from ..install.pipeline import install, installed
+from ..api import apply_tgate, get_tgate_report
 from ..install.pipeline_check import validate_pipeline
 from ..logs import logger
 from ..plan.adaptive import StepErrors
 from ..plan.calibration import improve_levels, plan_levels
 from ..plan.schedule import TGateSchedule
 from ..plan.validation import shown, validate_float, validate_int
-from .calls import half_cost, read_calls
+from .calls import half_cost, read_calls, restored
 
 
 def calibrate_schedule(
@@ -72,7 +70,7 @@ def calibrate_schedule(
     calls = [_with_defaults(pipe, each, seed + index) for index, each in enumerate(read_calls(prompts, call))]
     trials = validate_int("trials", trials, 0)
     budget = validate_float("budget", budget, "a number of full steps of at least 0", 0)
-    with _restored(pipe):
+    with restored(pipe):
         apply_tgate(pipe, tolerance=0, cross_attention=cross_attention)
         expected, errors, steps = [], [], set()
         for each in calls:
@@ -103,18 +101,6 @@ def _with_defaults(pipe: Any, call: dict[str, Any], seed: int) -> dict[str, Any]
     if call.get("generator") is None and call.get("latents") is None and "generator" in taken:
         defaults["generator"] = torch.Generator("cpu").manual_seed(seed)
     return {**defaults, **call}
-
-
-@contextmanager
-def _restored(pipe: Any) -> Iterator[None]:
-    """What was applied to the pipeline is applied again afterwards."""
-    before = installed(pipe)
-    try:
-        yield
-    finally:
-        remove_tgate(pipe)
-        if before is not None:
-            install(pipe, before)
 
 
 def _draw(pipe: Any, call: Mapping[str, Any]) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from ..api import remove_tgate
+from ..install.pipeline import install, installed
 from ..plan.schedule import TGateSchedule
 from ..plan.validation import shown
 from .cost import estimate_cost
@@ -26,6 +29,18 @@ def read_calls(prompts: Sequence[str | Mapping[str, Any]], call: Mapping[str, An
     return [{**(call or {}), **({"prompt": each} if isinstance(each, str) else each)} for each in prompts]
 
 
+@contextmanager
+def restored(pipe: Any) -> Iterator[None]:
+    """What was applied to the pipeline is applied again afterwards."""
+    before = installed(pipe)
+    try:
+        yield
+    finally:
+        remove_tgate(pipe)
+        if before is not None:
+            install(pipe, before)
+
+
 def half_cost(pipe: Any, call: Mapping[str, Any], steps: int, cross_attention: bool | None = None) -> float:
     """The MACs of a half step, as a share of those of a full step."""
     size = {name: call[name] for name in ("height", "width", "max_sequence_length", "num_frames") if call.get(name)}
@@ -34,4 +49,5 @@ def half_cost(pipe: Any, call: Mapping[str, Any], steps: int, cross_attention: b
     except (TypeError, ValueError):
         # Adapters, guiders and the like: at least one half is left out.
         return 0.5
-    return cost.without_cross_attention.total / (2 * cost.full.total)
+    half = cost.without_cross_attention if cost.report.kept_layers else cost.full
+    return half.total / (2 * cost.full.total)

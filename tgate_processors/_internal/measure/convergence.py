@@ -16,11 +16,11 @@ from ..denoiser.inputs import read_inputs
 from ..families import resolve_pipeline
 from ..install.guiders import has_guider
 from ..install.installation import Installation
-from ..install.pipeline import install, installed
+from ..install.pipeline import install
 from ..install.pipeline_check import validate_pipeline
 from ..plan.schedule import TGateSchedule
 from ..plan.validation import shown, validate_tolerance
-from .calls import half_cost, read_calls
+from .calls import half_cost, read_calls, restored
 from .probe import ConvergenceProbe
 
 if TYPE_CHECKING:
@@ -156,30 +156,27 @@ def measure_convergence(
 @contextmanager
 def _probing(pipe: Any, probe: ConvergenceProbe) -> Iterator[None]:
     """Probe the calls of a pipeline without gating anything, and restore it afterwards."""
-    before = installed(pipe)
-    remove_tgate(pipe)
     found = resolve_pipeline(pipe)
     # A gate that no run reaches. Guidance with a memory cannot be dropped, not even then.
     schedule = TGateSchedule(10**9, guidance="predict" if found.family.layout.has_momentum else None)
     state = TGateState(schedule, by_hand=False)
     state.warned.add("late")
     handles = []
-    try:
-        # Processors of any kind can be gated here, since nothing is reused.
-        install(pipe, Installation(state, custom_processors="gate"))
-        denoiser, layout = found.denoiser, found.family.layout
-        for name, layer in attention_modules(denoiser).items():
-            if layout.is_cross_attention(name, layer):
-                probe.layers.append(name.removesuffix(".processor"))
-                handles.append(layer.register_forward_hook(_layer_hook(probe, probe.layers[-1], state)))
-        handles.append(denoiser.register_forward_hook(_denoiser_hook(probe, state), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with restored(pipe):
         remove_tgate(pipe)
-        if before is not None:
-            install(pipe, before)
+        try:
+            # Processors of any kind can be gated here, since nothing is reused.
+            install(pipe, Installation(state, custom_processors="gate"))
+            denoiser, layout = found.denoiser, found.family.layout
+            for name, layer in attention_modules(denoiser).items():
+                if layout.is_cross_attention(name, layer):
+                    probe.layers.append(name.removesuffix(".processor"))
+                    handles.append(layer.register_forward_hook(_layer_hook(probe, probe.layers[-1], state)))
+            handles.append(denoiser.register_forward_hook(_denoiser_hook(probe, state), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _layer_hook(probe: ConvergenceProbe, name: str, state: TGateState) -> Any:

@@ -29,11 +29,12 @@ def test_a_plan_keeps_its_budget_and_the_pipeline_is_as_it_was(name):
 
 
 def test_a_half_step_costs_half_where_cross_attention_is_computed():
-    pipes = {name: BY_NAME[name].build() for name in ("sd", "wan")}
-    costs = {name: half_cost(pipe, {}, STEPS) for name, pipe in pipes.items()}
-    assert costs["wan"] == 0.5
-    assert half_cost(pipes["wan"], {}, STEPS, cross_attention=True) < 0.5
-    assert 0.3 < costs["sd"] < 0.5
+    def share(name, **choice):
+        return half_cost(BY_NAME[name].build(), BY_NAME[name].inputs([0]), STEPS, **choice)
+
+    assert share("wan") == 0.5
+    assert share("wan", cross_attention=True) < 0.5
+    assert 0.3 < share("sd") < 0.5
 
 
 @pytest.mark.slow

@@ -51,6 +51,16 @@ def test_no_plan_that_costs_as_little_has_a_smaller_error(seed, guided, budget):
     assert error_of(levels, errors) == pytest.approx(best)
 
 
+def test_no_more_than_six_steps_lie_between_two_full_ones():
+    errors = [StepErrors(), StepErrors(), *(StepErrors(0.0, 0.0) for _ in range(18))]
+    levels = plan_levels(errors, 20, HALF)
+    cheapest = plan_levels(errors, 12, HALF)
+    for each in (levels, cheapest):
+        full = [step for step, letter in enumerate(each) if letter == "F"]
+        assert max(b - a for a, b in itertools.pairwise([*full, len(each)])) <= MAX_GAP + 1
+    assert cheapest.count("F") < 6
+
+
 def test_without_guidance_no_step_is_halved():
     assert "H" not in plan_levels(made_up(12, 0, guided=False), 6, HALF)
 

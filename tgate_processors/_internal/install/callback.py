@@ -14,7 +14,8 @@ from ..caches.detect import detect_caches
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards, validate_custom_forwards
 from ..denoiser.lock import exclusively
 from ..families import ResolvedPipeline, check_cfg_half, check_guidance_mode, resolve_pipeline
-from ..plan.schedule import GateStep, TGateSchedule, as_schedule, first_step
+from ..plan.planning import first_step
+from ..plan.schedule import GateStep, TGateSchedule, as_schedule
 from ..plan.step_plan import CFGHalf
 from ..plan.validation import is_choice, shown
 from ..run.run import PipelineRun

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -10,9 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
-from .adaptive import MIN_HISTORY, NO_ERRORS, AdaptiveController, LevelController, StepErrors
 from .combinations import check_combinations, check_levels
-from .step_plan import Action, Level, Phase, StepPlan, drop_unused_stores
+from .planning import optimistic_plan, plan_of_levels, plan_with_gate
+from .step_plan import Level, StepPlan
 from .validation import (
     is_choice,
     is_plan,
@@ -210,68 +209,10 @@ class TGateSchedule:
         """
         num_inference_steps = validate_int("num_inference_steps", num_inference_steps, 0)
         if self.levels is not None:
-            return self._plan_of_levels(self.levels, num_inference_steps)
+            return plan_of_levels(self, self.levels, num_inference_steps)
         if isinstance(self.gate_step, str):
-            return self._optimistic_plan(num_inference_steps)
-        return self._plan_with_gate(self.resolve_gate_step(num_inference_steps), num_inference_steps)
-
-    def _plan_with_gate(self, gate: int, num_inference_steps: int) -> tuple[StepPlan, ...]:
-        """The plan of every step for a gate that is known."""
-        steps = range(num_inference_steps)
-        cross = drop_unused_stores([self._cross_attention(step, gate) for step in steps])
-        own = drop_unused_stores([self._self_attention(step, gate) for step in steps])
-        return tuple(StepPlan(self._phase(step, gate), cross[step], own[step]) for step in steps)
-
-    def _optimistic_plan(self, steps: int) -> tuple[StepPlan, ...]:
-        """The plan of a run in which every prediction is right."""
-        assert self.tolerance is not None
-        controller = (LevelController if self.forecast else AdaptiveController)(self.tolerance)
-        plan = []
-        for step in range(steps):
-            has_history, is_last = step >= MIN_HISTORY, step == steps - 1
-            level = controller.next_level(is_last=is_last)
-            stores = controller.can_skip and has_history and not is_last
-            plan.append(adaptive_step(self, step, level, stores=stores))
-            controller.end_step(level, StepErrors(0.0, 0.0) if has_history else NO_ERRORS)
-        return tuple(plan)
-
-    def _plan_of_levels(self, levels: str, steps: int) -> tuple[StepPlan, ...]:
-        """The plan of every step, as `levels` gives it."""
-        if steps and steps != len(levels):
-            raise ValueError(
-                f"`levels` must have a letter for each of the {steps} steps that run, got {len(levels)}: "
-                f"{shown(levels)}. Call the pipeline with num_inference_steps={len(levels)}, or give another plan."
-            )
-        called = [step for step in range(steps) if levels[step] != Level.FORECAST.value]
-        followers = dict(itertools.pairwise(called))
-        plan = []
-        for step, letter in enumerate(levels[:steps]):
-            follower = followers.get(step)
-            stores = follower is not None and levels[follower] == Level.HALF.value
-            plan.append(adaptive_step(self, step, Level(letter), stores=stores))
-        return tuple(plan)
-
-    def _phase(self, step: int, gate: int) -> Phase:
-        """Phase of a step; full steps after the gate count as the gate."""
-        if step < gate - 1:
-            return Phase.SEMANTICS_PLANNING
-        refreshes = self.cfg_interval is not None and (step - gate + 1) % self.cfg_interval == 0
-        return Phase.GATE if step == gate - 1 or refreshes else Phase.FIDELITY_IMPROVING
-
-    def _cross_attention(self, step: int, gate: int) -> Action:
-        """Cross-attention: stored in the last step before the gate, reused from the gate on."""
-        return _BY_PHASE[self._phase(step, gate)]
-
-    def _self_attention(self, step: int, gate: int) -> Action:
-        """Self-attention: stored at the gate and at every interval, reused between."""
-        phase = self._phase(step, gate)
-        if phase is Phase.GATE:
-            return Action.STORE
-        if phase is Phase.FIDELITY_IMPROVING:
-            return Action.STORE if step % self.fi_interval == 0 else Action.REUSE
-        if step < self.warm_up:
-            return Action.COMPUTE
-        return Action.STORE if step == self.warm_up or step % self.sp_interval == 0 else Action.REUSE
+            return optimistic_plan(self, num_inference_steps)
+        return plan_with_gate(self, self.resolve_gate_step(num_inference_steps), num_inference_steps)
 
 
 def as_schedule(
@@ -306,44 +247,3 @@ def as_schedule(
                 f"TGateSchedule(..., {setting})."
             )
     return given
-
-
-_BY_PHASE = {
-    Phase.SEMANTICS_PLANNING: Action.COMPUTE,
-    Phase.GATE: Action.STORE,
-    Phase.FIDELITY_IMPROVING: Action.REUSE,
-}
-
-
-def adaptive_step(schedule: TGateSchedule, step: int, level: Level, *, stores: bool) -> StepPlan:
-    """
-    Give the plan of a step of this level.
-
-    Args:
-        schedule (`TGateSchedule`): The schedule.
-        step (`int`): The step.
-        level (`Level`): How much of it is computed.
-        stores (`bool`): Whether a half step may come before the next full step, if this one is full.
-
-    Returns:
-        `StepPlan`: What happens in it.
-    """
-    reuses_own = schedule.fi_interval > 1
-    if level is Level.FORECAST:
-        return StepPlan(Phase.FORECAST, Action.COMPUTE, Action.COMPUTE)
-    if level is Level.HALF:
-        between = Action.STORE if step % schedule.fi_interval == 0 else Action.REUSE
-        return StepPlan(Phase.FIDELITY_IMPROVING, Action.REUSE, between if reuses_own else Action.COMPUTE)
-    if not stores:
-        return StepPlan(Phase.SEMANTICS_PLANNING, Action.COMPUTE, Action.COMPUTE)
-    return StepPlan(Phase.GATE, Action.STORE, Action.STORE if reuses_own else Action.COMPUTE)
-
-
-def first_step(schedule: TGateSchedule) -> StepPlan:
-    """The plan of the first step of a run that is not known to be short."""
-    if schedule.levels is not None:
-        return schedule.plan(len(schedule.levels))[0]
-    # Whatever comes later than the third step has no say in it.
-    latest = 3
-    gate = min(schedule.gate_step, latest) if isinstance(schedule.gate_step, int) else latest
-    return schedule.plan(latest)[0] if schedule.is_auto else schedule._plan_with_gate(gate, latest + 1)[0]

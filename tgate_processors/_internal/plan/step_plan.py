@@ -53,16 +53,3 @@ class StepPlan:
 
 
 _LEVELS = {Phase.FIDELITY_IMPROVING: Level.HALF, Phase.FORECAST: Level.FORECAST}
-
-
-def drop_unused_stores(actions: list[Action]) -> list[Action]:
-    """Turn every store that nothing reuses into a plain compute."""
-    reused = False
-    for step in reversed(range(len(actions))):
-        if actions[step] is Action.REUSE:
-            reused = True
-        else:
-            if not reused:
-                actions[step] = Action.COMPUTE
-            reused = False
-    return actions

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .adaptive import HALF_STEP_SHARE_ALONE, NO_ERRORS, AdaptiveController, LevelController, StepErrors
-from .schedule import TGateSchedule, adaptive_step
+from .planning import adaptive_step
+from .schedule import TGateSchedule
 from .step_plan import Level, StepPlan
 
 

@@ -1,4 +1,4 @@
-"""Guidance that a pipeline computes itself: two halves of one batch, or two calls of the denoiser."""
+"""Guidance that a pipeline computes itself from the outputs of its denoiser."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..denoiser.batch import complete_second_call, guided_parts, stack_samples, unstack_samples
+from ..denoiser.batch import guided_parts, stack_samples, unstack_samples
 from ..denoiser.inputs import DenoiserInputs
 from ..denoiser.spec import Layout
 from ..plan.schedule import TGateSchedule
@@ -164,122 +164,3 @@ class DenoiserCFG(CFGForm):
         """Record both halves, with the scale that the pipeline has for them."""
         scale = self._scale_of(call.denoiser_index) if self._schedule.is_auto else None
         self.record(call.position, halves, uncond_index, scale)
-
-
-class BatchedCFG(DenoiserCFG):
-    """Two halves of one batch. A half step runs on one of them, and the hooks complete its output."""
-
-    def complete(self, call: ComputedCall) -> list[torch.Tensor] | None:
-        """Predict the difference with which the hooks complete the batch."""
-        return self.predict(call.position)
-
-    def observe(self, call: ComputedCall) -> None:
-        """Record both halves, which were computed at once."""
-        if self._predictor is not None and not call.cache_hit and self._has_halves(call):
-            self._record_halves(call, [part.chunk(2) for part in self._parts_of(call)], call.uncond_index)
-
-    def observe_output(self, call: ComputedCall) -> None:
-        """Record the active half of an output, or all of one that is not split."""
-        if self._forecaster is None or (call.is_split and not self._has_halves(call)):
-            return
-        parts = self._parts_of(call)
-        if call.is_split:
-            halves = [part.chunk(2) for part in parts]
-            self._record_output(call, [pair[call.active_index] for pair in halves], halves)
-        else:
-            self._record_output(call, parts)
-        self._record_template(call)
-
-    @staticmethod
-    def _has_halves(call: ComputedCall) -> bool:
-        """Whether a batch can be two halves; the end of the step says if it has to be."""
-        return call.inputs.batch_size % 2 == 0
-
-    def forecast(self, call: ComputedCall) -> Any:
-        """Forecast the active half, and predict the other one."""
-        assert self._forecaster is not None
-        active = self._forecaster.forecast_parts(call.position)
-        difference = self.predict(call.position) if call.is_split else None
-
-        def write(parts: list[torch.Tensor]) -> None:
-            for index, (part, value) in enumerate(zip(parts, active, strict=True)):
-                if difference is None:
-                    part[:, : value.shape[1]].copy_(value)
-                    continue
-                halves, more = part.chunk(2), difference[index]
-                other = value - more if call.active_index else value + more
-                halves[call.active_index][:, : value.shape[1]].copy_(value)
-                halves[1 - call.active_index][:, : value.shape[1]].copy_(other)
-
-        return self._make_output(call, write)
-
-
-class SequentialCFG(DenoiserCFG):
-    """Two calls of the denoiser, the conditional one first. The second call of a half step is skipped."""
-
-    calls_per_step = 2
-
-    def __init__(self, schedule: TGateSchedule, layout: Layout, scale_of: Callable[[int], Any]) -> None:
-        super().__init__(schedule, layout, scale_of)
-        self._first: list[torch.Tensor] | None = None
-        self._first_output: list[torch.Tensor] | None = None
-
-    def release(self) -> None:
-        """A loop has ended: release cached tensors."""
-        super().release()
-        self._first = self._first_output = None
-
-    def complete(self, call: ComputedCall) -> None:
-        """Make the output of the second call from that of the first."""
-        difference = self.predict(call.position)
-        self._ready_outputs = [
-            complete_second_call(call.output, difference, lambda whole: guided_parts(whole, call.inputs, self._layout))
-        ]
-
-    def observe(self, call: ComputedCall) -> None:
-        """Remember the output of the first call, or record both with that of the second."""
-        if self._predictor is None:
-            return
-        first, self._first = self._first, None
-        if call.call_index == 0:
-            self._first = self._parts_of(call)
-        elif first is not None and not call.cache_hit:
-            self._record_halves(call, [*zip(first, self._parts_of(call), strict=True)], 1)
-
-    def observe_output(self, call: ComputedCall) -> None:
-        """Record the output of the first call, once that of the second is known too."""
-        if self._forecaster is None:
-            return
-        call = call._replace(uncond_index=1)
-        parts = self._parts_of(call)
-        first, self._first_output = self._first_output, None
-        if call.call_index == 0:
-            self._record_template(call)
-            if not call.is_split:
-                self._record_output(call, parts)
-            elif self._ready_outputs:
-                second = self._parts_of(call._replace(output=self._ready_outputs[0]))
-                self._record_output(call, parts, [*zip(parts, second, strict=True)])
-            else:
-                self._first_output = parts
-        elif first is not None:
-            self._record_output(call, first, [*zip(first, parts, strict=True)])
-
-    def forecast(self, call: ComputedCall) -> Any:
-        """Forecast the output of the first call, and make that of the second from it."""
-        assert self._forecaster is not None
-        values = self._forecaster.forecast_parts(call.position)
-
-        def write(parts: list[torch.Tensor]) -> None:
-            for part, value in zip(parts, values, strict=True):
-                part[:, : value.shape[1]].copy_(value)
-
-        output = self._make_output(call, write)
-        if call.is_split:
-            self.complete(call._replace(output=output))
-        return output
-
-
-def form_of(schedule: TGateSchedule, layout: Layout, scale_of: Callable[[int], Any]) -> DenoiserCFG:
-    """The form of guidance of a family."""
-    return (SequentialCFG if layout.calls_per_step > 1 else BatchedCFG)(schedule, layout, scale_of)

@@ -14,7 +14,9 @@ from ..caches.adapter import CacheAdapters
 from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.inputs import DenoiserInputs, is_latents
 from ..guidance.batch_check import CFGBatchCheck
-from ..guidance.denoiser_cfg import ComputedCall, DenoiserCFG, form_of
+from ..guidance.batched_cfg import BatchedCFG
+from ..guidance.denoiser_cfg import ComputedCall, DenoiserCFG
+from ..guidance.sequential_cfg import SequentialCFG
 from ..plan.forward_plan import UNSEEN, CachedPart, CacheKey
 from ..plan.step_plan import Action, CFGHalf, Level
 from ..plan.steps import StepCounter
@@ -65,7 +67,8 @@ class PipelineRun(Run[DenoiserCFG]):
     ) -> None:
         self.denoisers = DenoiserCaches(state, [layers] if isinstance(layers, GatedLayers) else layers)
         layout = self.denoisers.active.layers.layout
-        cfg = form_of(state.schedule, layout, call.guidance_scale)
+        form = SequentialCFG if layout.calls_per_step > 1 else BatchedCFG
+        cfg = form(state.schedule, layout, call.guidance_scale)
         forwards = forwards or ForeignForwards(())
         agree = agreement_of([each.layers.denoiser for each in self.denoisers])
         super().__init__(state, cfg, forwards, can_skip_half=can_skip_half, can_forecast=can_forecast, agree=agree)

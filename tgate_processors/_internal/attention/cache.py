@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,8 @@ import torch
 from ..plan.forward_plan import CachedPart
 from ..plan.step_plan import Action
 from .budget import LayerSizes, MemoryBudget, measure_layer
-from .compiled import has_compiled_code, output_may_be_mutated
+from .compiled import output_may_be_mutated
+from .forward_log import ForwardLog, expected
 from .layers import GatedLayers
 from .processor import MISMATCH_MESSAGE, select_part
 from .state import LayerActions, Slot, TGateState
@@ -47,15 +47,10 @@ class AttentionCache:
         self.over_budget: set[Slot] = set()
         self.uncached_bytes = 0
         self._budget: MemoryBudget[Slot] | None = None
-        # How many layers did what, by whether it is self-attention and whether it was reused.
-        self._counts: Counter[tuple[bool, bool]] = Counter()
         self._state = state
-        self._layer_of: dict[Slot, Any] = {}
-        self._called_slots: set[Slot] = set()
-        self._compiled_slots: set[Slot] = set()
         self._sizes: dict[Slot, LayerSizes] = {}
         self._lent_tensors: dict[Slot, torch.Tensor] = {}
-        self._is_compiled: bool | None = None
+        self._log = ForwardLog()
 
     @property
     def nbytes(self) -> int:
@@ -118,18 +113,16 @@ class AttentionCache:
 
     def uncalled_layers(self) -> list[str]:
         """The layers with cross-attention whose gate was not called in the last forward."""
-        called = self._called_slots | self._compiled_slots
-        return [name for name, slot in self.layers.required().items() if slot not in called]
+        return self._log.uncalled_layers(self.layers)
 
     def before_forward(self) -> None:
         """A forward begins: put what is reused where compiled code finds it."""
-        self._counts.clear()
+        self._log.clear()
         self.uncached_bytes = 0
-        self._called_slots.clear()
         self._state.compiled_actions.copy_from(self.actions)
         if self._budget is not None:
             self._push_to_compiled(self.actions.cross_attention)
-        for slot in self._compiled_slots & self.cached.keys():
+        for slot in self._log.compiled_slots & self.cached.keys():
             cached = self.cached[slot]
             action = self.actions.self_attention if cached.is_self else self.actions.cross_attention
             if action is Action.REUSE:
@@ -145,7 +138,7 @@ class AttentionCache:
         for slot in self.layers.slots:
             tensor, slot.tensor = slot.tensor, None
             if tensor is not None and self._lent_tensors.get(slot) is not tensor:
-                self._compiled_slots.add(slot)
+                self._log.compiled_slots.add(slot)
                 if self._fits_budget(slot, self._sizes.get(slot)):
                     self._store(slot, tensor.clone(), not self.layers.is_cross_attention(slot))
         self._lent_tensors.clear()
@@ -163,7 +156,7 @@ class AttentionCache:
         Raises:
             ValueError: If others have written to what is cached, or cross-attention would have to compute on a half.
         """
-        self._check_called_once(slot, attn)
+        self._log.add_call(self.layers, slot, attn)
         if slot in self.over_budget:
             return None
         cached = self.cached.get(slot)
@@ -175,7 +168,7 @@ class AttentionCache:
                     f"T-GATE: what {self.layers.name_of(attn)} keeps was written to in place by somebody else. Write "
                     "to a copy of a layer's output, or call remove_tgate(pipe) to use this pipeline."
                 )
-            self._counts[is_self, True] += 1
+            self._log.counts[is_self, True] += 1
             tensor = cached.tensor[rows:] if half else cached.tensor
             return tensor.clone() if output_may_be_mutated(attn, slot) else tensor
         if self.actions.on_half_batch and not is_self:
@@ -205,8 +198,8 @@ class AttentionCache:
             context (`torch.Tensor` or a sequence): What it attends to, if not to itself.
         """
         if action is not Action.REUSE:
-            self._check_called_once(slot, attn, stores=action is Action.STORE)
-        self._counts[is_self, False] += 1
+            self._log.add_call(self.layers, slot, attn, stores=action is Action.STORE)
+        self._log.counts[is_self, False] += 1
         if action is Action.COMPUTE:
             self.cached.pop(slot, None)
             self.uncached_bytes += 0 if is_self else output.nbytes
@@ -224,34 +217,12 @@ class AttentionCache:
 
     def last_forward_counts(self) -> tuple[tuple[bool, bool], tuple[bool, bool]]:
         """Whether cross-attention was computed and reused in the last forward, and whether self-attention was."""
-        if self._compiled_slots or (not self._counts and not self.layers.layout.joint and self._has_compiled_code()):
-            actions = self.actions.cross_attention, self.actions.self_attention
-            cross, own = ((action is not Action.REUSE, action is Action.REUSE) for action in actions)
-            if cross[1] and self.over_budget:
-                cross = True, self.num_cached_cross > 0
-            return cross, own
-        cross, own = ((self._counts[is_self, False] > 0, self._counts[is_self, True] > 0) for is_self in (False, True))
+        if not self._log.is_silent(self.layers):
+            return self._log.reported()
+        cross, own = expected(self.actions)
+        if cross[1] and self.over_budget:
+            cross = True, self.num_cached_cross > 0
         return cross, own
-
-    def _has_compiled_code(self) -> bool:
-        """Whether the layers are part of compiled code, from where they cannot report."""
-        if self._is_compiled is None:
-            self._is_compiled = has_compiled_code(self.layers.denoiser)
-        return self._is_compiled
-
-    def _check_called_once(self, slot: Slot, attn: Any, stores: bool = True) -> None:
-        """A gate was called: check that it is of one layer, and that this layer stores once in a forward."""
-        if self._layer_of.setdefault(slot, attn) is not attn:
-            raise ValueError(
-                "T-GATE: one TGateAttnProcessor serves several attention layers: make one for each entry of "
-                "`denoiser.attn_processors`."
-            )
-        if stores and slot in self._called_slots:
-            raise ValueError(
-                f"T-GATE: {self.layers.name_of(attn)} ran twice in one call of the denoiser, and one kept output does "
-                "not serve both (windows of frames, tiles). Call remove_tgate(pipe) to use this pipeline."
-            )
-        self._called_slots.add(slot)
 
     def _fits_budget(self, slot: Slot, sizes: LayerSizes | None) -> bool:
         """Whether the output of a layer fits the budget; others may have to give up theirs for it."""
@@ -290,7 +261,7 @@ class AttentionCache:
             slot.action = Action.COMPUTE
             sizes, slot.sizes = slot.sizes, None
             if sizes is not None:
-                self._called_slots.add(slot)
+                self._log.called_slots.add(slot)
                 # In half steps those that compute are half as large.
                 if slot.tensor is not None or slot not in self._sizes:
                     self._sizes[slot] = sizes

@@ -9,7 +9,8 @@ from ._internal.guidance.loop import TGateLoop
 from ._internal.install.callback import TGateCallback
 from ._internal.measure.calibration import calibrate_schedule
 from ._internal.measure.convergence import TGateConvergence, measure_convergence
-from ._internal.measure.cost import TGateCost, estimate_cost
+from ._internal.measure.cost import estimate_cost
+from ._internal.measure.cost_result import TGateCost
 from ._internal.measure.macs import MACs
 from ._internal.plan.report import TGateReport
 from ._internal.plan.schedule import TGateSchedule

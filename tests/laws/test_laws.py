@@ -235,7 +235,9 @@ def test_half_precision_stays(case, dtype):
     kept = set()
     state = vars(pipe)["_tgate"].state
     getattr(pipe, case.denoiser).register_forward_hook(
-        lambda module, args, output: kept.update(each.tensor.dtype for each in state.current().cached_outputs.values())
+        lambda module, args, output: kept.update(
+            each.tensor.dtype for each in state.current().attention_cache.cached.values()
+        )
     )
     output = pipe(**inputs)
     latents = output.frames if case.video else output.images

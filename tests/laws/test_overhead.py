@@ -127,7 +127,7 @@ def test_what_is_kept_keeps_nothing_larger_alive(case, settings):
     kept = []
 
     def after(module, args, output):
-        for each in vars(pipe)["_tgate"].state.current().cached_outputs.values():
+        for each in vars(pipe)["_tgate"].state.current().attention_cache.cached.values():
             kept.append((each.tensor.nbytes, each.tensor.untyped_storage().nbytes(), each.tensor.requires_grad))
 
     denoiser.register_forward_hook(after)

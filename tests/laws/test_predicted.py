@@ -170,7 +170,9 @@ def test_what_is_held_is_one_half_of_cross_attention_and_two_differences(case: C
     )
     held = []
     denoiser.register_forward_hook(
-        lambda module, args, output: held.extend(kept.tensor for kept in state.current().cached_outputs.values())
+        lambda module, args, output: held.extend(
+            kept.tensor for kept in state.current().attention_cache.cached.values()
+        )
     )
     case.run(pipe)
     assert get_tgate_report(pipe).peak_bytes == sum(sizes.values()) // 2 + 2 * differences[0]

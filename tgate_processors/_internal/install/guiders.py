@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from ..attention.layers import CustomProcessors, GatedLayers
@@ -15,10 +13,12 @@ from ..denoiser.spec import Layout
 from ..families import ResolvedPipeline
 from ..plan.schedule import TGateSchedule
 from ..plan.step_plan import CFGHalf
-from ..run.guider_run import GuiderPipelineCall, GuiderRun
+from ..run.guider_call import GuiderPipelineCall
+from ..run.guider_run import GuiderRun
 from ..run.messages import warn_ungated_processors
 from ..run.ranks import agreement_of
 from .cleanup import Cleanup
+from .gated_guider import GatedGuider, gate_guider
 from .installation import Installation
 
 # What makes a guider's two predictions and its output of them. Who changes none of it guides as its base class does.
@@ -140,7 +140,7 @@ class GuiderInstallation(Installation):
         run = GuiderRun(
             state, call, self._forwards(pipe), can_skip_half=not ungated, agree=agreement_of(_denoisers(pipe))
         )
-        gated_guiders = {name: (guider, _gate_guider(guider, run)) for name, guider in guiders_of(pipe).items()}
+        gated_guiders = {name: (guider, gate_guider(guider, run)) for name, guider in guiders_of(pipe).items()}
 
         def end() -> None:
             for name, (guider, gated) in gated_guiders.items():
@@ -170,79 +170,6 @@ def ungated_processors(denoiser: Any, state: TGateState, custom_processors: Cust
     layers = GatedLayers(denoiser, state, custom_processors, _NO_GATED_LAYERS)
     layers.discover()
     return layers.regate_replaced()
-
-
-class GatedGuider:
-    """A guider with T-GATE: mixed into a class generated from that of the guider."""
-
-    __slots__ = ("_run",)
-    _run: GuiderRun
-
-    @property
-    def num_conditions(self) -> int:
-        """How many predictions a step takes."""
-        if self._run.skips_all(self):
-            return 0
-        asked: int = super().num_conditions  # type: ignore[misc]
-        return 1 if self._run.skips_unconditional(self) else asked
-
-    def new(self, **changed: Any) -> Any:
-        """Make another guider, which is without T-GATE until the next call."""
-        guider: Any = self
-        return type(self).__mro__[2].from_config(guider.config, **changed)  # type: ignore[attr-defined]
-
-    def set_state(self, *args: Any, **kwargs: Any) -> None:
-        """A step begins."""
-        super().set_state(*args, **kwargs)  # type: ignore[misc]
-        guider: Any = self
-        guided = super().num_conditions > 1  # type: ignore[misc]
-        self._run.begin_step(self, guider._step, guider._num_inference_steps, guided=guided)
-
-    def prepare_inputs(self, data: Any, *args: Any, **kwargs: Any) -> Any:
-        """Prepare the inputs of the halves, and note in which they differ."""
-        if isinstance(data, Mapping):
-            self._run.set_conditions(data)
-        if self._run.skips_all(self):
-            return []
-        return super().prepare_inputs(data, *args, **kwargs)  # type: ignore[misc]
-
-    def prepare_inputs_from_block_state(self, data: Any, input_fields: Any, *args: Any, **kwargs: Any) -> Any:
-        """Prepare the inputs of the halves from the names of fields in a block's state."""
-        pairs = {name: fields for name, fields in input_fields.items() if isinstance(fields, tuple)}
-        self._run.set_conditions({name: tuple(getattr(data, each, None) for each in pairs[name]) for name in pairs})
-        if self._run.skips_all(self):
-            return []
-        return super().prepare_inputs_from_block_state(data, input_fields, *args, **kwargs)  # type: ignore[misc]
-
-    def forward(self, pred_cond: Any = None, pred_uncond: Any = None) -> Any:
-        """Compute the guided output from the predictions of the step."""
-        guider: Any = self
-        guided = super().num_conditions > 1  # type: ignore[misc]
-        scale = guider.guidance_scale + (1 if guider.use_original_formulation else 0)
-        # Count the skipped predictions as prepared.
-        asked = super().num_conditions  # type: ignore[misc]
-        guider._count_prepared += asked - self.num_conditions
-        pred_cond, pred_uncond = self._run.complete_step(pred_cond, pred_uncond, scale, guided=guided)
-        output = super().forward(pred_cond, pred_uncond)  # type: ignore[misc]
-        self._run.end_step(guided=guided)
-        return output
-
-
-def _gate_guider(guider: Any, run: GuiderRun) -> Any:
-    """Make a gated guider, which shares everything with the original and asks a run how many predictions it takes."""
-    guider_class: Any = type(guider)
-    generated = _gated_guider_class(guider_class)
-    gated = generated.__new__(generated)
-    gated.__dict__ = guider.__dict__
-    gated._run = run
-    return gated
-
-
-@functools.cache
-def _gated_guider_class(guider_class: Any) -> Any:
-    """The class of a gated guider, under the same name."""
-    body = {"__module__": guider_class.__module__, "__qualname__": guider_class.__qualname__}
-    return type(guider_class.__name__, (GatedGuider, guider_class), body)
 
 
 def _denoisers(pipe: Any) -> list[Any]:

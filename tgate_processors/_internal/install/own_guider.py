@@ -19,9 +19,11 @@ from ..logs import logger
 from ..plan.report import TGateReport
 from ..plan.schedule import TGateSchedule
 from ..plan.validation import is_choice, shown
-from ..run.guider_run import GuiderPipelineCall, GuiderRun
+from ..run.guider_call import GuiderPipelineCall
+from ..run.guider_run import GuiderRun
 from ..run.ranks import agreement_of
-from .guiders import GatedGuider, reject_caches, ungated_processors
+from .gated_guider import GatedGuider
+from .guiders import reject_caches, ungated_processors
 
 
 class _UnknownCall(GuiderPipelineCall):

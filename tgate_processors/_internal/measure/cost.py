@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 import torch
@@ -12,70 +10,19 @@ import torch
 from ..attention.budget import gates_cross_attention, validate_max_memory
 from ..attention.state import TGateState
 from ..families import family_of, reject_dropping_momentum
-from ..plan.report import TGateReport
-from ..plan.report_views import rows_of
 from ..plan.schedule import GateStep, TGateSchedule, as_schedule
 from ..plan.steps import StepCounter
-from ..plan.validation import shown, validate_int, validate_switch
+from ..plan.validation import validate_int, validate_switch
 from ..run.messages import RunWarnings
+from .cost_result import TGateCost
 from .dry_run import simulate_schedule
-from .inputs import InputSize
-from .macs import MACs, count_forward
+from .extra_forwards import extra_forward_macs
 from .meta_model import (
     MAX_SIZE,
-    family_inputs,
-    make_inputs,
-    make_meta_model,
     reject_unknown_conditioning,
     resolve_input_size,
 )
-from .target import DenoiserCall, config_json, profile_of, read_timeline, resolve_cfg, resolve_dtype, resolve_target
-
-_PREFIXES = ("", "k", "M", "G", "T", "P")
-
-
-@dataclass(frozen=True)
-class TGateCost:
-    r"""
-    What a schedule costs, in multiply-accumulates of the denoiser. With `gate_step="auto"` this is the minimum cost,
-    with every prediction accepted; `without_tgate` is the maximum.
-
-    Args:
-        full (`MACs`): One forward of one picture without guidance, all attention computed.
-        without_cross_attention (`MACs`): The same with cross-attention reused.
-        without_self_attention (`MACs`): The same with self-attention reused.
-        without_attention (`MACs`): The same with both reused.
-        without_tgate (`MACs`): The whole run without T-GATE.
-        with_tgate (`MACs`): The whole run with T-GATE.
-        parameters (`int`): Parameters of the denoiser.
-        parameters_after_gate (`int`): Those of the modules that still run when cross-attention is reused.
-        report (`TGateReport`):
-            What [`get_tgate_report`] says after the run: forwards of each kind, most bytes held in stored outputs.
-    """
-
-    full: MACs
-    without_cross_attention: MACs
-    without_self_attention: MACs
-    without_attention: MACs
-    without_tgate: MACs
-    with_tgate: MACs
-    parameters: int
-    parameters_after_gate: int
-    report: TGateReport
-
-    def __str__(self) -> str:
-        rows = rows_of(self.report)
-        bound = f"{self.speedup_bound:.2f}x less{' at most' if self.report.tolerance else ''}"
-        macs = (
-            f"{_rounded(self.with_tgate.total)}MACs, {_rounded(self.without_tgate.total)}MACs without T-GATE ({bound})"
-        )
-        others = f"  denoiser: {rows['Denoiser'].partition(', about')[0]}\n  cost: {macs}\n  memory: {rows['Memory']}"
-        return f"T-GATE: {rows['Plan']}\n{others}"
-
-    @property
-    def speedup_bound(self) -> float:
-        """The speed-up of the denoiser if its time were in proportion to its MACs, attention's products included."""
-        return self.without_tgate.total / self.with_tgate.total
+from .target import DenoiserCall, profile_of, read_timeline, resolve_cfg, resolve_dtype, resolve_target
 
 
 def estimate_cost(
@@ -176,7 +123,7 @@ def estimate_cost(
         reject_dropping_momentum(type(denoiser).__name__, layout, schedule)
     if cross_attention is None:
         cross_attention = layout.gates_cross_by_default
-    extra = _extra_forward_macs(denoiser, size, extra_forwards) * (timeline.passes * batch_size)
+    extra = extra_forward_macs(denoiser, size, extra_forwards) * (timeline.passes * batch_size)
     run = simulate_schedule(
         profile,
         schedule,
@@ -210,48 +157,8 @@ def estimate_cost(
     )
 
 
-def _rounded(number: int) -> str:
-    """A number of three digits, with the prefix of its unit."""
-    power = min((len(str(number)) - 1) // 3, len(_PREFIXES) - 1)
-    return f"{number / 1000**power:.3g} {_PREFIXES[power]}"
-
-
 def _warn(warnings: RunWarnings, counter: StepCounter, min_bytes: int | None) -> None:
     """Warn of what a run would warn of."""
     warnings.gate_too_late(counter)
     if min_bytes is not None:
         warnings.budget_too_small(min_bytes)
-
-
-def _extra_forward_macs(denoiser: Any, size: InputSize, extra_forwards: Sequence[Any] | None) -> MACs:
-    """MACs of a step's calls other than those of guidance, for one sample."""
-    family, name = family_of(denoiser), type(denoiser).__name__
-    assert family is not None
-    known = family.layout.auxiliary_call_arguments
-    if extra_forwards is not None and not isinstance(extra_forwards, Sequence):
-        raise TypeError(
-            f"extra_forwards={shown(extra_forwards)} is of type {type(extra_forwards).__name__}: pass a list, with a "
-            "dict for each call."
-        )
-    if extra_forwards is None:
-        if family_inputs(denoiser).has_extra_forwards:
-            raise ValueError(
-                f"pipelines call {name} further times in every step, with {' or '.join(known)}, and these calls "
-                "run whole: pass extra_forwards, a list with the arguments of each such as "
-                f'{{"{known[-1]}": True}}, or [] for none.'
-            )
-        return MACs()
-    for given in extra_forwards:
-        unknown = set(given) - set(known) if isinstance(given, Mapping) else [given]
-        if unknown or not given:
-            raise ValueError(
-                f"extra_forwards={shown(extra_forwards)} means nothing for a {name}: "
-                + (f"pass a dict for each call, with {' or '.join(known)}." if known else "leave it out.")
-            )
-    if not extra_forwards:
-        return MACs()
-    meta_model = make_meta_model(type(denoiser), json.loads(config_json(denoiser)))
-    return sum(
-        (count_forward(meta_model, make_inputs(meta_model, 1, size) | dict(given)).macs for given in extra_forwards),
-        MACs(),
-    )

@@ -12,7 +12,7 @@ from ..guidance.halves_cfg import HalvesCFG
 from ..plan.step_plan import Level, Phase, StepPlan
 from ..plan.steps import StepCounter, Timeline
 from .base import Run
-from .call import PipelineCall
+from .guider_call import GuiderPipelineCall
 from .messages import (
     warn_exchanged_in_every_step,
     warn_gate_too_late,
@@ -24,24 +24,6 @@ from .ranks import Agreement
 
 # No attention layer is gated: none computes, and none reuses, what could be counted.
 _NO_LAYER_COUNTS = ((False, False), (False, False))
-
-
-class GuiderPipelineCall(PipelineCall):
-    """A call of a pipeline whose guidance is a guider, as messages describe it."""
-
-    def do_cfg_now(self) -> bool:
-        """Whether guidance is on: asked only in steps in which it is."""
-        return True
-
-    @property
-    def cfg_hint(self) -> str:
-        """What a call needs to guide."""
-        return "a guider that is enabled and has a guidance_scale other than 1"
-
-    @property
-    def remedy(self) -> str:
-        """What to do where the steps of a pipeline cannot be followed."""
-        return "Call remove_tgate(pipe) to use this pipeline."
 
 
 class GuiderRun(Run[HalvesCFG]):
@@ -143,12 +125,7 @@ class GuiderRun(Run[HalvesCFG]):
         loop = self._begin_loop(steps) if step == 0 else self._loop
         expected = None if loop is None else loop.pass_index
         if loop is None or self._in_step or step != expected:
-            raise ValueError(
-                f"T-GATE: {self._call.pipeline_name} passes step {step} to its guider, where T-GATE expects "
-                f"{'the guided output of the step before' if self._in_step else f'step {expected or 0}'}: every step "
-                "has to call the guider's set_state once, with the steps of a loop counted from 0, and then the guider "
-                f"itself. {self._call.remedy}"
-            )
+            raise self._call.wrong_step(step, None if self._in_step else expected or 0)
         if guider is not self._guider:
             self._switch_guider(guider, loop)
         self._in_step = True
@@ -217,11 +194,7 @@ class GuiderRun(Run[HalvesCFG]):
             return conditional, unconditional
         shape = self._cfg.shape
         if self._level is Level.HALF and shape not in (None, conditional.shape):
-            raise ValueError(
-                f"T-GATE: the denoiser's output has the shape {tuple(conditional.shape)} in step {loop.step_index}, "
-                f"and had {tuple(shape or ())} in the full steps before: guidance of another size cannot be predicted. "
-                f"{self._call.remedy}"
-            )
+            raise self._call.wrong_shape(conditional, loop.step_index, shape)
         if guided and self._level is Level.FULL:
             self._forwards.after_forward(len(conditional))
         guided = guided and self._can_skip_half
@@ -239,10 +212,7 @@ class GuiderRun(Run[HalvesCFG]):
         """
         loop = self._loop
         if loop is None or not self._in_step:
-            raise ValueError(
-                f"T-GATE: {self._call.pipeline_name} calls its guider without a step, where T-GATE expects its "
-                f"set_state before every call (windows, several predictions). {self._call.remedy}"
-            )
+            raise self._call.without_step()
         # Where a step is two passes (Heun), guiders count passes, and guide in none beyond the number of steps.
         level, step, counts = self._level, loop.step_index, not loop.is_finished
         self._in_step, self._level = False, Level.FULL

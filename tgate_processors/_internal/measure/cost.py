@@ -11,7 +11,7 @@ from ..attention.budget import gates_cross_attention, validate_max_memory
 from ..attention.state import TGateState
 from ..families import family_of, reject_dropping_momentum
 from ..plan.schedule import GateStep, TGateSchedule, as_schedule
-from ..plan.steps import StepCounter
+from ..plan.steps import StepCounter, Timeline
 from ..plan.validation import validate_int, validate_switch
 from ..run.messages import RunWarnings
 from .cost_result import TGateCost
@@ -137,12 +137,9 @@ def estimate_cost(
         takes_over=takes_over,
         can_forecast=not extra_forwards,
     )
-    warnings = RunWarnings(
-        TGateState(schedule, max_bytes), DenoiserCall(guided), gates_cross=cross_attention, joint=layout.joint
-    )
-    if not schedule.forecast:
-        warnings.no_cfg()
-    _warn(warnings, StepCounter(schedule, timeline), run.min_bytes)
+    state, call = TGateState(schedule, max_bytes), DenoiserCall(guided)
+    warnings = RunWarnings(state, call, gates_cross=cross_attention, joint=layout.joint)
+    _warn(warnings, schedule, timeline, run.min_bytes)
     full, without_cross = profile.forwards[False, False], profile.forwards[True, False]
     return TGateCost(
         full=full.macs,
@@ -157,8 +154,10 @@ def estimate_cost(
     )
 
 
-def _warn(warnings: RunWarnings, counter: StepCounter, min_bytes: int | None) -> None:
+def _warn(warnings: RunWarnings, schedule: TGateSchedule, timeline: Timeline, min_bytes: int | None) -> None:
     """Warn of what a run would warn of."""
-    warnings.gate_too_late(counter)
+    if not schedule.forecast:
+        warnings.no_cfg()
+    warnings.gate_too_late(StepCounter(schedule, timeline))
     if min_bytes is not None:
         warnings.budget_too_small(min_bytes)

@@ -51,14 +51,7 @@ def resolve_input_size(
 ) -> InputSize:
     """The size of the inputs: as given, or else by the pipeline or the configuration."""
     name, inputs = type(denoiser).__name__, family_inputs(denoiser)
-    for argument, value, senseless in (
-        ("num_frames", num_frames, inputs.frames is None),
-        ("max_sequence_length", max_sequence_length, not inputs.has_text_length),
-        ("height", height, not inputs.has_height_width),
-        ("width", width, not inputs.has_height_width),
-    ):
-        if value is not None and senseless:
-            raise ValueError(f"{argument}={shown(value)} means nothing for a {name}: leave it out.")
+    _reject_meaningless(name, inputs, height, width, max_sequence_length, num_frames)
     factor = _spatial_compression(pipe, inputs) if vae_scale_factor is None else vae_scale_factor
     factor = validate_int("vae_scale_factor", factor, 1, maximum=MAX_SIZE)
     sides = []
@@ -93,6 +86,25 @@ def resolve_input_size(
         given=_is_given_parts(pipe, inputs),
         crossed=bool(_call_default_of(pipe, "use_cross_timestep")),
     )
+
+
+def _reject_meaningless(
+    name: str,
+    inputs: InputShapes,
+    height: int | None,
+    width: int | None,
+    max_sequence_length: int | None,
+    num_frames: int | None,
+) -> None:
+    """Refuse a size that a denoiser does not have."""
+    for argument, value, exists in (
+        ("num_frames", num_frames, inputs.frames is not None),
+        ("max_sequence_length", max_sequence_length, inputs.has_text_length),
+        ("height", height, inputs.has_height_width),
+        ("width", width, inputs.has_height_width),
+    ):
+        if value is not None and not exists:
+            raise ValueError(f"{argument}={shown(value)} means nothing for a {name}: leave it out.")
 
 
 def _frames(pipe: Any, denoiser: Any, inputs: InputShapes) -> int | None:

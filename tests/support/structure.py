@@ -83,12 +83,15 @@ def lines(node: Any) -> int:
     return int(node.end_lineno - node.lineno + 1 - (said.end_lineno - said.lineno + 1 if said else 0))
 
 
-def largest_class(tree: ast.Module) -> tuple[str, int, int]:
-    """The name of a module's largest class, and how many attributes and methods it has."""
-    largest = max((node for node in tree.body if isinstance(node, ast.ClassDef)), key=lines)
-    stored = [node for node in ast.walk(largest) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)]
-    own = {node.attr for node in stored if ast.unparse(node.value) == "self"}
-    return largest.name, len(own), sum(isinstance(node, ast.FunctionDef) for node in largest.body)
+def run_classes(modules: dict[str, ast.Module]) -> Iterator[tuple[str, int, int]]:
+    """The classes of a run, one a subclass of the other, and how many attributes and methods each adds."""
+    nodes = (node for name, tree in modules.items() if room_of(name) == "run" for node in tree.body)
+    for each in (node for node in nodes if isinstance(node, ast.ClassDef) and node.name.endswith("Run")):
+        stored = [
+            node for node in ast.walk(each) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        ]
+        own = {node.attr for node in stored if ast.unparse(node.value) == "self"}
+        yield each.name, len(own), sum(isinstance(node, ast.FunctionDef) for node in each.body)
 
 
 def walk(package: Path, pipe: Any, call: Callable[[], object]) -> Steps:
@@ -157,8 +160,7 @@ def main(root: Annotated[Path, typer.Option(help="A checkout of the package.")] 
     for what, each, limit in (("Files", sizes, 250), ("Functions", functions, 50)):
         longest = sorted(each.items(), key=lambda item: -item[1])
         show(f"{what} of more than {limit} lines", "lines", (item for item in longest if item[1] > limit))
-    (run,) = (tree for name, tree in modules.items() if Path(name).name == "run.py")
-    show("The run", "attributes methods", [largest_class(run)])
+    show("The run", "attributes methods", run_classes(modules))
     found = half_steps(package)
     entered = ((what, len(codes), len({*codes}), len({code.co_filename for code in codes})) for what, codes in found)
     show("What one half step enters", "calls functions files", entered)

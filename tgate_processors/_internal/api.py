@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, SupportsFloat, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
 from .attention.budget import gates_cross_attention, validate_max_memory
 from .attention.layers import CustomProcessors
 from .attention.state import TGateState
 from .caches.deepcache import DeepCacheAdapter, validate_helper
 from .caches.foreign_forwards import CustomForwards, validate_custom_forwards
-from .families import ResolvedPipeline, check_batch_arguments, check_cfg_half, check_guidance_mode, resolve_pipeline
+from .families import resolve_and_check
 from .install.callback import validate_cfg_half
 from .install.guiders import GuiderInstallation, has_guider, validate_guider_settings
 from .install.installation import Installation
 from .install.pipeline import installed, replace, uninstall
-from .install.pipeline_check import validate_pipeline
+from .install.pipeline_check import Pipeline, PipelineStub, validate_pipeline
 from .install.recompile_limit import restore_recompile_limit
 from .logs import logger
 from .plan.combinations import doubt_of_share, doubt_of_warm_up
@@ -26,20 +26,6 @@ from .plan.validation import is_choice, shown, validate_names, validate_switch
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-
-class _PipelineStub(Protocol):
-    """
-    What mypy sees in `from diffusers import StableDiffusionPipeline`: the stand-in for machines without torch.
-
-    Its arguments of any kind set it apart from diffusers' models, which have the method too.
-    """
-
-    @classmethod
-    def from_config(cls, *args: object, **kwargs: object) -> Any: ...
-
-
-Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline | _PipelineStub")
 
 
 def apply_tgate(
@@ -142,7 +128,7 @@ def apply_tgate(
             state, custom_processors=custom_processors, custom_forwards=forwards
         )
     else:
-        found = _resolve_and_check(pipe, schedule, half, cross_attention, batch_names)
+        found = resolve_and_check(pipe, schedule, half, cross_attention, batch_names)
         adapter = _deepcache_adapter(deepcache, pipe, schedule)
         installation = Installation(state, half, custom_processors, adapter, cross_attention, forwards, batch_names)
     replace(pipe, installation, found)
@@ -156,21 +142,6 @@ def apply_tgate(
             type(pipe).__name__,
         )
     return pipe
-
-
-def _resolve_and_check(
-    pipe: Any,
-    schedule: TGateSchedule,
-    half: CFGHalf | None,
-    cross_attention: bool | None,
-    batch_arguments: tuple[str, ...] | None,
-) -> ResolvedPipeline:
-    """Resolve a pipeline, and refuse it if it cannot be gated with these settings."""
-    found = resolve_pipeline(pipe, cross_attention)
-    check_cfg_half(pipe, found, half)
-    check_guidance_mode(pipe, found, schedule, cross_attention)
-    check_batch_arguments(pipe, found, batch_arguments)
-    return found
 
 
 def _deepcache_adapter(helper: Any, pipe: Any, schedule: TGateSchedule) -> DeepCacheAdapter | None:
@@ -213,7 +184,7 @@ def remove_tgate(pipe: Pipeline) -> Pipeline:
     return pipe
 
 
-def is_tgate_applied(pipe: DiffusionPipeline | _PipelineStub) -> bool:
+def is_tgate_applied(pipe: DiffusionPipeline | PipelineStub) -> bool:
     r"""
     Tell whether T-GATE is applied to a pipeline.
 
@@ -239,7 +210,7 @@ def is_tgate_applied(pipe: DiffusionPipeline | _PipelineStub) -> bool:
     return installed(pipe) is not None
 
 
-def get_tgate_report(pipe: DiffusionPipeline | _PipelineStub) -> TGateReport:
+def get_tgate_report(pipe: DiffusionPipeline | PipelineStub) -> TGateReport:
     r"""
     Tell what T-GATE did in the last call of a pipeline.
 

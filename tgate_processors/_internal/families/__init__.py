@@ -6,7 +6,7 @@ Imports `plan`, `denoiser` and `attention`.
 
 from ..attention.layers import attention_modules
 from .catalog import FAMILIES, family_of, supported_names
-from .check_settings import check_batch_arguments, check_cfg_half, check_guidance_mode
+from .check_settings import resolve_and_check
 from .resolve import ResolvedPipeline, guidance_distillation_flag, resolve_pipeline
 from .unsupported import check_attention, check_denoiser, reject_dropping_momentum, reject_free_noise
 
@@ -15,14 +15,12 @@ __all__ = [
     "ResolvedPipeline",
     "attention_modules",
     "check_attention",
-    "check_batch_arguments",
-    "check_cfg_half",
     "check_denoiser",
-    "check_guidance_mode",
     "family_of",
     "guidance_distillation_flag",
     "reject_dropping_momentum",
     "reject_free_noise",
+    "resolve_and_check",
     "resolve_pipeline",
     "supported_names",
 ]

@@ -7,8 +7,23 @@ from typing import Any
 
 from ..plan.schedule import TGateSchedule
 from ..plan.step_plan import CFGHalf
-from .resolve import ResolvedPipeline
+from .resolve import ResolvedPipeline, resolve_pipeline
 from .unsupported import ALTERNATIVES, check_self_attention, distilled_message, reject_dropping_momentum
+
+
+def resolve_and_check(
+    pipe: Any,
+    schedule: TGateSchedule,
+    cfg_half: CFGHalf | None,
+    cross_attention: bool | None,
+    batch_arguments: tuple[str, ...] | None = None,
+) -> ResolvedPipeline:
+    """Resolve a pipeline, and refuse it if it cannot be gated with these settings."""
+    found = resolve_pipeline(pipe, cross_attention)
+    check_cfg_half(pipe, found, cfg_half)
+    check_guidance_mode(pipe, found, schedule, cross_attention)
+    check_batch_arguments(pipe, found, batch_arguments)
+    return found
 
 
 def check_cfg_half(pipe: Any, found: ResolvedPipeline, cfg_half: CFGHalf | None) -> None:

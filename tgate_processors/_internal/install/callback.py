@@ -13,7 +13,7 @@ from ..attention.state import TGateState
 from ..caches.detect import detect_caches
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards, validate_custom_forwards
 from ..denoiser.lock import exclusively
-from ..families import ResolvedPipeline, check_cfg_half, check_guidance_mode, resolve_pipeline
+from ..families import ResolvedPipeline, resolve_and_check
 from ..plan.planning import first_step
 from ..plan.schedule import GateStep, TGateSchedule, as_schedule
 from ..plan.step_plan import CFGHalf
@@ -119,7 +119,7 @@ class TGateCallback:
     def _attach(self, pipeline: Any) -> PipelineRun:
         """Begin the run at the end of its first pass, the first that a callback alone sees."""
         self._attached.close()
-        found = resolve_pipeline(pipeline)
+        found = resolve_and_check(pipeline, self.state.schedule, self.cfg_half, None)
         self._check(pipeline, found)
         layout = found.family.layout
         layers = GatedLayers(found.denoiser, self.state, "gate", layout)
@@ -151,8 +151,6 @@ class TGateCallback:
     def _check(self, pipeline: Any, found: ResolvedPipeline) -> None:
         """Refuse what a callback alone cannot gate."""
         schedule = self.state.schedule
-        check_cfg_half(pipeline, found, self.cfg_half)
-        check_guidance_mode(pipeline, found, schedule)
         if found.family.layout.calls_per_step > 1:
             raise ValueError(
                 f"T-GATE: the guidance of {type(pipeline).__name__} is two calls of its denoiser, and a callback alone "

@@ -15,7 +15,7 @@ from ..caches.deepcache import DeepCacheAdapter
 from ..caches.detect import detect_caches, reject_caches_on_controlnet
 from ..caches.foreign_forwards import CustomForwards, ForeignForwards
 from ..denoiser.lock import exclusively, soon
-from ..families import ResolvedPipeline, check_cfg_half, check_guidance_mode, reject_free_noise, resolve_pipeline
+from ..families import ResolvedPipeline, reject_free_noise, resolve_and_check
 from ..plan.report import TGateReport
 from ..plan.step_plan import CFGHalf
 from ..run.guider_run import GuiderRun
@@ -139,9 +139,7 @@ class Installation:
         if here is not None:
             found = here.found
         elif found is None:
-            found = resolve_pipeline(pipe, self.cross_attention)
-            check_cfg_half(pipe, found, self.cfg_half)
-            check_guidance_mode(pipe, found, self.state.schedule, self.cross_attention)
+            found = resolve_and_check(pipe, self.state.schedule, self.cfg_half, self.cross_attention)
         helper = self.deepcache.helper if self.deepcache else None
         layout = found.family.layout
         gates_cross = layout.gates_cross_by_default if self.cross_attention is None else self.cross_attention

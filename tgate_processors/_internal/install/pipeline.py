@@ -18,6 +18,7 @@ from .cleanup import Cleanup
 from .gradient_checkpointing import replay_checkpoints, stop_replaying_checkpoints
 from .guiders import GuiderInstallation
 from .installation import Installation
+from .misplaced_settings import reject_misplaced_settings
 from .pipeline_call import call_of
 from .pipeline_check import reject_forecasts
 from .recompile_limit import RaisedRecompileLimit, restore_recompile_limit
@@ -25,14 +26,6 @@ from .split_batch import split_batch_check
 
 # The attribute of a pipeline with T-GATE that holds its installation.
 _TGATE_ATTRIBUTE = "_tgate"
-# The published package takes these settings in the call, and some pipelines swallow them. How `apply_tgate` takes them.
-_MISPLACED_SETTINGS = {
-    "gate_step": "gate_step={!r}",
-    "guidance": "10, guidance={!r}",
-    **{name: f"TGateSchedule(10, {name}={{!r}})" for name in ("sp_interval", "fi_interval", "warm_up")},
-    "cfg_interval": 'TGateSchedule(10, guidance="predict", cfg_interval={!r})',
-    "tolerance": '"auto", tolerance={!r}',
-}
 
 
 def installed(pipe: Any) -> Installation | None:
@@ -153,17 +146,7 @@ def _bind_call(pipe: Any, call: Callable[..., Any], args: Any, kwargs: dict[str,
             "from their start to their end. Await it in a plain function, or call remove_tgate(pipe) to use it."
         )
     signature = inspect.signature(call)
-    for name, form in _MISPLACED_SETTINGS.items():
-        if name in kwargs and name not in signature.parameters:
-            raise TypeError(
-                f"{name}={kwargs[name]!r} is not an argument of the call: set it beforehand, for all calls, with "
-                f"apply_tgate(pipe, {form.format(kwargs[name])})."
-            )
-    if "lcm" in kwargs and "lcm" not in signature.parameters:
-        raise TypeError(
-            "lcm is not an argument of the call: T-GATE sees from the call whether guidance is on. Leave it out, and "
-            "pass settings to apply_tgate(pipe, gate_step=...)."
-        )
+    reject_misplaced_settings(signature, kwargs)
     try:
         return signature.bind(pipe, *args, **kwargs)
     except TypeError:

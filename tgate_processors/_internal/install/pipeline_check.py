@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import diffusers
 import torch
@@ -11,6 +11,23 @@ import torch
 from ..plan.schedule import TGateSchedule
 from ..plan.validation import shown
 from .guiders import is_modular
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+
+class PipelineStub(Protocol):
+    """
+    What mypy sees in `from diffusers import StableDiffusionPipeline`: the stand-in for machines without torch.
+
+    Its arguments of any kind set it apart from diffusers' models, which have the method too.
+    """
+
+    @classmethod
+    def from_config(cls, *args: object, **kwargs: object) -> Any: ...
+
+
+Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline | PipelineStub")
 
 
 def validate_pipeline(pipe: Any, gate_step: Any = None) -> None:

@@ -10,10 +10,10 @@ from tests.support.comparing import Stop
 from tests.support.counting import count, is_cross, samples_of
 from tests.support.macs import COSTS, taken
 from tests.support.prediction import refuses_a_choice
-from tests.support.settings import EVERY, FIXED, FORECAST, PATIENT, SETTINGS
+from tests.support.settings import EVERY, FIXED, FORECAST, LEVELS, PATIENT, SETTINGS
 from tests.zoo.case import STEPS, Case, rows
 from tests.zoo.catalogue import BY_NAME, CROSS_ATTENTION, OWN_DENOISERS
-from tests.zoo.cross_attention import TOKENS
+from tests.zoo.cross_attention import LTX2_FURTHER, TOKENS
 from tests.zoo.variants import AROUND
 from tgate_processors import TGateSchedule, estimate_cost, get_tgate_report, is_tgate_applied, remove_tgate
 from tgate_processors._internal.families import attention_modules
@@ -32,19 +32,13 @@ def sample_of(output):
     return samples_of(output)[0]
 
 
-def further_calls(kind):
-    """The settings of a call of LTX-2 with further guidance: without the attention of a layer, and kind by kind."""
-    scales = {"stg_scale": 1.0, "modality_scale": 3.0, "audio_modality_scale": 3.0, "guidance_rescale": 0.7}
-    return {**scales, "spatio_temporal_guidance_blocks": [1]}
-
-
 LTX2 = pytest.mark.parametrize("kind", rows([BY_NAME["ltx2"]], default=()))
 
 
 @LTX2
 @pytest.mark.parametrize("settings", [DROP, FIXED, PATIENT], ids=str)
 def test_further_calls_run_whole_and_leave_what_is_kept_alone(kind: Case, settings):
-    further = further_calls(kind)
+    further = LTX2_FURTHER
     plain = kind.run(kind.build(), **further)
     pipe = kind.gate(kind.build(), **settings)
     seen, alone = defaultdict(list), []
@@ -73,7 +67,7 @@ def test_further_calls_run_whole_and_leave_what_is_kept_alone(kind: Case, settin
 @LTX2
 def test_a_run_that_breaks_in_a_further_call_leaves_nothing(kind: Case):
     pipe = kind.gate(kind.build(), **FIXED)
-    further = further_calls(kind)
+    further = LTX2_FURTHER
     expected = kind.run(pipe, **further)
     calls = []
 
@@ -223,7 +217,7 @@ def test_the_estimate_is_what_a_run_takes(kind: Case, settings):
 @LTX2
 @pytest.mark.parametrize("scales", [{}, {"modality_scale": 1.0, "audio_modality_scale": 1.0}], ids=["both", "one"])
 def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Case, scales):
-    pipe, further = kind.build(), further_calls(kind) | scales
+    pipe, further = kind.build(), LTX2_FURTHER | scales
     size = {name: number for name, number in kind.size.items() if name in ("height", "width", "num_frames")}
     told = [{"spatio_temporal_guidance_blocks": [1]}, {"isolate_modalities": True}][: 1 if scales else 2]
 
@@ -236,11 +230,12 @@ def test_the_estimate_counts_the_further_calls_that_it_is_told_of(kind: Case, sc
     assert cost.without_tgate.total == taken(pipe, kind, [0], **further).total
     assert cost.with_tgate.total == taken(kind.gate(pipe, GATE), kind, [0], **further).total
     assert cost.report == get_tgate_report(pipe) == estimate(fixed, extra_forwards=[]).report
-    # None of them is forecast.
-    cost = estimate(TGateSchedule(**FORECAST), extra_forwards=told)
-    kind.run(kind.gate(pipe, **FORECAST), **further)
-    assert cost.report.levels == get_tgate_report(pipe).levels
-    assert "-" not in cost.report.levels
+    for settings in (FORECAST, LEVELS):
+        cost = estimate(TGateSchedule(**settings), extra_forwards=told)
+        gated = taken(kind.gate(pipe, **settings), kind, [0], **further).total
+        assert cost.with_tgate.total == gated
+        assert cost.report.levels == get_tgate_report(pipe).levels
+        assert cost.report.peak_bytes == get_tgate_report(pipe).peak_bytes
     with pytest.raises(
         ValueError, match=r'pass extra_forwards, .* each such as \{"isolate_modalities": True\}, or \[\]'
     ):

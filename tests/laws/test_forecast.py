@@ -487,18 +487,6 @@ def test_no_graph_is_compiled_for_a_forecast_step():
     torch._dynamo.reset()
 
 
-def test_further_guidance_by_calls_of_its_own_is_not_forecast():
-    case = BY_NAME["ltx2"]
-    if not case.is_there:
-        pytest.skip("this diffusers has no LTX-2")
-    pipe = case.gate(case.build(), **FORECAST)
-    case.run(pipe, stg_scale=1.0, spatio_temporal_guidance_blocks=[1])
-    # The clock of half steps alone.
-    assert get_tgate_report(pipe).levels == "FFFHFH"
-    case.run(pipe)
-    assert "-" in get_tgate_report(pipe).levels
-
-
 def test_wired_by_hand_nothing_is_forecast():
     case = BY_NAME["sd"]
     pipe = case.build()

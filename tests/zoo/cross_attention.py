@@ -260,6 +260,15 @@ _LTX2_CALL = {
     "frame_rate": 25.0,
 }
 
+# A call with further guidance: without the attention of a layer, and kind by kind.
+LTX2_FURTHER = {
+    "stg_scale": 1.0,
+    "modality_scale": 3.0,
+    "audio_modality_scale": 3.0,
+    "guidance_rescale": 0.7,
+    "spatio_temporal_guidance_blocks": [1],
+}
+
 _HUNYUAN = {
     "in_channels": 4,
     "sample_size": 8,

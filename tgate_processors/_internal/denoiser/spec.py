@@ -37,6 +37,20 @@ RESIDUALS: BatchArguments = dict.fromkeys(("down_block_additional_residuals", "m
 
 
 @dataclass(frozen=True)
+class AuxiliaryScale:
+    """
+    What guidance multiplies the difference of the conditional half from a further call with.
+
+    Args:
+        attributes (`tuple` of `str`): The attributes of a pipeline that hold it, for each part of the output.
+        offset (`float`, *optional*, defaults to 0): What is added to them.
+    """
+
+    attributes: tuple[str, ...]
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class Layout:
     """
     The batch of a family of denoisers, and the layers of them that attend to the text.
@@ -51,8 +65,8 @@ class Layout:
             flag of the layers says it.
         ungated_layers (`tuple` of `str`): Parts of the names of layers that are never gated: they attend to no text, or
             to something that changes from step to step.
-        auxiliary_call_arguments (`tuple` of `str`): Arguments that mark further calls in a step, which are compared
-            with the conditional half. They run as without T-GATE.
+        auxiliary_calls (`Mapping` of `str` to `AuxiliaryScale`): Arguments that mark further calls in a step, and what
+            guidance multiplies their difference from the conditional half with. Half steps run them as without T-GATE.
         is_prepare_call (`Callable`, *optional*): Whether a call with these arguments prepares the loop. It runs as
             without T-GATE.
         scale_attributes (`tuple` of `str`): The attributes of a pipeline that hold its guidance scales, if it has
@@ -85,7 +99,7 @@ class Layout:
     controlnet_residuals: BatchArguments = field(default_factory=lambda: RESIDUALS)
     cross_attention_suffixes: tuple[str, ...] = ()
     ungated_layers: tuple[str, ...] = ()
-    auxiliary_call_arguments: tuple[str, ...] = ()
+    auxiliary_calls: Mapping[str, AuxiliaryScale] = field(default_factory=dict)
     is_prepare_call: Callable[[Mapping[str, Any]], bool] | None = None
     scale_attributes: tuple[str, ...] = ()
     conditional_first: bool = False
@@ -140,10 +154,14 @@ class Layout:
 
     def is_auxiliary_call(self, given: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments is a further one, outside the two halves of guidance."""
+        prepares = self.is_prepare_call is not None and self.is_prepare_call(given)
+        return prepares or self.auxiliary_scale_of(given) is not None
+
+    def auxiliary_scale_of(self, given: Mapping[str, Any]) -> AuxiliaryScale | None:
+        """The scale of a further call with these arguments, unless it prepares the loop or is one of the halves."""
         # An empty list of layers to skip makes a further call too.
-        values = [given.get(name) for name in self.auxiliary_call_arguments]
-        is_marked = any(value is not None and value is not False for value in values)
-        return is_marked or (self.is_prepare_call is not None and self.is_prepare_call(given))
+        marked = (name for name in self.auxiliary_calls if given.get(name) is not None and given[name] is not False)
+        return next((self.auxiliary_calls[name] for name in marked), None)
 
     def is_inactive(self, name: str, given: Mapping[str, Any]) -> bool:
         """Whether the layer of this name does not run in a call with these arguments."""

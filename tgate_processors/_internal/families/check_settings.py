@@ -33,7 +33,7 @@ def check_cfg_half(pipe: Any, found: ResolvedPipeline, cfg_half: CFGHalf | None)
             f"cfg_half={cfg_half!r} has no effect: the guidance of {type(pipe).__name__} is not two halves, so all "
             "of it stays on. Leave cfg_half out."
         )
-    if cfg_half == "unconditional" and found.family.layout.auxiliary_call_arguments:
+    if cfg_half == "unconditional" and found.family.layout.auxiliary_calls:
         raise ValueError(
             f"cfg_half={cfg_half!r} is not possible: {type(pipe).__name__} guides by further calls too, and compares "
             "them with the conditional half. Leave cfg_half out."

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..denoiser.spec import Layout
+from ..denoiser.spec import AuxiliaryScale, Layout
 from .family import Family
 
 
@@ -57,7 +57,10 @@ CROSS_ATTENTION = (
             cross_attention_suffixes=("attn2",),
             # What these attend to is the other of video and sound.
             ungated_layers=("audio_to_video_attn", "video_to_audio_attn"),
-            auxiliary_call_arguments=("spatio_temporal_guidance_blocks", "isolate_modalities"),
+            auxiliary_calls={
+                "spatio_temporal_guidance_blocks": AuxiliaryScale(("_stg_scale", "_audio_stg_scale")),
+                "isolate_modalities": AuxiliaryScale(("_modality_scale", "_audio_modality_scale"), offset=-1.0),
+            },
             # Video and sound.
             guided_views=lambda tensors, given: tensors,
             scale_attributes=("_guidance_scale", "_audio_guidance_scale"),

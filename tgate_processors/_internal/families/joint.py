@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..denoiser.spec import Layout
+from ..denoiser.spec import AuxiliaryScale, Layout
 from .family import Family
 
 
@@ -51,7 +51,7 @@ JOINT = (
         "Stable Diffusion 3",
         batch_arguments=("pooled_projections",),
         controlnet_residuals={"block_controlnet_hidden_states": None},
-        auxiliary_call_arguments=("skip_layers",),
+        auxiliary_calls={"skip_layers": AuxiliaryScale(("_skip_layer_guidance_scale",))},
     ),
     _family("QwenImageTransformer2DModel", "Qwen-Image", calls_per_step=2, reference_tokens_last=True),
     _family("CogVideoXTransformer3DModel", "CogVideoX", _COGVIDEOX),

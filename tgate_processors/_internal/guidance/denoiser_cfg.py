@@ -12,6 +12,7 @@ from ..denoiser.batch import guided_parts, stack_samples, unstack_samples
 from ..denoiser.inputs import DenoiserInputs
 from ..denoiser.spec import Layout
 from ..plan.schedule import TGateSchedule
+from .auxiliary import AuxiliaryCalls
 from .cfg_form import CFGForm
 from .prediction import apply_cfg, largest_error, relative_error
 
@@ -62,11 +63,23 @@ class DenoiserCFG(CFGForm):
         self._num_tokens: int | None = None
         # The outputs of the calls of this step that are skipped.
         self._ready_outputs: list[Any] = []
+        self._auxiliary = AuxiliaryCalls()
 
     def begin(self, *, can_forecast: bool = False) -> None:
         """Begin without history: at the start of a loop, and when the history no longer holds."""
         super().begin(can_forecast=can_forecast)
         self._num_tokens = None
+        self._auxiliary.begin()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in differences of the halves, and in outputs to forecast from."""
+        return super().nbytes + self._auxiliary.nbytes
+
+    @property
+    def can_forecast(self) -> bool:
+        """Whether enough is known to forecast every call of a step."""
+        return super().can_forecast and self._auxiliary.can_forecast(measures_errors=self._schedule.is_auto)
 
     @property
     def skips_call(self) -> bool:
@@ -81,11 +94,13 @@ class DenoiserCFG(CFGForm):
         """A loop has ended: release cached tensors."""
         super().release()
         self._ready_outputs.clear()
+        self._auxiliary.begin()
 
     def end_pass(self, latents: Any, *, ends_step: bool) -> None:
         """A pass has ended with these latents; it may be the last one of its step."""
         if ends_step:
             self.end_step()
+        self._auxiliary.end_pass()
         packed = isinstance(latents, torch.Tensor) and latents.dim() == 3
         if self._layout.reference_tokens_last and packed:
             # The tokens of a reference image follow those of the latents.
@@ -113,6 +128,19 @@ class DenoiserCFG(CFGForm):
         """The output of the first call of a step in which none is computed; those of the others are made ready."""
         raise NotImplementedError
 
+    def observe_auxiliary(self, call: ComputedCall, settings: Any, scales: Sequence[float]) -> None:
+        """A further call has run, which guidance compares with the conditional half, with these scales."""
+        if self._forecaster is None:
+            return
+        errors = self._auxiliary.record(call.position, settings, call.output, self._parts_of(call), scales)
+        if errors is not None and self._schedule.is_auto:
+            self._add_errors("forecast", errors)
+
+    def forecast_auxiliary(self, call: ComputedCall, settings: Any) -> Any:
+        """The output of a further call of a step in which none is computed; `None` if it is not known."""
+        parts_of = functools.partial(guided_parts, inputs=call.inputs, layout=self._layout)
+        return self._auxiliary.skip(call.position, settings, parts_of)
+
     def _record_output(
         self, call: ComputedCall, parts: Sequence[torch.Tensor], halves: Sequence[Sequence[torch.Tensor]] = ()
     ) -> None:
@@ -128,8 +156,11 @@ class DenoiserCFG(CFGForm):
         parts: Sequence[torch.Tensor],
     ) -> torch.Tensor:
         """How far off the guided output would have been with this forecast, for each part and sample."""
+        guided = self._guided(call, halves) if halves else [*parts]
+        if self._auxiliary.are_expected:
+            self._auxiliary.set_off([a.float() - b.float() for a, b in zip(forecast, parts, strict=True)], guided)
         if halves:
-            compared = zip(forecast, parts, self._guided(call, halves), strict=True)
+            compared = zip(forecast, parts, guided, strict=True)
             return torch.cat([relative_error(*each, 1.0) for each in compared])
         # Guidance that is no two halves has several parts in one batch.
         number = max(1, call.inputs.batch_size // (call.num_samples or 1))

@@ -76,8 +76,8 @@ def estimate_cost(
         max_memory (`int` or `str`, *optional*): Most bytes of kept cross-attention, as in [`apply_tgate`].
         extra_forwards (`list` of `dict`, *optional*):
             Extra denoiser calls in every step besides those for guidance, each as a `dict` of its distinguishing
-            arguments. They are computed in full. By default there are none, but LTX-2 needs it: `[]` for none, or as
-            many as the call makes of `{"spatio_temporal_guidance_blocks": [28]}` (`stg_scale` above 0) and
+            arguments. Full and half steps compute them. By default there are none, but LTX-2 needs it: `[]` for none,
+            or as many as the call makes of `{"spatio_temporal_guidance_blocks": [28]}` (`stg_scale` above 0) and
             `{"isolate_modalities": True}` (`modality_scale` above 1).
 
     Returns:
@@ -123,7 +123,7 @@ def estimate_cost(
         reject_dropping_momentum(type(denoiser).__name__, layout, schedule)
     if cross_attention is None:
         cross_attention = layout.gates_cross_by_default
-    extra = extra_forward_macs(denoiser, size, extra_forwards) * (timeline.passes * batch_size)
+    extra = extra_forward_macs(denoiser, size, extra_forwards) * batch_size
     run = simulate_schedule(
         profile,
         schedule,
@@ -135,7 +135,7 @@ def estimate_cost(
         joint=layout.joint,
         max_memory=max_bytes,
         takes_over=takes_over,
-        can_forecast=not extra_forwards,
+        extra_forwards=len(extra_forwards or ()),
     )
     state, call = TGateState(schedule, max_bytes), DenoiserCall(guided)
     warnings = RunWarnings(state, call, gates_cross=cross_attention, joint=layout.joint)
@@ -146,8 +146,8 @@ def estimate_cost(
         without_cross_attention=without_cross.macs,
         without_self_attention=profile.forwards[False, True].macs,
         without_attention=profile.forwards[True, True].macs,
-        without_tgate=full.macs * (timeline.passes * batch_size * (2 if guided else 1)) + extra,
-        with_tgate=run.macs + extra,
+        without_tgate=full.macs * (timeline.passes * batch_size * (2 if guided else 1)) + extra * timeline.passes,
+        with_tgate=run.macs + extra * (timeline.passes - run.report.forecast_forwards),
         parameters=full.parameters,
         parameters_after_gate=without_cross.parameters,
         report=run.report,

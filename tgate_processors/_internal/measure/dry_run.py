@@ -26,14 +26,15 @@ class _Simulation:
         batch_size: int,
         *,
         guided: bool,
-        can_forecast: bool,
+        extra_forwards: int,
     ) -> None:
         self.macs = MACs()
         self.builder = ReportBuilder(tolerance=schedule.tolerance)
         self.min_bytes: int | None = None
         self._denoiser = denoiser
         self._schedule = schedule
-        self._counter = StepCounter(schedule, timeline, can_forecast=can_forecast)
+        self._counter = StepCounter(schedule, timeline, can_forecast=bool(schedule.forecast))
+        self._extra_forwards = extra_forwards
         self._guided = guided
         self._batch_size = batch_size
         self._rows = (2 if guided else 1) * batch_size
@@ -95,7 +96,8 @@ class _Simulation:
     def _report(self, plan: ForwardPlan, step: int) -> None:
         """Add a pass to the report."""
         denoiser = self._denoiser
-        held = denoiser.nbytes + (self._num_known + self._num_outputs) * denoiser.sample_bytes * self._batch_size
+        num_held = self._num_known + self._num_outputs * (1 + self._extra_forwards)
+        held = denoiser.nbytes + num_held * denoiser.sample_bytes * self._batch_size
         held += denoiser.template_bytes * self._rows if self._num_outputs else 0
         self.builder.add_pass(
             self._counter,
@@ -139,7 +141,7 @@ def simulate_schedule(
     joint: bool = False,
     max_memory: int | None = None,
     takes_over: int | None = None,
-    can_forecast: bool = True,
+    extra_forwards: int = 0,
 ) -> DryRun:
     """
     Go through a run, step by step, by the plans of its forwards. Every prediction is right in it, which gives the
@@ -156,7 +158,7 @@ def simulate_schedule(
         joint (`bool`, *optional*, defaults to `False`): Whether no layer is gated.
         max_memory (`int`, *optional*): Most bytes of kept cross-attention.
         takes_over (`int`, *optional*): The pass from which another denoiser of the same size runs.
-        can_forecast (`bool`, *optional*, defaults to `True`): Whether calls of the denoiser can be left out.
+        extra_forwards (`int`, *optional*, defaults to 0): Calls of a step besides those of guidance.
 
     Returns:
         `DryRun`: The MACs and the report of the run.
@@ -164,8 +166,7 @@ def simulate_schedule(
     denoiser = SimulatedDenoiser(
         profile, itemsize=itemsize, gates_cross=cross_attention, joint=joint, max_memory=max_memory
     )
-    can_forecast = can_forecast and bool(schedule.forecast)
-    simulation = _Simulation(denoiser, schedule, timeline, batch_size, guided=guided, can_forecast=can_forecast)
+    simulation = _Simulation(denoiser, schedule, timeline, batch_size, guided=guided, extra_forwards=extra_forwards)
     for index in range(timeline.passes):
         if index == takes_over:
             simulation.switch_denoiser(index)

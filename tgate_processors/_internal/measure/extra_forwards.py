@@ -18,7 +18,7 @@ def extra_forward_macs(denoiser: Any, size: InputSize, extra_forwards: Sequence[
     """MACs of a step's calls other than those of guidance, for one sample."""
     family, name = family_of(denoiser), type(denoiser).__name__
     assert family is not None
-    known = family.layout.auxiliary_call_arguments
+    known = [*family.layout.auxiliary_calls]
     if extra_forwards is not None and not isinstance(extra_forwards, Sequence):
         raise TypeError(
             f"extra_forwards={shown(extra_forwards)} is of type {type(extra_forwards).__name__}: pass a list, with a "

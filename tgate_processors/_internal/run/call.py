@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..denoiser.spec import AuxiliaryScale
 from .scale_source import uses_given_scale
 from .timesteps import TimestepReader
 
@@ -135,6 +136,15 @@ class PipelineCall:
                 "gate_step as a number of steps."
             )
         return scale + self._scale_offset
+
+    def auxiliary_scales(self, wanted: AuxiliaryScale) -> list[float] | None:
+        """The scales of a further call now, for each part of its output; `None` if the pipeline reports none."""
+        first, *others = wanted.attributes
+        if getattr(self._pipe, first, None) is None:
+            return None
+        # A pipeline without another scale does not guide what it would be for (the sound, in HDR).
+        found = [getattr(self._pipe, first), *(getattr(self._pipe, name, -wanted.offset) for name in others)]
+        return [scale + wanted.offset for scale in found]
 
     def _arguments_do_cfg(self) -> bool:
         """Whether the arguments of the call ask for guidance."""

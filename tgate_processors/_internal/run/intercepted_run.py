@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ..denoiser.inputs import DenoiserInputs, read_arguments, read_inputs
+from ..denoiser.spec import AuxiliaryScale
 from ..plan.step_plan import CFGHalf, Level
 from ..plan.steps import StepCounter
 from .continuity import SkippableControlNet, settings_of
@@ -26,6 +27,8 @@ class InterceptedRun(PipelineRun):
         self._settings: dict[str, Any] = {}
         # Whether a call of the denoiser runs whose output the pipeline gets.
         self._awaits_output = False
+        # A further call that runs: its inputs, what is the same in each of its runs, and its scales.
+        self._auxiliary: tuple[DenoiserInputs, Any, list[float]] | None = None
 
     def before_forward(
         self,
@@ -72,6 +75,11 @@ class InterceptedRun(PipelineRun):
             return None
         if self._cfg.skips_call and loop.forwards_in_pass == 1:
             return self._take_skipped_output(loop)
+        if self._planner.plan.level is Level.FORECAST and loop.forwards_in_pass:
+            inputs = read_inputs(module, args, kwargs)
+            known = self._auxiliary_scale(inputs) is not None
+            call = self._computed_call(loop, None, inputs)
+            return self._cfg.forecast_auxiliary(call, _settings_of_auxiliary(inputs)) if known else None
         if not self._is_forecast_step(loop):
             return None
         inputs = read_inputs(module, args, kwargs)
@@ -92,6 +100,11 @@ class InterceptedRun(PipelineRun):
             if loop is not None and loop.has_forecast_steps_left:
                 self._controlnet.record(read_arguments(module, args, kwargs), output)
             return
+        auxiliary, self._auxiliary = self._auxiliary, None
+        if auxiliary is not None and loop is not None:
+            inputs, settings, scales = auxiliary
+            self._cfg.observe_auxiliary(self._computed_call(loop, output, inputs), settings, scales)
+            return
         awaited, self._awaits_output = self._awaits_output, False
         if not awaited or loop is None or self._inputs is None:
             return
@@ -103,12 +116,19 @@ class InterceptedRun(PipelineRun):
             self.on_step_end()
 
     def on_auxiliary_call(self, inputs: DenoiserInputs) -> None:
-        """The denoiser is called once more in a step, for guidance of another kind: then none of it is forecast."""
-        prepares = self.denoisers.active.layers.layout.is_prepare_call
-        if self._can_forecast and not (prepares is not None and prepares(inputs.arguments)):
-            self._can_forecast = False
-            if self._loop is not None:
-                self._loop.forbid_forecasts()
+        """The denoiser is called once more in a step, for guidance of another kind: it is computed."""
+        scale, loop = self._auxiliary_scale(inputs), self._loop
+        if scale is None or not self._can_forecast:
+            return
+        scales = self.call.auxiliary_scales(scale)
+        in_computed_step = loop is not None and loop.forwards_in_pass and self._planner.plan.level is not Level.FORECAST
+        if scales is not None and in_computed_step:
+            self._auxiliary = inputs, _settings_of_auxiliary(inputs), scales
+            return
+        # What comes as a surprise cannot have been measured.
+        self._can_forecast = False
+        if loop is not None:
+            loop.forbid_forecasts()
 
     def on_step_end(
         self,
@@ -130,6 +150,10 @@ class InterceptedRun(PipelineRun):
         """All passes have ended."""
         super()._end_loop(loop)
         self._controlnet.reset()
+
+    def _auxiliary_scale(self, inputs: DenoiserInputs) -> AuxiliaryScale | None:
+        """The scale of a further call; `None` if these inputs are not those of one."""
+        return self.denoisers.active.layers.layout.auxiliary_scale_of(inputs.arguments)
 
     def _is_forecast_step(self, loop: StepCounter) -> bool:
         """Whether the step that begins now is a forecast one, if its inputs are as those of the step before."""
@@ -173,3 +197,8 @@ class InterceptedRun(PipelineRun):
         if self._counts_forwards:
             self.on_step_end()
         return output
+
+
+def _settings_of_auxiliary(inputs: DenoiserInputs) -> Any:
+    """What is the same in every run of a further call: its settings, and the shape of its batch."""
+    return settings_of(inputs.arguments), inputs.batch_size, inputs.sample_shape

@@ -30,12 +30,15 @@ DENOISERS = {
     "Qwen-Image": ("QwenImageTransformer2DModel", {}),
     "HunyuanVideo": ("HunyuanVideoTransformer3DModel", {"guidance_embeds": True}),
     "CogVideoX 2B": ("CogVideoXTransformer3DModel", {}),
+    "LTX-2": ("LTX2VideoTransformer3DModel", {}),
 }
+# What the defaults of a pipeline add to each step.
+FURTHER = {"LTX-2": [{"spatio_temporal_guidance_blocks": [28]}, {"isolate_modalities": True}]}
 # Or by a row of gains.json.
 GAINS = {
     "Wan 2.1 1.3B": "Wan 2.1 1.3B",
     "Wan 14B": "Wan 2.1 14B, 1280",
-    "LTX": "LTX",
+    "LTX-Video": "LTX",
     "Sana": "Sana",
     "Stable Audio": "Stable Audio",
 }
@@ -50,6 +53,7 @@ PIPELINES = {
     "Qwen-Image": "qwen",
     "Wan": "wan",
     "LTX-Video": "ltx",
+    "LTX-2": "ltx2",
     "HunyuanVideo": "hunyuan_video",
     "CogVideoX": "cogvideox",
     "Stable Audio": "stable_audio",
@@ -112,6 +116,8 @@ def count(name, line, steps=25, **settings):
     settings |= {"width": int(size[1]), "height": int(size[2])} if size else {}
     settings |= {"num_frames": int(frames[1])} if frames else {}
     settings = (gains_of(name) or {"size": {}})["size"] | settings
+    if further := of(FURTHER, name):
+        settings |= {"extra_forwards": further, "vae_scale_factor": 32}
     if name.startswith(UNGUIDED):
         settings["do_classifier_free_guidance"] = False
     schedule = eval(line, {"apply_tgate": schedule_of, "TGateSchedule": TGateSchedule, "pipe": None})

@@ -10,7 +10,7 @@ import torch
 
 from ..plan.step_plan import CFGHalf
 from .inputs import DenoiserInputs, iter_tensors
-from .spec import BatchArguments, Layout
+from .spec import BatchArguments, BatchLayout
 
 Parts = Callable[[Any], Sequence[torch.Tensor]]
 
@@ -119,14 +119,14 @@ def complete_second_call(output: Any, difference: Sequence[torch.Tensor] | None,
     return other
 
 
-def guided_parts(output: Any, inputs: DenoiserInputs, layout: Layout) -> list[torch.Tensor]:
+def guided_parts(output: Any, inputs: DenoiserInputs, layout: BatchLayout) -> list[torch.Tensor]:
     """
     The parts of a denoiser's output that guidance combines.
 
     Args:
         output (`torch.Tensor` or container): The output.
         inputs (`DenoiserInputs`): What the denoiser was given.
-        layout (`Layout`): The batch of its family.
+        layout (`BatchLayout`): The batch of its family.
 
     Returns:
         `list` of `torch.Tensor`: The prediction, or one each for video and sound, as views.

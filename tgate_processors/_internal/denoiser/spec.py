@@ -1,10 +1,10 @@
-"""The batch of a family of denoisers, and its layers that attend to the text: data."""
+"""The batch of a family of denoisers, its layers that attend to the text, and its guidance: data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 
@@ -51,9 +51,9 @@ class AuxiliaryScale:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchLayout:
     """
-    The batch of a family of denoisers, and the layers of them that attend to the text.
+    What is one batch for guidance, in the arguments of a denoiser and in its output.
 
     Args:
         batch_arguments (`tuple` of `str`): Arguments with the guidance batch that other families do not have.
@@ -61,35 +61,11 @@ class Layout:
             sample. The denoiser of such a family gives a list too.
         second_dim_arguments (`tuple` of `str`): Arguments with the guidance batch as their second dimension.
         controlnet_residuals (`Mapping`): The arguments that hold the outputs of a ControlNet.
-        cross_attention_suffixes (`tuple` of `str`): How the names of layers with cross-attention end. Without any, a
-            flag of the layers says it.
-        ungated_layers (`tuple` of `str`): Parts of the names of layers that are never gated: they attend to no text, or
-            to something that changes from step to step.
-        auxiliary_calls (`Mapping` of `str` to `AuxiliaryScale`): Arguments that mark further calls in a step, and what
-            guidance multiplies their difference from the conditional half with. Half steps run them as without T-GATE.
-        is_prepare_call (`Callable`, *optional*): Whether a call with these arguments prepares the loop. It runs as
-            without T-GATE.
-        scale_attributes (`tuple` of `str`): The attributes of a pipeline that hold its guidance scales, if it has
-            several.
         conditional_first (`bool`): Whether the first half of the batch is the conditional one.
-        averages_when_dropped (`bool`): Whether the mean of both halves is cached where guidance is dropped. Otherwise
-            the active half is.
-        scale_offset (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
-            counted from the unconditional half.
-        calls_per_step (`int`): Calls of the denoiser that guidance is made of: 1, or 2, the conditional one first.
-        decoupled_image_attention (`bool`): Whether added keys (of an image) have a softmax apart from that of the text.
-        gates_cross_by_default (`bool`): Whether cross-attention is gated by default; for videos its outputs are large.
-        joint (`bool`): Whether text and image share one softmax. Then no layer is gated, but guidance alone.
         reference_tokens_last (`bool`): Whether the tokens of a reference image follow those of the latents. The
             pipeline does not read what the denoiser makes of them.
-        optional_layers (`Mapping`): Parts of the names of layers that run only where an argument is given, and the name
-            of that argument.
-        has_momentum (`bool`): Whether guidance remembers that of the steps before, so that two equal halves do not end
-            it.
         guided_views (`Callable`, *optional*): Gives the parts of the output that are guided, as views of its tensors,
             from these and the arguments of the call. By default its first tensor, without a variance.
-        rereads_scale (`bool`): Whether loops that do not report their guidance read `guidance_scale` anew in every
-            step.
         user_batch_arguments (`Mapping`): Further arguments with the guidance batch, given by the user.
     """
 
@@ -97,26 +73,12 @@ class Layout:
     list_arguments: tuple[str, ...] = ()
     second_dim_arguments: tuple[str, ...] = ()
     controlnet_residuals: BatchArguments = field(default_factory=lambda: RESIDUALS)
-    cross_attention_suffixes: tuple[str, ...] = ()
-    ungated_layers: tuple[str, ...] = ()
-    auxiliary_calls: Mapping[str, AuxiliaryScale] = field(default_factory=dict)
-    is_prepare_call: Callable[[Mapping[str, Any]], bool] | None = None
-    scale_attributes: tuple[str, ...] = ()
     conditional_first: bool = False
-    averages_when_dropped: bool = True
-    scale_offset: float = 0.0
-    calls_per_step: int = 1
-    decoupled_image_attention: bool = False
-    gates_cross_by_default: bool = True
-    joint: bool = False
     reference_tokens_last: bool = False
-    optional_layers: Mapping[str, str] = field(default_factory=dict)
-    has_momentum: bool = False
     guided_views: Callable[[list[torch.Tensor], Mapping[str, Any]], list[torch.Tensor]] | None = None
-    rereads_scale: bool = False
     user_batch_arguments: BatchArguments = field(default_factory=dict)
 
-    def with_batch_arguments(self, names: Sequence[str]) -> Layout:
+    def with_batch_arguments(self, names: Sequence[str]) -> Self:
         """A copy with more arguments that have the guidance batch, those inside others as `argument.key`."""
         user_batch_arguments: dict[str, Any] = {}
         for name in names:
@@ -152,16 +114,33 @@ class Layout:
             more[name] = {**known, **inner} if both else inner  # type: ignore[dict-item]
         return more
 
-    def is_auxiliary_call(self, given: Mapping[str, Any]) -> bool:
-        """Whether a call with these arguments is a further one, outside the two halves of guidance."""
-        prepares = self.is_prepare_call is not None and self.is_prepare_call(given)
-        return prepares or self.auxiliary_scale_of(given) is not None
 
-    def auxiliary_scale_of(self, given: Mapping[str, Any]) -> AuxiliaryScale | None:
-        """The scale of a further call with these arguments, unless it prepares the loop or is one of the halves."""
-        # An empty list of layers to skip makes a further call too.
-        marked = (name for name in self.auxiliary_calls if given.get(name) is not None and given[name] is not False)
-        return next((self.auxiliary_calls[name] for name in marked), None)
+@dataclass(frozen=True)
+class LayerLayout:
+    """
+    Which layers of a denoiser attend to the text, and which of them are gated.
+
+    Args:
+        cross_attention_suffixes (`tuple` of `str`): How the names of layers with cross-attention end. Without any, a
+            flag of the layers says it.
+        ungated_layers (`tuple` of `str`): Parts of the names of layers that are never gated: they attend to no text, or
+            to something that changes from step to step.
+        optional_layers (`Mapping`): Parts of the names of layers that run only where an argument is given, and the name
+            of that argument.
+        decoupled_image_attention (`bool`): Whether added keys (of an image) have a softmax apart from that of the text.
+        averages_when_dropped (`bool`): Whether the mean of both halves is cached where guidance is dropped. Otherwise
+            the active half is.
+        gates_cross_by_default (`bool`): Whether cross-attention is gated by default; for videos its outputs are large.
+        joint (`bool`): Whether text and image share one softmax. Then no layer is gated, but guidance alone.
+    """
+
+    cross_attention_suffixes: tuple[str, ...] = ()
+    ungated_layers: tuple[str, ...] = ()
+    optional_layers: Mapping[str, str] = field(default_factory=dict)
+    decoupled_image_attention: bool = False
+    averages_when_dropped: bool = True
+    gates_cross_by_default: bool = True
+    joint: bool = False
 
     def is_inactive(self, name: str, given: Mapping[str, Any]) -> bool:
         """Whether the layer of this name does not run in a call with these arguments."""
@@ -176,3 +155,49 @@ class Layout:
         if self.cross_attention_suffixes:
             return self.is_gateable(name) and name.removesuffix(".processor").endswith(self.cross_attention_suffixes)
         return self.is_gateable(name) and bool(getattr(layer, "is_cross_attention", False))
+
+
+@dataclass(frozen=True)
+class GuidanceLayout:
+    """
+    Which calls guidance is made of, and with which scale.
+
+    Args:
+        calls_per_step (`int`): Calls of the denoiser that guidance is made of: 1, or 2, the conditional one first.
+        auxiliary_calls (`Mapping` of `str` to `AuxiliaryScale`): Arguments that mark further calls in a step, and what
+            guidance multiplies their difference from the conditional half with. Half steps run them as without T-GATE.
+        is_prepare_call (`Callable`, *optional*): Whether a call with these arguments prepares the loop. It runs as
+            without T-GATE.
+        scale_attributes (`tuple` of `str`): The attributes of a pipeline that hold its guidance scales, if it has
+            several.
+        scale_offset (`float`): What is added to `guidance_scale` before guidance multiplies the difference with it,
+            counted from the unconditional half.
+        rereads_scale (`bool`): Whether loops that do not report their guidance read `guidance_scale` anew in every
+            step.
+        has_momentum (`bool`): Whether guidance remembers that of the steps before, so that two equal halves do not end
+            it.
+    """
+
+    calls_per_step: int = 1
+    auxiliary_calls: Mapping[str, AuxiliaryScale] = field(default_factory=dict)
+    is_prepare_call: Callable[[Mapping[str, Any]], bool] | None = None
+    scale_attributes: tuple[str, ...] = ()
+    scale_offset: float = 0.0
+    rereads_scale: bool = False
+    has_momentum: bool = False
+
+    def is_auxiliary_call(self, given: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments is a further one, outside the two halves of guidance."""
+        prepares = self.is_prepare_call is not None and self.is_prepare_call(given)
+        return prepares or self.auxiliary_scale_of(given) is not None
+
+    def auxiliary_scale_of(self, given: Mapping[str, Any]) -> AuxiliaryScale | None:
+        """The scale of a further call with these arguments, unless it prepares the loop or is one of the halves."""
+        # An empty list of layers to skip makes a further call too.
+        marked = (name for name in self.auxiliary_calls if given.get(name) is not None and given[name] is not False)
+        return next((self.auxiliary_calls[name] for name in marked), None)
+
+
+@dataclass(frozen=True)
+class Layout(BatchLayout, LayerLayout, GuidanceLayout):
+    """The batch, the layers and the guidance of a family of denoisers. It takes what these three take."""

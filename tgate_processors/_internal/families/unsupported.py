@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..attention.layers import attention_modules
-from ..denoiser.spec import Layout
+from ..denoiser.spec import GuidanceLayout, LayerLayout
 from ..plan.schedule import TGateSchedule
 
 # What makes a pipeline faster that T-GATE cannot gate.
@@ -74,10 +74,10 @@ def no_denoiser_message(pipe: Any) -> str:
 
 
 def check_attention(
-    denoiser: torch.nn.Module, subject: str, layout: Layout | None = None, cross_attention: bool | None = None
+    denoiser: torch.nn.Module, subject: str, layout: LayerLayout | None = None, cross_attention: bool | None = None
 ) -> None:
     """Refuse a denoiser that has no cross-attention of its own to keep, where it is to be kept."""
-    layout = layout or Layout()
+    layout = layout or LayerLayout()
     if layout.joint:
         if cross_attention:
             raise ValueError(_joint_attention_message(denoiser, subject, layout))
@@ -94,7 +94,7 @@ def check_attention(
         raise ValueError(f"{subject} cannot be gated: {name} has no cross-attention layers. {ALTERNATIVES}")
 
 
-def check_self_attention(denoiser: torch.nn.Module, subject: str, layout: Layout, schedule: TGateSchedule) -> None:
+def check_self_attention(denoiser: torch.nn.Module, subject: str, layout: LayerLayout, schedule: TGateSchedule) -> None:
     """Refuse to reuse self-attention where no layer has it, or has it apart from its text."""
     if max(schedule.sp_interval, schedule.fi_interval) == 1:
         return
@@ -110,7 +110,7 @@ def check_self_attention(denoiser: torch.nn.Module, subject: str, layout: Layout
     )
 
 
-def reject_dropping_momentum(subject: str, layout: Layout, schedule: TGateSchedule) -> None:
+def reject_dropping_momentum(subject: str, layout: GuidanceLayout, schedule: TGateSchedule) -> None:
     """Refuse to drop guidance that goes on by itself."""
     if layout.has_momentum and not schedule.predicts:
         raise ValueError(
@@ -194,7 +194,7 @@ def reject_free_noise(pipe: Any) -> None:
         )
 
 
-def _joint_attention_message(denoiser: torch.nn.Module, subject: str, layout: Layout) -> str:
+def _joint_attention_message(denoiser: torch.nn.Module, subject: str, layout: LayerLayout) -> str:
     """The reason why a denoiser with joint attention is refused, and what to do."""
     inner: Any = getattr(denoiser, "_orig_mod", denoiser)
     distilled = getattr(getattr(inner, "config", None), "guidance_embeds", False)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from ..denoiser.inputs import DenoiserInputs, is_unconditional_first
-from ..denoiser.spec import Layout
+from ..denoiser.spec import BatchLayout
 
 
 class Reporting(Protocol):
@@ -30,13 +30,13 @@ class CFGBatchCheck:
 
     Args:
         call (`Reporting`): What the pipeline reports.
-        layout (`Layout`): The batch of its denoiser.
+        layout (`BatchLayout`): The batch of its denoiser.
 
     Attributes:
         unconditional_first (`bool`): Whether the first half of a guided batch is the unconditional one.
     """
 
-    def __init__(self, call: Reporting, layout: Layout) -> None:
+    def __init__(self, call: Reporting, layout: BatchLayout) -> None:
         self.unconditional_first = not layout.conditional_first
         self._layout = layout
         self._call = call

@@ -10,7 +10,7 @@ import torch
 
 from ..denoiser.batch import guided_parts, stack_samples, unstack_samples
 from ..denoiser.inputs import DenoiserInputs
-from ..denoiser.spec import Layout
+from ..denoiser.spec import BatchLayout
 from ..plan.schedule import TGateSchedule
 from .auxiliary import AuxiliaryCalls
 from .cfg_form import CFGForm
@@ -52,11 +52,11 @@ class DenoiserCFG(CFGForm):
 
     Args:
         schedule (`TGateSchedule`): Whether guidance is predicted, and whether errors are measured.
-        layout (`Layout`): The outputs of the denoiser.
+        layout (`BatchLayout`): The outputs of the denoiser.
         scale_of (`Callable`): What guidance multiplies the difference with, by the denoiser's place in the pipeline.
     """
 
-    def __init__(self, schedule: TGateSchedule, layout: Layout, scale_of: Callable[[int], Any]) -> None:
+    def __init__(self, schedule: TGateSchedule, layout: BatchLayout, scale_of: Callable[[int], Any]) -> None:
         super().__init__(schedule)
         self._layout = layout
         self._scale_of = scale_of

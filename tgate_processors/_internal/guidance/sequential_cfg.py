@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..denoiser.batch import complete_second_call, guided_parts
-from ..denoiser.spec import Layout
+from ..denoiser.spec import BatchLayout
 from ..plan.schedule import TGateSchedule
 from .denoiser_cfg import ComputedCall, DenoiserCFG
 
@@ -18,7 +18,7 @@ class SequentialCFG(DenoiserCFG):
 
     calls_per_step = 2
 
-    def __init__(self, schedule: TGateSchedule, layout: Layout, scale_of: Callable[[int], Any]) -> None:
+    def __init__(self, schedule: TGateSchedule, layout: BatchLayout, scale_of: Callable[[int], Any]) -> None:
         super().__init__(schedule, layout, scale_of)
         self._first: list[torch.Tensor] | None = None
         self._first_output: list[torch.Tensor] | None = None

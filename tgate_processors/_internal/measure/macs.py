@@ -15,7 +15,7 @@ from ..attention.processor import TGateAttnProcessor
 from ..attention.state import LayerActions, Slot, TGateState
 from ..denoiser.batch import guided_parts
 from ..denoiser.inputs import iter_tensors, read_inputs
-from ..denoiser.spec import Layout
+from ..denoiser.spec import LayerLayout
 from ..families import family_of
 from ..plan.schedule import TGateSchedule
 from ..plan.step_plan import Action
@@ -126,7 +126,7 @@ def count_forwards(
     module: Any,
     new_inputs: Callable[[], dict[str, Any]],
     modes: Sequence[tuple[Action, Action]],
-    layout: Layout | None = None,
+    layout: LayerLayout | None = None,
 ) -> Iterator[tuple[ForwardCost, RecordingCache]]:
     """
     Run a module with T-GATE's processors, once for each combination of actions.
@@ -135,7 +135,7 @@ def count_forwards(
         module (`torch.nn.Module`): The module.
         new_inputs (`Callable`): Makes the inputs of a forward.
         modes (`Sequence` of `tuple`): What cross-attention and self-attention do.
-        layout (`Layout`, *optional*): Which layers are never gated.
+        layout (`LayerLayout`, *optional*): Which layers are never gated.
 
     Yields:
         `tuple` of `ForwardCost` and `RecordingCache`: What the forward took, and what is held after it.

@@ -8,7 +8,7 @@ import torch
 from tests.support.comparing import distance
 from tests.support.counting import samples_of
 from tests.support.settings import FORECAST, LEVELS
-from tests.zoo.case import STEPS, Case, rows
+from tests.zoo.case import STEPS, Case, rows, slow
 from tests.zoo.catalogue import BY_NAME
 from tests.zoo.cross_attention import LTX2_FURTHER
 from tgate_processors import get_tgate_report
@@ -39,7 +39,7 @@ def watched(case, pipe, **settings):
 
 
 @both
-@pytest.mark.parametrize("settings", [LEVELS, FORECAST], ids=["plan", "auto"])
+@pytest.mark.parametrize("settings", [LEVELS, slow(FORECAST)], ids=["plan", "auto"])
 def test_a_forecast_step_makes_none_of_its_calls(case: Case, settings):
     plain, calls = watched(case, case.build())
     pipe = case.gate(case.build(), **settings)

@@ -91,6 +91,17 @@ class HalvesCFG(CFGForm):
             self._record_conditional(position, conditional, unconditional, scale)
         return conditional, unconditional
 
+    def observe_output(self, loop: StepCounter, parts: Sequence[torch.Tensor]) -> None:
+        """Record the output of guidance of another kind, which is forecast whole."""
+        if loop.has_forecast_steps_left:
+            self.record_parts(loop.pass_index, parts, _errors_of_output)
+
+    def forecast_output(self, loop: StepCounter) -> list[torch.Tensor]:
+        """Forecast the output of guidance of another kind."""
+        assert self._forecaster is not None
+        # Copies, as a single output is held.
+        return [part.clone() for part in self._forecaster.forecast_parts(loop.pass_index)]
+
     def state_dict(self) -> dict[str, Any]:
         """What is known, as tensors and plain numbers."""
         parts = {"differences": self._predictor, "outputs": self._forecaster}
@@ -126,3 +137,8 @@ class HalvesCFG(CFGForm):
             return relative_error(forecast[0], parts[0], guided, 1.0)
 
         self.record_parts(position, [conditional], errors_of)
+
+
+def _errors_of_output(forecast: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """How far off each part of an output would have been, relative to itself."""
+    return torch.cat([relative_error(*each, each[1], 1.0) for each in zip(forecast, parts, strict=True)])

@@ -18,11 +18,9 @@ from ..run.guider_run import GuiderRun
 from ..run.messages import warn_ungated_processors
 from ..run.ranks import agreement_of
 from .cleanup import Cleanup
-from .gated_guider import GatedGuider, gate_guider
+from .gated_guider import GatedGuider, can_be_forecast, gate_guider, guides_by_halves
 from .installation import Installation
 
-# What makes a guider's two predictions and its output of them. Who changes none of it guides as its base class does.
-_CFG_METHODS = ("__call__", "forward", "num_conditions", "prepare_inputs", "prepare_inputs_from_block_state")
 _DENOISERS = ("unet", "transformer", "transformer_2")
 _NO_GATED_LAYERS = Layout(joint=True, calls_per_step=2)
 
@@ -82,32 +80,34 @@ def validate_guider_settings(
         raise ValueError(f"deepcache is not possible: {subject}. Leave deepcache out, and call helper.disable().")
 
 
-def validate_guiders(pipe: Any) -> None:
-    """Refuse a pipeline without a guider, or with one that does not guide by the difference of two predictions."""
+def validate_guiders(pipe: Any, schedule: TGateSchedule) -> None:
+    """Refuse a pipeline without a guider, or with one whose steps can neither be halved nor forecast."""
     subject, guiders = type(pipe).__name__, guiders_of(pipe)
     if not guiders:
         raise ValueError(
             f"{subject} cannot be gated: it has no guider, so there is no half of guidance that could be left out. "
             "You can still use fewer steps, half precision and torch.compile."
         )
-    plain = sys.modules["diffusers.guiders"].ClassifierFreeGuidance
     for name, guider in guiders.items():
-        if all(getattr(type(guider), part, None) is getattr(plain, part, None) for part in _CFG_METHODS):
-            continue
         if isinstance(guider, GatedGuider):
             raise ValueError(
                 f"{subject} has {name}={type(guider).__name__}, which gates it already: use it without apply_tgate, or "
                 "give it a ClassifierFreeGuidance."
             )
+        if guides_by_halves(guider) or (can_be_forecast(guider) and schedule.forecast):
+            continue
         predictions = guider._input_predictions
         what = f"combines {len(predictions)} predictions ({', '.join(predictions)})"
         if len(predictions) == 2:
             what = "makes something else of its two predictions"
         other = f"{name}=ClassifierFreeGuidance(guidance_scale=...)"
+        other = f"pipe.update_components({other})" if is_modular(pipe) else f"pipe.{other}"
+        why, remedy = "T-GATE leaves out one half of plain classifier-free guidance", f"Give another one, {other}"
+        if can_be_forecast(guider):
+            why, remedy = f"{why} with these settings", f"Forecast whole steps, apply_tgate(pipe), or give {other}"
         raise ValueError(
-            f"{subject} cannot be gated with {name}={type(guider).__name__}: T-GATE leaves out one half of plain "
-            f"classifier-free guidance, and this guider {what}. Give another one, "
-            f"{f'pipe.update_components({other})' if is_modular(pipe) else f'pipe.{other}'}, or use it without T-GATE."
+            f"{subject} cannot be gated with {name}={type(guider).__name__}: {why}, and this guider {what}. {remedy}, "
+            "or use it without T-GATE."
         )
 
 
@@ -121,7 +121,7 @@ class GuiderInstallation(Installation):
 
     def attach(self, pipe: Any, found: ResolvedPipeline | None = None) -> None:
         """Refuse what cannot be gated; nothing is installed before a call."""
-        validate_guiders(pipe)
+        validate_guiders(pipe, self.state.schedule)
         for denoiser in _denoisers(pipe):
             reject_caches(denoiser, self.state.schedule)
         for controlnet in _controlnets(pipe):

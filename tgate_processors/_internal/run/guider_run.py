@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ..attention.state import TGateState
 from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.inputs import differs, is_latents
@@ -56,6 +58,7 @@ class GuiderRun(Run[HalvesCFG]):
         self._in_step = self._saw_cfg = False
         # Whether guidance is on in the step that runs, or has run last.
         self._guided: bool | None = None
+        self._num_predictions: int | None = None
         # Whether something was exchanged, and whether any step was full only because of that.
         self._exchanged = self._lost_half_step = False
         self._conditions: list[Any] = []
@@ -109,7 +112,9 @@ class GuiderRun(Run[HalvesCFG]):
             self._loop.forbid_forecasts()
             self._restart_guidance(self._loop)
 
-    def begin_step(self, guider: Any, step: int, steps: int, *, guided: bool) -> None:
+    def begin_step(
+        self, guider: Any, step: int, steps: int, *, guided: bool, num_predictions: int | None = None
+    ) -> None:
         """
         A guider's step begins.
 
@@ -117,7 +122,8 @@ class GuiderRun(Run[HalvesCFG]):
             guider (`BaseGuidance`): The guider.
             step (`int`): The step.
             steps (`int`): Steps of the loop.
-            guided (`bool`): Whether guidance is on in it.
+            guided (`bool`): Whether guidance of two halves is on in it.
+            num_predictions (`int`, *optional*): How many predictions guidance of another kind combines in it.
 
         Raises:
             ValueError: If it is not the step that comes next.
@@ -128,6 +134,9 @@ class GuiderRun(Run[HalvesCFG]):
             raise self._call.wrong_step(step, None if self._in_step else expected or 0)
         if guider is not self._guider:
             self._switch_guider(guider, loop)
+        elif num_predictions != self._num_predictions:
+            self._restart_guidance(loop)
+        self._num_predictions = num_predictions
         self._in_step = True
         self._saw_cfg = self._saw_cfg or guided
         loop.begin_forward()
@@ -199,6 +208,21 @@ class GuiderRun(Run[HalvesCFG]):
             self._forwards.after_forward(len(conditional))
         guided = guided and self._can_skip_half
         return self._cfg.complete_step(loop, self._level, conditional, unconditional, scale, guided=guided)
+
+    def observe_output(self, *parts: torch.Tensor) -> None:
+        """
+        A guider of another kind has made its output in a step that computes all of its predictions.
+
+        Args:
+            parts (`torch.Tensor`): What the pipeline gets of it.
+        """
+        if self._loop is not None:
+            self._cfg.observe_output(self._loop, parts)
+
+    def forecast_output(self) -> list[torch.Tensor]:
+        """What stands for the output of a guider of another kind, in a forecast step."""
+        assert self._loop is not None
+        return self._cfg.forecast_output(self._loop)
 
     def end_step(self, *, guided: bool) -> None:
         """

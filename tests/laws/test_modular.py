@@ -14,7 +14,7 @@ import torch
 from tests.support.settings import FORECAST, apply_settings
 from tests.zoo.case import seeded
 from tests.zoo.catalogue import BY_NAME
-from tests.zoo.modular import IS_THERE, MODULAR, Modular, hunyuan
+from tests.zoo.modular import IS_THERE, MODULAR, Modular, hunyuan, hunyuan_image
 from tgate_processors import apply_tgate, get_tgate_report, is_tgate_applied, measure_convergence, remove_tgate
 
 pytestmark = pytest.mark.skipif(not IS_THERE, reason="this diffusers has no modular pipelines")
@@ -637,6 +637,31 @@ def test_a_classic_pipeline_with_a_guider_is_gated_by_it():
     apply_settings(pipe, **FORECAST)
     assert not torch.equal(run(), plain)
     assert get_tgate_report(pipe).levels == "FFF--F"
+
+
+@pytest.mark.slow
+def test_a_classic_pipeline_with_a_guider_of_another_kind_is_forecast():
+    if not hasattr(diffusers, "HunyuanImagePipeline"):
+        pytest.skip("this diffusers has no Hunyuan-Image")
+    pipe, embeds = hunyuan_image(), {}
+    for name, seed in (("", 100), ("negative_", 200)):
+        for suffix in ("", "_2"):
+            embeds[f"{name}prompt_embeds{suffix}"] = seeded((1, 5, 8), seed + len(suffix))
+            embeds[f"{name}prompt_embeds_mask{suffix}"] = torch.ones(1, 5, dtype=torch.long)
+
+    def run():
+        size = {"height": 64, "width": 64, "output_type": "latent"}
+        return pipe(**embeds, **size, num_inference_steps=8, generator=torch.Generator().manual_seed(0)).images
+
+    plain, calls = run(), []
+    assert torch.equal((apply_tgate(pipe, tolerance=0), run())[1], plain)
+    apply_settings(pipe, **FORECAST)
+    pipe.transformer.register_forward_pre_hook(lambda module, args: calls.append(1))
+    gated = run()
+    assert get_tgate_report(pipe).levels == "FFF---FF"
+    assert len(calls) == 2 * 5
+    assert torch.equal(run(), gated)
+    assert torch.equal((remove_tgate(pipe), run())[1], plain)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ SPLITS = {
 NO_HALVES = {
     "its guidance is distilled into it": "guidance is distilled into the denoiser",
     "is not two halves": "guidance has several parts",
+    "cannot be gated with guider=AdaptiveProjectedMixGuidance": "its guider is not plain guidance",
 }
 
 

@@ -60,9 +60,6 @@ REFUSED = {
     "is told given pictures by the place": """
         OmniGen
     """,
-    "cannot be gated with guider=AdaptiveProjectedMixGuidance": """
-        HunyuanImage HunyuanImageRefiner
-    """,
     "it has no callback_on_step_end, no num_timesteps, no do_classifier_free_guidance": """
         BlipDiffusionControlNet BlipDiffusion CycleDiffusion DreamLiteMobile DreamLite LDMTextToImage
         MarigoldDepth MarigoldIntrinsics MarigoldNormals StableDiffusionAttendAndExcite
@@ -139,6 +136,10 @@ FORECAST_ONLY = {
     """,
     "is not two halves": """
         StableDiffusion3PAGImg2Img StableDiffusion3PAG
+    """,
+    # Tested in test_modular.py.
+    "cannot be gated with guider=AdaptiveProjectedMixGuidance": """
+        HunyuanImage HunyuanImageRefiner
     """,
 }
 

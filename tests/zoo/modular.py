@@ -119,6 +119,39 @@ def hunyuan() -> Any:
     return pipe
 
 
+def hunyuan_image() -> Any:
+    """A classic pipeline whose guider is of another kind, and which has another one for prompts with words to draw."""
+    transformer = model(
+        "HunyuanImageTransformer2DModel",
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=1,
+        num_single_layers=1,
+        num_refiner_layers=1,
+        text_embed_dim=8,
+        text_embed_2_dim=8,
+        rope_axes_dim=(4, 4),
+    )
+    vae = model(
+        "AutoencoderKLHunyuanImage",
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        scaling_factor=0.5,
+        spatial_compression_ratio=8,
+        sample_size=64,
+    )
+    guiders = {
+        name: diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=start)
+        for name, start in (("guider", 2), ("ocr_guider", 3))
+    }
+    return assemble("HunyuanImagePipeline", transformer=transformer, vae=vae, scheduler=_flow(), **guiders)
+
+
 def save_sdxl(folder: Path) -> None:
     """Save a pipeline with text encoders, as the snippet of a page loads it."""
     with warnings.catch_warnings():

@@ -56,6 +56,8 @@ class GatedLayers:
         self._processors_at_start: list[Any] = []
         self._processors_in_loop: list[Any] = []
         self._name_by_slot: dict[Slot, str] = {}
+        # The gates of cross-attention in this loop, and the layers that do not run in this forward.
+        self._cross_by_name: dict[str, Slot] = {}
         self._inactive: set[str] = set()
 
     @property
@@ -89,23 +91,22 @@ class GatedLayers:
         self._processors_in_loop = self._processors()
         gates = {name: self._find_gate(layer.processor) for name, layer in self._modules.items()}
         self._name_by_slot = {gate.slot: name for name, gate in gates.items() if gate is not None}
+        cross = set(self._cross_attention_names())
+        self._cross_by_name = {name: slot for slot, name in self._name_by_slot.items() if name in cross}
         return [
             name
             for name, layer in self._modules.items()
-            if gates[name] is None
-            and (self.layout.is_cross_attention(name, layer) or not self._is_batch_safe(name, layer))
+            if gates[name] is None and (name in cross or not self._is_batch_safe(name, layer))
         ]
 
     def set_active(self, arguments: Mapping[str, Any]) -> None:
         """A forward with these arguments begins: note the layers that do not run in it."""
-        self._inactive = {name for name in self._modules if self.layout.is_inactive(name, arguments)}
+        may_not_run = self._modules if self.layout.optional_layers else ()
+        self._inactive = {name for name in may_not_run if self.layout.is_inactive(name, arguments)}
 
     def required(self) -> dict[str, Slot]:
         """The gates of active cross-attention: each has to have an output cached before one half is skipped."""
-        active = {slot: name for slot, name in self._name_by_slot.items() if name not in self._inactive}
-        return {
-            name: slot for slot, name in active.items() if self.layout.is_cross_attention(name, self._modules[name])
-        }
+        return {name: slot for name, slot in self._cross_by_name.items() if name not in self._inactive}
 
     def module_of(self, slot: Slot) -> Any:
         """The layer of a gate."""

@@ -63,6 +63,7 @@ class StepCounter:
         self._pass = 0
         self._forwards = 0
         self.last_index: int | None = None
+        self._planned: Timeline | None = None
         self.set_timeline(timeline)
 
     def set_timeline(self, timeline: Timeline) -> None:
@@ -72,7 +73,9 @@ class StepCounter:
                 f"T-GATE: gate_step={self._schedule.gate_step} is a share of the steps, but the pipeline does not say "
                 "how many it runs (it never sets `num_timesteps`): pass gate_step as a number of steps."
             )
-        self.timeline = timeline
+        if timeline == self._planned:
+            return
+        self._planned = self.timeline = timeline
         self.plan = self._schedule.plan(timeline.steps)
         self.gate_step = self._schedule.resolve_gate_step(timeline.steps)
 

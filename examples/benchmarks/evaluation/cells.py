@@ -1,5 +1,6 @@
 """The yardstick's cells: a solver, a spacing, a number of steps and a method, drawn once and kept as JSON."""
 
+import ast
 import contextlib
 import dataclasses
 import io
@@ -46,8 +47,8 @@ def arguments(setting: str) -> dict[str, Any]:
     for part in filter(None, setting.split(",")):
         name, _, value = part.partition("=")
         try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
+            found[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
             found[name] = value
     return found
 

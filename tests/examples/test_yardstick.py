@@ -150,7 +150,7 @@ def test_times_by_hand_are_those_of_the_argument_where_there_is_one(bench, solve
     [
         ("plain", "", (6, 0, 0)),
         ("tgate", "gate_step=2", (2, 4, 0)),
-        ("tgate", "gate_step=2,cross_attention=false", (2, 4, 0)),
+        ("tgate", "gate_step=2,cross_attention=False", (2, 4, 0)),
         ("tgate", "tolerance=2", None),
         ("held", "0.4", (2, 4, 0)),
         ("alternate", "2", (3, 3, 0)),

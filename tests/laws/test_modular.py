@@ -609,14 +609,20 @@ def test_text_that_a_block_exchanges_gets_a_full_step_where_guidance_is_predicte
     assert not caplog.records
 
 
-@pytest.mark.slow
-@pytest.mark.thorough
-def test_a_classic_pipeline_with_a_guider_is_gated_by_it():
-    pipe, embeds = hunyuan(), {}
+def hunyuan_embeds():
+    """The text of both halves, for both text encoders."""
+    embeds = {}
     for name, seed in (("", 100), ("negative_", 200)):
         for suffix in ("", "_2"):
             embeds[f"{name}prompt_embeds{suffix}"] = seeded((1, 5, 8), seed + len(suffix))
             embeds[f"{name}prompt_embeds_mask{suffix}"] = torch.ones(1, 5, dtype=torch.long)
+    return embeds
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_a_classic_pipeline_with_a_guider_is_gated_by_it():
+    pipe, embeds = hunyuan(), hunyuan_embeds()
 
     def run():
         size = {"height": 32, "width": 32, "num_frames": 5, "output_type": "latent"}
@@ -643,11 +649,7 @@ def test_a_classic_pipeline_with_a_guider_is_gated_by_it():
 def test_a_classic_pipeline_with_a_guider_of_another_kind_is_forecast():
     if not hasattr(diffusers, "HunyuanImagePipeline"):
         pytest.skip("this diffusers has no Hunyuan-Image")
-    pipe, embeds = hunyuan_image(), {}
-    for name, seed in (("", 100), ("negative_", 200)):
-        for suffix in ("", "_2"):
-            embeds[f"{name}prompt_embeds{suffix}"] = seeded((1, 5, 8), seed + len(suffix))
-            embeds[f"{name}prompt_embeds_mask{suffix}"] = torch.ones(1, 5, dtype=torch.long)
+    pipe, embeds = hunyuan_image(), hunyuan_embeds()
 
     def run():
         size = {"height": 64, "width": 64, "output_type": "latent"}

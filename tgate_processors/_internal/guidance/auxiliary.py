@@ -84,8 +84,9 @@ class AuxiliaryCalls:
             del self._seen[self._index :]
         if self._index == len(self._seen):
             self._seen.append((settings, OutputForecaster()))
-        forecaster = self._seen[self._index][1]
-        errors = self._errors_of(forecaster.forecast_parts(position), parts, scales) if forecaster.has_history else None
+        forecaster, errors = self._seen[self._index][1], None
+        if forecaster.has_history and self._off is not None:
+            errors = self._errors_of(self._off, forecaster.forecast_parts(position), parts, scales)
         forecaster.record(position, parts)
         forecaster.record_template(output, list(parts))
         self._index += 1
@@ -106,14 +107,16 @@ class AuxiliaryCalls:
 
         return forecaster.make_output(write)
 
+    @staticmethod
     def _errors_of(
-        self, forecast: Sequence[torch.Tensor], parts: Sequence[torch.Tensor], scales: Sequence[float]
+        half: tuple[list[torch.Tensor], list[torch.Tensor]],
+        forecast: Sequence[torch.Tensor],
+        parts: Sequence[torch.Tensor],
+        scales: Sequence[float],
     ) -> torch.Tensor | None:
         """How far off the guided output would have been by the difference from the conditional half."""
-        if self._off is None:
-            return None
         errors = []
-        for off, guided, predicted, computed, scale in zip(*self._off, forecast, parts, scales, strict=True):
+        for off, guided, predicted, computed, scale in zip(*half, forecast, parts, scales, strict=True):
             own = predicted.float() - computed.float()
             if own.shape != off.shape:
                 return None

@@ -133,7 +133,7 @@ class DenoiserCFG(CFGForm):
         if self._forecaster is None:
             return
         errors = self._auxiliary.record(call.position, settings, call.output, self._parts_of(call), scales)
-        if errors is not None and self._schedule.is_auto:
+        if errors is not None:
             self._add_errors("forecast", errors)
 
     def forecast_auxiliary(self, call: ComputedCall, settings: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from ..plan.adaptive import StepErrors
 from ..plan.report import TGateReport
-from ..plan.report_builder import ReportBuilder
+from ..plan.report_builder import NO_LAYER_COUNTS, ReportBuilder
 from ..plan.schedule import TGateSchedule
 from ..plan.step_plan import Level
 from ..plan.steps import StepCounter, Timeline
@@ -19,8 +19,6 @@ from .halves_cfg import HalvesCFG
 
 LevelLetter = Literal["F", "H", "-"]
 
-# No attention layer is gated: none computes, and none reuses, what could be counted.
-_NO_LAYER_COUNTS = ((False, False), (False, False))
 _SETTINGS = ("num_inference_steps", "tolerance", "forecast", "plan")
 _DONE = ("levels", "prediction_errors", "forecast_errors", "peak_bytes")
 _STATE = (*_SETTINGS, *_DONE, "guidance_scale", "guided", "known_from", "shape")
@@ -282,7 +280,7 @@ class TGateLoop:
         self._counter.end_pass(level=level, errors=errors)
         self._cfg.end_step()
         nbytes = self._cfg.nbytes if held is None else held
-        self._report_builder.add_pass(self._counter, step, level=level, counts=_NO_LAYER_COUNTS, cached_bytes=nbytes)
+        self._report_builder.add_pass(self._counter, step, level=level, counts=NO_LAYER_COUNTS, cached_bytes=nbytes)
 
     def _check_between_steps(self, name: str) -> None:
         """Refuse a call within a step."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..plan.adaptive import MIN_HISTORY, StepErrors
 from ..plan.forward_plan import NO_FORWARD, CachedPart, CacheKey, ForwardContext, ForwardPlan, plan_forward
 from ..plan.report import TGateReport
-from ..plan.report_builder import ReportBuilder
+from ..plan.report_builder import NO_LAYER_COUNTS, ReportBuilder
 from ..plan.schedule import TGateSchedule
 from ..plan.step_plan import Level
 from ..plan.steps import StepCounter, Timeline
@@ -53,7 +53,7 @@ class _Simulation:
         plan = self._plan()
         denoiser, step = self._denoiser, self._counter.step_index
         if plan.level is Level.FORECAST:
-            denoiser.counts = ((False, False), (False, False))
+            denoiser.counts = NO_LAYER_COUNTS
         else:
             self.macs += denoiser.forward(plan, self._batch_size if plan.halves_batch else self._rows)
         if plan.marks_cache:

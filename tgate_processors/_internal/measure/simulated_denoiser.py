@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ..attention.budget import MemoryBudget
 from ..plan.forward_plan import CachedPart, CacheKey, ForwardPlan
+from ..plan.report_builder import NO_LAYER_COUNTS
 from ..plan.step_plan import Action
 from .macs import DenoiserProfile, MACs
 
@@ -35,7 +36,7 @@ class SimulatedDenoiser:
         self._budget: MemoryBudget[int] | None = None if max_memory is None else MemoryBudget(max_memory)
         self.cached = _Cached()
         self.uncached_bytes = 0
-        self.counts = ((False, False), (False, False))
+        self.counts = NO_LAYER_COUNTS
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

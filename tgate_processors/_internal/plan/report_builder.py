@@ -10,6 +10,9 @@ from .report import TGateReport
 from .step_plan import Level
 from .steps import StepCounter
 
+# What `add_pass` gets where no attention layer has computed or reused anything, or none is gated.
+NO_LAYER_COUNTS = ((False, False), (False, False))
+
 
 class ReportBuilder:
     """

@@ -11,6 +11,7 @@ from ..attention.state import TGateState
 from ..caches.foreign_forwards import ForeignForwards
 from ..denoiser.inputs import differs, is_latents
 from ..guidance.halves_cfg import HalvesCFG
+from ..plan.report_builder import NO_LAYER_COUNTS
 from ..plan.step_plan import Level, Phase, StepPlan
 from ..plan.steps import StepCounter, Timeline
 from .base import Run
@@ -23,9 +24,6 @@ from .messages import (
     warn_ungated_processors,
 )
 from .ranks import Agreement
-
-# No attention layer is gated: none computes, and none reuses, what could be counted.
-_NO_LAYER_COUNTS = ((False, False), (False, False))
 
 
 class GuiderRun(Run[HalvesCFG]):
@@ -245,7 +243,7 @@ class GuiderRun(Run[HalvesCFG]):
         if loop.is_finished:
             self._restart_guidance(loop)
         if counts:
-            self._report_builder.add_pass(loop, step, level=level, counts=_NO_LAYER_COUNTS, cached_bytes=self.nbytes)
+            self._report_builder.add_pass(loop, step, level=level, counts=NO_LAYER_COUNTS, cached_bytes=self.nbytes)
         if guided and self._can_skip_half:
             warn_gate_too_late(self._state, self._call, loop, gates_cross=False)
 

@@ -77,9 +77,9 @@ class InterceptedRun(PipelineRun):
             return self._take_skipped_output(loop)
         if self._planner.plan.level is Level.FORECAST and loop.forwards_in_pass:
             inputs = read_inputs(module, args, kwargs)
-            known = self._auxiliary_scale(inputs) is not None
-            call = self._computed_call(loop, None, inputs)
-            return self._cfg.forecast_auxiliary(call, _settings_of_auxiliary(inputs)) if known else None
+            if self._auxiliary_scale(inputs) is None:
+                return None
+            return self._cfg.forecast_auxiliary(self._computed_call(loop, None, inputs), _settings_of_auxiliary(inputs))
         if not self._is_forecast_step(loop):
             return None
         inputs = read_inputs(module, args, kwargs)

@@ -16,6 +16,7 @@ from ..guidance.batch_check import CFGBatchCheck
 from ..guidance.batched_cfg import BatchedCFG
 from ..guidance.denoiser_cfg import DenoiserCFG
 from ..guidance.sequential_cfg import SequentialCFG
+from ..plan.report_builder import NO_LAYER_COUNTS
 from ..plan.step_plan import Level
 from ..plan.steps import StepCounter
 from .base import Run
@@ -24,9 +25,6 @@ from .denoisers import DenoiserCaches
 from .messages import RunWarnings
 from .planner import ForwardPlanner
 from .ranks import agreement_of
-
-# No layer has computed or reused anything.
-_NOTHING = ((False, False), (False, False))
 
 
 class LoopRun(Run[DenoiserCFG]):
@@ -227,7 +225,7 @@ class LoopRun(Run[DenoiserCFG]):
             loop,
             step,
             level=level,
-            counts=_NOTHING if level is Level.FORECAST else first.last_forward_counts(),
+            counts=NO_LAYER_COUNTS if level is Level.FORECAST else first.last_forward_counts(),
             cached_bytes=self.nbytes,
             cached_layers=kept,
         )

@@ -10,7 +10,7 @@ import torch
 
 from examples.benchmarks import gains
 from tests.support.paths import ROOT
-from tests.zoo.case import TIERS
+from tests.zoo.case import IS_OLD, TIERS
 from tests.zoo.catalogue import BY_NAME
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report
 
@@ -92,16 +92,23 @@ def gains_of(name):
     return next((row for row in gains.ROWS if begin and row["model"].startswith(begin)), None)
 
 
+def known(name):
+    """A class of diffusers, where this version has it as the rows were counted."""
+    if not hasattr(diffusers, name):
+        pytest.skip("this diffusers has no such model")
+    if IS_OLD and name == "HunyuanVideoTransformer3DModel":
+        pytest.skip("this diffusers reads the length of the text, which needs values")
+    return getattr(diffusers, name)
+
+
 @functools.cache
 def denoiser(name):
     """The denoiser of a row, without weights."""
     with torch.device("meta"):
         if found := of(DENOISERS, name):
-            if not hasattr(diffusers, found[0]):
-                pytest.skip("this diffusers has no such model")
-            return getattr(diffusers, found[0])(**found[1])
+            return known(found[0])(**found[1])
         if row := gains_of(name):
-            return getattr(diffusers, row["class"])(**row["config"])
+            return known(row["class"])(**row["config"])
         if name.startswith("AnimateDiff"):
             return diffusers.UNetMotionModel.from_unet2d(denoiser("SD-1.5"), diffusers.MotionAdapter())
         config = CONFIGS[name.removeprefix("LCM with ").split(",")[0]]

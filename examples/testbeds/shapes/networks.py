@@ -148,6 +148,10 @@ def pipeline(vae: AutoencoderKL, text_encoder: nn.Module, denoiser: nn.Module, t
 
 def save(pipe: DiffusionPipeline, folder: Path, tokenizer_folder: Path) -> None:
     """Write a pipeline in half precision, so that transformers 4 and 5 both load it."""
+    # Older versions do not write weights that training has left in another order.
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.to(memory_format=torch.contiguous_format)
     pipe.to(torch.float16).save_pretrained(folder)
     # Version 4 does not find CLIP's weights without this prefix; version 5 takes them either way.
     file = folder / "text_encoder" / "model.safetensors"

@@ -1,5 +1,6 @@
 """Emoji as a testbed: captions and pictures from the packages, latents, training and scores."""
 
+import csv
 import io
 import json
 import sys
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
-from examples.testbeds import train_emoji
+from examples.testbeds import score_emoji, train_emoji
 from examples.testbeds.emoji import data, glyphs, networks
 from examples.testbeds.emoji.judge import Judge, backgrounds, network, returned
 from examples.testbeds.emoji.scenes import BACKGROUNDS, Scene, draw
@@ -23,6 +24,8 @@ from tests.support.paths import ROOT
 MODEL = ROOT / "examples" / "models" / "emoji-sd"
 APP = typer.Typer()
 APP.command()(train_emoji.main)
+SCORER = typer.Typer()
+SCORER.command()(score_emoji.main)
 SHORT = ["--smoke", "--copies", "1", "--batch-size", "4", "--steps", "3", "--reader-steps", "2", "--decoder-steps", "2"]
 SHORT += ["--save-every", "1", "--device", "cpu"]
 # Name, shorter names, subcategory, and whether both vendors have drawn it.
@@ -167,6 +170,35 @@ def test_the_judge_reads_real_glyphs_and_tells_how_far_pictures_are_apart(packag
     assert torch.equal(same, torch.zeros(8))
     assert (moved > 0).all()
     assert (moved < other).all()
+
+
+@pytest.mark.slow
+def test_pictures_are_scored_without_and_with_tgate(packages, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    options = [
+        "--packages",
+        str(packages),
+        "--captions",
+        "3",
+        "--steps",
+        "4",
+        "--guidance-scale",
+        "3",
+        "--device",
+        "cpu",
+    ]
+    options += ["--gate-step", "2", "--gate-step", "FFFH", "--sheet", str(tmp_path / "sheet.png")]
+    done = CliRunner().invoke(SCORER, [*options, "--output", str(tmp_path / "scores.csv")], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "scores.csv").open() as stream:
+        rows = {row["guidance"]: row for row in csv.DictReader(stream)}
+    drawn = ["3", "3, gate_step=2", "3, gate_step=FFFH"]
+    assert list(rows) == ["real glyphs", "through the autoencoder", *drawn]
+    assert rows["real glyphs"]["background"] == "100.0%"
+    # Every row is of pictures of its own.
+    assert len({rows[name]["distance to real glyphs"] for name in drawn}) == 3
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 64
 
 
 def test_the_trained_pipeline_is_small_and_draws_the_background_that_is_asked_for():

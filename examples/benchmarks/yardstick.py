@@ -34,8 +34,6 @@ from examples.benchmarks.tables import print_table, write_table
 GATED_SOLVERS = ["dpm-2", "unipc", "ddim", "euler"]
 GATED_STEPS = [8, 10, 13, 16, 20, 25, 32, 40]
 PLAIN_STEPS = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16, 18, 20, 22, 25, 28, 32, 40]
-# The best of few captions need not be the best of all: so many of each kind with each number of steps go on to all.
-CONTENDERS = 3
 # The comparison in print: what names a row, and its figures.
 ROW = ["run", "steps", "method", "setting"]
 COLUMNS = ["cost", "full", "half", "forecast", "psnr", "ahead of as many"]
@@ -64,7 +62,7 @@ def gated_cells(
 
 
 def measure_plain(
-    bench: Bench, cells: list[Cell], needed: list[Cell], screen: int, batch_size: int
+    bench: Bench, cells: list[Cell], needed: list[Cell], screen: int, number: int, batch_size: int
 ) -> tuple[pd.DataFrame, dict[str, str]]:
     """All plain runs, or those that few captions show to be the best and those that are needed; what is impossible."""
     everything = range(len(bench.captions))
@@ -73,7 +71,7 @@ def measure_plain(
         few = everything[:: -(-len(everything) // screen)]
         seen = [bench.measure(cell, few, batch_size, "screen") for cell in track(cells, "Plain, few captions")]
         impossible = refused(seen)
-        best = contenders(table(seen), CONTENDERS)[["solver", "spacing", "steps"]]
+        best = contenders(table(seen), number)[["solver", "spacing", "steps"]]
         cells = [Cell(*row) for row in best.itertuples(index=False)]
     cells = list(dict.fromkeys([*cells, *needed]))
     found = [bench.measure(cell, everything, batch_size) for cell in track(cells, "Plain")]
@@ -134,6 +132,9 @@ def main(
     captions: Annotated[int, typer.Option(min=2, help="Number of captions.")] = 500,
     prompts: Annotated[str, typer.Option(help="'shapes', or a text file with a caption a line.")] = "shapes",
     screen: Annotated[int, typer.Option(min=2, help="Captions by which the best plain runs are chosen.")] = 12,
+    finalists: Annotated[
+        int, typer.Option(min=1, help="Plain runs with each number of steps and kind of spacing that go on to all.")
+    ] = 3,
     solver: Annotated[list[str] | None, typer.Option(help=f"Of the gated runs; {', '.join(GATED_SOLVERS)}.")] = None,
     spacing: Annotated[list[str] | None, typer.Option(help="Of the gated runs; the pipeline's own.")] = None,
     steps: Annotated[list[int] | None, typer.Option(min=2, help=f"Of the gated runs; {GATED_STEPS}.")] = None,
@@ -170,7 +171,7 @@ def main(
     bench.refer(reference_steps, plain_batch_size)
     needed = [Cell(cell.solver, cell.spacing, cell.steps) for cell in gated]
     cells = plain_cells(plain_solvers, plain_steps or PLAIN_STEPS)
-    plain, impossible = measure_plain(bench, cells, needed, screen, plain_batch_size)
+    plain, impossible = measure_plain(bench, cells, needed, screen, finalists, plain_batch_size)
     sizes = dict.fromkeys(FIXED, plain_batch_size)
     rows = [
         bench.measure(cell, range(captions), sizes.get(cell.method, batch_size))

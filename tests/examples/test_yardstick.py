@@ -250,19 +250,21 @@ def test_what_no_scorer_reads_has_distances_all_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_few_captions_choose_the_plain_runs_that_all_are_drawn_for(tmp_path, bench, monkeypatch):
+@pytest.mark.parametrize("finalists", [1, 3])
+def test_few_captions_choose_the_plain_runs_that_all_are_drawn_for(tmp_path, bench, monkeypatch, finalists):
     monkeypatch.setattr(bench, "folder", tmp_path)
     monkeypatch.setattr(bench, "captions", bench.captions * 2)
     monkeypatch.setattr(bench, "scenes", bench.scenes * 2)
     bench.refer(6, 4)
     cells = yardstick.plain_cells(["unipc"], [3])
     needed = [Cell("ddim", "trailing", 3)]
-    plain, impossible = yardstick.measure_plain(bench, cells, needed, 2, 4)
+    plain, impossible = yardstick.measure_plain(bench, cells, needed, 2, finalists, 4)
     assert len(list(tmp_path.glob("screen/*"))) == len(cells)
-    assert plain.groupby("kind").size().to_dict() == {"offered": 3 + 1, "by hand": 3}
+    assert plain.groupby("kind").size().to_dict() == {"offered": finalists + 1, "by hand": finalists}
     assert set(plain.solver) == {"unipc", "ddim"}
+    (best,) = contenders(plain[(plain.solver == "unipc") & (plain.kind == "offered")], 1).spacing
     few, everything = (
-        json.loads((tmp_path / folder / "unipc-trailing-3-plain.json").read_text()) for folder in ("screen", "cells")
+        json.loads((tmp_path / folder / f"unipc-{best}-3-plain.json").read_text()) for folder in ("screen", "cells")
     )
     assert (len(few["psnr"]), len(everything["psnr"])) == (2, 4)
     assert few["psnr"] == pytest.approx(everything["psnr"][::2], abs=1e-2)

@@ -1,6 +1,9 @@
 """A report as people read it: lines, a table, a figure."""
 
+import pickle
+
 import pytest
+from matplotlib.figure import Figure
 
 from tgate_processors import TGateReport
 
@@ -66,3 +69,14 @@ def test_the_figure_of_a_fixed_plan_has_bars_only(tmp_path):
     figure.savefig(tmp_path / "plan.png")
     with pytest.raises(ValueError, match=r"of a run, got one without steps\. Call the pipeline first"):
         TGateReport().plot()
+
+
+@pytest.mark.parametrize("inline", [False, True], ids=["fresh", "%matplotlib inline"])
+def test_a_notebook_shows_the_figure_as_a_picture(inline):
+    formatters = pytest.importorskip("IPython.core.formatters").DisplayFormatter()
+    if inline:
+        # What the magic registers: it goes before the figure's own way.
+        formatters.formatters["image/png"].for_type(Figure, lambda figure: b"inline")
+    figure = pickle.loads(pickle.dumps(RUN.plot()))
+    shown = formatters.format(figure)[0]["image/png"]
+    assert shown == b"inline" if inline else shown.startswith(b"\x89PNG")

@@ -63,11 +63,11 @@ class TGateConvergence:
         Draw the changes and the errors over the steps, as Figure 2 of the paper does for cross-attention.
 
         Returns:
-            `matplotlib.figure.Figure`: The figure; `.savefig(path)` writes it.
+            `matplotlib.figure.Figure`: The figure. Notebooks show it; `.savefig(path)` writes it.
         """
-        from matplotlib.figure import Figure
+        from ..plan.notebook_figure import NotebookFigure
 
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = NotebookFigure(figsize=(7, 4), layout="constrained")
         axis = figure.subplots()
         axis.plot(self.layers, color="lightgrey", linewidth=0.7)
         for name, label in (

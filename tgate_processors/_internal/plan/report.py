@@ -86,6 +86,6 @@ class TGateReport:
         Draw the level of each step as a bar, and the measured errors over the steps.
 
         Returns:
-            `matplotlib.figure.Figure`: The figure; `.savefig(path)` writes it.
+            `matplotlib.figure.Figure`: The figure. Notebooks show it; `.savefig(path)` writes it.
         """
         return figure_of(self)

@@ -46,11 +46,11 @@ def html_of(report: TGateReport) -> str:
 
 def figure_of(report: TGateReport) -> matplotlib.figure.Figure:
     """The levels of a report as coloured bars, and its errors over the steps."""
-    from matplotlib.figure import Figure
+    from .notebook_figure import NotebookFigure
 
     if not report.num_inference_steps:
         raise ValueError("the report must be of a run, got one without steps. Call the pipeline first.")
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    figure = NotebookFigure(figsize=(7, 3.5), layout="constrained")
     above, below = figure.subplots(2, sharex=True, height_ratios=(5, 1))
     for label, errors in (("forecast", report.forecast_errors), ("predicted guidance", report.prediction_errors)):
         if errors:

@@ -180,7 +180,7 @@ def test_nothing_is_guidance_alone_and_enough_is_as_without(case: Case, settings
 
 def given_to(case):
     """The arguments of `estimate_cost` that a case's inputs are as large as."""
-    if case.name in BY_NAME:
+    if not case.pipeline:
         return sizes(case)
     size = {name: number for name, number in case.size.items() if name in ("height", "width", "num_frames")}
     return {**size, **COSTS.get(case.name, COUNTED), "batch_size": 1}

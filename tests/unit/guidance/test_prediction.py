@@ -128,8 +128,8 @@ def plan(tolerance, errors, interval=1):
     A cache repeats all steps, `r`, but each `interval`-th.
     """
     pace, steps, left = AdaptiveController(tolerance), "", list(errors)
-    while left or pace.next_level() is Level.HALF:
-        level = pace.next_level()
+    while left or pace.next_level(25) is Level.HALF:
+        level = pace.next_level(25)
         if len(steps) % interval:
             steps += "r"
             pace.end_step(Level.HALF, computed=False)

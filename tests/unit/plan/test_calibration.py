@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from tgate_processors._internal.plan.adaptive import MAX_FORECAST_STEPS, MAX_GAP, StepErrors
+from tgate_processors._internal.plan.adaptive import StepErrors
 from tgate_processors._internal.plan.calibration import cost_of, improve_levels, plan_levels
 
 HALF = 0.4
@@ -23,11 +23,11 @@ def error_of(levels, errors):
     for step, letter in enumerate(levels):
         difference = (errors[step].difference or 0.0) * (step - full)
         if letter != "F":
-            if errors[step].forecast is None or step - full > MAX_GAP:
+            if errors[step].forecast is None or step - full > 6:
                 return None
             total += difference**2
         if letter == "-":
-            if step - last > MAX_FORECAST_STEPS or step == len(levels) - 1:
+            if step - last > 3 or step == len(levels) - 1:
                 return None
             total += (errors[step].forecast * (step - last) * (step - before) / 2) ** 2
         else:
@@ -51,13 +51,15 @@ def test_no_plan_that_costs_as_little_has_a_smaller_error(seed, guided, budget):
     assert error_of(levels, errors) == pytest.approx(best)
 
 
-def test_no_more_than_six_steps_lie_between_two_full_ones():
-    errors = [StepErrors(), StepErrors(), *(StepErrors(0.0, 0.0) for _ in range(18))]
-    levels = plan_levels(errors, 20, HALF)
+@pytest.mark.parametrize(("steps", "limit"), [(20, 6), (50, 12)])
+def test_steps_between_two_full_ones_are_limited(steps, limit):
+    errors = [StepErrors(), StepErrors(), *(StepErrors(0.0, 0.0) for _ in range(steps - 2))]
+    levels = plan_levels(errors, steps, HALF)
     cheapest = plan_levels(errors, 12, HALF)
     for each in (levels, cheapest):
         full = [step for step, letter in enumerate(each) if letter == "F"]
-        assert max(b - a for a, b in itertools.pairwise([*full, len(each)])) <= MAX_GAP + 1
+        assert max(b - a for a, b in itertools.pairwise([*full, len(each)])) <= limit + 1
+        assert "-" * (limit // 2 + 1) not in each
     assert cheapest.count("F") < 6
 
 

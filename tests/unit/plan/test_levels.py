@@ -7,8 +7,7 @@ import pytest
 from tgate_processors import TGateSchedule
 from tgate_processors._internal.plan.adaptive import (
     HALF_STEP_SHARE,
-    MAX_FORECAST_STEPS,
-    MAX_GAP,
+    GapLimits,
     LevelController,
     StepErrors,
 )
@@ -19,7 +18,7 @@ def levels(tolerance, forecast, difference=0.0, steps=24, *, guided=True):
     """The levels of a run whose errors these functions of the steps between give, as in a run without noise."""
     controller, found, computed, full = LevelController(tolerance), "", [], []
     for step in range(steps):
-        level = controller.next_level(guided=guided, is_last=step == steps - 1)
+        level = controller.next_level(steps, guided=guided, is_last=step == steps - 1)
         found += level.value
         errors = StepErrors()
         if level is not Level.FORECAST:
@@ -50,13 +49,15 @@ def test_what_is_no_number_or_too_large_keeps_every_step_full(error):
     assert levels(1.0, error, guided=False) == "F" * 24
 
 
-def test_without_error_the_longest_gaps():
-    found = levels(1.0, 0.0)
-    assert max(map(len, found.replace("H", "F").split("F"))) == MAX_FORECAST_STEPS
-    assert max(map(len, found.split("F"))) == MAX_GAP
+@pytest.mark.parametrize(("steps", "forecast"), [(12, 3), (25, 3), (31, 3), (32, 4), (40, 5), (50, 6), (100, 6)])
+def test_without_error_the_longest_gaps(steps, forecast):
+    found, unguided = levels(1.0, 0.0, steps=steps), levels(1.0, 0.0, steps=steps, guided=False)
+    assert max(map(len, found.replace("H", "F").split("F"))) == forecast
+    assert max(map(len, found.split("F"))) == 2 * forecast
     # No half steps without guidance.
-    assert "H" not in levels(1.0, 0.0, guided=False)
-    assert max(map(len, levels(1.0, 0.0, guided=False).split("F"))) == MAX_FORECAST_STEPS
+    assert "H" not in unguided
+    assert max(map(len, unguided.split("F"))) == forecast
+    assert GapLimits.of(steps) == (forecast, 2 * forecast)
 
 
 def test_the_last_step_is_not_forecast():
@@ -87,11 +88,11 @@ def test_both_errors_together_decide_about_a_forecast():
 def test_a_rate_comes_from_the_last_error():
     controller = LevelController(1.0)
     for errors in (StepErrors(), StepErrors(), StepErrors(9.0, 9.0)):
-        assert controller.next_level() is Level.FULL
+        assert controller.next_level(25) is Level.FULL
         controller.end_step(Level.FULL, errors)
-    assert controller.next_level() is Level.FULL
+    assert controller.next_level(25) is Level.FULL
     controller.end_step(Level.FULL, StepErrors(0.1, 0.1))
-    assert controller.next_level() is Level.FORECAST
+    assert controller.next_level(25) is Level.FORECAST
 
 
 def test_the_plan_of_a_run_that_forecasts_is_the_shortest():

@@ -81,7 +81,7 @@ class ConvergenceProbe:
     def on_call_end(self, schedules: Sequence[TGateSchedule]) -> None:
         """A call has ended: find the steps that each tolerance leads to, and release cached tensors."""
         for schedule in schedules:
-            levels = "".join(self._levels_of(schedule, passes) for passes in self._loops)
+            levels = "".join(self._levels_of(schedule, passes, self.steps) for passes in self._loops)
             # Steps without guidance are full.
             self._levels[schedule.tolerance].append(levels.ljust(self.steps, Level.FULL.value))
         self._loops = [[]]
@@ -99,14 +99,14 @@ class ConvergenceProbe:
         return full, forecast, gate, self.steps / (full + halves * half)
 
     @staticmethod
-    def _levels_of(schedule: TGateSchedule, passes: Sequence[GuidedForward]) -> str:
+    def _levels_of(schedule: TGateSchedule, passes: Sequence[GuidedForward], num_inference_steps: int) -> str:
         """The levels of the steps of a loop, if it went on as without T-GATE."""
         assert schedule.tolerance is not None
         controller, differences = LevelController(schedule.tolerance), GuidancePredictor(measures_errors=True)
         outputs, levels = OutputForecaster(), ""
         steps = sorted({each.step for each in passes})
         for step in steps:
-            level = controller.next_level(is_last=step == steps[-1])
+            level = controller.next_level(num_inference_steps, is_last=step == steps[-1])
             levels += level.value
             measured: dict[str, list[float]] = {"difference": [], "forecast": []}
             for each in (each for each in passes if each.step == step and level is not Level.FORECAST):

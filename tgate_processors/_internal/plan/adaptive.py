@@ -9,9 +9,10 @@ from .step_plan import Level
 
 # Half steps in a row, at most.
 MAX_HALF_STEPS = 4
-# Forecast steps in a row, at most, and steps between two full ones.
-MAX_FORECAST_STEPS = 3
-MAX_GAP = 6
+# Forecast steps in a row, at most: an eighth of the steps, but no fewer and no more than these. Twice as many lie
+# between two full ones.
+FORECAST_LIMITS = (3, 6)
+FORECAST_SHARE = 8
 # A prediction takes this many differences of the two halves, so it is measured once as many have been computed.
 # A forecast takes as many outputs.
 MIN_HISTORY = 2
@@ -35,6 +36,26 @@ class StepErrors(NamedTuple):
 
 
 NO_ERRORS = StepErrors()
+
+
+class GapLimits(NamedTuple):
+    """
+    How many steps predictions may bridge.
+
+    Args:
+        forecast (`int`): Forecast steps in a row.
+        between_full (`int`): Steps between two full ones.
+    """
+
+    forecast: int
+    between_full: int
+
+    @classmethod
+    def of(cls, num_inference_steps: int) -> GapLimits:
+        """The limits of a run: the more steps it has, the nearer they are to each other."""
+        least, most = FORECAST_LIMITS
+        forecast = min(max(least, num_inference_steps // FORECAST_SHARE), most)
+        return cls(forecast, 2 * forecast)
 
 
 class AdaptiveController:
@@ -63,7 +84,7 @@ class AdaptiveController:
         """Whether any error is small enough for a half step."""
         return self._tolerance > 0
 
-    def next_level(self, *, guided: bool = True, is_last: bool = False) -> Level:
+    def next_level(self, num_inference_steps: int, *, guided: bool = True, is_last: bool = False) -> Level:
         """The level of the step that runs now."""
         return Level.HALF if self._remaining else Level.FULL
 
@@ -125,20 +146,22 @@ class LevelController:
         """Whether any error is small enough for a step that is not full."""
         return self._tolerance > 0
 
-    def next_level(self, *, guided: bool = True, is_last: bool = False) -> Level:
+    def next_level(self, num_inference_steps: int, *, guided: bool = True, is_last: bool = False) -> Level:
         """
         The level of the step that runs now.
 
         Args:
+            num_inference_steps (`int`): Steps of the whole loop.
             guided (`bool`, *optional*, defaults to `True`): Whether it has guidance of two halves.
             is_last (`bool`, *optional*, defaults to `False`): Whether it is the last one, which is not forecast.
         """
         difference = self._difference_error() if guided else 0.0
-        if difference is None or (guided and self._step - (self._full or 0) > MAX_GAP):
+        limits = GapLimits.of(num_inference_steps)
+        if difference is None or (guided and self._step - (self._full or 0) > limits.between_full):
             return Level.FULL
-        forecast = self._forecast_error()
+        forecast = None if is_last else self._forecast_error(limits.forecast)
         # NaN is below no tolerance.
-        if not is_last and forecast is not None and math.hypot(forecast, difference) < self._tolerance:
+        if forecast is not None and math.hypot(forecast, difference) < self._tolerance:
             return Level.FORECAST
         if guided and difference < HALF_STEP_SHARE * self._tolerance:
             return Level.HALF
@@ -170,9 +193,9 @@ class LevelController:
             return None
         return self._difference_rate * (self._step - self._full)
 
-    def _forecast_error(self) -> float | None:
+    def _forecast_error(self, limit: int) -> float | None:
         """What the error of the forecast output would be in this step, if it is known and not too far ahead."""
-        if self._forecast_rate is None or self._step - self._computed[-1] > MAX_FORECAST_STEPS:
+        if self._forecast_rate is None or self._step - self._computed[-1] > limit:
             return None
         return self._forecast_rate * self._forecast_growth(self._step)
 

@@ -6,7 +6,7 @@ import functools
 import random
 from collections.abc import Callable, Sequence
 
-from .adaptive import MAX_FORECAST_STEPS, MAX_GAP, StepErrors
+from .adaptive import GapLimits, StepErrors
 from .step_plan import Level
 
 # Halvings of the price of a full step: enough to tell two plans apart.
@@ -63,6 +63,7 @@ def plan_levels(errors: Sequence[StepErrors], budget: float, half_cost: float) -
 
 def _least_error(errors: tuple[StepErrors, ...], price: float, half_cost: float, *, guided: bool) -> str:
     """The plan with the least sum of squared errors, and of `price` for every full step."""
+    limits = GapLimits.of(len(errors))
 
     @functools.cache
     def rest(step: int, last: int, before: int, full: int) -> tuple[float, str]:
@@ -73,12 +74,12 @@ def _least_error(errors: tuple[StepErrors, ...], price: float, half_cost: float,
         options = [(total + price, Level.FULL.value + levels)]
         now = errors[step]
         known = now.forecast is not None and (now.difference is not None or not guided)
-        if known and step - full <= MAX_GAP:
+        if known and step - full <= limits.between_full:
             difference = (now.difference or 0.0) * (step - full)
             if guided:
                 total, levels = rest(step + 1, step, last, full)
                 options.append((total + price * half_cost + difference**2, Level.HALF.value + levels))
-            if step - last <= MAX_FORECAST_STEPS and step < len(errors) - 1:
+            if step - last <= limits.forecast and step < len(errors) - 1:
                 forecast = (now.forecast or 0.0) / 2 * (step - last) * (step - before)
                 total, levels = rest(step + 1, last, before, full)
                 options.append((total + difference**2 + forecast**2, Level.FORECAST.value + levels))
@@ -135,5 +136,5 @@ def _changed(levels: str, numbers: random.Random) -> str:
 def _is_possible(levels: str) -> bool:
     """Whether the law of errors holds in a plan: two computed steps first, the last one computed, no wide gaps."""
     forecast = Level.FORECAST.value
-    wide = forecast * (MAX_FORECAST_STEPS + 1)
+    wide = forecast * (GapLimits.of(len(levels)).forecast + 1)
     return levels.startswith(2 * Level.FULL.value) and not levels.endswith(forecast) and wide not in levels

@@ -34,7 +34,7 @@ def optimistic_plan(schedule: TGateSchedule, steps: int) -> tuple[StepPlan, ...]
     plan = []
     for step in range(steps):
         has_history, is_last = step >= MIN_HISTORY, step == steps - 1
-        level = controller.next_level(is_last=is_last)
+        level = controller.next_level(steps, is_last=is_last)
         stores = controller.can_skip and has_history and not is_last
         plan.append(adaptive_step(schedule, step, level, stores=stores))
         controller.end_step(level, StepErrors(0.0, 0.0) if has_history else NO_ERRORS)

@@ -106,7 +106,7 @@ class StepCounter:
             return self.plan[self.step_index]
         is_last = self.step_index >= len(self.plan) - 1
         stores = self.controller.can_skip and has_history and not is_last
-        level = self.controller.next_level(guided=guided, is_last=is_last)
+        level = self.controller.next_level(len(self.plan), guided=guided, is_last=is_last)
         if cache_hit:
             level = Level.HALF if was_half else Level.FULL
         return adaptive_step(self._schedule, self.step_index, level, stores=stores)

@@ -1,6 +1,7 @@
 """Forecast steps: the denoiser is not called, and the pipeline gets what its last outputs lead to."""
 
 import copy
+import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -62,6 +63,17 @@ def calls_of(pipe, case):
     if isinstance(getattr(pipe, "controlnet", None), torch.nn.Module):
         pipe.controlnet.register_forward_pre_hook(counting("controlnet"))
     return calls
+
+
+@pytest.mark.parametrize("name", ["sd", slow("wan")])
+@pytest.mark.parametrize(("steps", "limit"), [(31, 3), (40, 5)])
+def test_a_long_run_has_longer_gaps(name, steps, limit):
+    case = BY_NAME[name]
+    pipe = apply_tgate(case.build(), tolerance=math.inf)
+    case.run(pipe, num_inference_steps=steps)
+    levels = get_tgate_report(pipe).levels
+    assert max(map(len, levels.replace("H", "F").split("F"))) == limit
+    assert levels == "".join(step.level.value for step in TGateSchedule().plan(steps))
 
 
 @every

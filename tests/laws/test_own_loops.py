@@ -15,7 +15,7 @@ from tests.support.settings import apply_settings
 from tests.zoo.case import seeded, slow, thorough
 from tests.zoo.catalogue import BY_NAME
 from tests.zoo.core import with_scheduler
-from tgate_processors import TGateLoop, get_tgate_report
+from tgate_processors import TGateLoop, TGateSchedule, get_tgate_report
 
 STEPS = 12
 PLAN = "FF-FH--FH-HF"
@@ -277,6 +277,14 @@ def test_after_forgetting_a_loop_is_a_new_one(settings):
         assert later == [*getattr(new.report, name)]
     for one, two in zip(expected, found, strict=True):
         assert all(map(torch.equal, one, two))
+
+
+def test_a_long_loop_has_longer_gaps():
+    loop = TGateLoop(40, 5.0, tolerance=math.inf)
+    for step in range(40):
+        ran(loop, 1, first=step % STEPS)
+    assert loop.report.levels == "".join(step.level.value for step in TGateSchedule().plan(40))
+    assert "-----" in loop.report.levels
 
 
 @pytest.mark.parametrize("later", [0, 2])

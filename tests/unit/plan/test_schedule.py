@@ -140,3 +140,15 @@ def test_a_file_that_is_no_schedule_says_why(text, message, tmp_path):
 def test_a_file_may_leave_settings_out(tmp_path):
     (tmp_path / "schedule.json").write_text('{"gate_step": "FFH"}')
     assert TGateSchedule.from_json_file(tmp_path / "schedule.json") == TGateSchedule("FFH")
+
+
+@pytest.mark.parametrize(
+    ("setting", "way"),
+    [("gate_step", "__index__"), ("sp_interval", "__index__"), ("tolerance", "__float__"), ("tolerance", "__repr__")],
+)
+def test_too_little_memory_is_not_a_wrong_setting(setting, way):
+    def fails(self):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        TGateSchedule(**{setting: type("Value", (), {way: fails})()})

@@ -104,6 +104,8 @@ def _as_float(value: object) -> float | None:
         return math.inf
     except ValueError:
         return math.nan
+    except MemoryError:
+        raise
     except Exception:
         # Other libraries raise what they like, for a tensor without a value say.
         return None
@@ -115,6 +117,8 @@ def as_int(value: object) -> int | None:
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
+    except MemoryError:
+        raise
     except Exception:
         return None
 
@@ -164,6 +168,8 @@ def shown(value: object) -> str:
     """A value as it is written in a message, of any size."""
     try:
         text = repr(value)
+    except MemoryError:
+        raise
     except Exception:
         # An int of more digits than Python writes out.
         return "..."

@@ -5,7 +5,7 @@ The default tolerance, from what the yardstick measured at several: which one sa
         python -m examples.benchmarks.yardstick --guidance-scale $scale --captions 8 --screen 4 --rival none \
             --tolerance 0.1 --tolerance 0.2 --tolerance 0.3 --output runs/grid-sd-$scale
     done
-    python -m examples.benchmarks.default_tolerance runs/grid-sd-* --output runs/grid.csv
+    python -m examples.benchmarks.default_tolerance runs/grid-sd-* --by guidance_scale --output runs/grid.csv
 """
 
 import json
@@ -16,6 +16,7 @@ import pandas as pd
 import typer
 from rich.console import Console
 
+from examples.benchmarks.loading import one_of
 from examples.benchmarks.tables import check_output, print_table, write_table
 
 WHERE = ["model", "guidance_scale", "solver", "steps"]
@@ -72,16 +73,20 @@ def printed(row: pd.Series) -> list[str]:
 
 def main(
     folders: Annotated[list[Path], typer.Argument(exists=True, file_okay=False, help="What the yardstick wrote.")],
+    by: Annotated[str, typer.Option(help=f"What the lines are for; {', '.join(WHERE)}.")] = "model",
+    solver: Annotated[list[str] | None, typer.Option(help="Of the runs that count; all.")] = None,
     output: Annotated[Path | None, typer.Option(help="Every run, as CSV or Markdown.")] = None,
 ) -> None:
     """Print what each tolerance does, for each testbed and for all, and the one to choose."""
     check_output(output)
+    one_of("by", [by], WHERE)
     runs, console = read(folders), Console()
+    counted = runs[runs.solver.isin(one_of("solver", solver or [*runs.solver], set(runs.solver)))]
     lines = []
-    for name, part in [*runs.groupby("model"), ("all", runs)]:
+    for name, part in [*counted.groupby(by), ("all", counted)]:
         lines += [[f"{name} {row.setting}", *printed(row)] for _, row in by_setting(part).iterrows()]
     print_table(console, "Tolerances", ["", *HEADINGS], lines)
-    console.print(f"Ahead wherever a run can be, with the greatest saving: {chosen(by_setting(runs)) or 'none'}")
+    console.print(f"Ahead wherever a run can be, with the greatest saving: {chosen(by_setting(counted)) or 'none'}")
     if output is not None:
         rows = runs[["setting", *WHERE, *FIGURES]].sort_values([*WHERE, "setting"])
         cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows.to_numpy()]

@@ -68,6 +68,19 @@ def test_the_script_joins_the_folders_and_leaves_rivals_out(tmp_path):
     assert rows[0]["ahead of offered"] == "-3.00"
 
 
+def test_lines_are_for_what_is_asked_and_of_some_solvers(tmp_path):
+    folders = [str(write_folder(tmp_path / f"{scale:g}", "sd", scale)) for scale in (1.0, 7.0)]
+    options = ["--by", "guidance_scale", "--solver", "unipc"]
+    done = CliRunner().invoke(APP, [*folders, *options], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert all(f"{name} tolerance=0.4" in done.output for name in ("1.0", "7.0", "all"))
+    # Without DDIM the largest is ahead everywhere.
+    assert "greatest saving: tolerance=0.4" in done.output
+    done = CliRunner().invoke(APP, [*folders, "--by", "colour"], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert "by='colour' is unknown: pass one of model, guidance_scale, solver, steps" in done.output
+
+
 def test_a_missing_folder_and_another_kind_of_file_are_named(tmp_path):
     folder = str(write_folder(tmp_path / "sd", "sd", 7.0))
     done = CliRunner().invoke(APP, [str(tmp_path / "none")], env={"COLUMNS": "200"})

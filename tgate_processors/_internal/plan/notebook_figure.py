@@ -5,7 +5,7 @@ import io
 from matplotlib.figure import Figure
 
 
-class NotebookFigure(Figure):
+class NotebookFigure(Figure):  # type: ignore[misc, unused-ignore]
     """Shown by notebooks, without `%matplotlib inline` too: matplotlib's own figure is a line of text there."""
 
     def _repr_png_(self) -> bytes:

@@ -57,7 +57,11 @@ def still_works(pipe, baseline):
             '"unconditional" or "conditional", got \'negative\'.',
         ),
         ({"gate": 3}, TypeError, "unexpected keyword argument 'gate'"),
-        ({"deepcache": 3}, TypeError, "deepcache=3 is of type int: pass a DeepCacheSDHelper"),
+        (
+            {"deepcache": 3},
+            TypeError,
+            "`deepcache` must be a DeepCacheSDHelper(pipe) from `pip install DeepCache`, got 3 of type int.",
+        ),
     ],
 )
 def test_a_bad_setting(settings, error, message):

@@ -22,7 +22,7 @@ from .plan.combinations import doubt_of_share, doubt_of_warm_up
 from .plan.report import TGateReport
 from .plan.schedule import GateStep, GuidanceMode, TGateSchedule, as_schedule
 from .plan.step_plan import CFGHalf
-from .plan.validation import is_choice, shown, validate_names, validate_switch
+from .plan.validation import is_choice, unlike, validate_names, validate_switch
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -118,7 +118,7 @@ def apply_tgate(
     max_bytes = validate_max_memory(max_memory, cross_attention)
     cross_attention = gates_cross_attention(cross_attention, max_bytes)
     if not is_choice("custom_processors", custom_processors, "leave", "gate"):
-        raise ValueError(f'`custom_processors` must be "leave" or "gate", got {shown(custom_processors)}.')
+        raise ValueError(unlike("custom_processors", '"leave" or "gate"', custom_processors))
     forwards = validate_custom_forwards(custom_forwards)
     batch_names = validate_names("batch_arguments", batch_arguments)
     state, found = TGateState(schedule, max_bytes, by_hand=False), None

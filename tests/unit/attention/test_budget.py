@@ -281,12 +281,12 @@ def test_the_choice_does_not_depend_on_the_order_in_which_layers_are_met():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"max_memory": "2 apples"}, ValueError, "max_memory='2 apples' is not a size: pass bytes as an int of at"),
-        ({"max_memory": "infGB"}, ValueError, "max_memory='infGB' is not a size: pass bytes"),
-        ({"max_memory": -1}, ValueError, 'max_memory=-1 is not a size: .* or a string with a unit such as "2GB"'),
-        ({"max_memory": True}, TypeError, "max_memory=True is of type bool: pass bytes as an int"),
-        ({"max_memory": 2.5}, TypeError, "max_memory=2.5 is of type float: pass bytes as an int"),
-        ({"max_memory": [1]}, TypeError, r"max_memory=\[1\] is of type list: pass bytes as an int"),
+        ({"max_memory": "2 apples"}, ValueError, "`max_memory` must be bytes as an int .* got '2 apples'"),
+        ({"max_memory": "infGB"}, ValueError, "`max_memory` must be bytes .* got 'infGB'"),
+        ({"max_memory": -1}, ValueError, '`max_memory` must be .* a size with a unit such as "2GB" .* got -1'),
+        ({"max_memory": True}, TypeError, "`max_memory` must be bytes as an int .* got True of type bool"),
+        ({"max_memory": 2.5}, TypeError, "`max_memory` must be bytes as an int .* got 2.5 of type float"),
+        ({"max_memory": [1]}, TypeError, r"`max_memory` must be bytes as an int .* got \[1\] of type list"),
         (
             {"max_memory": "2GB", "cross_attention": False},
             ValueError,

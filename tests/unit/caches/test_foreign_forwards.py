@@ -198,7 +198,7 @@ def test_the_user_may_say_that_it_keeps_nothing(family):
     apply_tgate(pipe, GATE, custom_forwards="gate")
     with on_module(denoiser_of(case, pipe), cached):
         assert torch.equal(case.run(pipe), case.gated(GATE))
-    with pytest.raises(ValueError, match=r'custom_forwards must be "gate" or None, not \'leave\''):
+    with pytest.raises(ValueError, match=r'`custom_forwards` must be "gate" or None, got \'leave\''):
         apply_tgate(pipe, custom_forwards="leave")
 
 

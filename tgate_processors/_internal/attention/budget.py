@@ -8,7 +8,7 @@ from collections.abc import Collection, Hashable, Sequence
 from fractions import Fraction
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from ..plan.validation import as_int, shown
+from ..plan.validation import as_int, shown, unlike
 
 Key = TypeVar("Key", bound=Hashable)
 # The projections of the image's tokens; all others work on those of the text.
@@ -22,16 +22,16 @@ def validate_max_memory(value: Any, cross_attention: bool | None) -> int | None:
     # Here, so that others do not wait for the import.
     from accelerate.utils import convert_file_size_to_int  # type: ignore[import-untyped]
 
-    hint = 'pass bytes as an int of at least 0, or a string with a unit such as "2GB" or "500MiB"'
+    wanted = 'bytes as an int of at least 0 or a size with a unit such as "2GB" or "500MiB"'
     size = value if isinstance(value, str) else as_int(value)
     if size is None:
-        raise TypeError(f"max_memory={shown(value)} is of type {type(value).__name__}: {hint}.")
+        raise TypeError(unlike("max_memory", wanted, value, of_type=True))
     try:
         max_bytes: int = 0 if isinstance(size, str) and size.strip() == "0" else convert_file_size_to_int(size)
     except (ValueError, OverflowError):
         max_bytes = -1
     if not 0 <= max_bytes <= sys.maxsize:
-        raise ValueError(f"max_memory={shown(value)} is not a size: {hint}.")
+        raise ValueError(unlike("max_memory", wanted, value))
     if cross_attention is False:
         raise ValueError(
             f"max_memory={shown(value)} is for kept cross-attention, and cross_attention=False keeps none: leave one "

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..plan.validation import shown
+from ..plan.validation import unlike
 from .adapter import CacheAdapter
 from .split import split_halves
 
@@ -17,8 +17,7 @@ def validate_helper(helper: Any, pipe: Any) -> None:
         callable(getattr(helper, name, None)) for name in ("enable", "disable", "set_params")
     ):
         raise TypeError(
-            f"deepcache={shown(helper)} is of type {type(helper).__name__}: pass a DeepCacheSDHelper(pipe) "
-            "(pip install DeepCache)."
+            unlike("deepcache", "a DeepCacheSDHelper(pipe) from `pip install DeepCache`", helper, of_type=True)
         )
     if getattr(helper, "pipe", None) is not pipe:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..plan.validation import is_choice, shown
+from ..plan.validation import is_choice, unlike
 from .forward_origin import KNOWN_PACKAGES, foreign_of, foreign_of_class, module_of, owner_of, package_of
 
 CustomForwards = Literal["gate"]
@@ -82,7 +82,7 @@ class ForeignForwards:
 def validate_custom_forwards(custom_forwards: CustomForwards | None) -> CustomForwards | None:
     """Validate `custom_forwards`."""
     if not is_choice("custom_forwards", custom_forwards, "gate"):
-        raise ValueError(f'custom_forwards must be "gate" or None, not {shown(custom_forwards)}.')
+        raise ValueError(unlike("custom_forwards", '"gate" or None', custom_forwards))
     return custom_forwards
 
 

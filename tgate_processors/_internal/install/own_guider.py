@@ -18,7 +18,7 @@ from ..caches.foreign_forwards import CustomForwards, ForeignForwards, validate_
 from ..logs import logger
 from ..plan.report import TGateReport
 from ..plan.schedule import TGateSchedule
-from ..plan.validation import is_choice, shown
+from ..plan.validation import is_choice, unlike
 from ..run.guider_call import GuiderPipelineCall
 from ..run.guider_run import GuiderRun
 from ..run.ranks import agreement_of
@@ -111,7 +111,7 @@ class TGateGuidance(GatedGuider, ClassifierFreeGuidance):  # type: ignore[misc]
     ) -> None:
         super().__init__(guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled)
         if not is_choice("custom_processors", custom_processors, "leave", "gate"):
-            raise ValueError(f'`custom_processors` must be "leave" or "gate", got {shown(custom_processors)}.')
+            raise ValueError(unlike("custom_processors", '"leave" or "gate"', custom_processors))
         self._custom_processors, self._custom_forwards = custom_processors, validate_custom_forwards(custom_forwards)
         schedule = TGateSchedule(tolerance=tolerance, forecast=forecast, levels=levels)
         self._tgate = TGateState(schedule, by_hand=False)

@@ -26,13 +26,13 @@ def validate_gate_step(value: object, name: str = "gate_step", *also: str) -> in
     kinds = ['"auto"', "a number of steps", "a share of them between 0 and 1", 'a plan such as "FFFF-F--FH"', *also]
     wanted = f"{', '.join(kinds[:-1])} or {kinds[-1]}"
     if isinstance(value, str):
-        raise ValueError(f"{_unlike(name, wanted, value)} {_remedy_for_text(value)}")
+        raise ValueError(f"{unlike(name, wanted, value)} {_remedy_for_text(value)}")
     share = _as_float(value) if as_int(value) is None else None
     if share is None:
         return validate_int(name, value, 1, wanted)
     if not 0.0 < share < 1.0:
         steps = f" For a number of steps, write {int(share)}." if 1 <= share <= _MAX_INT and share % 1 == 0 else ""
-        raise ValueError(f"{_unlike(name, wanted, value)}{steps}")
+        raise ValueError(f"{unlike(name, wanted, value)}{steps}")
     return share
 
 
@@ -51,10 +51,10 @@ def validate_tolerance(value: object, name: str = "tolerance", *, default: float
     wanted = f"a relative error between 0 and {MAX_TOLERANCE:g} such as {default}, or math.inf to accept any"
     tolerance = _as_float(value)
     if tolerance is None:
-        raise TypeError(_unlike(name, wanted, value, of_type=True))
+        raise TypeError(unlike(name, wanted, value, of_type=True))
     if not 0 <= tolerance <= MAX_TOLERANCE and not (tolerance == math.inf and value == math.inf):
         percent = f" For {tolerance:g} %, write {tolerance / 100:g}." if MAX_TOLERANCE < tolerance <= 100 else ""
-        raise ValueError(f"{_unlike(name, wanted, value)}{percent}")
+        raise ValueError(f"{unlike(name, wanted, value)}{percent}")
     return tolerance
 
 
@@ -74,9 +74,9 @@ def validate_float(name: str, value: object, wanted: str, minimum: float = -math
     """Validate a finite number."""
     number = _as_float(value)
     if number is None:
-        raise TypeError(_unlike(name, wanted, value, of_type=True))
+        raise TypeError(unlike(name, wanted, value, of_type=True))
     if not (math.isfinite(number) and number >= minimum):
-        raise ValueError(_unlike(name, wanted, value))
+        raise ValueError(unlike(name, wanted, value))
     return number
 
 
@@ -84,12 +84,12 @@ def validate_levels(value: object) -> None:
     """Validate `levels`."""
     wanted = 'a letter for each step such as "FFFF-F--FH"'
     if not isinstance(value, str):
-        raise TypeError(_unlike("levels", wanted, value, of_type=True))
+        raise TypeError(unlike("levels", wanted, value, of_type=True))
     if not is_plan(value):
-        raise ValueError(f"{_unlike('levels', wanted, value)} {_LETTERS}.")
+        raise ValueError(f"{unlike('levels', wanted, value)} {_LETTERS}.")
     if value[0] != "F":
         raise ValueError(
-            f"{_unlike('levels', 'a plan that begins with a full step, F', value)} Nothing is known before it to "
+            f"{unlike('levels', 'a plan that begins with a full step, F', value)} Nothing is known before it to "
             "predict from."
         )
 
@@ -135,11 +135,11 @@ def validate_int(name: str, value: object, minimum: int, wanted: str | None = No
     wanted = wanted or f"an int of at least {minimum}"
     number = as_int(value)
     if number is None:
-        raise TypeError(_unlike(name, wanted, value, of_type=True))
+        raise TypeError(unlike(name, wanted, value, of_type=True))
     if number < minimum:
-        raise ValueError(_unlike(name, wanted, value))
+        raise ValueError(unlike(name, wanted, value))
     if number > maximum:
-        raise ValueError(_unlike(name, f"{wanted} and at most {maximum}", value))
+        raise ValueError(unlike(name, f"{wanted} and at most {maximum}", value))
     return number
 
 
@@ -148,17 +148,17 @@ def is_choice(name: str, value: object, *choices: str) -> bool:
     if value is None:
         return True
     if not isinstance(value, str):
-        raise TypeError(_unlike(name, " or ".join(f'"{choice}"' for choice in choices), value, of_type=True))
+        raise TypeError(unlike(name, " or ".join(f'"{choice}"' for choice in choices), value, of_type=True))
     return value in choices
 
 
 def validate_switch(name: str, value: object) -> None:
     """Refuse anything but `True`, `False` and `None`."""
     if value is not None and not isinstance(value, bool):
-        raise TypeError(_unlike(name, "True or False", value, of_type=True))
+        raise TypeError(unlike(name, "True or False", value, of_type=True))
 
 
-def _unlike(name: str, wanted: str, value: object, *, of_type: bool = False) -> str:
+def unlike(name: str, wanted: str, value: object, *, of_type: bool = False) -> str:
     """The message for a setting that is not what it must be."""
     kind = f" of type {type(value).__name__}" if of_type else ""
     return f"`{name}` must be {wanted}, got {shown(value)}{kind}."
@@ -181,5 +181,5 @@ def validate_names(name: str, value: object) -> tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(each, str) for each in value):
-        raise TypeError(_unlike(name, "a tuple of names", value, of_type=True))
+        raise TypeError(unlike(name, "a tuple of names", value, of_type=True))
     return tuple(value)

@@ -6,6 +6,8 @@ T-GATE and its rivals against the best plain run that costs as much, over solver
         --output runs/yardstick-pixart
     python -m examples.benchmarks.yardstick --model examples/models/emoji-sd --captions 200 --guidance-scale 5 \
         --prompts examples/models/emoji-sd/captions.txt --output runs/yardstick-emoji
+    python -m examples.benchmarks.yardstick --model examples/models/shapes-wan --prompts clips --rival none \
+        --guidance-scale 5 --output runs/yardstick-wan
 
 All are compared with the pictures of many steps of UniPC. What was drawn is kept in the folder: after an interruption
 the same command goes on where it stopped, and one with other solvers, steps or settings adds to what is there. After a
@@ -26,10 +28,11 @@ from examples.benchmarks.evaluation.front import KINDS, compare, contenders, fro
 from examples.benchmarks.evaluation.plots import over_cost
 from examples.benchmarks.evaluation.prompts import read_captions
 from examples.benchmarks.evaluation.rivals import FIXED, NEED_GUIDANCE, RIVALS
-from examples.benchmarks.evaluation.solvers import SOLVERS, own_spacing, spacings_of
+from examples.benchmarks.evaluation.solvers import SOLVERS, own_spacing, solvers_of, spacings_of
 from examples.benchmarks.evaluation.store import claim, clear_parts, write_json
 from examples.benchmarks.loading import MODELS, check_device, load_pipeline, one_of
 from examples.benchmarks.tables import print_table, write_table
+from examples.testbeds.shapes.evaluation import draws_videos
 
 GATED_SOLVERS = ["dpm-2", "unipc", "ddim", "euler"]
 GATED_STEPS = [8, 10, 13, 16, 20, 25, 32, 40]
@@ -41,23 +44,22 @@ COLUMNS += [f"{part} {kind}" for kind in KINDS for part in ("ahead of", "best")]
 
 
 def load_bench(model: str, device: str, captions: list[str], guidance_scale: float, seed: int, output: Path) -> Bench:
-    """The testbed that draws."""
+    """The testbed."""
     pipe = load_pipeline(model, check_device(device), "float32")
-    if pipe.scheduler.config.get("prediction_type") == "flow_prediction":
-        raise typer.BadParameter(f"model={model!r} predicts a flow, for which most of the solvers have no times")
     return Bench(pipe, captions, guidance_scale, seed, output)
 
 
-def plain_cells(solvers: list[str], steps: list[int]) -> list[Cell]:
+def plain_cells(config: Any, solvers: list[str], steps: list[int]) -> list[Cell]:
     """Every solver with every spacing that it takes."""
-    return [Cell(name, place, number) for name in solvers for place in spacings_of(name) for number in steps]
+    return [Cell(name, place, number) for name in solvers for place in spacings_of(config, name) for number in steps]
 
 
 def gated_cells(
-    solvers: list[str], spacings: list[str], steps: list[int], methods: list[tuple[str, str]]
+    config: Any, solvers: list[str], spacings: list[str], steps: list[int], methods: list[tuple[str, str]]
 ) -> list[Cell]:
     """T-GATE and its rivals."""
-    places = [(name, place) for name, place in itertools.product(solvers, spacings) if place in spacings_of(name)]
+    known = {name: spacings_of(config, name) for name in solvers}
+    places = [(name, place) for name, place in itertools.product(solvers, spacings) if place in known[name]]
     return [Cell(*where, number, *how) for where, number, how in itertools.product(places, steps, methods)]
 
 
@@ -127,10 +129,10 @@ def report(plain: pd.DataFrame, rows: pd.DataFrame, impossible: dict[str, str], 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder for what is measured.")],
-    model: Annotated[str, typer.Option(help="A testbed that draws pictures.")] = str(MODELS / "shapes-sd"),
+    model: Annotated[str, typer.Option(help="A testbed.")] = str(MODELS / "shapes-sd"),
     guidance_scale: Annotated[float, typer.Option()] = 7.0,
     captions: Annotated[int, typer.Option(min=2, help="Number of captions.")] = 500,
-    prompts: Annotated[str, typer.Option(help="'shapes', or a text file with a caption a line.")] = "shapes",
+    prompts: Annotated[str, typer.Option(help="'shapes', 'clips', or a text file with a caption a line.")] = "shapes",
     screen: Annotated[int, typer.Option(min=2, help="Captions by which the best plain runs are chosen.")] = 12,
     finalists: Annotated[
         int, typer.Option(min=1, help="Plain runs with each number of steps and kind of spacing that go on to all.")
@@ -150,13 +152,18 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda.")] = "cpu",
 ) -> None:
     """Draw, measure, and write the front of the plain runs and what is ahead of it."""
-    solvers = one_of("solver", solver or GATED_SOLVERS, SOLVERS)
-    plain_solvers = one_of("plain_solver", plain_solver or list(SOLVERS), SOLVERS)
     rivals = [name for name in one_of("rival", rival or list(RIVALS), [*RIVALS, "none"]) if name != "none"]
     about = {"model": Path(model).name, "guidance_scale": guidance_scale, "captions": captions, "seed": seed}
     about |= {"prompts": prompts, "screen": screen, "batch_size": batch_size, "reference_steps": reference_steps}
     claim(output, about)
     bench = load_bench(model, device, read_captions(prompts, captions), guidance_scale, seed, output)
+    known = solvers_of(bench.config)
+    solvers = one_of("solver", solver or [name for name in GATED_SOLVERS if name in known], known)
+    plain_solvers = one_of("plain_solver", plain_solver or list(known), known)
+    if rivals and draws_videos(bench.pipe):
+        raise typer.BadParameter(
+            f"rival={rivals!r}, but {model!r} guides by two calls, of which no rival knows: pass none"
+        )
     output.mkdir(parents=True, exist_ok=True)
     clear_parts(output)
     write_json(output / "settings.json", about)
@@ -167,10 +174,10 @@ def main(
     methods = methods or [("tgate", "")]
     usable = [name for name in rivals if guidance_scale > 1 or name not in NEED_GUIDANCE]
     methods += [(name, f"{value:g}") for name in usable for value in RIVALS[name][1]]
-    gated = gated_cells(solvers, spacing or [own_spacing(bench.config)], steps or GATED_STEPS, methods)
+    gated = gated_cells(bench.config, solvers, spacing or [own_spacing(bench.config)], steps or GATED_STEPS, methods)
     bench.refer(reference_steps, plain_batch_size)
     needed = [Cell(cell.solver, cell.spacing, cell.steps) for cell in gated]
-    cells = plain_cells(plain_solvers, plain_steps or PLAIN_STEPS)
+    cells = plain_cells(bench.config, plain_solvers, plain_steps or PLAIN_STEPS)
     plain, impossible = measure_plain(bench, cells, needed, screen, finalists, plain_batch_size)
     sizes = dict.fromkeys(FIXED, plain_batch_size)
     rows = [

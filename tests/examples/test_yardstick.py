@@ -17,12 +17,25 @@ from examples.benchmarks.evaluation.cells import Cell, arguments
 from examples.benchmarks.evaluation.front import at_cost, compare, contenders, front, refused, summary, table
 from examples.benchmarks.evaluation.macs import counted_layers
 from examples.benchmarks.evaluation.rivals import RIVALS, Alternate, Held, Interval, Reuse
-from examples.benchmarks.evaluation.solvers import BY_HAND, SOLVERS, own_spacing, scheduler_for, spacings_of
+from examples.benchmarks.evaluation.solvers import (
+    BY_HAND,
+    FLOW_SOLVERS,
+    SOLVERS,
+    own_spacing,
+    scheduler_for,
+    solvers_of,
+    spacings_of,
+)
 
 APP = typer.Typer()
 APP.command()(yardstick.main)
 SHORT = ["--captions", "2", "--reference-steps", "8", "--plain-solver", "unipc", "--plain-steps", "3"]
 SHORT += ["--plain-steps", "5", "--solver", "unipc", "--steps", "5", "--rival", "interval"]
+CLIPS = ["--model", str(yardstick.MODELS / "shapes-wan"), "--prompts", "clips", "--rival", "none"]
+# Schedulers with a betas' configuration and with a flow's.
+SHAPES = diffusers.DDIMScheduler(timestep_spacing="trailing").config
+WAN = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.5)
+needs_wan = pytest.mark.skipif(not hasattr(diffusers, "WanPipeline"), reason="this diffusers has no Wan")
 
 
 def run(output, *options):
@@ -119,7 +132,7 @@ def bench(tmp_path_factory):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_solver_takes_as_many_times_as_steps_whoever_places_them(bench, solver):
-    for spacing in spacings_of(solver):
+    for spacing in spacings_of(bench.config, solver):
         scheduler = scheduler_for(bench.config, solver, spacing)
         scheduler.set_timesteps(7)
         assert len(scheduler.timesteps) == 7, spacing
@@ -132,8 +145,31 @@ def test_a_solver_takes_as_many_times_as_steps_whoever_places_them(bench, solver
             # The widest gap is in the middle.
             assert gaps.max() < 0
             assert 1 < np.argmin(gaps) < 4
-    assert (solver == "ddim") == (not set(spacings_of(solver)) & set(BY_HAND))
+    assert (solver == "ddim") == (not set(spacings_of(bench.config, solver)) & set(BY_HAND))
     assert own_spacing(bench.config) == "trailing"
+    assert solvers_of(bench.config) is SOLVERS
+
+
+@pytest.mark.parametrize("config", [diffusers.FlowMatchEulerDiscreteScheduler(shift=1.5).config, WAN.config])
+@pytest.mark.parametrize("solver", FLOW_SOLVERS)
+def test_with_a_flow_sigmas_are_shares_of_noise(config, solver):
+    assert solvers_of(config) is FLOW_SOLVERS
+    assert own_spacing(config) == "shift-1.5"
+    ends, firsts = {}, {}
+    for spacing in spacings_of(config, solver):
+        scheduler = scheduler_for(config, solver, spacing)
+        scheduler.set_timesteps(7)
+        assert len(scheduler.timesteps) == 7, spacing
+        sigmas = scheduler.sigmas
+        assert (np.diff(sigmas) < 0).all(), spacing
+        assert sigmas[0] == pytest.approx(1, abs=2e-3)
+        assert sigmas[-1] == 0
+        torch.testing.assert_close(sigmas[:-1], scheduler.timesteps.float() / 1000, rtol=0, atol=2e-3)
+        firsts[spacing], ends[spacing] = float(sigmas[1]), float(sigmas[-2])
+    # The larger the shift, the longer noise stays.
+    assert firsts["shift-0.5"] < firsts["shift-1"] < firsts["shift-1.5"] < firsts["shift-2"] < firsts["shift-3"]
+    assert firsts["ends-0.3"] < firsts["ends-0.5"] < firsts["ends-0.7"] < firsts["ends-1"]
+    assert ends["ends-0.3"] > ends["ends-0.5"] > ends["ends-0.7"] > ends["ends-1"]
 
 
 @pytest.mark.parametrize("solver", ["dpm-2", "euler"])
@@ -223,7 +259,7 @@ def test_a_run_writes_tables_goes_on_where_it_was_and_takes_more_settings(tmp_pa
     # Where two times are the same whole number, diffusers fails.
     assert all(results["impossible"].values())
     seen = {row["run"] for row in results["plain"]} | results["impossible"].keys()
-    assert seen == {f"unipc {spacing}" for spacing in spacings_of("unipc")}
+    assert seen == {f"unipc {spacing}" for spacing in spacings_of(SHAPES, "unipc")}
     assert {row["kind"] for row in results["front"]} == {"offered", "by hand"}
     headings = (tmp_path / "comparison.md").read_text().splitlines()[0]
     assert headings.startswith("| row | cost | full | half | forecast | psnr | ahead of as many | ahead of offered |")
@@ -249,6 +285,22 @@ def test_what_no_scorer_reads_has_distances_all_the_same(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text())["prompts"] == str(captions)
 
 
+@needs_wan
+@pytest.mark.slow
+def test_clips_are_compared_with_solvers_of_flows(tmp_path):
+    short = [option for option in SHORT if option not in ("--rival", "interval")]
+    options = [*short, *CLIPS, "--tgate", "gate_step=2", "--output", str(tmp_path)]
+    done = CliRunner().invoke(APP, options, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "results.json").read_text())
+    (row,) = results["comparison"]
+    # Each half step is one call of two.
+    assert (row["spacing"], row["cost"], row["full"], row["half"]) == ("shift-1", 3.5, 2, 3)
+    assert row["right"] is not None
+    assert not results["impossible"]
+    assert {each["spacing"] for each in results["plain"]} == set(spacings_of(WAN.config, "unipc")) - {"shift-1.5"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("finalists", [1, 3])
 def test_few_captions_choose_the_plain_runs_that_all_are_drawn_for(tmp_path, bench, monkeypatch, finalists):
@@ -256,7 +308,7 @@ def test_few_captions_choose_the_plain_runs_that_all_are_drawn_for(tmp_path, ben
     monkeypatch.setattr(bench, "captions", bench.captions * 2)
     monkeypatch.setattr(bench, "scenes", bench.scenes * 2)
     bench.refer(6, 4)
-    cells = yardstick.plain_cells(["unipc"], [3])
+    cells = yardstick.plain_cells(SHAPES, ["unipc"], [3])
     needed = [Cell("ddim", "trailing", 3)]
     plain, impossible = yardstick.measure_plain(bench, cells, needed, 2, finalists, 4)
     assert len(list(tmp_path.glob("screen/*"))) == len(cells)
@@ -268,7 +320,7 @@ def test_few_captions_choose_the_plain_runs_that_all_are_drawn_for(tmp_path, ben
     )
     assert (len(few["psnr"]), len(everything["psnr"])) == (2, 4)
     assert few["psnr"] == pytest.approx(everything["psnr"][::2], abs=1e-2)
-    assert impossible.keys() <= {f"unipc {spacing}" for spacing in spacings_of("unipc")}
+    assert impossible.keys() <= {f"unipc {spacing}" for spacing in spacings_of(SHAPES, "unipc")}
 
 
 @pytest.mark.parametrize(
@@ -276,11 +328,8 @@ def test_few_captions_choose_the_plain_runs_that_all_are_drawn_for(tmp_path, ben
     [
         (["--solver", "heun"], "solver='heun' is unknown: pass one of dpm-2"),
         (["--rival", "teacache"], "rival='teacache' is unknown: pass one of held"),
-        pytest.param(
-            ["--model", str(yardstick.MODELS / "shapes-wan")],
-            "predicts a flow",
-            marks=pytest.mark.skipif(not hasattr(diffusers, "WanPipeline"), reason="this diffusers has no Wan"),
-        ),
+        pytest.param([*CLIPS, "--solver", "ddim"], "solver='ddim' is unknown: pass one of dpm-2", marks=needs_wan),
+        pytest.param([*CLIPS[:-2], "--rival", "held"], "guides by two calls", marks=needs_wan),
     ],
 )
 def test_wrong_arguments_are_named_with_a_remedy(tmp_path, options, message):

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from examples.testbeds.shapes.evaluation import call_options
+from examples.testbeds.shapes.clips import strips
+from examples.testbeds.shapes.evaluation import call_options, draws_videos
 from tgate_processors import TGateSchedule, apply_tgate, estimate_cost, get_tgate_report, remove_tgate
 
 from .metrics import psnr, right
@@ -93,7 +94,8 @@ class Bench:
         self.scenes = scenes_of(captions)
         self.call = call_options(pipe) | {"guidance_scale": guidance_scale, "output_type": "np"}
         self.rows = 2 if guidance_scale > 1 else 1
-        cost = estimate_cost(pipe, TGateSchedule(1), 2, max_sequence_length=self.call.get("max_sequence_length"))
+        sizes = {name: self.call.get(name) for name in ("max_sequence_length", "height", "width", "num_frames")}
+        cost = estimate_cost(pipe, TGateSchedule(1), 2, **sizes)
         self.saved = 1 - cost.without_cross_attention.layers / cost.full.layers
         self.reference: torch.Tensor | None = None
 
@@ -104,8 +106,9 @@ class Bench:
         prompts = [self.captions[index] for index in indices]
         with at_work(self.pipe, cell) as report:
             call = self.call | {"generator": numbers, "num_inference_steps": cell.steps}
-            images = torch.from_numpy(self.pipe(prompts, **call).images).permute(0, 3, 1, 2)
+            made = self.pipe(prompts, **call)
             counts = counts_of(report(), self.rows, self.saved)
+        images = torch.from_numpy(strips(made.frames) if draws_videos(self.pipe) else made.images).permute(0, 3, 1, 2)
         # A solver that has left its ground gives no numbers, which is a black picture.
         return images.float().nan_to_num(0.0), counts
 

@@ -16,6 +16,12 @@ SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {}),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
 }
+# Where the model predicts a flow, on a straight line from noise to the picture. DEIS would leave some of the noise.
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW_SOLVERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{name: (SOLVERS[name][0], SOLVERS[name][1] | FLOW) for name in ("dpm-2", "dpm-3", "unipc")},
+    "euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
+}
 # By an argument of the scheduler.
 OFFERED: dict[str, dict[str, Any]] = {
     "even": {"timestep_spacing": "linspace"},
@@ -26,6 +32,7 @@ OFFERED: dict[str, dict[str, Any]] = {
     "beta": {"use_beta_sigmas": True},
     "lu": {"use_lu_lambdas": True},
 }
+SHIFTS = (0.5, 1.0, 2.0, 3.0)
 # Densely at both ends: the share of the cosine in the place of a time.
 BY_HAND = {"ends-0.3": 0.3, "ends-0.5": 0.5, "ends-0.7": 0.7, "ends-1": 1.0}
 
@@ -35,8 +42,21 @@ def kind_of(spacing: str) -> str:
     return "by hand" if spacing in BY_HAND else "offered"
 
 
-def spacings_of(solver: str) -> list[str]:
+def is_flow(config: Any) -> bool:
+    """Whether the model that a scheduler belongs to predicts a flow."""
+    return config.get("prediction_type") == "flow_prediction" or "beta_schedule" not in config
+
+
+def solvers_of(config: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The solvers that know what the model of a scheduler predicts."""
+    return FLOW_SOLVERS if is_flow(config) else SOLVERS
+
+
+def spacings_of(config: Any, solver: str) -> list[str]:
     """The spacings that a solver takes. Without sigmas, as DDIM is, it knows no times but evenly spaced ones."""
+    if is_flow(config):
+        shifts = dict.fromkeys([*(f"shift-{shift:g}" for shift in SHIFTS), own_spacing(config)])
+        return [*shifts, *BY_HAND]
     kind, _ = SOLVERS[solver]
     known = inspect.signature(kind).parameters
     offered = [name for name, options in OFFERED.items() if options.keys() <= known.keys()]
@@ -45,15 +65,20 @@ def spacings_of(solver: str) -> list[str]:
 
 def own_spacing(config: Any) -> str:
     """The spacing that a scheduler's configuration names."""
+    if is_flow(config):
+        return f"shift-{config.get('flow_shift', config.get('shift')):g}"
     spacing = config.get("timestep_spacing", "linspace")
     return {"linspace": "even"}.get(spacing, spacing)
 
 
 def scheduler_for(config: Any, solver: str, spacing: str) -> Any:
     """A new scheduler."""
-    kind, options = SOLVERS[solver]
+    kind, options = solvers_of(config)[solver]
     if spacing in BY_HAND:
         return _placed(kind, BY_HAND[spacing]).from_config(config, **options)
+    if is_flow(config):
+        shift = "shift" if solver == "euler" else "flow_shift"
+        return kind.from_config(config, **options, **{shift: float(spacing.removeprefix("shift-"))})
     return kind.from_config(config, **options, **OFFERED[spacing])
 
 
@@ -71,8 +96,12 @@ def _placed(kind: Any, share: float) -> Any:
         def set_timesteps(self, num_inference_steps: int, device: Any = None, **options: Any) -> None:
             super().set_timesteps(num_inference_steps, device=device, **options)
             times = dense_at_both_ends(num_inference_steps, share, self.config.num_train_timesteps - 1).round()
-            known = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().cpu().numpy()
+            if is_flow(self.config):
+                placed = times / self.config.num_train_timesteps
+            else:
+                known = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().cpu().numpy()
+                placed = np.interp(times, np.arange(len(known)), known)
             self.timesteps = torch.from_numpy(times).to(self.timesteps)
-            self.sigmas[:-1] = torch.from_numpy(np.interp(times, np.arange(len(known)), known))
+            self.sigmas[:-1] = torch.from_numpy(placed)
 
     return Placed

@@ -1,7 +1,7 @@
 """
 How wrong forecasts and predicted guidance would have been in runs of full steps: the smaller, the smoother a model.
 
-    python -m examples.benchmarks.smoothness --model examples/models/shapes-sd --guidance-scale 5
+    python -m examples.benchmarks.smoothness --model examples/models/shapes-wan --prompts clips
     python -m examples.benchmarks.smoothness --model examples/models/emoji-sd --guidance-scale 5 \
         --prompts examples/models/emoji-sd/captions.txt
 """
@@ -13,10 +13,10 @@ from typing import Annotated
 
 import torch
 import typer
-from diffusers import DPMSolverMultistepScheduler
 from rich.console import Console
 
 from examples.benchmarks.evaluation.prompts import read_captions
+from examples.benchmarks.evaluation.solvers import own_spacing, scheduler_for
 from examples.benchmarks.loading import MODELS, load_pipeline
 from examples.benchmarks.tables import print_table
 from examples.testbeds.shapes.evaluation import call_options
@@ -36,7 +36,8 @@ def main(
 ) -> None:
     """Print the mean errors in each third of the steps, relative to the guided output."""
     pipe = load_pipeline(model, "cpu", "float32")
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    config = pipe.scheduler.config
+    pipe.scheduler = scheduler_for(config, "dpm-2", own_spacing(config))
     apply_tgate(pipe, tolerance=NO_TOLERANCE)
     call = call_options(pipe) | {
         "guidance_scale": guidance_scale,

@@ -15,9 +15,11 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from examples.testbeds import score_emoji, train_emoji
-from examples.testbeds.emoji import data, glyphs, networks
+from examples.testbeds.emoji import data, glyphs, joint, networks
 from examples.testbeds.emoji.judge import Judge, backgrounds, network, returned
 from examples.testbeds.emoji.scenes import BACKGROUNDS, Scene, draw
+from examples.testbeds.shapes import tokens
+from examples.testbeds.shapes.evaluation import call_options
 from examples.testbeds.shapes.stages import generator
 from tests.support.paths import ROOT
 
@@ -124,14 +126,42 @@ def test_the_encoder_gives_the_principal_components(packages):
     assert deviations[0] == deviations.max()
 
 
+def test_the_denoiser_with_joint_attention_learns_from_what_the_pipeline_gives_it(packages, tmp_path):
+    captions = [scene.caption for scene in data.everything(packages)]
+    for kind, folder in (("sd", "tokenizer"), ("sd3", "tokenizer_3")):
+        tokens.make(kind, captions, tmp_path / folder)
+    tokenizers = joint.Tokenizers(tmp_path)
+    trained = joint.conditioned(tokenizers)
+    seen = []
+    trained.denoiser.register_forward_pre_hook(lambda module, args, given: seen.append(given), with_kwargs=True)
+    latents, noise = torch.zeros(2, 16, 8, 8), torch.ones(2, 16, 8, 8)
+    loss = trained(latents, noise, torch.tensor([999, 499]), tokenizers([captions[0], ""]))
+    # At first it says nothing, and the velocity is the noise less the picture.
+    assert loss == 1
+    vae = networks.autoencoder(torch.zeros(192), torch.zeros(16, 192))
+    pipe = joint.pipeline(vae, trained.text_encoder, trained.denoiser, tokenizers)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(captions[0], num_inference_steps=2, **call_options(pipe))
+    given, first, second = seen
+    # Guidance puts the empty caption first.
+    for name in ("encoder_hidden_states", "pooled_projections"):
+        torch.testing.assert_close(first[name], given[name].flip(0))
+    assert given["timestep"].tolist() == [1000, 500]
+    assert first["timestep"].tolist() == [1000, 1000]
+    assert second["timestep"][0] == pipe.scheduler.timesteps[1]
+
+
 @pytest.mark.slow
-def test_a_short_run_gives_a_pipeline_that_draws(packages, tmp_path):
-    done = CliRunner().invoke(APP, [*SHORT, "--output", str(tmp_path), "--packages", str(packages)])
+@pytest.mark.parametrize("model", ["sd", "sd3"])
+def test_a_short_run_gives_a_pipeline_that_draws(packages, tmp_path, model):
+    options = ["--model", model, "--output", str(tmp_path), "--packages", str(packages)]
+    done = CliRunner().invoke(APP, [*SHORT, *options])
     assert done.exit_code == 0, done.output
     assert "denoiser: step 3 of 3" in done.output
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "pipeline", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    (image,) = pipe("red apple on a pink background, Noto style", num_inference_steps=2).images
+    prompt = "red apple on a pink background, Noto style"
+    (image,) = pipe(prompt, num_inference_steps=2, **call_options(pipe)).images
     assert image.size == (64, 64)
     # The decoder has learned, and the encoder is what it was.
     drawn = data.drawn(packages, 0, 1, every=40)

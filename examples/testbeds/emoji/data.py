@@ -1,14 +1,13 @@
 """Training batches: glyphs on backgrounds, as pictures and as latents, and captions that are sometimes left out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from examples.testbeds.shapes.stages import generator
-from examples.testbeds.shapes.tokens import encode
 
 from . import glyphs
 from .networks import CHANNELS, LATENT_SIDE, PATCH
@@ -78,12 +77,12 @@ def drawn(packages: Path, seed: int, copies: int, every: int = 1) -> Drawn:
 class Batches:
     """Makes the batches of each stage from random numbers."""
 
-    def __init__(self, data: Drawn, tokenizer: Any, size: int):
+    def __init__(self, data: Drawn, encode: Callable[[list[str]], torch.Tensor], size: int):
         self.data = data
         self.size = size
-        self.full = encode(tokenizer, [scene.captions[0] for scene in data.scenes])
-        self.shorter = encode(tokenizer, [scene.captions[-1] for scene in data.scenes])
-        self.empty = encode(tokenizer, [""])
+        self.full = encode([scene.captions[0] for scene in data.scenes])
+        self.shorter = encode([scene.captions[-1] for scene in data.scenes])
+        self.empty = encode([""])
 
     def pick(self, numbers: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Captions, and numbers of pictures that show what they say."""

@@ -4,9 +4,6 @@ import torch
 from diffusers import AutoencoderTiny
 from torch import nn
 
-from examples.testbeds.shapes.learning import Conditioned
-from examples.testbeds.shapes.networks import TEXT_WIDTH
-
 from .networks import CHANNELS, LATENT_SIDE
 
 # Of latents that the denoiser made, as a share of their deviation: the decoder learns to look past it.
@@ -20,14 +17,12 @@ class Reading(nn.Module):
     This stands in for the pretraining that the text encoders of large pipelines have behind them.
     """
 
-    def __init__(self, conditioned: Conditioned):
+    def __init__(self, text_encoder: nn.Module, width: int):
         super().__init__()
-        self.text_encoder = conditioned.text_encoder
-        self.places = nn.Parameter(torch.randn(LATENT_SIDE**2, TEXT_WIDTH) * 0.5)
-        self.attention = nn.MultiheadAttention(TEXT_WIDTH, 4, batch_first=True)
-        self.answer = nn.Sequential(
-            nn.LayerNorm(TEXT_WIDTH), nn.Linear(TEXT_WIDTH, 256), nn.GELU(), nn.Linear(256, CHANNELS)
-        )
+        self.text_encoder = text_encoder
+        self.places = nn.Parameter(torch.randn(LATENT_SIDE**2, width) * 0.5)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.answer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, CHANNELS))
 
     def forward(self, tokens: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the latents."""

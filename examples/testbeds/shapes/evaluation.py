@@ -10,7 +10,7 @@ import torch
 from .clips import FRAMES, Clip, all_clips, score_clips
 from .scenes import SIDE, Scene, all_scenes
 from .scorer import Score, score
-from .tokens import LENGTH
+from .tokens import LENGTH, THIRD_LENGTH
 
 PARTS = ("layout", "shapes", "sizes", "colours")
 
@@ -45,6 +45,8 @@ def call_options(pipe: Any) -> dict[str, Any]:
         return {"height": SIDE, "width": SIDE, "num_frames": FRAMES, "max_sequence_length": LENGTH}
     if not hasattr(pipe, "transformer"):
         return {}
+    if "prompt_3" in inspect.signature(pipe.__call__).parameters:
+        return {"max_sequence_length": THIRD_LENGTH}
     # PixArt knows no resolutions as small as 32 x 32.
     return {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": LENGTH}
 

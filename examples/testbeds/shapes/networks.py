@@ -159,11 +159,14 @@ def save(pipe: DiffusionPipeline, folder: Path, tokenizer_folder: Path) -> None:
     weights = {f"{prefix}{name.removeprefix(prefix)}": weight for name, weight in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
     # The files that version 4 reads.
-    for file in tokenizer_folder.iterdir():
-        (folder / "tokenizer" / file.name).write_bytes(file.read_bytes())
+    for tokenizer in folder.glob("tokenizer*"):
+        own = tokenizer_folder.with_name(tokenizer.name)
+        for file in (own if own.is_dir() else tokenizer_folder).iterdir():
+            (tokenizer / file.name).write_bytes(file.read_bytes())
     index = folder / "model_index.json"
     parts = json.loads(index.read_text())
     # The name that means the fast tokenizer in both.
-    if parts["tokenizer"][1].startswith("T5"):
-        parts["tokenizer"][1] = "T5TokenizerFast"
+    for name, part in parts.items():
+        if name.startswith("tokenizer") and part[1].startswith("T5"):
+            part[1] = "T5TokenizerFast"
     index.write_text(json.dumps(parts, indent=2, sort_keys=True) + "\n")

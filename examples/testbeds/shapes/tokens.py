@@ -12,6 +12,8 @@ from transformers import CLIPTokenizer, T5TokenizerFast
 
 # Longer than any caption (19 tokens), so that a few positions after its end can gather what all of it says.
 LENGTH = 24
+# Of the third text encoder of Stable Diffusion 3, which joins its tokens to those of the other two.
+THIRD_LENGTH = 20
 
 
 def words_of(captions: list[str]) -> list[str]:
@@ -89,7 +91,7 @@ def load(model: str, folder: Path) -> Any:
     return (CLIPTokenizer if model == "sd" else T5TokenizerFast).from_pretrained(folder)
 
 
-def encode(tokenizer: Any, captions: list[str]) -> Any:
-    """Token numbers, N x `LENGTH`."""
-    options = {"padding": "max_length", "max_length": LENGTH, "truncation": True, "return_tensors": "pt"}
+def encode(tokenizer: Any, captions: list[str], length: int = LENGTH) -> Any:
+    """Token numbers, N x `length`."""
+    options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     return tokenizer(captions, **options).input_ids

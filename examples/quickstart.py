@@ -59,6 +59,7 @@ TESTBEDS: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"guidance_scale": 3.0, "max_sequence_length": 24, "height": 32, "width": 32, "num_frames": 5},
     ),
     "emoji-sd": (EMOJI, {"guidance_scale": 5.0}),
+    "emoji-sd3": (EMOJI, {"guidance_scale": 5.0, "max_sequence_length": 20}),
 }
 
 

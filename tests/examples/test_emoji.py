@@ -231,13 +231,16 @@ def test_pictures_are_scored_without_and_with_tgate(packages, tmp_path):
         assert sheet.width > 64
 
 
-def test_the_trained_pipeline_is_small_and_draws_the_background_that_is_asked_for():
-    assert sum(file.stat().st_size for file in MODEL.rglob("*")) <= 14 * 10**6
-    pipe = DiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32)
+@pytest.mark.parametrize("name", ["emoji-sd", "emoji-sd3"])
+def test_the_trained_pipeline_is_small_and_draws_the_background_that_is_asked_for(name):
+    folder = MODEL.with_name(name)
+    assert sum(file.stat().st_size for file in folder.rglob("*")) <= 14 * 10**6
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     captions = (MODEL / "captions.txt").read_text().splitlines()[::40]
     generators = [torch.Generator().manual_seed(number) for number in range(len(captions))]
     call = {"num_inference_steps": 8, "guidance_scale": 5.0, "generator": generators, "output_type": "np"}
+    call |= call_options(pipe)
     shown = pipe(captions, **call).images
     assert shown.shape == (len(captions), 64, 64, 3)
     right = [f" on a {name} background" in one for one, name in zip(captions, backgrounds(shown), strict=True)]

@@ -124,7 +124,7 @@ def test_clips_are_saved_one_by_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["shapes-pixart", "emoji-sd"])
+@pytest.mark.parametrize("name", ["shapes-pixart", "emoji-sd", "emoji-sd3"])
 def test_the_other_small_pipelines_draw_without_a_warning(name, tmp_path):
     done = run("--model", str(quickstart.MODELS / name), "--steps", "4", "--output", str(tmp_path / "pictures.png"))
     assert done.returncode == 0, done.stderr

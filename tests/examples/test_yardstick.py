@@ -205,6 +205,23 @@ def test_the_cost_is_that_of_the_layers_that_ran(bench, method, setting, left):
     assert "forward" not in vars(bench.pipe.unet)
 
 
+@pytest.mark.parametrize("plan", ["FFF-FH", "FFFFHH"])
+@pytest.mark.parametrize(
+    ("model", "captions"), [("emoji-sd3", "emoji-sd3/captions.txt"), pytest.param("shapes-wan", "", marks=needs_wan)]
+)
+def test_the_cost_of_a_flow_is_that_of_the_layers_that_ran(tmp_path, model, captions, plan):
+    prompts = yardstick.read_captions(str(yardstick.MODELS / captions) if captions else "clips", 2)
+    bench = yardstick.load_bench(str(yardstick.MODELS / model), "cpu", prompts, 5.0, 0, tmp_path)
+    denoiser = bench.pipe.transformer
+    with counted_layers(denoiser) as full:
+        bench.draw(Cell("unipc", "shift-1", 1), [0])
+    with counted_layers(denoiser) as total:
+        images, counts = bench.draw(Cell("unipc", "shift-1", 6, "tgate", f"gate_step={plan}"), [0])
+    assert counts["cost"] == pytest.approx(total[0] / full[0])
+    assert counts["cost"] == plan.count("F") + plan.count("H") / 2
+    assert images.shape[:2] == (1, 3)
+
+
 def test_each_caption_has_its_own_seed(bench):
     images, _ = bench.draw(Cell("ddim", "trailing", 2), [1])
     numbers = torch.Generator().manual_seed(1)

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tgate_processors import TGateSchedule, apply_tgate, get_tgate_report, remove_tgate
 
-MODEL = MODELS / "shapes-sd"
+MODEL = MODELS / "emoji-sd3"
 PROMPTS = [
     "a photo of a red fox in fresh snow, morning light",
     "a watercolour of a harbour at dawn with small fishing boats",

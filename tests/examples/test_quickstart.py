@@ -111,8 +111,6 @@ def test_every_small_pipeline_has_prompts_of_its_own():
     assert {*quickstart.TESTBEDS} == {folder.name for folder in quickstart.MODELS.iterdir()}
 
 
-@pytest.mark.slow
-@NEEDS_WAN
 def test_without_arguments_it_draws_emoji_that_stay_what_they_were(tmp_path):
     done = invoke("--seeds", "1", "--output", str(tmp_path / "pictures.png"))
     assert done.exit_code == 0, done.output
@@ -122,6 +120,8 @@ def test_without_arguments_it_draws_emoji_that_stay_what_they_were(tmp_path):
         assert picture.size == (64, 64)
 
 
+@pytest.mark.slow
+@NEEDS_WAN
 def test_clips_are_saved_one_by_one(tmp_path):
     arguments = ("--model", str(quickstart.MODELS / "shapes-wan"), "--steps", "6", "--seeds", "1")
     done = invoke(*arguments, "--output", str(tmp_path / "clips.png"))

@@ -15,7 +15,7 @@ from tgate_processors._internal.run.ranks import agreement_of
 
 def main(folder: str) -> None:
     """Agree on a number of which each process has another one, and on one that is no number in the first process."""
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
     rank = distributed.get_rank()
     layer = torch.nn.Linear(4, 4)
     # Copies of weights in one dimension, parts of them in the other.

@@ -263,7 +263,7 @@ CHECKS = {name: check for name, check in CHECKS.items() if BY_NAME[name.rpartiti
 
 def main(folder: str, *names: str) -> None:
     """Run these checks one after the other, and write what they find, or why they fail."""
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
     enable_cpu()
     found = {}
     for name in names:

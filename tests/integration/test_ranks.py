@@ -22,7 +22,9 @@ CLOSE = 1e-5
 
 def launched(folder, processes, *command):
     """What each of some processes has found."""
-    call = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", *command]
+    # Once in a while torch ends with a segmentation fault in gloo. What a check raises is no reason to start again.
+    options = ["--standalone", "--max-restarts", "1", "--nproc-per-node", str(processes)]
+    call = ["-m", "torch.distributed.run", *options, "-m", *command]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *call], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False

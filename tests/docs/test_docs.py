@@ -40,6 +40,8 @@ MARKS = {
     "server.md": [pytest.mark.slow],
     "modular.md": [pytest.mark.slow],
     "testbeds.md": [NEEDS_WAN],
+    # With NumPy 2 DPM-Solver++ says this about itself.
+    "benchmarks.md": [pytest.mark.filterwarnings("ignore:__array__ implementation")],
 }
 PARAMS = [pytest.param(page, id=page.name, marks=MARKS.get(page.name, [])) for page in PAGES if snippets(page)]
 

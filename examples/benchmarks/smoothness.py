@@ -28,8 +28,8 @@ PARTS = 3
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A testbed that draws pictures.")] = str(MODELS / "shapes-sd"),
-    prompts: Annotated[str, typer.Option(help="'shapes', or a text file with a caption a line.")] = "shapes",
+    model: Annotated[str, typer.Option(help="A testbed.")] = str(MODELS / "shapes-sd"),
+    prompts: Annotated[str, typer.Option(help="'shapes', 'clips', or a text file with a caption a line.")] = "shapes",
     guidance_scale: Annotated[float, typer.Option()] = 5.0,
     captions: Annotated[int, typer.Option(min=2)] = 16,
     steps: Annotated[int, typer.Option(min=9)] = 25,

@@ -160,6 +160,8 @@ def main(
     known = solvers_of(bench.config)
     solvers = one_of("solver", solver or [name for name in GATED_SOLVERS if name in known], known)
     plain_solvers = one_of("plain_solver", plain_solver or list(known), known)
+    places = spacing or [own_spacing(bench.config)]
+    one_of("spacing", places, dict.fromkeys(place for name in solvers for place in spacings_of(bench.config, name)))
     if rivals and draws_videos(bench.pipe):
         raise typer.BadParameter(
             f"rival={rivals!r}, but {model!r} guides by two calls, of which no rival knows: pass none"
@@ -174,7 +176,7 @@ def main(
     methods = methods or [("tgate", "")]
     usable = [name for name in rivals if guidance_scale > 1 or name not in NEED_GUIDANCE]
     methods += [(name, f"{value:g}") for name in usable for value in RIVALS[name][1]]
-    gated = gated_cells(bench.config, solvers, spacing or [own_spacing(bench.config)], steps or GATED_STEPS, methods)
+    gated = gated_cells(bench.config, solvers, places, steps or GATED_STEPS, methods)
     bench.refer(reference_steps, plain_batch_size)
     needed = [Cell(cell.solver, cell.spacing, cell.steps) for cell in gated]
     cells = plain_cells(bench.config, plain_solvers, plain_steps or PLAIN_STEPS)

@@ -66,9 +66,9 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
     if file.exists():
         earlier = json.loads(file.read_text())
         for name, value in settings.items():
-            if earlier[name] != value:
+            if earlier.get(name) != value:
                 raise typer.BadParameter(
-                    f"{name}={value!r}, but the run in {str(output)!r} has {earlier[name]!r}: "
+                    f"{name}={value!r}, but the run in {str(output)!r} has {earlier.get(name)!r}: "
                     "pass the same to resume it, or another --output"
                 )
     output.mkdir(parents=True, exist_ok=True)

@@ -207,7 +207,7 @@ def test_the_cost_is_that_of_the_layers_that_ran(bench, method, setting, left):
 
 @pytest.mark.parametrize("plan", ["FFF-FH", "FFFFHH"])
 @pytest.mark.parametrize(
-    ("model", "captions"), [("emoji-sd3", "emoji-sd3/captions.txt"), pytest.param("shapes-wan", "", marks=needs_wan)]
+    ("model", "captions"), [("emoji-sd3", "emoji-sd/captions.txt"), pytest.param("shapes-wan", "", marks=needs_wan)]
 )
 def test_the_cost_of_a_flow_is_that_of_the_layers_that_ran(tmp_path, model, captions, plan):
     prompts = yardstick.read_captions(str(yardstick.MODELS / captions) if captions else "clips", 2)
@@ -344,6 +344,7 @@ def test_few_captions_choose_the_plain_runs_that_all_are_drawn_for(tmp_path, ben
     ("options", "message"),
     [
         (["--solver", "heun"], "solver='heun' is unknown: pass one of dpm-2"),
+        (["--spacing", "shift-3"], "spacing='shift-3' is unknown: pass one of even, trailing"),
         (["--rival", "teacache"], "rival='teacache' is unknown: pass one of held"),
         pytest.param([*CLIPS, "--solver", "ddim"], "solver='ddim' is unknown: pass one of dpm-2", marks=needs_wan),
         pytest.param([*CLIPS[:-2], "--rival", "held"], "guides by two calls", marks=needs_wan),

@@ -44,7 +44,7 @@ def kind_of(spacing: str) -> str:
 
 def is_flow(config: Any) -> bool:
     """Whether the model that a scheduler belongs to predicts a flow."""
-    return config.get("prediction_type") == "flow_prediction" or "beta_schedule" not in config
+    return config.get("prediction_type") == "flow_prediction" or "shift" in config
 
 
 def solvers_of(config: Any) -> dict[str, tuple[Any, dict[str, Any]]]:

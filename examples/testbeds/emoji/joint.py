@@ -1,7 +1,6 @@
 """The pipeline with joint attention: networks of Stable Diffusion 3's kind and small, and how they learn."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
@@ -11,10 +10,10 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModelWithProjection
 
 from examples.testbeds.shapes import tokens
-from examples.testbeds.shapes.networks import T5, spread_heads
+from examples.testbeds.shapes.networks import clip_config, t5_encoder
 
 from .networks import CHANNELS, LATENT_SIDE
 
@@ -40,10 +39,8 @@ class TextEncoders(nn.Module):
 
     def __init__(self, tokenizers: Tokenizers):
         super().__init__()
-        self.first, self.second = (clip_encoder(tokenizers.clip, width) for width in WIDTHS)
-        sizes = {"vocab_size": len(tokenizers.t5), "d_model": TEXT_WIDTH, "num_layers": 2}
-        self.third = T5EncoderModel(T5Config(**T5 | sizes))
-        spread_heads(self.third.encoder.block[:1])
+        self.first, self.second = (CLIPTextModelWithProjection(clip_config(tokenizers.clip, width)) for width in WIDTHS)
+        self.third = t5_encoder(tokenizers.t5, d_model=TEXT_WIDTH, num_layers=2)
 
     def forward(self, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The states of all tokens (N x 44 x 192), and what the first two say of the whole caption (N x 192)."""
@@ -52,24 +49,6 @@ class TextEncoders(nn.Module):
         states = torch.cat([each.hidden_states[-2] for each in found], -1)
         whole = torch.cat([each.text_embeds for each in found], -1)
         return torch.cat([states, self.third(t5)[0]], 1), whole
-
-
-def clip_encoder(tokenizer: Any, width: int) -> CLIPTextModelWithProjection:
-    """Reads left to right."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            projection_dim=width,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=tokens.LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
 
 
 def transformer() -> SD3Transformer2DModel:

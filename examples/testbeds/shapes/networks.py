@@ -68,27 +68,30 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def clip_encoder(tokenizer: Any) -> CLIPTextModel:
+def clip_config(tokenizer: Any, width: int = TEXT_WIDTH) -> CLIPTextConfig:
     """Reads left to right."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            projection_dim=TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=LENGTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 
-def t5_encoder(tokenizer: Any) -> T5EncoderModel:
+def clip_encoder(tokenizer: Any) -> CLIPTextModel:
+    """The text encoder of Stable Diffusion."""
+    return CLIPTextModel(clip_config(tokenizer))
+
+
+def t5_encoder(tokenizer: Any, **sizes: int) -> T5EncoderModel:
     """Reads in both directions."""
-    encoder = T5EncoderModel(T5Config(**T5 | {"vocab_size": len(tokenizer)}))
+    encoder = T5EncoderModel(T5Config(**T5 | sizes | {"vocab_size": len(tokenizer)}))
     spread_heads(encoder.encoder.block[:1])
     return encoder
 
